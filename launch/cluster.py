@@ -1,0 +1,143 @@
+"""A cluster's profile: what a site wants of every job, as data in configs/cluster/NAME.yaml.
+
+Decides: the names and units of those keys, and what a profile alone can refute. Refuses: unknown keys (with the nearest
+name), a profile with neither GPUs nor ranks, times that are no times. Knows nothing about any run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from bd3_megatron.config.load import build
+from bd3_megatron.errors import ConfigError, LaunchError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerProfile:
+    kind: Literal["none", "pyxis", "apptainer"] = "none"
+    """pyxis: enroot images through srun's own flags. apptainer: the command is wrapped in `apptainer exec`."""
+    image: str = ""
+    """Image of the container: a registry reference or .sqsh file (pyxis), a .sif file (apptainer)."""
+    mounts: tuple[str, ...] = ()
+    """host:container pairs; the run folder, the snapshot and the data must be among them or below one of them."""
+    python: str = "python3"
+    """Interpreter inside the image; the host's virtual environment is not visible there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterProfile:
+    partition: str
+    """Queue the job is put in."""
+    account: str | None = None
+    """Whom the hours are charged to; None: the site's default."""
+    qos: str | None = None
+    """Quality of service; None: the site's default."""
+    constraint: str | None = None
+    """Node features, for example "a100&ib"."""
+    gpus_per_node: int = 0
+    """GPUs of a node, one rank each; 0: a CPU job."""
+    gpu_type: str | None = None
+    """SLURM's name of the GPU model (as in gres.conf); None: any."""
+    ranks_per_node: int | None = None
+    """Ranks of a node; None: gpus_per_node."""
+    cpus_per_rank: int = 1
+    """Cores a rank may use: itself, its loader processes, its communication threads."""
+    memory_gb: int = 0
+    """Memory of a node for the job in GiB; 0: all of it."""
+    time: str = "24:00:00"
+    """Time limit: [days-]hours:minutes:seconds. A job that is not done then requeues itself."""
+    signal_lead_seconds: int = 180
+    """How long before the limit ranks are told to save: a step, a save, and SLURM's own 60 s of imprecision."""
+    exclusive: bool = True
+    """Nobody else on the nodes."""
+    exclude: str | None = None
+    """Nodes never to be used, as SLURM writes them: n[3,7]."""
+    mail_user: str | None = None
+    """Address for mail at end and failure; None: no mail."""
+    modules: tuple[str, ...] = ()
+    """`module load` these."""
+    setup: tuple[str, ...] = ()
+    """Shell lines run on the first node before the ranks start."""
+    environment_file: str | None = None
+    """A file of export lines that is sourced (secrets such as a tracker's key belong there, not here)."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of every rank; they win over launch/env.py's table."""
+    python: str | None = None
+    """Interpreter on the nodes; None: the one that submits."""
+    container: ContainerProfile = field(default_factory=ContainerProfile)
+    """Where the ranks run."""
+    extra: tuple[str, ...] = ()
+    """Further sbatch options, as on its command line."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
+
+
+def load_cluster(path: Path) -> ClusterProfile:
+    """Read a profile and refuse what it alone can refute.
+
+    Raises:
+        ConfigError: missing file, unknown or missing key, wrong type.
+        LaunchError: no ranks, or times that cannot hold a save.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"cluster profile '{path}' does not exist; copy one of configs/cluster/ and name your partition."
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = " ".join(str(error).split())
+        raise ConfigError(f"cluster profile '{path}' is not valid YAML ({first_line}); mend that line.") from error
+    profile = build(ClusterProfile, tree, where="cluster")
+    check_cluster(profile)
+    return profile
+
+
+def check_cluster(profile: ClusterProfile) -> None:
+    """Rules between the keys of a profile.
+
+    Raises:
+        LaunchError: one sentence with value, rule and remedy.
+    """
+    if profile.ranks < 1:
+        raise LaunchError(
+            f"cluster.gpus_per_node={profile.gpus_per_node} and cluster.ranks_per_node={profile.ranks_per_node} "
+            "leave a node without ranks; set one of them to at least 1."
+        )
+    if profile.gpus_per_node and profile.ranks > profile.gpus_per_node:
+        raise LaunchError(
+            f"cluster.ranks_per_node={profile.ranks} exceeds gpus_per_node={profile.gpus_per_node}, and two ranks cannot "
+            f"share a GPU; use {profile.gpus_per_node} or leave ranks_per_node unset."
+        )
+    if profile.cpus_per_rank < 1:
+        raise LaunchError(f"cluster.cpus_per_rank={profile.cpus_per_rank} is below 1; give each rank a core.")
+    limit = seconds_of(profile.time)
+    if limit <= profile.signal_lead_seconds + 60:
+        raise LaunchError(
+            f"cluster.time={profile.time} leaves no time to train: ranks are told to save {profile.signal_lead_seconds} s "
+            "before the limit and SLURM may do so 60 s early; raise time or lower signal_lead_seconds."
+        )
+    if profile.container.kind != "none" and not profile.container.image:
+        raise LaunchError(
+            f"cluster.container.kind={profile.container.kind} without an image; set cluster.container.image."
+        )
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a SLURM time limit "[days-]hours:minutes:seconds".
+
+    Raises:
+        LaunchError: another form (SLURM's shorter forms are read in surprising ways: "30" is minutes, "1-2" days-hours).
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2}):(\d{2})", limit)
+    if found is None:
+        raise LaunchError(f'cluster.time={limit} is not [days-]hours:minutes:seconds; write for example "1-12:00:00".')
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

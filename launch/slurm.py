@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Submit a training run to SLURM: render, refuse what cannot run, snapshot, hand to sbatch.
+
+    launch/slurm.py CONFIG --cluster configs/cluster/NAME.yaml [--nodes N] [--dry-run] [section.key=value ...]
+
+Decides: nodes, ranks and the job's folder (run.dir/slurm/TIME). Refuses, before the queue sees anything and before
+anything is written: a grid that does not match nodes x ranks, a run folder that cannot be made, and whatever
+`sbatch --test-only` refuses (unknown partition, too many nodes). Costs: under a second with --dry-run; imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.config.load import load_config, replace_field
+from bd3_megatron.config.schema import Config
+from bd3_megatron.config.validate import validate
+from bd3_megatron.errors import BD3Error, GridError, LaunchError
+from bd3_megatron.model.cost import memory_per_device, parameter_count
+from launch.batch_script import Job, render
+from launch.cluster import ClusterProfile, check_cluster, load_cluster
+from launch.local import check_run_folder
+from launch.submission import with_absolute_paths, write_submission
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """Everything that is decided before anything is written."""
+
+    profile: ClusterProfile
+    job: Job
+    configs: tuple[Config, ...]
+    script: str
+    copies: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit, or with --dry-run print what would be submitted.
+
+    Returns:
+        0, or 2 with one line on stderr for a mistake in the input.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    options = build_parser().parse_intermixed_args(typed)
+    try:
+        submission = plan(options, Path.cwd(), datetime.now())
+        if options.dry_run:
+            print(submission.script, end="")
+            print("\n".join(f"# {line}" for line in plan_lines(submission)))
+            return 0
+        submit(submission, typed)
+    except BD3Error as error:
+        print(f"slurm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # the reader of --dry-run (head, less) is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="launch/slurm.py", description="Submit a training run to SLURM.")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for bd3 train")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="as for bd3 train")
+    parser.add_argument("--cluster", metavar="FILE", required=True, type=Path, help="a profile of configs/cluster/")
+    parser.add_argument("--nodes", type=int, help="nodes (default: what a given parallel.dp needs, else 1)")
+    parser.add_argument("--ranks-per-node", type=int, help="ranks of a node, instead of the profile's")
+    parser.add_argument("--time", help="time limit, instead of the profile's: [days-]hours:minutes:seconds")
+    parser.add_argument("--name", help="job name (default: bd3- and the run folder's name)")
+    parser.add_argument(
+        "--launcher", choices=("srun", "torchrun"), default="srun", help="one task a rank, or one torchrun a node"
+    )
+    parser.add_argument(
+        "--array",
+        metavar='"KEY=VALUE ..."',
+        action="append",
+        default=[],
+        help="overrides of one array task; repeat for each",
+    )
+    parser.add_argument(
+        "--chain", metavar="N", type=int, default=1, help="N jobs after one another, none requeues itself"
+    )
+    parser.add_argument("--exclude-bad", action="store_true", help="requeue without nodes the preflight names")
+    parser.add_argument("--max-attempts", type=int, default=3, help="attempts without progress before giving up (3)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the script and the plan; write and submit nothing"
+    )
+    return parser
+
+
+def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
+    """Decide everything and refuse what cannot run; writes nothing.
+
+    Args:
+        options: of `build_parser`.
+        here: working directory; relative paths of the configuration mean this one.
+        now: names the submission's folder.
+
+    Raises:
+        ConfigError, GridError, LaunchError: one sentence with value, rule and remedy.
+    """
+    profile = _profile(options)
+    if options.chain < 1 or options.max_attempts < 1:
+        raise LaunchError(f"--chain {options.chain} and --max-attempts {options.max_attempts} must both be at least 1.")
+    if options.chain > 1 and options.array:
+        raise LaunchError("--chain with --array: tasks of an array would wait for each other; submit one of them.")
+    main_config = with_absolute_paths(load_config(options.config, options.overrides), here)
+    nodes = nodes_of(main_config, profile, options.nodes)
+    configs = _array_configs(options, main_config, here) if options.array else (main_config,)
+    for config in configs:
+        validate(config, world_size=nodes * profile.ranks)
+        check_run_folder(config)
+    run_dir = Path(main_config.run.dir)
+    job = Job(
+        name=options.name or f"bd3-{run_dir.name}",
+        nodes=nodes,
+        folder=run_dir / "slurm" / now.strftime("%Y%m%d-%H%M%S"),
+        run_dirs=tuple(Path(c.run.dir) for c in configs),
+        launcher=options.launcher,
+        chained=options.chain > 1,
+        exclude_bad=options.exclude_bad,
+        max_attempts=options.max_attempts,
+        python=profile.container.python if profile.container.kind != "none" else profile.python or sys.executable,
+    )
+    return Submission(profile=profile, job=job, configs=configs, script=render(profile, job), copies=options.chain)
+
+
+def _profile(options: argparse.Namespace) -> ClusterProfile:
+    profile = load_cluster(options.cluster)
+    changes = {"ranks_per_node": options.ranks_per_node, "time": options.time}
+    profile = dataclasses.replace(profile, **{k: v for k, v in changes.items() if v is not None})
+    check_cluster(profile)
+    return profile
+
+
+def _array_configs(options: argparse.Namespace, main_config: Config, here: Path) -> tuple[Config, ...]:
+    found = []
+    for number, overrides in enumerate(options.array):
+        config = with_absolute_paths(load_config(options.config, [*options.overrides, *shlex.split(overrides)]), here)
+        if config.run.dir == main_config.run.dir:
+            config = replace_field(config, "run.dir", f"{main_config.run.dir}-{number}")
+        found.append(config)
+    folders = [c.run.dir for c in found]
+    if len(set(folders)) < len(folders):
+        raise LaunchError(f"--array tasks share a run folder ({folders}); give each its own run.dir or none.")
+    return tuple(found)
+
+
+def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
+    """Nodes of the job: asked for, or what a given dp needs, or one.
+
+    Raises:
+        GridError: nodes x ranks do not make the grid.
+    """
+    per_node, parallel = profile.ranks, config.parallel
+    wanted = parallel.world_size() if parallel.dp is not None else None
+    if asked is not None and asked < 1:
+        raise GridError(f"--nodes {asked} is below 1; ask for at least one node.")
+    if wanted is None:
+        nodes = asked or 1
+        if nodes * per_node % parallel.model_ranks:
+            axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} = {parallel.model_ranks}"
+            raise GridError(
+                f"{nodes} nodes x {per_node} ranks = {nodes * per_node} is not a multiple of {axes}; "
+                f"use --nodes {_fitting_nodes(per_node, parallel.model_ranks)} or a multiple of it."
+            )
+        return nodes
+    nodes = asked or -(-wanted // per_node)
+    if nodes * per_node != wanted:
+        axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} = {wanted}"
+        exact = f"use --nodes {wanted // per_node} or " if wanted % per_node == 0 else "use --ranks-per-node or "
+        raise GridError(
+            f"{nodes} nodes x {per_node} ranks = {nodes * per_node} do not match {axes}; {exact}leave parallel.dp unset."
+        )
+    return nodes
+
+
+def _fitting_nodes(per_node: int, model_ranks: int) -> int:
+    return next(n for n in range(1, model_ranks + 1) if n * per_node % model_ranks == 0)
+
+
+def plan_lines(submission: Submission) -> list[str]:
+    """What a person wants to know before the queue does: grid, memory, places."""
+    config, job, profile = submission.configs[0], submission.job, submission.profile
+    parallel, ranks = config.parallel, job.nodes * profile.ranks
+    dp = ranks // parallel.model_ranks
+    axes = f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}"
+    tasks = f", {len(submission.configs)} array tasks" if len(submission.configs) > 1 else ""
+    chain = f", a chain of {submission.copies} jobs" if submission.copies > 1 else ""
+    lines = [
+        f"job      {job.name} on partition {profile.partition}, limit {profile.time}{tasks}{chain}",
+        f"grid     {job.nodes} nodes x {profile.ranks} ranks = {axes}, {job.launcher}",
+        f"memory   {_memory_line(replace_field(config, 'parallel.dp', dp))}",
+        f"folder   {job.folder}",
+        f"ranks    {Path(config.run.dir) / 'logs'}/JOB.ATTEMPT/rank-N.log",
+    ]
+    if parallel.tp > profile.ranks:
+        lines.append(f"warning  tp={parallel.tp} spans nodes of {profile.ranks} ranks: its traffic leaves the node")
+    return lines
+
+
+def _memory_line(config: Config) -> str:
+    if config.model.vocab_size is None:
+        return "not estimated: set model.vocab_size to have it estimated (the data's tokenizer decides it otherwise)"
+    memory = memory_per_device(config)
+    return f"{parameter_count(config) / 1e6:,.0f} M parameters, about {memory.peak / GIB:.1f} GiB a device at the peak"
+
+
+def submit(submission: Submission, typed: Sequence[str]) -> None:
+    """Test with sbatch, write the folder, submit, and say where everything is.
+
+    Raises:
+        LaunchError: sbatch is absent or refuses the job; then nothing was submitted.
+    """
+    _sbatch(["--test-only"], submission.script)
+    folder = submission.job.folder
+    try:
+        write_submission(folder, submission.configs, submission.script, typed)
+    except OSError as error:
+        raise LaunchError(f"'{folder}' cannot be written ({error.strerror}); choose another run.dir.") from error
+    numbers = [_sbatch(["--parsable"], submission.script).split(";")[0].strip() for _ in range(submission.copies)]
+    print("\n".join(plan_lines(submission)))
+    log = f"{folder}/{'JOB_TASK' if len(submission.configs) > 1 else numbers[0]}.log"
+    print(f"job id   {', '.join(numbers)}")
+    print(f"watch    tail -F {log}    squeue --jobs {','.join(numbers)}")
+    print(f"stop     scancel {' '.join(numbers)}    (saves first; the same command then continues)")
+
+
+def _sbatch(options: Sequence[str], script: str) -> str:
+    # a job that submits another one must not pass its own settings on
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_")) or k == "SLURM_CONF"
+    }
+    try:
+        done = subprocess.run(
+            ["sbatch", *options], input=script, env=clean, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise LaunchError("sbatch is not on this machine; run this on a login node, or look with --dry-run.") from error
+    if done.returncode != 0:
+        said = " ".join(done.stderr.replace("sbatch: error:", "").replace("allocation failure:", "").split())
+        raise LaunchError(
+            f"sbatch refuses the job ({said}); nothing was submitted: mend the cluster profile or --nodes."
+        )
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

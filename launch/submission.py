@@ -1,0 +1,93 @@
+"""The folder of a submission: script, resolved configuration and a snapshot of the code, whole or not at all.
+
+Decides: what a job runs. A requeued job must not pick up code or settings that were edited meanwhile, so it runs from
+copies, with every relative path of the configuration made absolute. Refuses: nothing that `slurm` has not refused.
+Costs: a copy of about 2 MB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from bd3_megatron.config.load import dump_config, replace_field
+from bd3_megatron.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+SNAPSHOT = ("bd3_megatron", "launch", "tools", "setup.py")
+
+
+def with_absolute_paths(config: Config, base: Path) -> Config:
+    """The configuration as it reads from any working directory.
+
+    Args:
+        config: with paths relative to `base`.
+        base: the working directory of the person who submits.
+    """
+    data = config.data
+    tokenizer = base / data.tokenizer
+    absolute = dataclasses.replace(
+        data,
+        path=None if data.path is None else str(base / data.path),
+        text=tuple(t if t.startswith("builtin:") else str(base / t) for t in data.text),
+        # `bytes` and `sentencepiece` are names, unless a folder of that name is meant
+        tokenizer=str(tokenizer) if tokenizer.is_dir() else data.tokenizer,
+        mixture={str(base / folder): weight for folder, weight in data.mixture.items()},
+    )
+    config = dataclasses.replace(config, data=absolute)
+    config = replace_field(config, "run.dir", str(base / config.run.dir))
+    if config.train.stop_file is not None:
+        config = replace_field(config, "train.stop_file", str(base / config.train.stop_file))
+    return config
+
+
+def write_submission(folder: Path, configs: Sequence[Config], script: str, command: Sequence[str]) -> None:
+    """Make `folder` with job.sh, config.N.yaml of every array task, code/ and job.json.
+
+    Args:
+        folder: must not exist; its parents are made.
+        configs: resolved, one an array task.
+        script: text of the sbatch script.
+        command: what the person typed, for the record.
+    """
+    building = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for number, config in enumerate(configs):
+        dump_config(config, building / f"config.{number}.yaml")
+    (building / "job.sh").write_text(script, encoding="utf-8")
+    copy_code(building / "code")
+    record = {"command": list(command), **git_state()}
+    (building / "job.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    building.rename(folder)
+
+
+def copy_code(target: Path) -> None:
+    """Copy what a rank imports from this checkout."""
+    target.mkdir(parents=True)
+    leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+    for name in SNAPSHOT:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=leave_out)
+        elif source.is_file():
+            shutil.copy2(source, target / name)
+
+
+def git_state() -> dict[str, str | bool | None]:
+    """Commit of the checkout and whether files differ from it; None outside a git checkout."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain")
+    return {"git_commit": commit, "git_dirty": None if changed is None else bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

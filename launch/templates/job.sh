@@ -1,0 +1,127 @@
+# ---- the same for every job ---------------------------------------------------------------------------------------
+# shellcheck shell=bash disable=SC2154
+# Ranks that stop on request exit 0 and rank 0 writes status.json: exit codes do not survive --kill-on-bad-exit.
+set -uo pipefail
+
+run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
+config=$job_folder/config.${SLURM_ARRAY_TASK_ID:-0}.yaml
+attempt=${SLURM_RESTART_COUNT:-0}
+logs=$run_dir/logs/$SLURM_JOB_ID.$attempt
+status=$run_dir/status.json
+attempts=$run_dir/logs/$SLURM_JOB_NAME.attempts
+mkdir -p "$logs" || exit 1
+rm -f "$status"
+cd "$job_folder/code" || exit 1
+
+say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID attempt $attempt: $*"; }
+
+value_of() { # $1: key of status.json, a text or a number
+    sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\)\"\{0,1\}.*/\1/p" "$status" 2>/dev/null | head -n 1
+}
+
+# the first node by name where names resolve, else by its address
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if ! getent hosts "$MASTER_ADDR" >/dev/null; then
+    MASTER_ADDR=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$MASTER_ADDR" hostname --ip-address | cut -d ' ' -f 1)
+fi
+# another port for every job and attempt: the last attempt's may still be in TIME_WAIT
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 12000))
+export MASTER_ADDR MASTER_PORT PYTHONPATH="$job_folder/code" PYTHONUNBUFFERED=1
+export BD3_ATTEMPT=$attempt BD3_LOGS=$logs
+
+command=(${wrapper[@]+"${wrapper[@]}"} "$python")
+if [ "$launcher" = torchrun ]; then
+    # USR1 would end torchrun's agent; --signals-to-handle passes it on
+    command+=(-m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$ranks_per_node"
+        --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.$attempt"
+        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 60 --max-restarts 0)
+    tasks=$SLURM_NNODES per_node=1
+else
+    tasks=$((SLURM_NNODES * ranks_per_node)) per_node=$ranks_per_node
+fi
+command+=(-m bd3_megatron.cli train "$config")
+
+say "starts on $SLURM_JOB_NODELIST, $launcher, $MASTER_ADDR:$MASTER_PORT, logs in $logs"
+srun --nodes="$SLURM_NNODES" --ntasks="$tasks" --ntasks-per-node="$per_node" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    --kill-on-bad-exit=1 --output="$logs/rank-%t.log" ${srun_options[@]+"${srun_options[@]}"} "${command[@]}" &
+step=$!
+# rank 0 also to the main log
+tail --pid="$step" -n +1 -F "$logs/rank-0.log" 2>/dev/null &
+mirror=$!
+
+stopped_by=
+# shellcheck disable=SC2317 # called by the traps below
+near_limit() {
+    stopped_by=USR1
+    say "near the time limit: ranks are told to save and stop"
+    kill -s USR1 "$step" 2>/dev/null
+}
+# shellcheck disable=SC2317
+cancelled() {
+    # SLURM has told the ranks already; a second TERM through srun would end them before they have saved
+    stopped_by=TERM
+    say "cancelled or preempted: ranks save and stop"
+}
+trap near_limit USR1
+trap cancelled TERM
+
+# bash runs a trap only between commands, and the trap ends the wait: so wait again until srun is really gone
+while :; do
+    wait "$step"
+    code=$?
+    kill -0 "$step" 2>/dev/null || break
+done
+wait "$mirror"
+
+state=$(value_of status)
+at_step=$(value_of step)
+reason=$(value_of reason)
+say "srun ended with $code; run is ${state:-without status} at step ${at_step:-unknown}${reason:+ ($reason)}"
+if [ "$state" = finished ]; then
+    rm -f "$attempts"
+    exit 0
+fi
+
+requeue() {
+    if [ "$chained" = 1 ]; then
+        say "the next job of the chain continues"
+        exit "$1"
+    fi
+    # SLURM ends this script with TERM before the next line runs
+    trap '' TERM
+    say "requeues itself"
+    scontrol requeue "$SLURM_JOB_ID"
+    if [ "$exclude_bad" = 1 ] && [ -s "$run_dir/bad_nodes" ]; then
+        # a running job cannot exclude nodes for itself; one that waits in the queue can
+        scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$run_dir/bad_nodes" | paste -sd ,)"
+    fi
+    sleep 60
+    exit "$1"
+}
+
+if [ "$stopped_by" = TERM ]; then
+    # scancel, or a preemption after which SLURM itself requeues
+    exit "$code"
+fi
+if [ "$state" = stopped ] && [ "$code" = 0 ]; then
+    requeue 0
+fi
+
+# attempts without progress: "<newest checkpoint after the last failed attempt> <failures there>"
+progress=$(cat "$run_dir/checkpoints/LATEST" 2>/dev/null || echo none)
+progress=${progress//[[:space:]]/_}
+last_progress=- failures=0
+if [ -r "$attempts" ]; then
+    read -r last_progress failures <"$attempts"
+fi
+if [ "$progress" = "$last_progress" ]; then
+    failures=$((failures + 1))
+else
+    failures=1
+fi
+echo "$progress $failures" >"$attempts.new" && mv "$attempts.new" "$attempts"
+if [ "$failures" -ge "$max_attempts" ]; then
+    say "gives up: $failures attempts in a row failed without a new checkpoint (newest: $progress)${reason:+ ($reason)}; see $logs"
+    exit 1
+fi
+requeue 1

@@ -1,0 +1,42 @@
+"""What every test may ask for: the checkout's root, a clean environment for child processes, and honest skips.
+
+Refuses: warnings (see .pytest.ini), GPU tests where no device is visible (skipped with the reason).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from launch.env import visible_gpus
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# a test may itself run inside a job: its children must not take that job's rendezvous for theirs
+FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "BD3_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, with the reason, where there is no device."""
+    if visible_gpus() > 0:
+        return
+    skip = pytest.mark.skip(reason="no CUDA device is visible")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def clean_environment() -> Mapping[str, str]:
+    """This process's environment without any job's variables, one thread a process, no hub, no tracker."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}

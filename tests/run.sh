@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes or reuses .venv, then runs the test suite; arguments go to pytest.
+#   tests/run.sh                 the default suite
+#   tests/run.sh -k NAME         the tests of that name
+#   tests/run.sh --matrix        also every grid against every other (minutes)
+#   tests/run.sh --slurm         also what waits on SLURM's own clocks (minutes)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+deselected=(matrix slurm_long)
+arguments=()
+for argument in "$@"; do
+    case $argument in
+    --matrix) deselected=("${deselected[@]/#matrix/}") ;;
+    --slurm) deselected=("${deselected[@]/#slurm_long/}") ;;
+    *) arguments+=("$argument") ;;
+    esac
+done
+markers=
+for name in "${deselected[@]}"; do
+    if [ -n "$name" ]; then
+        markers="${markers:+$markers and }not $name"
+    fi
+done
+
+bash "$root/launch/install.sh"
+cd "$root"
+
+# ranks share few cores with each other: more threads than one each only get in each other's way
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# nothing in the default suite may reach a hub or a tracker
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+if ! compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
+    export DS_ACCELERATOR=cpu
+fi
+exec .venv/bin/python -m pytest -m "$markers" ${arguments[@]+"${arguments[@]}"}

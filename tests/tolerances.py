@@ -1,0 +1,17 @@
+"""Every numerical tolerance of the suite, once, with its reason. Never loosened to make a test pass.
+
+Append `NAME = value  # reason`; absolute unless the reason says relative.
+"""
+
+GOLDEN_FP64 = 1e-10  # against the official code's float64 values: sums in another order, same formulas
+EXACT_FP64 = 1e-12  # two float64 evaluations of one formula, values of order 1
+CHAIN_RULE = 1e-6  # block size 1 against the same model's own chain rule
+GRID_LOSS = 1e-6  # relative; fp32 sums in another order on another grid, losses of about 4
+GRID_NORM = 2e-6  # relative; a sum of squares over all parameters, in another order
+GRID_GRADIENT = 5e-6  # relative to the tensor's largest gradient; fp32, a few hundred terms in another order
+GRID_PARAMETERS = 1e-5  # after 5 AdamW steps at lr 1e-3: Adam divides by sqrt(v), which magnifies rounding of small gradients
+SPLIT_LOSS = 1e-7  # relative; per-sample sums are fp64 and in one order, but products of another batch round in fp32
+EVALUATION = 1e-5  # one perplexity computed by fp32 forwards in another order (nats per token)
+FAST_PATH_FP64 = 1e-12  # a fast attention path against the judge, outputs and gradients: the same sums in another order
+FAST_PATH_FP32 = 1e-5  # the same in fp32, relative to the largest value of the tensor compared
+FAST_PATH_BF16 = 2e-2  # the same in bf16, relative: inputs, probabilities and partial sums carry 8 bits
