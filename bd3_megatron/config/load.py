@@ -1,0 +1,213 @@
+"""YAML into typed dataclasses, and back.
+
+Decides: a file may name one `base:` parent (relative to itself); command-line overrides `section.key=value` come last
+and their values are YAML scalars. Refuses: unknown keys (with the nearest name), wrong types, expressions, environment
+variables. YAML is data here: what a file says is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.errors import ConfigError, either
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply overrides.
+
+    Args:
+        path: a YAML file.
+        overrides: "section.key=value" strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown key, wrong type, malformed override.
+    """
+    tree = _read_tree(Path(path), parents=())
+    for override in overrides:
+        _apply_override(tree, override)
+    config = build(Config, tree, where="")
+    named = tuple(override.partition("=")[0] for override in overrides)
+    return replace_field(config, "run.overridden", named) if named else config
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> Config:
+    """Build a Config from nested dictionaries (a stored config.yaml, a manifest).
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return build(Config, tree, where="")
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries and lists of a config dataclass: `config_from_tree(to_tree(c)) == c`."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"section.key": value}` of every field, for listing what differs between two runs."""
+    return {f"{s}.{k}": v for s, section in to_tree(config).items() for k, v in section.items()}
+
+
+def replace_field(config: Config, name: str, value: Any) -> Config:
+    """A copy of `config` with `section.key` set to a typed value."""
+    section, key = name.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _read_tree(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"config file '{path}' does not exist; give the path of a YAML file such as configs/debug_cpu.yaml.")
+    if path.resolve() in parents:
+        raise ConfigError(f"config file '{path}' names itself as its base; remove the `base:` line from one of them.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file '{path}' cannot be read ({error.strerror}); check its permissions.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = str(error).replace("\n", " ")
+        raise ConfigError(f"config file '{path}' is not valid YAML ({first_line}); mend that line.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file '{path}' holds no sections; it must map section names to keys.")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*parents, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if deeper else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    parts = name.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"override '{override}' is not of the form section.key=value; write for example parallel.tp=2.")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{part}' is a value, not a section; write section.key=value.")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}' has a value that is not YAML; quote it.") from error
+
+
+def build(cls: type, tree: Any, where: str) -> Any:
+    """An instance of dataclass `cls` from plain data, every key known and every value of its declared type.
+
+    Raises:
+        ConfigError: names the key by its full path `where`, with the nearest legal name or the expected type.
+    """
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where or 'config'}={tree!r} is not a section; give keys and values below it.")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(_unknown(prefix, str(key), list(hints)))
+    missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in tree]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} is not set and has no default; add it to the file or the command line.")
+    return cls(**{key: _typed(value, hints[key], f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _unknown(prefix: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
+    return f"unknown key {prefix}{key}; {remedy}"
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _typed(value, next(a for a in args if a is not type(None)), where)
+    if origin is typing.Literal:
+        # types too: True == 1 and 1.0 == 1, but `zero_stage: true` is a slip
+        if any(value == a and type(value) is type(a) for a in args):
+            return value
+        raise ConfigError(f"{where}={value!r} is not allowed; use {either(args)}.")
+    if origin is tuple:
+        return _typed_tuple(value, args, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}={value!r} is not a mapping; give keys and values.")
+        return {str(k): _typed(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    return _typed_scalar(value, hint, where)
+
+
+def _typed_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}={value!r} is not a list; write it as [a, b].")
+    if args[-1] is Ellipsis:
+        return tuple(_typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise ConfigError(f"{where}={list(value)!r} has {len(value)} values; it takes {len(args)}.")
+    return tuple(_typed(v, a, where) for v, a in zip(value, args, strict=True))
+
+
+def _typed_scalar(value: Any, hint: type, where: str) -> Any:
+    if hint is float:
+        value = _number_from_text(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}={value!r} is not finite; give a number.")
+    # bool is a subclass of int: `steps: true` must not read as 1
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{where}={value!r} is not {words[hint]}; give {words[hint]}.")
+
+
+def _number_from_text(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3 (no dot) as text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

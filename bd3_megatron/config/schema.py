@@ -1,0 +1,311 @@
+"""The shape of a run's configuration: frozen dataclasses, every field documented under itself with unit and reason.
+
+Decides: names, types and the single default of every knob. Refuses nothing by itself: `load` checks keys and types,
+`validate` checks rules that need two sections. A field whose default is None is derived (the derivation is named in its
+text and written once, in a property here) or means "off". Names under run, data.seq_len, diffusion.block_size, parallel,
+train, optim.lr, checkpoint.every_steps and log are relied on by scripts outside this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs. Relative paths are relative to the caller."""
+    seed: int = 1
+    """Seeds initial weights, data order and noise; each draws from its own purpose of the counter-based generator."""
+    overridden: tuple[str, ...] = ()
+    """Keys that were named on the command line (filled in when the file is loaded): a resumed run may change these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    style: Literal["paper", "modern"] = "modern"
+    """paper: LayerNorm, biased tanh-GELU MLP, bias-free attention, head with bias. modern: RMSNorm, SwiGLU, no bias."""
+    num_layers: int
+    """Transformer layers over all pipeline stages."""
+    hidden_size: int
+    """Width D of the residual stream."""
+    num_heads: int
+    """Query heads N."""
+    num_kv_heads: int | None = None
+    """Key/value heads G (grouped-query attention); None: as many as query heads."""
+    head_dim: int | None = None
+    """Channels H of one head; None: hidden_size / num_heads."""
+    ffn_hidden_size: int | None = None
+    """MLP width; None: 4 D (paper), or 8/3 D rounded up to a multiple of 64 (modern), equal in parameters."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys per head (modern style only), as Qwen3 has it."""
+    tie_embeddings: bool = False
+    """One table for embedding and head. The paper's code keeps two although its yaml says otherwise."""
+    dropout: float = 0.0
+    """Probability of dropping a residual-branch output (the paper trains with 0.1); none on attention weights."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every norm."""
+    init_std: float = 0.02
+    """Standard deviation of initial matrices; residual projections get init_std / sqrt(2 num_layers)."""
+    vocab_size: int | None = None
+    """Ids the model knows, mask id included; None: what the prepared data's tokenizer says."""
+    vocab_multiple: int = 128
+    """Table rows are padded to this multiple; must be a multiple of tp, and stays fixed when a run changes its grid."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return 4 * self.hidden_size if self.style == "paper" else -(-8 * self.hidden_size // 3 // 64) * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str | None = None
+    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); None: made from `text` under run.dir/data."""
+    text: tuple[str, ...] = ()
+    """Text files or folders to prepare when path is None; `builtin:python-docs` is text every Python has."""
+    tokenizer: str = "bytes"
+    """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
+    tokenizer_vocab_size: int = 2048
+    """With a trained tokenizer: its number of pieces."""
+    valid_fraction: float = 0.05
+    """With `text`: share of documents held out for evaluation."""
+    seq_len: int
+    """Clean tokens L of a sample; the model sees 2L rows."""
+    packing: Literal["wrap", "isolated", "pad"] = "wrap"
+    """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
+    shuffle: bool = True
+    """Permute samples anew in every epoch (a stateless bijection of the sample number)."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several prepared folders with their weights, instead of `path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    block_size: int
+    """Diffusion block S of this phase."""
+    steps: int | None = None
+    """Length in optimizer steps; the last phase may leave both out and runs to the end."""
+    tokens: int | None = None
+    """Length in clean tokens, instead of steps."""
+    interval: tuple[float, float] | None = None
+    """Clipped noise interval of this phase; None: diffusion.interval."""
+    lr_start: float = 1.0
+    """Factor on the learning rate at the phase's first update."""
+    lr_end: float = 1.0
+    """Factor it tends to, linearly, at the phase's end."""
+    lr_warmup_steps: int = 0
+    """Updates at the phase's beginning over which the factor rises from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    objective: Literal["block", "ar"] = "block"
+    """block: block diffusion (S = seq_len is MDLM). ar: next-token prediction, causal, through the same engine."""
+    block_size: int = 16
+    """Tokens S denoised together; any divisor of seq_len."""
+    noise_schedule: Literal["loglinear", "cosine", "square", "sqrt", "log"] = "loglinear"
+    """Mask probability as a function of t; loglinear is p = t."""
+    interval: tuple[float, float] | None = None
+    """Noise levels are drawn from [beta, omega] (clipped schedule), 1e-3 <= beta: every loss weight diverges at 0.
+    None: [1e-3, 1], and [1, 1] (everything masked, the exact likelihood) at block size 1."""
+    resample: bool = False
+    """Redraw blocks whose masked fraction leaves the interval, as the paper does. Biases the loss: off by default."""
+    never_mask_first: bool = False
+    """Keep position 0 visible (the paper's ignore_bos)."""
+    count_all_tokens: bool = False
+    """Divide by all tokens, as the official training loss does, not by those that may be masked."""
+    views: int = 1
+    """Noisy copies that share one clean pass."""
+    search_every_steps: int = 0
+    """Search the variance-minimising interval this often; 0: never."""
+    search_batches: int = 100
+    """Held-out micro-batches scored in one search."""
+    search_widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """Widths of the candidate intervals."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Curriculum over block sizes; empty: one phase with block_size."""
+
+    def interval_at(self, block_size: int) -> tuple[float, float]:
+        """The interval in force where a phase names none."""
+        if self.interval is not None:
+            return self.interval
+        return (1.0, 1.0) if block_size == 1 else (1e-3, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    backend: Literal["auto", "dense", "structured", "flex", "triton"] = "auto"
+    """auto takes the fastest backend that accepts the request; dense is the judge of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tp: int = 1
+    """Tensor-parallel ranks: matrices and vocabulary are cut."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule); None: one."""
+    cp: int = 1
+    """Context-parallel ranks: both streams are cut along the sequence."""
+    dp: int | None = None
+    """Data-parallel replicas; None: what the other axes leave of the world (1 when started locally)."""
+    sequence_parallel: bool = False
+    """Cut the residual stream along the sequence between tensor-parallel regions."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage; 0 means 1, because DeepSpeed's own stage 0 gets the gradient norm wrong."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of each pipeline stage; empty: balanced, with embedding and head counted as layers' work."""
+    collective_timeout_seconds: int = 600
+    """A rank that waits longer than this in a collective fails by name."""
+
+    @property
+    def model_ranks(self) -> int:
+        return self.tp * self.pp * self.cp
+
+    def world_size(self) -> int:
+        return self.model_ranks * (self.dp or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer updates of the whole run."""
+    tokens: int | None = None
+    """Clean tokens of the whole run, instead of steps."""
+    global_batch_size: int = 512
+    """Sequences per optimizer update over all ranks."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one rank."""
+    warmup_batch_size: int | None = None
+    """Start with this many sequences a step and grow linearly to global_batch_size; None: no warm-up."""
+    batch_warmup_steps: int = 0
+    """Steps of the batch-size warm-up."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPU, fp32 on CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward: attention only (selective) or whole layers (full)."""
+    skip_dead_rows: bool = True
+    """Compute only what the loss can see; off computes every row of every layer, for debugging."""
+    spike_factor: float = 0.0
+    """Skip a step whose gradient norm exceeds this multiple of its running median; 0: off."""
+    stop_file: str | None = None
+    """Training saves and stops when this file appears."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["auto", "torch", "apex"] = "auto"
+    """AdamW of torch, or Apex's fused one where NVIDIA Apex is installed (auto falls back to torch)."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = "constant"
+    """After the warm-up; wsd: stable, then linear decay over the last decay_fraction of the run."""
+    warmup_steps: int = 0
+    """Linear warm-up; step 0 uses lr / warmup_steps (the official code's first step has lr 0)."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of lr (cosine, wsd)."""
+    decay_fraction: float = 0.1
+    """Share of the steps in which wsd decays."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    adam_eps: float = 1e-8
+    """Adam's denominator term."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices and tables; norms and biases are never decayed."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0: never."""
+    ema_decay: float = 0.9999
+    """Exponential moving average of the fp32 parameters, warmed up as min(decay, (1+n)/(10+n)); 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    """Save this often, and at the end; 0: only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0: all."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are never deleted; 0: none is special."""
+    asynchronous: bool = False
+    """Write while the next steps run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    every_steps: int = 0
+    """Evaluate held-out perplexity this often; 0: never during training."""
+    num_sequences: int = 256
+    """Held-out sequences scored in one evaluation."""
+    draws: int = 1
+    """Noise draws per sequence, stratified in t."""
+    at_start_and_end: bool = False
+    """Also evaluate before the first step and after the last."""
+    official: bool = False
+    """The official code's conventions: one draw, t in [1e-3, 1], the first token not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every_steps: int = 10
+    """Write a record (and print) this often."""
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Mirror metrics.jsonl to Weights & Biases."""
+    wandb_project: str = "bd3_megatron"
+    """Project name there."""
+    tensorboard: bool = False
+    """Mirror metrics.jsonl to TensorBoard event files where that package is installed."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose torch profiler trace is written to run.dir/profile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    peak_tflops: float | None = None
+    """Peak of one device at the training precision; None: from the table of known devices, measured on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    preflight: bool = True
+    """Check versions, devices, collectives and the run folder on all ranks before the first step."""
+    leak_check: bool = True
+    """Prove by autograd, before the first step, that no noisy block sees what it must not."""
+    hang_factor: float = 0.0
+    """Fail with every rank's stacks when a step takes this multiple of the median; 0: off."""
+    hang_seconds: float = 600.0
+    """Least time a step may take before it counts as hung."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)

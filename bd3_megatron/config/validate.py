@@ -1,0 +1,256 @@
+"""Rules that need two sections: what a configuration alone can refute is refuted here, on the login node.
+
+Decides nothing about values; refuses grids, lengths, batches and schedules that cannot run, each with the value, the
+rule and the nearest legal values. Costs microseconds; imports no torch.
+"""
+
+from __future__ import annotations
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either
+
+
+MIN_T = 1e-3
+"""Smallest noise level (diffusion.noise_schedule.MIN_T, which this torch-free room may not import; a test ties them)."""
+
+
+def validate(config: Config, *, world_size: int | None = None) -> None:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: the whole configuration.
+        world_size: ranks that are there (torchrun, SLURM); None: as many as the grid asks for.
+
+    Raises:
+        ConfigError, GridError: one sentence with value, law and remedy.
+    """
+    _check_positive(config)
+    _check_model(config)
+    _check_diffusion(config)
+    check_grid(config, world_size=world_size)
+    _check_train(config, data_parallel_size(config, world_size))
+
+
+def data_parallel_size(config: Config, world_size: int | None = None) -> int:
+    """dp of the run: given, or what the other axes leave of `world_size` (1 without one).
+
+    Raises:
+        GridError: the axes do not multiply to the world size.
+    """
+    parallel = config.parallel
+    if world_size is None:
+        return parallel.dp or 1
+    axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}"
+    if parallel.dp is None:
+        if world_size % parallel.model_ranks:
+            fits = [n for n in (world_size // parallel.model_ranks * parallel.model_ranks,) if n] + [
+                -(-world_size // parallel.model_ranks) * parallel.model_ranks
+            ]
+            raise GridError(
+                f"world size {world_size} is not a multiple of {axes} = {parallel.model_ranks}; start {either(fits)} ranks."
+            )
+        return world_size // parallel.model_ranks
+    wanted = parallel.model_ranks * parallel.dp
+    if wanted != world_size:
+        raise GridError(
+            f"world size {world_size} does not match {axes} x dp={parallel.dp} = {wanted}; "
+            f"start {wanted} ranks or leave parallel.dp unset."
+        )
+    return parallel.dp
+
+
+def block_sizes(config: Config) -> list[int]:
+    """Every block size the run will train at, curriculum included."""
+    if config.diffusion.objective == "ar":
+        return [1]
+    return [p.block_size for p in config.diffusion.phases] or [config.diffusion.block_size]
+
+
+def _check_positive(config: Config) -> None:
+    at_least_one = {
+        "model.num_layers": config.model.num_layers,
+        "model.hidden_size": config.model.hidden_size,
+        "model.num_heads": config.model.num_heads,
+        "model.kv_heads": config.model.kv_heads,
+        "data.seq_len": config.data.seq_len,
+        "diffusion.block_size": config.diffusion.block_size,
+        "diffusion.views": config.diffusion.views,
+        "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.cp": config.parallel.cp,
+        "parallel.dp": config.parallel.dp if config.parallel.dp is not None else 1,
+        "parallel.vpp": config.parallel.vpp if config.parallel.vpp is not None else 1,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "log.every_steps": config.log.every_steps,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} is below 1; give a whole number of at least 1.")
+    _check_not_negative(config)
+    if not 0.0 <= config.model.dropout < 1.0:
+        raise ConfigError(f"model.dropout={config.model.dropout} is outside [0, 1); use 0 or for example 0.1.")
+    if config.optim.lr <= 0:
+        raise ConfigError(f"optim.lr={config.optim.lr} is not positive; use for example 3e-4.")
+
+
+def _check_not_negative(config: Config) -> None:
+    at_least_zero = {
+        "run.seed": config.run.seed,
+        "data.num_workers": config.data.num_workers,
+        "train.batch_warmup_steps": config.train.batch_warmup_steps,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_grad_norm": config.optim.clip_grad_norm,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "evaluate.every_steps": config.evaluate.every_steps,
+    }
+    for name, value in at_least_zero.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value} is negative; give 0 or more.")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.head_dim is None:
+        check_divides("num_heads", model.num_heads, "hidden_size", model.hidden_size)
+    check_divides("num_kv_heads", model.kv_heads, "num_heads", model.num_heads)
+    if model.head_width % 2:
+        raise ConfigError(f"head width {model.head_width} is odd; rotary positions need an even one: change model.head_dim.")
+    if model.style == "paper":
+        _check_paper_style(config)
+
+
+def _check_paper_style(config: Config) -> None:
+    model = config.model
+    if model.kv_heads != model.num_heads:
+        raise ConfigError(
+            f"num_kv_heads={model.kv_heads} with style=paper, which has full heads; use {model.num_heads} or style=modern."
+        )
+    if model.qk_norm:
+        raise ConfigError("qk_norm=true with style=paper, which has no norm on queries and keys; use style=modern.")
+    if model.tie_embeddings:
+        raise ConfigError("tie_embeddings=true with style=paper, whose head is a matrix of its own; use style=modern.")
+
+
+def _check_diffusion(config: Config) -> None:
+    diffusion, seq_len = config.diffusion, config.data.seq_len
+    for size in block_sizes(config):
+        check_multiple("seq_len", seq_len, "block_size", size)
+    for interval in (diffusion.interval, *(p.interval for p in diffusion.phases)):
+        if interval is not None:
+            _check_interval(*interval)
+    if diffusion.objective == "ar" and (diffusion.phases or diffusion.views != 1):
+        raise ConfigError("objective=ar has no noise; remove diffusion.phases and diffusion.views.")
+    for number, phase in enumerate(diffusion.phases):
+        _check_phase_length(number, phase.steps, phase.tokens, last=number == len(diffusion.phases) - 1)
+
+
+def _check_interval(beta: float, omega: float) -> None:
+    if not (0 < beta <= omega <= 1) or (beta == omega and beta != 1.0):
+        raise ConfigError(f"interval [{beta}, {omega}] is empty or outside (0, 1]; use for example [0.45, 0.95].")
+    if beta < MIN_T:
+        raise ConfigError(f"interval [{beta}, {omega}] starts below {MIN_T}, where loss weights diverge; use {MIN_T}.")
+
+
+def _check_phase_length(number: int, steps: int | None, tokens: int | None, *, last: bool) -> None:
+    if steps is not None and tokens is not None:
+        raise ConfigError(f"phases[{number}] gives both steps={steps} and tokens={tokens}; give one.")
+    if steps is None and tokens is None and not last:
+        raise ConfigError(f"phases[{number}] gives neither steps nor tokens and is not the last; give one.")
+
+
+def check_grid(config: Config, *, world_size: int | None = None) -> None:
+    """Refuse an illegal grid (also used by launchers before a queue sees the job).
+
+    Raises:
+        GridError: the axis, the rule and the nearest legal values.
+    """
+    model, parallel = config.model, config.parallel
+    dp = data_parallel_size(config, world_size)
+    check_divides("tp", parallel.tp, "num_heads", model.num_heads, kind=GridError)
+    check_divides("tp", parallel.tp, "num_kv_heads", model.kv_heads, kind=GridError)
+    check_divides("tp", parallel.tp, "ffn_hidden_size", model.ffn_width, kind=GridError)
+    check_multiple("vocab_multiple", model.vocab_multiple, "tp", parallel.tp, kind=GridError)
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise GridError("sequence_parallel=true with tp=1 cuts nothing; set parallel.tp above 1 or turn it off.")
+    _check_pipeline(config, dp)
+    _check_context(config)
+    _check_sequence_parallel(config)
+    if parallel.pp > 1 and parallel.zero_stage > 1:
+        raise GridError(
+            f"zero_stage={parallel.zero_stage} with pp={parallel.pp}: the pipeline needs whole gradients until its last "
+            "micro-batch; use zero_stage=1, or pp=1 with a larger tp."
+        )
+
+
+def _check_pipeline(config: Config, dp: int) -> None:
+    model, parallel, train = config.model, config.parallel, config.train
+    chunks = parallel.pp * (parallel.vpp or 1)
+    if parallel.layers_per_stage:
+        _check_layer_split(config)
+    elif chunks > model.num_layers:
+        fits = [n for n in range(1, model.num_layers + 1)]
+        raise GridError(f"pp x vpp = {chunks} exceeds num_layers={model.num_layers}; use at most {fits[-1]} chunks.")
+    if (parallel.vpp or 1) > 1:
+        if parallel.pp == 1:
+            raise GridError(f"vpp={parallel.vpp} with pp=1 interleaves nothing; set pp above 1 or leave vpp unset.")
+        check_divides("pp x vpp", chunks, "num_layers", model.num_layers, kind=GridError)
+        if train.global_batch_size % (dp * train.micro_batch_size) == 0:
+            micro = train.global_batch_size // (dp * train.micro_batch_size)
+            check_multiple("micro-batches a step", micro, "pp (interleaved schedule)", parallel.pp, kind=GridError)
+
+
+def _check_layer_split(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    if (parallel.vpp or 1) > 1:
+        raise GridError("layers_per_stage with vpp: interleaved chunks are of equal size; leave one of them unset.")
+    if len(parallel.layers_per_stage) != parallel.pp or sum(parallel.layers_per_stage) != layers:
+        raise GridError(
+            f"layers_per_stage={list(parallel.layers_per_stage)} does not split num_layers={layers} over pp={parallel.pp}; "
+            f"give {parallel.pp} numbers that add up to {layers}."
+        )
+    if min(parallel.layers_per_stage) < 1:
+        raise GridError(f"layers_per_stage={list(parallel.layers_per_stage)} leaves a stage without a layer; give each one.")
+
+
+def _check_context(config: Config) -> None:
+    cp, seq_len = config.parallel.cp, config.data.seq_len
+    if cp == 1:
+        return
+    if config.model.dropout > 0:
+        raise GridError(f"cp={cp} with dropout={config.model.dropout} is not proved equal on every grid; use dropout 0.")
+    for size in block_sizes(config):
+        if seq_len % (2 * cp * size):
+            best = [c for c in divisors(seq_len // size) if (seq_len // size) % (2 * c) == 0] or [1]
+            raise GridError(
+                f"cp={cp} cuts seq_len={seq_len} into slices of {seq_len / (2 * cp):g}, not a multiple of block_size={size}; "
+                f"use cp={either(best)}."
+            )
+
+
+def _check_sequence_parallel(config: Config) -> None:
+    parallel = config.parallel
+    if not parallel.sequence_parallel:
+        return
+    rows = config.data.seq_len // parallel.cp
+    check_multiple("rows a rank (seq_len / cp)", rows, "tp (sequence_parallel)", parallel.tp, kind=GridError)
+
+
+def _check_train(config: Config, dp: int) -> None:
+    train = config.train
+    if (train.steps is None) == (train.tokens is None):
+        raise ConfigError(f"train.steps={train.steps} and train.tokens={train.tokens}: give exactly one of them.")
+    budget = train.steps if train.steps is not None else train.tokens
+    if budget is not None and budget < 1:
+        raise ConfigError(f"the training budget {budget} is below 1; give train.steps or train.tokens of at least 1.")
+    check_multiple(
+        "global_batch_size",
+        train.global_batch_size,
+        "dp x micro_batch_size",
+        dp * train.micro_batch_size,
+        kind=GridError,
+    )
+    if (train.warmup_batch_size is None) != (train.batch_warmup_steps == 0):
+        raise ConfigError("train.warmup_batch_size and train.batch_warmup_steps belong together; give both or neither.")

@@ -1,0 +1,169 @@
+"""Loading: what a file says is what runs; what it cannot mean is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bd3_megatron.config.load import config_from_tree, dump_config, flatten, load_config, replace_field, to_tree
+from bd3_megatron.errors import ConfigError
+
+MINIMAL = """
+run: {dir: runs/x}
+model: {num_layers: 2, hidden_size: 64, num_heads: 4}
+data: {seq_len: 64}
+train: {steps: 10}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_a_minimal_file_takes_the_defaults(file: Path) -> None:
+    config = load_config(file)
+    assert (config.model.num_layers, config.parallel.tp, config.optim.lr) == (2, 1, 3e-4)
+    assert (config.model.kv_heads, config.model.head_width, config.model.ffn_width) == (4, 16, 192)
+
+
+def test_paper_style_has_a_four_times_wider_mlp(file: Path) -> None:
+    assert load_config(file, ["model.style=paper"]).model.ffn_width == 256
+
+
+def test_overrides_come_last_and_are_yaml(file: Path) -> None:
+    config = load_config(
+        file,
+        ["parallel.tp=2", "optim.lr=1e-3", "data.text=[a, b]", "model.qk_norm=true", "diffusion.interval=[0.3, 0.8]"],
+    )
+    assert (config.parallel.tp, config.optim.lr, config.data.text) == (2, 1e-3, ("a", "b"))
+    assert config.model.qk_norm is True and config.diffusion.interval == (0.3, 0.8)
+
+
+def test_an_override_may_fill_a_section_the_file_leaves_empty(file: Path) -> None:
+    file.write_text(MINIMAL + "optim:\n")
+    assert load_config(file, ["optim.lr=0.5"]).optim.lr == 0.5
+    assert load_config(file).optim.lr == 3e-4
+
+
+def test_a_mapping_may_be_overridden_key_by_key(file: Path) -> None:
+    assert load_config(file, ["data.mixture.web=0.7", "data.mixture.code=0.3"]).data.mixture == {
+        "web": 0.7,
+        "code": 0.3,
+    }
+
+
+def test_nested_phases_are_typed(file: Path) -> None:
+    file.write_text(
+        MINIMAL + "diffusion: {phases: [{block_size: 64, steps: 5, interval: [0.1, 1]}, {block_size: 4}]}\n"
+    )
+    first, last = load_config(file).diffusion.phases
+    assert (first.block_size, first.steps, first.interval) == (64, 5, (0.1, 1.0))
+    assert (last.block_size, last.steps, last.lr_end) == (4, None, 1.0)
+
+
+def test_base_is_one_parent_relative_to_the_file(tmp_path: Path, file: Path) -> None:
+    child = tmp_path / "deeper" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("base: ../config.yaml\nmodel: {num_layers: 7}\n")
+    config = load_config(child)
+    assert (config.model.num_layers, config.model.hidden_size) == (7, 64)
+
+
+def test_the_dump_is_the_config(tmp_path: Path, file: Path) -> None:
+    config = load_config(file, ["diffusion.phases=[{block_size: 4}]", "parallel.layers_per_stage=[1, 1]"])
+    dump_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    assert config_from_tree(to_tree(config)) == config
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [], "no temporary file may stay"
+
+
+def test_flatten_and_replace_speak_of_section_and_key(file: Path) -> None:
+    config = load_config(file)
+    assert flatten(config)["optim.lr"] == 3e-4
+    assert replace_field(config, "optim.lr", 1.0).optim.lr == 1.0
+    assert config.optim.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.num_layer=3", r"^unknown key model\.num_layer; did you mean model\.num_layers\?$"),
+        ("paralell.tp=2", r"^unknown key paralell; did you mean parallel\?$"),
+        ("log.zzz=1", r"^unknown key log\.zzz; known keys are every_steps, wandb, "),
+        ("parallel.tp=two", r"^parallel\.tp='two' is not a whole number; give a whole number\.$"),
+        ("parallel.tp=2.5", r"^parallel\.tp=2\.5 is not a whole number"),
+        ("train.steps=true", r"^train\.steps=True is not a whole number"),
+        ("optim.lr=fast", r"^optim\.lr='fast' is not a number; give a number\.$"),
+        ("optim.lr=nan", r"^optim\.lr=nan is not finite; give a number\.$"),
+        ("optim.lr=.inf", r"^optim\.lr=inf is not finite"),
+        ("model.qk_norm=1", r"^model\.qk_norm=1 is not true or false"),
+        ("run.dir=3", r"^run\.dir=3 is not text; give text\.$"),
+        ("model.style=old", r"^model\.style='old' is not allowed; use paper or modern\.$"),
+        ("parallel.zero_stage=4", r"^parallel\.zero_stage=4 is not allowed; use 0, 1, 2 or 3\.$"),
+        ("parallel.zero_stage=true", r"^parallel\.zero_stage=True is not allowed"),
+        ("parallel.zero_stage=1.0", r"^parallel\.zero_stage=1\.0 is not allowed"),
+        ("data.text=one", r"^data\.text='one' is not a list; write it as \[a, b\]\.$"),
+        ("data.text=[1]", r"^data\.text\[0\]=1 is not text"),
+        ("diffusion.interval=[0.1]", r"^diffusion\.interval=\[0\.1\] has 1 values; it takes 2\.$"),
+        ("data.mixture=3", r"^data\.mixture=3 is not a mapping; give keys and values\.$"),
+        ("diffusion.phases=[3]", r"^diffusion\.phases\[0\]=3 is not a section"),
+        ("diffusion.phases=[{}]", r"^diffusion\.phases\[0\]\.block_size is not set and has no default"),
+        ("optim=3", r"^override 'optim=3' is not of the form section\.key=value; write for example parallel\.tp=2\.$"),
+        ("parallel.tp", r"^override 'parallel\.tp' is not of the form"),
+        ("parallel..tp=2", r"is not of the form"),
+        ("run.dir.deep=2", r"^override 'run\.dir\.deep=2': 'dir' is a value, not a section"),
+        ("run.dir=[", r"^override 'run\.dir=\[' has a value that is not YAML; quote it\.$"),
+    ],
+)
+def test_bad_overrides_are_refused_in_one_sentence(file: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_config(file, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "holds no sections"),
+        ("- a\n- b\n", "holds no sections"),
+        ("run: [", r"is not valid YAML \(.*\); mend that line\.$"),
+        (
+            "train: 3\nrun: {dir: x}\nmodel: {num_layers: 1, hidden_size: 8, num_heads: 1}\ndata: {seq_len: 4}",
+            "train=3 is not a section",
+        ),
+        ("run: {dir: x}\n", r"^model is not set and has no default; add it to the file or the command line\.$"),
+        (MINIMAL.replace("seq_len: 64", ""), r"^data\.seq_len is not set and has no default"),
+        ("base: config.yaml\n", "names itself as its base"),
+        ("base: gone.yaml\n", r"gone\.yaml' does not exist"),
+        ("run: {dir: \xff}\n", "."),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(file: Path, text: str, sentence: str) -> None:
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml' does not exist; give the path of a YAML file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_an_unreadable_file_is_named(file: Path) -> None:
+    file.chmod(0)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\); check its permissions\.$"):
+        load_config(file)
+
+
+def test_nothing_in_a_value_is_evaluated(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    assert load_config(file, ["run.dir=$SECRET/${SECRET}"]).run.dir == "$SECRET/${SECRET}"
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(file, ["run.dir=!!python/object/apply:os.getcwd []"])

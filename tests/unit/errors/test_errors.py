@@ -1,0 +1,84 @@
+"""The sentences users read: value, law, remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from bd3_megatron import errors
+from bd3_megatron.errors import (
+    BD3Error,
+    ConfigError,
+    GridError,
+    RankFailure,
+    ShapeError,
+    check_divides,
+    check_multiple,
+    check_shape,
+    divisors,
+    either,
+)
+
+
+def test_every_error_is_a_users_mistake_with_exit_code_2_except_another_ranks_death() -> None:
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, BD3Error)]
+    assert len(kinds) >= 12
+    for kind in kinds:
+        assert kind.exit_code == (1 if kind is RankFailure else 2)
+        assert kind.__doc__
+
+
+@pytest.mark.parametrize(("actual", "expected"), [((2, 3), (2, 3)), ((2, 3), (None, 3)), ((), ()), ((0, 5), (0, None))])
+def test_matching_shapes_pass(actual: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
+    check_shape("x", actual, expected)
+
+
+@pytest.mark.parametrize(("actual", "expected"), [((2, 3), (3, 2)), ((2, 3), (2,)), ((), (1,)), ((2, 3), (None, 4))])
+def test_other_shapes_are_refused_with_both_sides(actual: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"^x has shape \[.*\]; expected \[.*\]\.$"):
+        check_shape("x", actual, expected)
+
+
+def test_the_shape_sentence_says_any_for_free_dims() -> None:
+    with pytest.raises(ShapeError, match=r"^tokens_BL has shape \[2, 3\]; expected \[any, 4\]\.$"):
+        check_shape("tokens_BL", (2, 3), (None, 4))
+
+
+def test_a_shape_error_is_also_a_value_error() -> None:
+    with pytest.raises(ValueError):
+        check_shape("x", (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(1, [1]), (16, [1, 2, 4, 8, 16]), (7, [1, 7]), (36, [1, 2, 3, 4, 6, 9, 12, 18, 36])]
+)
+def test_divisors_ascend_and_hold_each_once(number: int, expected: list[int]) -> None:
+    assert divisors(number) == expected
+
+
+def test_divisor_sentence_names_the_legal_ones() -> None:
+    check_divides("tp", 4, "num_heads", 16)
+    with pytest.raises(GridError, match=r"^tp=3 does not divide num_heads=16; use 1, 2, 4, 8 or 16\.$"):
+        check_divides("tp", 3, "num_heads", 16, kind=GridError)
+
+
+@pytest.mark.parametrize("divisor", [0, -2])
+def test_no_divisor_below_one(divisor: int) -> None:
+    with pytest.raises(ConfigError, match="does not divide n=4; use 1, 2 or 4"):
+        check_divides("d", divisor, "n", 4)
+
+
+def test_multiple_sentence_names_the_nearest_two() -> None:
+    check_multiple("seq_len", 1024, "block_size", 16)
+    with pytest.raises(ConfigError, match=r"^seq_len=1000 is not a multiple of block_size=16; use 992 or 1008\.$"):
+        check_multiple("seq_len", 1000, "block_size", 16)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(5, "use 16"), (0, "use 16"), (-3, "use 16"), (17, "use 16 or 32")])
+def test_the_nearest_multiple_is_never_below_one(number: int, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{remedy}\.$"):
+        check_multiple("n", number, "s", 16)
+
+
+@pytest.mark.parametrize(("options", "words"), [([1], "1"), ([1, 2], "1 or 2"), (["a", "b", "c"], "a, b or c")])
+def test_either_reads_like_a_sentence(options: list[object], words: str) -> None:
+    assert either(options) == words
