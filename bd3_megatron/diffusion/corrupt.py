@@ -1,0 +1,153 @@
+"""Corruption: which tokens of a sample are masked, as a function of (seed, index, block, position).
+
+Decides: a token is masked when its uniform number lies below p(t) of its block; or, with resampling, when it is among
+the block's m smallest, m drawn so that the masked fraction lies inside the interval (see resample.py and its bias). The
+first position and padding may be exempt. Exemptions are applied after the draw and do not change any other token.
+At t = 1, which only Interval(1, 1) draws, everything is masked and the weight is 1 under every schedule: with blocks of
+one token the sum of losses is then the exact negative log-likelihood.
+The uniform number depends on the sample's place in the order of consumption, not on the dataset row (an epoch must not
+repeat its noise), nor on rank, micro-batch or device: every rank computes the same batch and none is sent.
+Refuses: shapes that contradict each other, block counts that do not divide the length, negative mask ids.
+Costs: one Philox draw a token. t_BK is read once to check it: give it on the CPU and nothing here waits for a GPU.
+Source: BD3-LM (arXiv 2503.09573); diffusion.py of kuleshov-group/bd3lms: q_xt, _resample_q_xt, ignore_bos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_megatron import rng
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.diffusion.noise_schedule import NoiseSchedule
+from bd3_megatron.diffusion.resample import conditional_count
+from bd3_megatron.errors import RangeError, ShapeError, check_divides, check_shape
+from bd3_megatron.rng import Purpose
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Clean samples and one corrupted copy of each; all tensors on the clean tokens' device except t_BK."""
+
+    noisy_BL: Tensor
+    """int64: the clean token, or mask_id where masked."""
+    clean_BL: Tensor
+    """int64."""
+    is_masked_BL: Tensor
+    """bool: masked, so it carries a loss."""
+    weight_BL: Tensor
+    """float32 (or as asked): the loss weight of the block where masked, 0 elsewhere."""
+    t_BK: Tensor
+    """The noise level of each block, as it was given."""
+    drawn_BK: Tensor
+    """int64: how many tokens of each block the draw masked, exempt ones counted."""
+    countable_BL: Tensor
+    """bool: the token may be masked, so it belongs in the mean."""
+    is_padding_BL: Tensor | None = None
+    """bool: no token at all; None = there is none."""
+
+    @property
+    def block_size(self) -> int:
+        return self.clean_BL.shape[1] // self.t_BK.shape[1]
+
+
+def corrupt(
+    clean_BL: Tensor,
+    t_BK: Tensor,
+    *,
+    index_B: Tensor,
+    seed: int,
+    mask_id: int,
+    schedule: NoiseSchedule,
+    resample_to: Interval | None = None,
+    never_mask_first: bool = False,
+    is_padding_BL: Tensor | None = None,
+    weight_dtype: torch.dtype = torch.float32,
+) -> NoisyBatch:
+    """Mask tokens of some samples at the noise levels of their blocks.
+
+    Args:
+        clean_BL: int64 [B, L].
+        t_BK: float [B, K] in [MIN_T, 1], K dividing L; best on the CPU.
+        index_B: int64 [B], places in the order of consumption.
+        seed: of the run, in [0, 2^48).
+        mask_id: id of the mask token, >= 0.
+        schedule: gives mask probability and loss weight at t.
+        resample_to: condition every block's masked fraction on this interval; None: do not (unbiased).
+        never_mask_first: keep position 0 visible and out of the mean (the paper's ignore_bos).
+        is_padding_BL: bool [B, L]; padding is never masked and never counted.
+        weight_dtype: of weight_BL.
+
+    Returns:
+        NoisyBatch.
+
+    Raises:
+        ShapeError: wrong shapes or dtypes, or K does not divide L.
+        RangeError: t out of range, a negative mask_id, an interval that no mask fulfils.
+    """
+    _check(clean_BL, t_BK, index_B, mask_id, is_padding_BL)
+    device, length = clean_BL.device, clean_BL.shape[1]
+    probability_BK = schedule.mask_probability(t_BK)
+    weight_BK = torch.where(t_BK == 1.0, 1.0, schedule.loss_weight(t_BK))
+    drawn_BKS = _draw(probability_BK, index_B, length, seed=seed, device=device, resample_to=resample_to)
+    drawn_BL = drawn_BKS.flatten(1)
+    countable_BL = torch.ones_like(drawn_BL) if is_padding_BL is None else ~is_padding_BL
+    if never_mask_first:
+        countable_BL = countable_BL & (torch.arange(length, device=device) > 0)
+    is_masked_BL = drawn_BL & countable_BL
+    weight_BL = per_token(weight_BK.to(device, weight_dtype), length)
+    return NoisyBatch(
+        noisy_BL=clean_BL.masked_fill(is_masked_BL, mask_id),
+        clean_BL=clean_BL,
+        is_masked_BL=is_masked_BL,
+        weight_BL=weight_BL * is_masked_BL,
+        t_BK=t_BK,
+        drawn_BK=drawn_BKS.sum(dim=2),
+        countable_BL=countable_BL,
+        is_padding_BL=is_padding_BL,
+    )
+
+
+def per_token(per_block_BK: Tensor, length: int) -> Tensor:
+    """One number a block -> the same number for each of its tokens: [B, K] -> [B, L]."""
+    return per_block_BK.repeat_interleave(length // per_block_BK.shape[1], dim=1)
+
+
+def _draw(
+    probability_BK: Tensor,
+    index_B: Tensor,
+    length: int,
+    *,
+    seed: int,
+    device: torch.device,
+    resample_to: Interval | None,
+) -> Tensor:
+    """The mask before exemptions: bool [B, K, S] on `device`."""
+    num_blocks = probability_BK.shape[1]
+    block_size = length // num_blocks
+    position_KS = torch.arange(length, device=device).reshape(num_blocks, block_size)
+    index_B11 = index_B.to(device)[:, None, None]
+    u_BKS = rng.uniform(seed, Purpose.CORRUPT, index_B11, position_KS // block_size, position_KS)
+    if resample_to is None:
+        return u_BKS < probability_BK.to(device)[:, :, None]
+    # On t's device, usually the CPU: the logarithms in the count's law may differ in their last bit between devices.
+    near = probability_BK.device
+    u_BK = rng.uniform(seed, Purpose.RESAMPLE, index_B.to(near)[:, None], torch.arange(num_blocks, device=near))
+    count_BK = conditional_count(u_BK, probability_BK, block_size, resample_to)
+    rank_BKS = u_BKS.argsort(dim=2).argsort(dim=2)
+    return rank_BKS < count_BK.to(device)[:, :, None]
+
+
+def _check(clean_BL: Tensor, t_BK: Tensor, index_B: Tensor, mask_id: int, is_padding_BL: Tensor | None) -> None:
+    if clean_BL.dim() != 2 or clean_BL.dtype != torch.int64:
+        raise ShapeError(f"clean_BL is {clean_BL.dtype} {list(clean_BL.shape)}; expected torch.int64 [any, any].")
+    batch, length = clean_BL.shape
+    check_shape("index_B", index_B.shape, (batch,))
+    check_shape("t_BK", t_BK.shape, (batch, None))
+    check_divides("num_blocks", t_BK.shape[1], "length", length, kind=ShapeError)
+    if is_padding_BL is not None:
+        check_shape("is_padding_BL", is_padding_BL.shape, (batch, length))
+    if mask_id < 0:
+        raise RangeError(f"mask_id={mask_id} is negative; use the id of the tokenizer's mask token.")

@@ -1,0 +1,234 @@
+"""Curriculum: phases of a run, each with its length, block size, noise interval and learning-rate segment.
+
+Decides: which phase a step belongs to. Step n is the state after n optimizer updates, and the update that leaves state
+n belongs to the phase that holds n: phases are half-open, [first, first + length). Nothing is remembered: resuming
+inside a phase or at its seam asks the same question and gets the same answer.
+Lengths are steps, or clean tokens rounded up to whole steps. The last phase may be open and ends with the run; a run
+may also stop before its last phase.
+Refuses: phases without or with two lengths, an open phase before the last, phases that end before the run does, block
+sizes that do not divide the sequence.
+Source: BD3-LM (arXiv 2503.09573), two-phase training; LLaDA 2.0 (warm-up, stable, decay over block sizes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.errors import ConfigError, RangeError, check_divides
+
+
+@dataclass(frozen=True)
+class LrSegment:
+    """The factor on the run's learning rate during one phase.
+
+    Raises:
+        ConfigError: a negative factor or warm-up.
+    """
+
+    start: float = 1.0
+    """Factor at the phase's first update, after warm-up."""
+    end: float = 1.0
+    """Factor the phase tends to at its end."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """How the factor goes from start to end."""
+    warmup_steps: int = 0
+    """Updates at the beginning of the phase over which the factor rises linearly: update k of w gets k / w of it."""
+
+    def __post_init__(self) -> None:
+        if min(self.start, self.end, self.warmup_steps) < 0:
+            raise ConfigError(
+                f"lr segment start={self.start:g} end={self.end:g} warmup_steps={self.warmup_steps} has a negative "
+                f"number; use 0 or more."
+            )
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """The factor of the update that leaves the phase's state `step`, 0 <= step < num_steps."""
+        progress = step / num_steps
+        if self.shape == "cosine":
+            progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+        warmth = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warmth * (self.start + (self.end - self.start) * progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a curriculum.
+
+    Raises:
+        ConfigError: two lengths, or a length or block size below 1.
+    """
+
+    block_size: int
+    """Diffusion block S of the phase."""
+    steps: int | None = None
+    """Length in optimizer steps."""
+    tokens: int | None = None
+    """Length in clean tokens, instead of steps; rounded up to whole steps."""
+    interval: Interval = Interval()
+    """Noise levels are drawn from it."""
+    lr: LrSegment = LrSegment()
+    """Learning-rate factor over the phase."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.tokens is not None:
+            raise ConfigError(f"A phase has steps={self.steps} and tokens={self.tokens}; give one of the two.")
+        for name, number in (("block_size", self.block_size), ("steps", self.steps), ("tokens", self.tokens)):
+            if number is not None and number < 1:
+                raise ConfigError(f"A phase has {name}={number}; use 1 or more.")
+
+    def num_steps(self, tokens_per_step: int) -> int | None:
+        """Length in steps; None for an open phase."""
+        return self.steps if self.tokens is None else -(-self.tokens // tokens_per_step)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step stands in the curriculum."""
+
+    number: int
+    """Of the phase, from 0."""
+    phase: Phase
+    first_step: int
+    """Of the phase."""
+    num_steps: int
+    """Of the phase, cut at the end of the run if it is open."""
+    step: int
+    """Since the phase's first, in [0, num_steps)."""
+
+    @property
+    def lr_factor(self) -> float:
+        return self.phase.lr.factor(self.step, self.num_steps)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The phases of a run of known length.
+
+    Raises:
+        ConfigError: no phases, an open phase before the last, phases that end before the run, a block size that does
+            not divide seq_len.
+    """
+
+    phases: tuple[Phase, ...]
+    total_steps: int
+    """Of the run; >= 1."""
+    seq_len: int
+    """L, clean tokens of a sample."""
+    global_batch_size: int
+    """Samples of a step; with seq_len it turns tokens into steps."""
+
+    def __post_init__(self) -> None:
+        if not self.phases or self.total_steps < 1:
+            raise ConfigError(
+                f"A curriculum of {len(self.phases)} phases and {self.total_steps} steps is empty; give one of each."
+            )
+        for phase in self.phases:
+            check_divides("block_size", phase.block_size, "seq_len", self.seq_len)
+        lengths = self._lengths()
+        if None in lengths[:-1]:
+            raise ConfigError(f"Phase {lengths.index(None)} has no length; only the last phase may be open.")
+        if lengths[-1] is not None and self.seams()[-1] + lengths[-1] < self.total_steps:
+            raise ConfigError(
+                f"The phases end at step {self.seams()[-1] + lengths[-1]} but the run has {self.total_steps} steps; "
+                f"shorten the run or leave the last phase's length out."
+            )
+
+    def seams(self) -> tuple[int, ...]:
+        """The first step of every phase; some may lie beyond the end of the run."""
+        firsts = [0]
+        for length in self._lengths()[:-1]:
+            firsts.append(firsts[-1] + (length or 0))
+        return tuple(firsts)
+
+    def phase_at(self, step: int) -> Place:
+        """The phase of the update that leaves state `step`; of the final state, the phase that led to it.
+
+        Args:
+            step: in [0, total_steps].
+
+        Returns:
+            Place.
+
+        Raises:
+            RangeError: step outside the run.
+        """
+        if not 0 <= step <= self.total_steps:
+            raise RangeError(f"step={step} is outside the run's [0, {self.total_steps}]; ask for a step inside it.")
+        step = min(step, self.total_steps - 1)
+        firsts = self.seams()
+        number = max(n for n, first in enumerate(firsts) if first <= step)
+        length = self._lengths()[number]
+        return Place(
+            number=number,
+            phase=self.phases[number],
+            first_step=firsts[number],
+            num_steps=self.total_steps - firsts[number] if length is None else length,
+            step=step - firsts[number],
+        )
+
+    def _lengths(self) -> list[int | None]:
+        return [phase.num_steps(self.seq_len * self.global_batch_size) for phase in self.phases]
+
+
+def paper_two_phase(
+    seq_len: int,
+    block_size: int,
+    interval: Interval,
+    *,
+    first_steps: int = 850_000,
+    second_steps: int = 150_000,
+    warmup_steps: int = 2500,
+) -> tuple[Phase, ...]:
+    """The paper's recipe: masked diffusion over the whole length, then blocks under a clipped interval.
+
+    Args:
+        seq_len: L.
+        block_size: S of the second phase.
+        interval: of the second phase.
+        first_steps, second_steps: lengths; the defaults are the paper's.
+        warmup_steps: of each phase, since the second is a run of its own there.
+
+    Returns:
+        Two phases.
+    """
+    lr = LrSegment(warmup_steps=warmup_steps)
+    return (
+        Phase(block_size=seq_len, steps=first_steps, lr=lr),
+        Phase(block_size=block_size, steps=second_steps, interval=interval, lr=lr),
+    )
+
+
+def llada2_wsd(
+    seq_len: int,
+    *,
+    warmup_phase_steps: int,
+    stable_steps: int,
+    decay_steps: int,
+    warmup_block_sizes: Sequence[int] = (1, 4, 32),
+    final_block_size: int = 32,
+) -> tuple[Phase, ...]:
+    """LLaDA 2.0's warm-up, stable, decay over block sizes: 1 -> 4 -> 32 -> L -> 32.
+
+    Args:
+        seq_len: L, the block size of the stable phase.
+        warmup_phase_steps: length of each warm-up phase.
+        stable_steps, decay_steps: lengths of the last two.
+        warmup_block_sizes: rising block sizes before the stable phase; size 1 trains at full masking.
+        final_block_size: block size the run ends with; the learning rate falls to 0 there.
+
+    Returns:
+        The phases.
+    """
+    warmup = [
+        Phase(block_size=size, steps=warmup_phase_steps, interval=Interval(1.0, 1.0) if size == 1 else Interval())
+        for size in warmup_block_sizes
+    ]
+    return (
+        *warmup,
+        Phase(block_size=seq_len, steps=stable_steps),
+        Phase(block_size=final_block_size, steps=decay_steps, lr=LrSegment(end=0.0)),
+    )
