@@ -1,0 +1,109 @@
+"""How rows lie in memory for the structured backend, so that every rectangle of a plan is a strided view.
+
+Queries of one position stand side by side: the noisy and the clean one, and with them all query heads that share a key
+head. A lane is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1
+or 2 streams. Grouped queries are thus ordinary rows: keys are never repeated and kernels need no grouped mode. Keys and
+values are [X, rows, H]. Evenly spaced rectangles become the second dimension of a view [X, count, rows, H].
+Costs one re-ordering pass over queries; keys cost one only where batch and heads cannot be folded by strides.
+Source: none; a matter of index arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.attention.rectangles import Lane, Step
+
+
+def pack_rows(
+    lanes: tuple[Lane, ...], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
+) -> list[Tensor]:
+    """Query-shaped rows of both streams, lane by lane.
+
+    Args:
+        lanes: of a plan.
+        noisy_BLNH, clean_BLNH: [B, rows, N, H], None where the stream is absent.
+        groups: G, key heads.
+
+    Returns:
+        One [X, rows * R, c, H] per lane.
+    """
+    packed = []
+    for lane in lanes:
+        pieces = [
+            rows.narrow(1, start, lane.num_rows).unflatten(2, (groups, -1)).transpose(1, 2)
+            for stream, rows, start in (
+                ("noisy", noisy_BLNH, lane.noisy_start),
+                ("clean", clean_BLNH, lane.clean_start),
+            )
+            if rows is not None and lane.who in (stream, "pair")
+        ]
+        packed.append(torch.stack(pieces, dim=4).flatten(2, 3).flatten(0, 1))
+    return packed
+
+
+def unpack_rows_(
+    lanes: tuple[Lane, ...], packed: list[Tensor], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
+) -> None:
+    """Write the rows of every lane into [B, rows, N, H] tensors (in place), casting to their dtype."""
+    for lane, rows in zip(lanes, packed, strict=True):
+        streams = rows.unflatten(0, (-1, groups)).unflatten(2, (lane.num_rows, -1)).transpose(1, 2).unbind(4)
+        if noisy_BLNH is not None and lane.who != "clean":
+            noisy_BLNH.narrow(1, lane.noisy_start, lane.num_rows).unflatten(2, (groups, -1)).copy_(streams[0])
+        if clean_BLNH is not None and lane.who != "noisy":
+            clean_BLNH.narrow(1, lane.clean_start, lane.num_rows).unflatten(2, (groups, -1)).copy_(streams[-1])
+
+
+def fold_keys(key_BLGH: Tensor) -> Tensor:
+    """[B, rows, G, H] -> [X, rows, H], a view where strides allow it (B = 1, or rows outermost as megatron-core has them)."""
+    folded = key_BLGH.transpose(1, 2).flatten(0, 1)
+    return folded if folded.stride(-1) == 1 else folded.contiguous()
+
+
+def unfold_keys(folded: Tensor, groups: int) -> Tensor:
+    """[X, rows, H] -> [B, rows, G, H], a view."""
+    return folded.unflatten(0, (-1, groups)).transpose(1, 2)
+
+
+def step_rows(lane_rows: Tensor, lane: Lane, step: Step) -> Tensor:
+    """The rows that ask in one step, as a view of the lane.
+
+    Args:
+        lane_rows: [X, rows * R, c, ...].
+        lane: the lane they are.
+        step: of the plan.
+
+    Returns:
+        [X, count, rows * R * c', ...] with c' the streams that ask; causal steps [X, R, rows, ...], because rows of one
+        position differ from their neighbours there.
+    """
+    share = lane_rows.size(1) // lane.num_rows
+    if step.who == lane.who:
+        rows, unit = lane_rows.flatten(1, 2), share * lane_rows.size(2)
+    else:
+        rows, unit = lane_rows.select(2, 0 if step.who == "noisy" else 1), share
+    if step.causal:
+        return rows.narrow(1, step.row * unit, step.num_rows * unit).unflatten(1, (-1, unit)).transpose(1, 2)
+    return _windows(rows, step.row * unit, step.num_rows * unit, step.count, step.spacing * unit)
+
+
+def step_keys(keys: Tensor, step: Step, num_calls: int) -> Tensor:
+    """The keys (or values) of one step, [X, num_calls, keys, H]; causal steps show the same keys to every call (stride 0)."""
+    windows = _windows(keys, step.key, step.num_keys, step.count, step.spacing)
+    return windows.expand(-1, num_calls, -1, -1) if step.causal else windows
+
+
+def add_step_keys_(total: Tensor, step: Step, part: Tensor) -> None:
+    """Add the gradient of one step's keys [X, calls, keys, H] to that of all keys [X, rows, H], in place."""
+    windows = _windows(total, step.key, step.num_keys, step.count, step.spacing)
+    windows.add_(part.sum(1, keepdim=True) if step.causal and part.size(1) > 1 else part)
+
+
+def _windows(rows: Tensor, start: int, length: int, count: int, spacing: int) -> Tensor:
+    """`count` windows of `length` rows, `spacing` apart: a view [X, count, length, ...]."""
+    if count == 1:
+        return rows.narrow(1, start, length).unsqueeze(1)
+    shape, stride = rows.shape, rows.stride()
+    offset = rows.storage_offset() + start * stride[1]
+    return rows.as_strided((shape[0], count, length, *shape[2:]), (stride[0], spacing * stride[1], *stride[1:]), offset)

@@ -1,0 +1,235 @@
+"""Attention of the pair of streams as unmasked rectangles on torch's own kernels: exact, with no mask tensor.
+
+Decides: `rectangles` cuts the rule of sight, `lanes` lays the rows out, `partial` names the kernel and merges; this file
+runs them as one autograd node, so that the backward of every rectangle is given the merged output and statistics.
+Executes exactly the allowed pairs; every other cost is one re-ordering of the rows and about log2(blocks)/2 passes over
+the output for the merges. Saves for the backward what any flash attention saves: inputs, outputs, one statistic per row.
+Serves packed documents (any boundaries), context-parallel rows, absent streams, grouped queries; sequences of a batch that
+share a layout of documents are done together, others one after the other.
+Refuses dtypes and devices without a stock kernel, and documents in two places. Document ids on a GPU cost one host read
+per call: keep them on the host.
+Source: measured on CPU in tools/bench/results; see `partial` for why the partial gradients are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bd3_megatron.attention import lanes, partial
+from bd3_megatron.attention.rectangles import Plan, Step, document_ends, plan
+from bd3_megatron.attention.request import AttentionRequest
+from bd3_megatron.attention.streams import Stream, check_streams
+from bd3_megatron.attention.visibility import Visibility, num_rows
+from bd3_megatron.errors import BackendError
+
+# Queries of both streams that are worked on together on CPU: 4 MiB in fp32, so that they stay in cache.
+_CACHED_ELEMENTS = 2**20
+
+Keys = dict[str, tuple[Tensor, Tensor]]
+"""Keys and values, folded, of the streams that are present."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Sequences [start, stop) of the batch, which share one plan."""
+
+    start: int
+    stop: int
+    plan: Plan
+
+    def part(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[self.start : self.stop]
+
+
+def attend(
+    noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float, kernel: str | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Attention of both streams under the rule of sight.
+
+    Args:
+        noisy: q [B, rows, N, H], k and v [B, rows, G, H] of `visibility.noisy_rows`; None if the stream is absent.
+        clean: q of `visibility.clean_rows` (it may have no rows), k and v of `visibility.clean_key_rows`; None if absent.
+        visibility: who is here and which documents they belong to.
+        scale: factor on the scores, > 0.
+        kernel: name in `partial.KERNELS`; None takes the first that serves.
+
+    Returns:
+        Outputs [B, rows, N, H] in the input's dtype, None for an absent stream.
+
+    Raises:
+        BackendError: if no stock kernel serves this device and dtype.
+        ShapeError: if the streams do not fit the visibility, or a document id comes back after another document.
+    """
+    check_streams(noisy, clean, visibility)
+    q = next(stream.q_BLNH for stream in (noisy, clean) if stream is not None)
+    names = partial.kernels_for(q.device.type, q.dtype, q.size(-1))
+    chosen = kernel if kernel is not None else next(iter(names), None)
+    if chosen not in names:
+        raise BackendError(_no_kernel(q.device.type, q.dtype, q.size(-1), kernel))
+    jobs = _jobs(visibility, q.size(0), _sequences_at_once(q, visibility))
+    qkv = [t for s in (noisy, clean) for t in ((None,) * 3 if s is None else (s.q_BLNH, s.k_BLGH, s.v_BLGH))]
+    return _Structured.apply(jobs, partial.KERNELS[chosen], scale, *qkv)
+
+
+def refuse(request: AttentionRequest) -> str | None:
+    """Why this backend cannot serve the request, or None."""
+    return None if kernels(request) else _no_kernel(request.device_type, request.dtype, request.head_dim, None)
+
+
+def kernels(request: AttentionRequest) -> list[str]:
+    """Names of the stock kernels that can serve the request, the expected fastest first."""
+    names = partial.kernels_for(request.device_type, request.dtype, request.head_dim)
+    # cuDNN's backward adds in no fixed order; the others obey torch.use_deterministic_algorithms.
+    return [name for name in names if not (request.deterministic and name == "cudnn")]
+
+
+def executed_pairs(visibility: Visibility, *, batch: int = 1) -> int:
+    """Query-key pairs of one head that this backend computes: exactly the allowed ones.
+
+    Args:
+        visibility: rows and documents.
+        batch: sequences B; with documents it must be their first dimension.
+
+    Returns:
+        Pairs summed over the batch (multiply by 4 N H for forward FLOPs).
+    """
+    return sum((job.stop - job.start) * job.plan.num_pairs for job in _jobs(visibility, batch, batch))
+
+
+def _no_kernel(device_type: str, dtype: torch.dtype, head_dim: int, kernel: str | None) -> str:
+    asked = f"named {kernel!r} " if kernel is not None else ""
+    return (
+        f"structured attention has no stock kernel {asked}for {device_type}, {dtype}, head_dim={head_dim}; on CUDA use "
+        "bfloat16, float16 (head_dim at most 256) or float32, and a head_dim that is a multiple of 8; else use dense."
+    )
+
+
+def _jobs(visibility: Visibility, batch: int, at_once: int) -> tuple[_Job, ...]:
+    """Neighbouring sequences with the same documents, at most `at_once` together."""
+    rows = (visibility.block_size, visibility.noisy_rows, visibility.clean_rows)
+    documents = visibility.document_id_BL
+    if documents is None:
+        plans = [plan(*rows, (visibility.length,))] * batch
+    else:
+        plans = [plan(*rows, document_ends(ids_L)) for ids_L in documents.tolist()]
+    edges = [b for b in range(1, batch) if plans[b] is not plans[b - 1]]
+    runs = [(start, stop) for first, stop in pairwise((0, *edges, batch)) for start in range(first, stop, at_once)]
+    return tuple(_Job(start, min(start + at_once, stop), plans[start]) for start, stop in runs)
+
+
+def _sequences_at_once(q_BLNH: Tensor, visibility: Visibility) -> int:
+    """On CPU as many sequences as stay in cache together; elsewhere all, for fewer and larger launches."""
+    if q_BLNH.device.type != "cpu":
+        return max(1, q_BLNH.size(0))
+    rows = num_rows(visibility.noisy_rows) + num_rows(visibility.clean_rows)
+    return max(1, _CACHED_ELEMENTS // max(1, rows * q_BLNH.size(2) * q_BLNH.size(3)))
+
+
+class _Structured(torch.autograd.Function):
+    """All rectangles of one attention as a single node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, jobs: tuple[_Job, ...], kernel: partial.Kernel, scale: float, *qkv: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        results = (_empty_rows(qkv[0]), _empty_rows(qkv[3]))
+        groups = _num_groups(qkv)
+        saved_lses: list[Tensor] = []
+        for job in jobs:
+            queries, keys = _inputs(job, qkv, groups)
+            outs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
+            lses = [out.new_empty(out.shape[:-1]) for out in outs]
+            for step in job.plan.steps:
+                lane = job.plan.lanes[step.lane]
+                q, out, lse = (lanes.step_rows(t[step.lane], lane, step) for t in (queries, outs, lses))
+                k, v = (lanes.step_keys(t, step, q.size(1)) for t in keys[step.keys])
+                part_out, part_lse = kernel.forward(q, k, v, scale, step.causal)
+                if step.first:
+                    out.copy_(part_out)
+                    lse.copy_(part_lse)
+                else:
+                    partial.merge_(out, lse, part_out, part_lse)
+            lanes.unpack_rows_(job.plan.lanes, outs, job.part(results[0]), job.part(results[1]), groups)
+            saved_lses += lses
+        ctx.jobs, ctx.kernel, ctx.scale = jobs, kernel, scale
+        ctx.save_for_backward(*qkv, *results, *saved_lses)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
+        qkv, results, lses = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], iter(ctx.saved_tensors[8:])
+        groups = _num_groups(qkv)
+        dq_noisy, dq_clean = _empty_rows(qkv[0]), _empty_rows(qkv[3])
+        dkeys = _zero_keys(qkv, groups)
+        for job in ctx.jobs:
+            queries, keys = _inputs(job, qkv, groups)
+            outs, grads = (
+                lanes.pack_rows(job.plan.lanes, job.part(noisy), job.part(clean), groups)
+                for noisy, clean in (results, douts)
+            )
+            dqs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
+            rows = (queries, outs, grads, [next(lses) for _ in queries], dqs)
+            job_dkeys = {
+                stream: tuple(t[job.start * groups : job.stop * groups] for t in both) for stream, both in dkeys.items()
+            }
+            for step in job.plan.steps:
+                lane = job.plan.lanes[step.lane]
+                tensors = [lanes.step_rows(t[step.lane], lane, step) for t in rows]
+                _backward_step(ctx, step, tensors, keys[step.keys], job_dkeys[step.keys])
+            lanes.unpack_rows_(job.plan.lanes, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
+        dk_noisy, dv_noisy, dk_clean, dv_clean = (
+            None if t is None else lanes.unfold_keys(dkeys[stream][which], groups).to(t.dtype)
+            for t, stream, which in _named_keys(qkv)
+        )
+        return None, None, None, dq_noisy, dk_noisy, dv_noisy, dq_clean, dk_clean, dv_clean
+
+
+def _backward_step(
+    ctx: Any, step: Step, tensors: list[Tensor], keys: tuple[Tensor, ...], dkeys: tuple[Tensor, ...]
+) -> None:
+    """Gradients of one step, added to `dq` (last of `tensors`) and `dkeys` in place."""
+    q, out, dout, lse, dq = tensors
+    k, v = (lanes.step_keys(t, step, q.size(1)) for t in keys)
+    part_q, *part_keys = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.scale, step.causal)
+    (dq.copy_ if step.first else dq.add_)(part_q)
+    for total, part in zip(dkeys, part_keys, strict=True):
+        lanes.add_step_keys_(total, step, part)
+
+
+def _inputs(job: _Job, qkv: tuple[Tensor | None, ...], groups: int) -> tuple[list[Tensor], Keys]:
+    queries = lanes.pack_rows(job.plan.lanes, job.part(qkv[0]), job.part(qkv[3]), groups)
+    folded = {
+        (stream, which): lanes.fold_keys(t[job.start : job.stop])
+        for t, stream, which in _named_keys(qkv)
+        if t is not None
+    }
+    return queries, {stream: (folded[stream, 0], folded[stream, 1]) for stream, which in folded if which == 0}
+
+
+def _named_keys(qkv: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, str, int]]:
+    return [(qkv[1], "noisy", 0), (qkv[2], "noisy", 1), (qkv[4], "clean", 0), (qkv[5], "clean", 1)]
+
+
+def _num_groups(qkv: tuple[Tensor | None, ...]) -> int:
+    return next(k.size(2) for k in (qkv[1], qkv[4]) if k is not None)
+
+
+def _empty_rows(q_BLNH: Tensor | None) -> Tensor | None:
+    return None if q_BLNH is None else torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
+
+
+def _zero_keys(qkv: tuple[Tensor | None, ...], groups: int) -> Keys:
+    zeros = {}
+    for stream, key in (("noisy", qkv[1]), ("clean", qkv[4])):
+        if key is not None:
+            shape = (key.size(0) * groups, key.size(1), key.size(3))
+            kind = partial.statistics_dtype(key.dtype)
+            zeros[stream] = (key.new_zeros(shape, dtype=kind), key.new_zeros(shape, dtype=kind))
+    return zeros
