@@ -1,0 +1,36 @@
+"""DeepSpeed 0.19.8: what must be switched off before it is asked for anything.
+
+On CPU, `deepspeed.initialize` compiles a shared-memory collective (`deepspeed_shm_comm`, minutes; a rank killed meanwhile
+leaves a lock file on which every later run waits for ever). It serves inference only, so it is declared incompatible.
+The accelerator is named in the environment because DeepSpeed otherwise guesses from installed packages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from types import ModuleType
+
+from bd3_megatron.compat.device import cuda_is_there
+
+COMPILED_ON_FIRST_USE = ("deepspeed_shm_comm", "shm_comm")
+
+
+def load() -> ModuleType:
+    """Import DeepSpeed with its compile-at-first-use collectives off and its log at warnings.
+
+    Returns:
+        The `deepspeed` module.
+    """
+    if not cuda_is_there():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch 2.13 renamed two collectives that DeepSpeed and megatron call by their old names at every step
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    for name in COMPILED_ON_FIRST_USE:
+        deepspeed.ops.__compatible_ops__[name] = False
+    logger.setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,52 @@
+"""Which device a rank trains on, and the few device calls that have no device-neutral form.
+
+Decides: CUDA when it is there, else CPU with gloo. Refuses nothing. The rest of the package speaks `torch.device`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def cuda_is_there() -> bool:
+    """True when this process can use a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def rank_device(local_rank: int) -> torch.device:
+    """The device of a rank: its own GPU (made current), or the CPU."""
+    if not cuda_is_there():
+        return torch.device("cpu")
+    # srun with --gpus-per-task shows each task one device, numbered 0
+    index = local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def collective_backend(device: torch.device) -> str:
+    """NCCL on GPU, gloo on CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The name the peak table is looked up by; 'cpu' on CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Largest allocation so far on a GPU; None on CPU, where torch keeps no such count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; only for measuring and stopping, never inside a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def limit_cpu_threads() -> None:
+    """One intra-op thread a rank unless OMP_NUM_THREADS says otherwise: ranks on one CPU must not fight for its cores."""
+    if not cuda_is_there():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,0 +1,118 @@
+"""megatron-core 0.16.1 on a machine without CUDA.
+
+megatron-core calls `torch.cuda` and `device="cuda"` at some 20 places that a CPU run reaches (all in megatron/core/):
+tensor_parallel/random.py:72-111, 235-277, 422 (RNG tracker; `_set_cuda_rng_state` is silently a no-op on CPU builds),
+tensor_parallel/layers.py:552 and tensor_parallel/mappings.py:91-442 (buffers), utils.py:631 (GlobalMemoryBuffer),
+pipeline_parallel/schedules.py:596, 983, 2138 (token counter), p2p_communication.py:190-398 (receive buffers).
+
+Decides: the *name* `torch` inside every loaded megatron.core module is bound to a proxy that answers those calls on the
+CPU and hands everything else to torch. torch itself is untouched, and with CUDA at hand nothing is bound at all.
+Does not cover `Tensor.cuda()`: no code path this package uses calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bd3_megatron.compat.device import cuda_is_there
+
+MODULES = (
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.transformer.transformer_layer",
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.mlp",
+)
+FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
+
+
+class _CudaOnCpu(types.ModuleType):
+    """Stands for torch.cuda inside megatron: the calls a CPU run reaches, answered on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_available(self) -> bool:
+        return False
+
+    def synchronize(self, device: Any = None) -> None:
+        return None
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """Stands for the name `torch` inside megatron modules."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for name in FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def install() -> int:
+    """Load the megatron modules this package uses and, without CUDA, bind the proxy in all of them.
+
+    Returns:
+        Number of modules bound by this call (0 with CUDA, and 0 when called again).
+    """
+    for name in MODULES:
+        importlib.import_module(name)
+    # the tracker forks the one CPU generator, which it mistakes for a leak out of the GPU's
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    if cuda_is_there():
+        return 0
+    proxy = _TorchOnCpu()
+    bound = 0
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = proxy  # type: ignore[attr-defined]
+            bound += 1
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random._get_cuda_rng_state = _get_cpu_state  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = _set_cpu_state  # type: ignore[attr-defined]
+    return bound
+
+
+def _get_cpu_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)

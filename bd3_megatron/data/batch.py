@@ -1,0 +1,53 @@
+"""The batch the data room hands on: clean tokens and where each row stands in the order of consumption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanBatch:
+    """B rows of exactly L clean tokens.
+
+    The optional tensors are None where they would say nothing: one document's sight per row, no padding, positions
+    0..L-1.
+    """
+
+    tokens_BL: Tensor
+    """int64 [B, L] in [0, V)."""
+    index_B: Tensor
+    """int64 [B]: place of each row in the order of consumption; what noise is drawn from."""
+    document_id_BL: Tensor | None = None
+    """int64 [B, L]: rows of sight; positions see each other only inside one document."""
+    is_padding_BL: Tensor | None = None
+    """bool [B, L]: True where the token carries no loss."""
+    position_BL: Tensor | None = None
+    """int64 [B, L]: position for the rotary embedding, restarting at every document."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> CleanBatch:
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CleanBatch:
+        """The batch in page-locked memory, from which copies to a GPU overlap with its work."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def rows(self, start: int, stop: int) -> CleanBatch:
+        """Rows [start, stop) as views."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> CleanBatch:
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return CleanBatch(
+            tokens_BL=change(self.tokens_BL),
+            index_B=change(self.index_B),
+            document_id_BL=optional(self.document_id_BL),
+            is_padding_BL=optional(self.is_padding_BL),
+            position_BL=optional(self.position_BL),
+        )

@@ -1,0 +1,1 @@
+"""Engine: one optimizer step, whatever the grid. The only room that calls deepspeed.initialize."""

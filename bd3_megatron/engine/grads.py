@@ -1,0 +1,70 @@
+"""What megatron's own DDP wrapper would do to gradients between the last backward and the optimizer.
+
+Three sums, each over one named group: norm weights under sequence parallelism (each tp rank saw its own rows), q and k
+norm weights under tensor parallelism (each tp rank saw its own heads), and a tied table's two copies (first and last
+stage). The data-parallel mean is DeepSpeed's. With ZeRO 2 and 3, gradients leave during the backward, so the first two
+sums become hooks on the parameters; tied copies need pp > 1, which those stages do not run with.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bd3_megatron.model.bd3_model import Root
+from bd3_megatron.model.partition import EMBEDDING
+from bd3_megatron.parallel.topology import Topology
+
+
+def local_grad(parameter: nn.Parameter) -> Tensor | None:
+    """The accumulated gradient wherever DeepSpeed keeps it: fp32 buffer of BF16_Optimizer, or .grad."""
+    for attribute in ("_hp_grad", "grad_accum"):
+        grad = getattr(parameter, attribute, None)
+        if grad is not None:
+            return grad
+    return parameter.grad
+
+
+def needs_tensor_sum(name: str, parameter: nn.Parameter, topology: Topology) -> bool:
+    """True for replicated parameters of which every tensor-parallel rank has a partial gradient."""
+    if topology.tp == 1:
+        return False
+    per_head = ".q_layernorm." in name or ".k_layernorm." in name
+    return per_head or bool(getattr(parameter, "sequence_parallel", False))
+
+
+def finish_gradients(root: Root, topology: Topology) -> None:
+    """Make the accumulated gradients whole over tp and over tied copies, in place. Entry: partial; exit: summed."""
+    partial = [p for name, p in root.named_parameters() if needs_tensor_sum(name, p, topology)]
+    grads = [grad for grad in map(local_grad, partial) if grad is not None]
+    if grads:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=topology.groups.tp)
+        for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(whole.view_as(grad))
+    _sum_tied(root, topology)
+
+
+def _sum_tied(root: Root, topology: Topology) -> None:
+    if topology.embedding_group is None or not root.local_chunks()[0].shape.tie_embeddings:
+        return
+    if not (topology.is_first_stage or topology.is_last_stage):
+        return
+    table = dict(root.named_parameters())[EMBEDDING]
+    grad = local_grad(table)
+    if grad is not None:
+        dist.all_reduce(grad, group=topology.embedding_group)
+
+
+def hook_partial_gradients(root: Root, topology: Topology) -> None:
+    """For ZeRO 2 and 3: sum partial gradients over tp as they appear. Must be called before deepspeed.initialize."""
+
+    def summed(grad: Tensor) -> Tensor:
+        whole = grad.clone()
+        dist.all_reduce(whole, group=topology.groups.tp)
+        return whole
+
+    for name, parameter in root.named_parameters():
+        if needs_tensor_sum(name, parameter, topology):
+            parameter.register_hook(summed)

@@ -1,0 +1,87 @@
+"""Forward and backward of one step's micro-batches through megatron's schedules.
+
+Decides: p2p tensors have the rows of the pair (2L / cp, less a dropped block), not L. The schedule sees the raw chunks;
+losses are sums scaled by one number, so nothing is divided by micro-batches. Interleaved stages each walk the same list
+of micro-batches. Without a pipeline this is a plain loop in megatron's no-pipelining schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from bd3_megatron.model.bd3_model import BD3Model, LossOutput
+from bd3_megatron.model.build import ParallelModel
+from bd3_megatron.model.pair_batch import PairBatch
+
+MicroLog = dict[str, Tensor]
+"""What a last stage reports of one micro-batch: tensors on its device, summed later."""
+
+
+Span = Callable[[str], AbstractContextManager[None]]
+"""Opens a named stretch of time: "forward", "backward", "optimizer"."""
+
+
+def no_span(kind: str) -> AbstractContextManager[None]:
+    """Measures nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Runs micro-batches through the chunks of this rank."""
+
+    model: ParallelModel
+    describe: Callable[[PairBatch, Tensor], MicroLog]
+    """Turns a micro-batch and the NLL [R] of its loss rows into sums worth logging."""
+
+    def run(
+        self,
+        batches: Sequence[PairBatch],
+        *,
+        loss_scale: float | Tensor,
+        forward_only: bool = False,
+        span: Span = no_span,
+    ) -> list[MicroLog]:
+        """One pass over the micro-batches; gradients accumulate in the parameters.
+
+        Args:
+            batches: this rank's micro-batches in order.
+            loss_scale: factor on every micro-batch's loss sum.
+            forward_only: evaluate without gradients.
+            span: forwards are opened inside; what the schedule does between them is its own (backward and waiting).
+
+        Returns:
+            One log a micro-batch on the last stage, nothing elsewhere.
+        """
+        topology, config = self.model.topology, self.model.config
+
+        def forward_step(iterator: Iterator[PairBatch], chunk: BD3Model) -> tuple[Any, Callable[..., Any]]:
+            batch = next(iterator)
+            with span("forward"):
+                return chunk(batch), lambda output: self._loss(batch, output, loss_scale)
+
+        iterators = [iter(batches) for _ in self.model.chunks]
+        with span("backward"):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.model.chunks if len(iterators) > 1 else self.model.chunks[0],
+                num_microbatches=len(batches),
+                # the schedule divides by cp itself
+                seq_length=self.model.sight.layout.num_rows * topology.cp,
+                micro_batch_size=batches[0].batch_size,
+                forward_only=forward_only,
+            )
+
+    def _loss(self, batch: PairBatch, output: LossOutput, loss_scale: float | Tensor) -> tuple[Tensor, Tensor, MicroLog]:
+        # megatron counts tokens in int; ours are counted once for the whole step, so it is given none
+        weighted_sum, nll_R = output
+        no_tokens = torch.zeros((), dtype=torch.int, device=nll_R.device)
+        return weighted_sum * loss_scale, no_tokens, self.describe(batch, nll_R)

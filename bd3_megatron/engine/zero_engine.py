@@ -1,0 +1,208 @@
+"""The optimizer step: DeepSpeed ZeRO over megatron's groups. The only owner of deepspeed.initialize.
+
+Decides: which of two paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks and `engine.step()` reduces,
+clips, steps and gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients
+as they appear. The loss is a sum; it is scaled by shard_size / tokens because DeepSpeed averages over dp x cp ranks.
+Keeps its own counters: DeepSpeed's do not advance when the schedule runs outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bd3_megatron.compat import deepspeed as deepspeed_compat
+from bd3_megatron.compat import optional
+from bd3_megatron.config.schema import Config, OptimConfig
+from bd3_megatron.engine.deepspeed_config import deepspeed_config, effective_stage
+from bd3_megatron.engine.ema import Ema
+from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients
+from bd3_megatron.engine.param_groups import param_groups
+from bd3_megatron.engine.pipeline import MicroLog, Pipeline, Span, no_span
+from bd3_megatron.model.bd3_model import LossOutput
+from bd3_megatron.model.build import ParallelModel
+from bd3_megatron.model.pair_batch import PairBatch
+from bd3_megatron.parallel.topology import DeepSpeedMpu
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports on this rank."""
+
+    logs: list[MicroLog]
+    """One a micro-batch on the last stage; empty elsewhere."""
+    grad_norm: float
+    """Global gradient norm before clipping, over all axes; inf or nan when the step was skipped."""
+    applied: bool
+    """False when all ranks skipped the update together because a gradient was not finite."""
+
+
+class ZeroEngine:
+    """The model with its optimizer, as the trainer sees it.
+
+    Args:
+        model: this rank's chunks.
+        config: the run.
+        num_micro_batches: of a full step.
+        dtype: of parameters.
+        describe: what the last stage logs of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: ParallelModel,
+        config: Config,
+        *,
+        num_micro_batches: int,
+        dtype: torch.dtype,
+        describe: Callable[[PairBatch, Tensor], MicroLog],
+    ) -> None:
+        self.model = model
+        self.stage = effective_stage(config)
+        self.describe = describe
+        self.pipeline = Pipeline(model, describe)
+        topology, root = model.topology, model.root
+        self.optimizer = _adamw(param_groups(root, config.optim.weight_decay), config.optim, topology.device)
+        if self.stage > 1:
+            hook_partial_gradients(root, topology)
+        else:
+            model.config.finalize_model_grads_func = lambda *_, **__: finish_gradients(root, topology)
+        deepspeed = deepspeed_compat.load()
+        if self.stage == 3:
+            for chunk in model.chunks:
+                # the head reads a table that belongs to the embedding: ZeRO-3 must gather it there too
+                if chunk.tied_weight() is not None:
+                    deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.tied_weight())
+        size = sum(p.numel() for p in root.parameters())
+        self.engine: Any = deepspeed.initialize(
+            model=root if self.stage == 1 else _OneChunk(model),
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, num_micro_batches=num_micro_batches, dtype=dtype, num_parameters=size),
+            mpu=DeepSpeedMpu(topology),
+            dist_init_required=False,
+        )[0]
+        self.ema = Ema(self.owned(), config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+
+    def owned(self) -> list[Tensor]:
+        """The fp32 partitions this rank owns, as DeepSpeed's optimizer of the current mode names them."""
+        optimizer = self.engine.optimizer
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+            owned = getattr(optimizer, name, None)
+            if owned is not None:
+                return list(owned)
+        raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
+
+    def train_step(
+        self, batches: Sequence[PairBatch], *, loss_scale: float | Tensor, lr: float, span: Span = no_span
+    ) -> StepResult:
+        """One optimizer update.
+
+        Args:
+            batches: this rank's micro-batches.
+            loss_scale: shard_size / (tokens of the global batch).
+            lr: learning rate of this update.
+            span: names the kind of work in progress, for whoever measures time.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.root.train()
+        if self.stage == 1:
+            logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
+            with span("optimizer"):
+                self.engine.step()
+        else:
+            logs = self._managed(batches, loss_scale, span)
+        applied = bool(self.engine.was_step_applied())
+        if applied and self.ema is not None:
+            self.ema.update(self.owned())
+        return StepResult(logs, float(self.engine.get_global_grad_norm()), applied)
+
+    def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[MicroLog]:
+        logs = []
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            with span("forward"):
+                weighted_sum, nll_R = self.engine(batch)
+            with span("backward"):
+                self.engine.backward(weighted_sum * loss_scale, scale_wrt_gas=False)
+            with span("optimizer"):
+                self.engine.step()
+            logs.append(self.describe(batch, nll_R))
+        return logs
+
+    def evaluate(self, batches: Sequence[PairBatch]) -> list[MicroLog]:
+        """Losses without gradients or dropout; logs on the last stage."""
+        self.model.root.eval()
+        with torch.no_grad():
+            if self.stage == 3:
+                return [self.describe(batch, self.engine(batch)[1]) for batch in batches]
+            return self.pipeline.run(batches, loss_scale=1.0, forward_only=True)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights (or its own, where no average is kept)."""
+        if self.ema is None:
+            yield
+            return
+        self._swap(self.ema)
+        try:
+            yield
+        finally:
+            self._swap(self.ema)
+
+    def _swap(self, ema: Ema) -> None:
+        ema.swap(self.owned())
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the model's weights in line with the fp32 partitions (each rank's part gathered by all)."""
+        optimizer = self.engine.optimizer
+        with torch.no_grad():
+            if self.stage < 3:
+                optimizer.update_lp_params()
+                return
+            for index, partition in enumerate(optimizer.fp32_partitioned_groups_flat):
+                optimizer.fp16_partitioned_groups_flat[index].data.copy_(partition.data)
+                optimizer._unflatten_partitioned_parameters(index)
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates skipped so far because a gradient was not finite."""
+        return int(self.engine.skipped_steps)
+
+
+class _OneChunk(nn.Module):
+    """What DeepSpeed calls for ZeRO 2 and 3: the only chunk, under the root's names."""
+
+    def __init__(self, model: ParallelModel) -> None:
+        super().__init__()
+        self.root = model.root
+
+    def forward(self, batch: PairBatch) -> LossOutput:
+        return self.root.local_chunks()[0](batch)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.root.named_parameters(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.root.state_dict()
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.root.load_state_dict(state_dict, strict, assign)
+
+
+def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.adam_eps}
+    apex_adam = optional.require("apex") if optim.name == "apex" else None
+    if optim.name == "auto" and device.type == "cuda":
+        apex_adam = optional.find("apex")
+    if apex_adam is not None:
+        return apex_adam(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **settings)

@@ -1,0 +1,108 @@
+"""A rank's share of the model, from configuration and grid.
+
+Decides: how many layers each stage gets (the head's and embedding's work counted), the dtype, the attention backend
+through `attention.select`. The only caller of BD3Model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bd3_megatron.attention.streams import Attend
+from bd3_megatron.config.schema import Config
+from bd3_megatron.config.validate import block_sizes
+from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
+from bd3_megatron.model.dropout import seed_dropout
+from bd3_megatron.model.init_weights import init_weights
+from bd3_megatron.model.partition import padded_vocab
+from bd3_megatron.model.sight import LayoutOf, Sight, layout_function
+from bd3_megatron.model.spec import transformer_config
+from bd3_megatron.parallel.stages import split_layers
+from bd3_megatron.parallel.topology import Topology
+
+
+class ParallelModel:
+    """The chunks of a rank with what they share.
+
+    Attributes:
+        root: one module over all chunks, speaking global names.
+        config: megatron's configuration; the pipeline schedule reads it.
+        sight: rows and backend of the current phase.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology, *, attend: Attend, dtype: torch.dtype):
+        self.vocabulary = vocabulary
+        self.topology = topology
+        self._layout_of: LayoutOf = layout_function(
+            length=config.data.seq_len,
+            objective=config.diffusion.objective,
+            topology=topology,
+            skip_dead_rows=config.train.skip_dead_rows,
+        )
+        self.sight = Sight(self._layout_of(block_sizes(config)[0]), attend)
+        self.config: TransformerConfig = transformer_config(
+            config.model, topology, dtype=dtype, recompute=config.train.recompute
+        )
+        layers = stage_layers(config, vocabulary.size, topology)
+        if topology.pp > 1 and len(set(layers)) > 1:
+            self.config.pipeline_model_parallel_layout = _megatron_layout(layers, topology.pp)
+        chunks = [
+            BD3Model(
+                self.config,
+                config.model,
+                vocabulary,
+                topology,
+                sight=self.sight,
+                chunk=chunk,
+                num_layers=layers[chunk * topology.pp + topology.pp_rank],
+            )
+            for chunk in range(topology.vpp)
+        ]
+        self.root = Root(chunks)
+        init_weights(self.root, config.model, topology, seed=config.run.seed)
+        self.root.to(topology.device)
+        seed_dropout(config.run.seed, 0, topology)
+
+    @property
+    def chunks(self) -> list[BD3Model]:
+        return self.root.local_chunks()
+
+    def enter_phase(self, block_size: int) -> None:
+        """Change the block size for all layers; only between steps."""
+        self.sight.layout = self._layout_of(block_size)
+
+
+def stage_layers(config: Config, vocab_size: int, topology: Topology) -> tuple[int, ...]:
+    """Layers of every chunk of the whole pipeline, in order of depth."""
+    model = config.model
+    d, h, ffn = model.hidden_size, model.head_width, model.ffn_width
+    mlp = (3 if model.style == "modern" else 2) * d * ffn
+    layer = 2 * (2 * d * h * model.num_heads + 2 * d * h * model.kv_heads + mlp)
+    # about half of the noisy rows are masked and reach the head; a layer works on 2 L rows
+    head = 0.5 * d * padded_vocab(vocab_size, model.vocab_multiple)
+    return split_layers(
+        model.num_layers,
+        topology.pp * topology.vpp,
+        head_layers=head / layer if topology.pp > 1 else 0.0,
+        given=config.parallel.layers_per_stage if topology.pp > 1 else (),
+        interleaved=topology.vpp > 1,
+    )
+
+
+def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:
+    stages = [[LayerType.decoder] * n for n in layers]
+    stages[0] = [LayerType.embedding, *stages[0]]
+    stages[-1] = [*stages[-1], LayerType.loss]
+    return PipelineParallelLayerLayout(stages, pp)
+
+
+def vocabulary_of(config: Config, *, size: int, mask_id: int | None) -> Vocabulary:
+    """The model's ids: those of the data, or more when model.vocab_size asks for a larger table."""
+    given = config.model.vocab_size
+    known = Vocabulary(size, mask_id if config.diffusion.objective == "block" else None)
+    return known if given is None else replace(known, size=given)

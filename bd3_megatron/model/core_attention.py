@@ -1,0 +1,74 @@
+"""The pair attention inside megatron's SelfAttention: rows in, rows out, sight from one shared place.
+
+megatron hands over q, k, v of all rows of this rank, [P, B, heads / tp, H], rotary already applied. They are cut into
+the noisy and the clean stream as views and given to an attention backend. Under context parallelism only the clean
+keys and values travel: gathered over cp before, their gradients reduce-scattered after; noisy ones never leave.
+Documents reach this place as megatron's `attention_mask` argument (a tensor [B, L], so that recomputation may save it);
+no mask over rows x rows is ever made here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bd3_megatron.attention.streams import Stream
+from bd3_megatron.model.sight import Sight
+from bd3_megatron.parallel.context import gather_clean
+
+
+class CoreAttention(nn.Module):
+    """Attention over the pair; takes and gives megatron's layouts."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        *,
+        sight: Sight,
+    ) -> None:
+        super().__init__()
+        self.sight = sight
+        self.cp_group = pg_collection.cp
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [P, B, N / tp, H]; key, value: [P, B, G / tp, H].
+            attention_mask: document ids int [B, L], or None.
+
+        Returns:
+            [P, B, N / tp * H].
+        """
+        layout = self.sight.layout
+        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+        split = layout.num_noisy
+        noisy = Stream(q[:, :split], k[:, :split], v[:, :split]) if split else None
+        clean = None
+        if layout.num_clean:
+            k_clean, v_clean = gather_clean(k[:, split:], v[:, split:], self.cp_group)
+            clean = Stream(q[:, split:], k_clean, v_clean)
+        outs = self.sight.attend(noisy, clean, layout.visibility(attention_mask), scale=self.scale)
+        out_BPNH = torch.cat([out for out in outs if out is not None], dim=1)
+        return out_BPNH.transpose(0, 1).flatten(2)
+

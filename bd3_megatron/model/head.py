@@ -1,0 +1,145 @@
+"""The vocabulary-parallel head: NLL of the rows that carry loss, in chunks, never a [rows, V] table.
+
+Decides: hidden states are gathered at the loss rows before the projection, so unmasked and clean rows cost nothing.
+Loss and gradients are computed together in the forward pass, chunk by chunk (fp32 softmax statistics): the logits exist
+for one chunk at a time, and the backward pass only scales what is kept. That is three matrix products where
+recomputing the logits in the backward would take four; its price is that the head's weight gradient (fp32, as large as
+the local table) lives from the forward to the backward of a micro-batch.
+SUBS: the mask id and the padding rows of the table get probability zero.
+Refuses nothing; shapes are its caller's business. Source: BD3-LM section 3 (SUBS parameterisation); the fused form is
+known from Liger-Kernel's linear cross entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 32 * 2**20
+"""Size of one chunk's fp32 logits; the working set is about three of them."""
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows of the table that this rank holds, and which of them may be predicted."""
+
+    start: int
+    """First id of this rank."""
+    vocab_size: int
+    """Ids the model knows; rows from here on are padding."""
+    never: int | None
+    """An id with probability zero (the mask id under SUBS), or None."""
+    group: dist.ProcessGroup | None
+    """Tensor-parallel ranks that hold the other ids; None: all ids are here."""
+
+
+def weighted_nll(
+    hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, row_weight_R: Tensor, *, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Sum of row_weight x NLL over the rows, and the NLL of each row.
+
+    Args:
+        hidden_RD: [R, D] final hidden states at the loss rows; replicated over the group.
+        weight_VD: [V_local, D] this rank's rows of the table; bias_V: [V_local] or None.
+        target_R: int64 [R] ids to predict.
+        row_weight_R: float32 [R].
+        shard: which ids these rows are.
+
+    Returns:
+        (scalar fp32 sum with gradient, fp32 [R] NLL in nats without); replicated over the group. The gradient with
+        respect to hidden_RD is partial: this rank's ids only.
+    """
+    return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard)
+
+
+class _WeightedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_R: Tensor,
+        row_weight_R: Tensor,
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = any(ctx.needs_input_grad[:3])
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        nll_R = torch.empty(hidden_RD.shape[0], dtype=wide, device=hidden_RD.device)
+        grads = _Gradients(hidden_RD, weight_VD, bias_V, wide) if needs_grad else None
+        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        for start in range(0, hidden_RD.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = _logits(hidden_RD[part], weight_VD, bias_V, shard, wide)
+            local = target_R[part] - shard.start
+            here = (local >= 0) & (local < weight_VD.shape[0])
+            local = torch.where(here, local, 0)
+            nll_R[part] = _softmax_in_place(logits, local, here, shard)
+            if grads is not None:
+                # logits now hold probabilities: d nll / d logits = p - onehot
+                logits.scatter_add_(1, local[:, None], -here.to(wide)[:, None])
+                grads.add(part, logits.mul_(row_weight_R[part, None]))
+        if grads is not None:
+            ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        ctx.mark_non_differentiable(nll_R)
+        return (nll_R * row_weight_R).sum(), nll_R
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scale = upstream[0]
+        hidden, weight, bias = ctx.saved_tensors
+        d_bias = None if bias is None else bias * scale
+        return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None
+
+
+class _Gradients:
+    """Gradients of the weighted sum, filled chunk by chunk; the table's in fp32 whatever the table's dtype."""
+
+    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wide: torch.dtype) -> None:
+        self._hidden_RD, self._weight_VD = hidden_RD, weight_VD
+        self.hidden = torch.empty_like(hidden_RD)
+        self.weight = torch.zeros_like(weight_VD, dtype=wide)
+        self.bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
+
+    def add(self, part: slice, d_logits_RV: Tensor) -> None:
+        if self.bias is not None:
+            self.bias += d_logits_RV.sum(0)
+        narrow = d_logits_RV.to(self._weight_VD.dtype)
+        torch.mm(narrow, self._weight_VD, out=self.hidden[part])
+        if self.weight.dtype == narrow.dtype:
+            self.weight.addmm_(narrow.t(), self._hidden_RD[part])
+        else:
+            self.weight += narrow.t() @ self._hidden_RD[part]
+
+
+def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, wide: torch.dtype) -> Tensor:
+    logits = (hidden_RD @ weight_VD.t()).to(wide)
+    if bias_V is not None:
+        logits += bias_V.to(wide)
+    first_padding = max(0, shard.vocab_size - shard.start)
+    if first_padding < weight_VD.shape[0]:
+        logits[:, first_padding:] = float("-inf")
+    if shard.never is not None and 0 <= shard.never - shard.start < weight_VD.shape[0]:
+        logits[:, shard.never - shard.start] = float("-inf")
+    return logits
+
+
+def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> Tensor:
+    """Turn logits into probabilities over all ranks' ids; returns the NLL of the targets [R]."""
+    # a rank whose ids are all padding has only -inf; a finite floor keeps -inf - (-inf) out
+    peak = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
+    if shard.group is not None:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=shard.group)
+    logits -= peak[:, None]
+    target_logit = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
+    total = logits.exp_().sum(1)
+    if shard.group is not None:
+        both = torch.stack([total, target_logit])
+        dist.all_reduce(both, group=shard.group)
+        total, target_logit = both
+    logits /= total[:, None]
+    return total.log() - target_logit

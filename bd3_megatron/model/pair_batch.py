@@ -1,0 +1,87 @@
+"""A micro-batch as the model wants it: the rows of this rank, and which of them carry loss.
+
+Noise is data: it is computed here from the clean tokens by counter-based draws, on the CPU, by every stage that needs
+it. So the number of loss rows is known without asking the device, and no stage waits for another's draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.diffusion.corrupt import NoisyBatch, per_token
+from bd3_megatron.diffusion.objective import next_token_targets
+from bd3_megatron.parallel.pair_split import PairLayout
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """One micro-batch on one rank. B samples, P rows of this rank, R rows that carry loss."""
+
+    token_BP: Tensor
+    """int64 ids of the rows, noisy ones first."""
+    position_PB: Tensor
+    """Rotary positions: int64 [P], or [P, B] where they restart at documents."""
+    document_id_BL: Tensor | None
+    """int64 [B, L] of the whole sequences, or None."""
+    loss_row_R: Tensor
+    """int64 index of each loss row in its stream, flattened as row x B + sample."""
+    target_R: Tensor
+    """int64 id to predict there."""
+    weight_R: Tensor
+    """float32 loss weight, positive."""
+    level_R: Tensor
+    """float32 noise level t of the row's block (1 for the AR baseline), for diagnostics."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.token_BP.shape[0]
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch on `device`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def pair_batch(clean: CleanBatch, noisy: NoisyBatch | None, layout: PairLayout) -> PairBatch:
+    """The micro-batch of block diffusion, or with `noisy` None of the autoregressive baseline.
+
+    Args:
+        clean: whole sequences [B, L].
+        noisy: their corruption, equal on every rank that holds the same samples.
+        layout: this rank's rows.
+    """
+    tokens_BL = clean.tokens_BL
+    if noisy is None:
+        target_BL, is_loss_BL = next_token_targets(tokens_BL, clean.document_id_BL, clean.is_padding_BL)
+        weight_BL = torch.ones(tokens_BL.shape, dtype=torch.float32)
+        level_BL = weight_BL
+        noisy_BL = tokens_BL
+    else:
+        is_loss_BL, target_BL = noisy.is_masked_BL, tokens_BL
+        weight_BL, noisy_BL = noisy.weight_BL, noisy.noisy_BL
+        level_BL = per_token(noisy.t_BK.to(torch.float32), layout.length)
+    is_loss_PB = layout.loss_rows(is_loss_BL).t()
+    rows = is_loss_PB.flatten().nonzero()[:, 0]
+
+    def at_loss_rows(value_BL: Tensor) -> Tensor:
+        return layout.loss_rows(value_BL).t().flatten()[rows]
+
+    return PairBatch(
+        token_BP=layout.rows_of(noisy_BL, tokens_BL),
+        position_PB=_positions(clean, layout),
+        document_id_BL=clean.document_id_BL,
+        loss_row_R=rows,
+        target_R=at_loss_rows(target_BL),
+        weight_R=at_loss_rows(weight_BL).to(torch.float32),
+        level_R=at_loss_rows(level_BL).to(torch.float32),
+    )
+
+
+def _positions(clean: CleanBatch, layout: PairLayout) -> Tensor:
+    if clean.position_BL is None:
+        return layout.position_P
+    return layout.rows_of(clean.position_BL, clean.position_BL).t().contiguous()

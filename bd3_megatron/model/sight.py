@@ -1,0 +1,47 @@
+"""What all layers of a rank share and a curriculum changes between steps: the rows and the attention backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bd3_megatron.attention.streams import Attend
+from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
+from bd3_megatron.parallel.topology import Topology
+
+
+@dataclass
+class Sight:
+    """Mutable on purpose: one object in every layer, changed only between steps."""
+
+    layout: PairLayout
+    attend: Attend
+
+
+LayoutOf = Callable[[int], PairLayout]
+"""Block size -> this rank's rows; the phases of a curriculum differ in nothing else."""
+
+
+def layout_function(*, length: int, objective: str, topology: Topology, skip_dead_rows: bool) -> LayoutOf:
+    """The rows this rank holds at each block size of a run.
+
+    Args:
+        length: L.
+        objective: "block" or "ar".
+        topology: the grid; its coordinates choose the context-parallel slice.
+        skip_dead_rows: leave out the last clean block where tp divides what remains.
+    """
+
+    def layout_of(block_size: int) -> PairLayout:
+        # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
+        divides = not topology.sequence_parallel or (2 * length - block_size) % topology.tp == 0
+        return pair_layout(
+            length=length,
+            block_size=block_size,
+            objective=objective,
+            cp=topology.cp,
+            cp_rank=topology.cp_rank,
+            drop_last_clean=skip_dead_rows and divides,
+        )
+
+    return layout_of

@@ -1,0 +1,130 @@
+"""Our ModelConfig as megatron's TransformerConfig and module specs: one table, both layer styles.
+
+Decides: biases only where the style has them (megatron's add_bias_linear would also bias attention), our norms, our
+core attention; fused kernels off on CPU, where they compile C++. `perform_initialization` is off: init_weights draws
+every parameter by its global name, independent of the grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.model.core_attention import CoreAttention
+from bd3_megatron.model.norms import LayerNorm, RMSNorm
+from bd3_megatron.model.sight import Sight
+from bd3_megatron.parallel.topology import Topology
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+
+class _ColumnWithoutBias(ColumnParallelLinear):
+    """q, k, v projection: bias-free although the MLP of the same config is biased."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+class _RowWithoutBias(RowParallelLinear):
+    """Attention output projection, bias-free likewise."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def transformer_config(
+    model: ModelConfig, topology: Topology, *, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
+    """megatron's view of the model on this grid.
+
+    Args:
+        model: shapes and style.
+        topology: axes.
+        dtype: of parameters and activations.
+        recompute: none, selective (core attention) or full (layers).
+    """
+    on_gpu = topology.device.type == "cuda"
+    gated = model.style == "modern"
+    interleaved = topology.vpp > 1
+    recompute_full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_width,
+        ffn_hidden_size=model.ffn_width,
+        gated_linear_unit=gated,
+        activation_func=F.silu if gated else _gelu_tanh,
+        add_bias_linear=not gated,
+        normalization="RMSNorm" if gated else "LayerNorm",
+        layernorm_epsilon=model.layer_norm_eps,
+        hidden_dropout=model.dropout,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.vpp if interleaved else None,
+        context_parallel_size=topology.cp,
+        sequence_parallel=topology.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        # gelu with tanh has no fused form in megatron that takes this exact function
+        bias_activation_fusion=on_gpu and gated,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        enable_autocast=False,
+        calculate_per_token_loss=True,
+        # with overlapped p2p a stage would free an output that gloo is still sending: seen as wrong losses, not an error
+        deallocate_pipeline_outputs=not interleaved,
+        # interleaved stages with pp=2 send both ways to one peer; batched p2p pairs those up wrongly (Megatron-LM #750)
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        recompute_granularity=None if recompute == "none" else recompute,
+        **recompute_full,
+    )
+
+
+def block_submodules(config: TransformerConfig, *, qk_norm: bool, sight: Sight, num_layers: int) -> TransformerBlockSubmodules:
+    """The module specs of a stage's layers and of the final norm."""
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    attention = ModuleSpec(
+        module=SelfAttention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=_ColumnWithoutBias,
+            core_attention=partial(CoreAttention, sight=sight),
+            linear_proj=_RowWithoutBias,
+            q_layernorm=RMSNorm if qk_norm else None,
+            k_layernorm=RMSNorm if qk_norm else None,
+        ),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

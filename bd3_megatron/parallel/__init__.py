@@ -1,0 +1,1 @@
+"""Parallel: the grid as an object. The only room that calls megatron's initialize_model_parallel."""

@@ -1,0 +1,107 @@
+"""Which rows of the pair [noisy; clean] a rank holds, for every objective and context-parallel rank.
+
+Decides: the order of rows on a rank is [its noisy rows; its clean rows], each in rising position. Context parallelism
+cuts *both* streams alike into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r: a row's work grows linearly with
+its position in both streams, so this is exactly balanced. Masked diffusion (S = L) has no clean rows, the AR baseline
+no noisy ones. The last clean block is seen by no row that carries loss, so it may be dropped.
+Sequence parallelism cuts the rows of a rank further, contiguously, inside megatron; nothing here depends on it, except
+that tp must divide the number of rows.
+Source: performance.md of the design notes; zigzag as in ring attention for causal models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, positions
+from bd3_megatron.errors import GridError
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """The rows of one rank. `length` and `block_size` are global; row ranges are positions of the clean sequence."""
+
+    length: int
+    block_size: int
+    noisy_rows: Rows
+    clean_rows: Rows
+    clean_key_rows: Rows
+
+    @cached_property
+    def num_noisy(self) -> int:
+        return num_rows(self.noisy_rows)
+
+    @cached_property
+    def num_clean(self) -> int:
+        return num_rows(self.clean_rows)
+
+    @property
+    def num_rows(self) -> int:
+        """P of this rank: 2 L / cp for block diffusion, less the dropped block."""
+        return self.num_noisy + self.num_clean
+
+    @cached_property
+    def position_P(self) -> Tensor:
+        """Position in [0, L) of every row: int64 [P], 0..L-1 twice on a rank that holds everything."""
+        return torch.cat([positions(self.noisy_rows), positions(self.clean_rows)])
+
+    def visibility(self, document_id_BL: Tensor | None = None) -> Visibility:
+        """The rule of sight over these rows; documents are those of the whole sequences, [B, L]."""
+        return Visibility(
+            self.block_size, self.length, self.noisy_rows, self.clean_rows, self.clean_key_rows, document_id_BL
+        )
+
+    def rows_of(self, noisy_BL: Tensor, clean_BL: Tensor) -> Tensor:
+        """Tokens (or anything [B, L]) of this rank's rows, from the whole sequences: [B, P]."""
+        parts = [noisy_BL[:, a:b] for a, b in self.noisy_rows] + [clean_BL[:, a:b] for a, b in self.clean_rows]
+        return torch.cat(parts, dim=1)
+
+    def loss_rows(self, value_BL: Tensor) -> Tensor:
+        """Anything [B, L] at the rows that carry the loss here: [B, noisy rows] (clean rows for the AR baseline)."""
+        rows = self.noisy_rows or self.clean_rows
+        return torch.cat([value_BL[:, a:b] for a, b in rows], dim=1)
+
+
+def pair_layout(
+    *, length: int, block_size: int, objective: str, cp: int = 1, cp_rank: int = 0, drop_last_clean: bool = True
+) -> PairLayout:
+    """The layout of one context-parallel rank.
+
+    Args:
+        length: L, clean tokens of a sample.
+        block_size: S; ignored by objective "ar", which is block-causal with S = 1.
+        objective: "block" or "ar".
+        cp, cp_rank: context-parallel size and this rank in it.
+        drop_last_clean: leave out the last clean block where nothing is cut (cp = 1).
+
+    Raises:
+        GridError: L / (2 cp) is not a multiple of S.
+    """
+    if objective == "ar":
+        rows = _zigzag(length, 1, cp, cp_rank)
+        return PairLayout(length, 1, (), rows, ((0, length),))
+    if block_size == length:
+        _zigzag(length, block_size, cp, cp_rank)
+        return PairLayout(length, block_size, ((0, length),), (), ())
+    rows = _zigzag(length, block_size, cp, cp_rank)
+    if cp > 1:
+        return PairLayout(length, block_size, rows, rows, ((0, length),))
+    clean: Rows = ((0, length - block_size),) if drop_last_clean else rows
+    return PairLayout(length, block_size, rows, clean, clean)
+
+
+def _zigzag(length: int, block_size: int, cp: int, cp_rank: int) -> Rows:
+    if cp == 1:
+        return ((0, length),)
+    if length % (2 * cp * block_size):
+        raise GridError(
+            f"cp={cp} cuts seq_len={length} into slices of {length / (2 * cp):g}, not a multiple of "
+            f"block_size={block_size}; use a cp that divides {length // block_size} / 2 blocks."
+        )
+    size = length // (2 * cp)
+    first, second = cp_rank * size, (2 * cp - 1 - cp_rank) * size
+    return ((first, first + size), (second, second + size))

@@ -1,0 +1,184 @@
+"""The grid of ranks as an object that everyone is handed; nobody asks megatron's globals.
+
+Decides: rank order (megatron's default tp-cp-ep-dp-pp, fastest first), process groups, and the unit DeepSpeed shards and
+averages over, which is dp x cp: context-parallel ranks hold the same weights and different rows.
+Refuses: a world size that does not match the axes (`config.validate` has already said so with remedies).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bd3_megatron.compat import megatron as megatron_compat
+from bd3_megatron.compat.device import collective_backend
+from bd3_megatron.config.schema import ParallelConfig
+from bd3_megatron.errors import GridError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Sizes, coordinates and process groups of this rank. `vpp` counts model chunks a stage holds."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+    vpp: int
+    sequence_parallel: bool
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    device: torch.device
+    groups: ProcessGroupCollection = field(repr=False)
+    shard_group: dist.ProcessGroup = field(repr=False)
+    """Ranks with the same weights (dp x cp): gradients are averaged and optimizer state is cut over it."""
+    model_group: dist.ProcessGroup = field(repr=False)
+    """Ranks that together hold one model (tp x pp): norms are summed over it."""
+    embedding_group: dist.ProcessGroup | None = field(repr=False)
+    """First and last stage, which both hold a tied table; None with one stage."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def shard_size(self) -> int:
+        return self.dp * self.cp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def grid(self) -> dict[str, int]:
+        return {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+
+    def holds(self, chunk: int) -> tuple[bool, bool]:
+        """(is first, is last) of model chunk `chunk` of this rank in the order of layers."""
+        return self.is_first_stage and chunk == 0, self.is_last_stage and chunk == self.vpp - 1
+
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage in this rank's pipeline."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+
+def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.device) -> Topology:
+    """Meet the other ranks (env:// rendezvous) and build the grid.
+
+    Args:
+        config: the axes; dp None takes what the others leave.
+        rank, world_size: of this job.
+        device: where this rank computes.
+
+    Raises:
+        GridError: the axes do not multiply to the world size.
+    """
+    megatron_compat.install()
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=config.collective_timeout_seconds)
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(
+            collective_backend(device), rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
+    if world_size % config.model_ranks:
+        raise GridError(f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis.")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            virtual_pipeline_model_parallel_size=config.vpp if (config.vpp or 1) > 1 else None,
+            context_parallel_size=config.cp,
+        )
+    return _describe(config, rank=rank, world_size=world_size, device=device)
+
+
+def _describe(config: ParallelConfig, *, rank: int, world_size: int, device: torch.device) -> Topology:
+    return Topology(
+        tp=config.tp,
+        pp=config.pp,
+        cp=config.cp,
+        dp=world_size // config.model_ranks,
+        vpp=config.vpp or 1,
+        sequence_parallel=config.sequence_parallel,
+        rank=rank,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        shard_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False) if config.pp > 1 else None,
+    )
+
+
+def leave() -> None:
+    """Tear down groups; after this the process may join another grid (tests) or end."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DeepSpeedMpu:
+    """The model-parallel unit DeepSpeed asks for its groups (0.19.8 probes others with hasattr; they must stay absent).
+
+    DeepSpeed's "model parallel" is everything that is not data parallel: tp x pp.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.shard_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.shard_size
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._topology.shard_group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.model_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tp * self._topology.pp
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.pp_rank * self._topology.tp + self._topology.tp_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.groups.tp
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._topology.tp
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._topology.tp_rank
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.groups.pp
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._topology.pp
+
+
+def environment_rank() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) that torchrun or our launchers put in the environment, or None."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))

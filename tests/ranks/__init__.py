@@ -1,0 +1,1 @@
+"""Tests on several real processes (gloo on CPU); see harness.py."""
