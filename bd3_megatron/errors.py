@@ -121,3 +121,9 @@ def either(options: Iterable[object]) -> str:
     """'1, 2 or 4' from [1, 2, 4]."""
     words = [str(o) for o in options]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+class LeakError(BD3Error):
+    """A noisy block sees what it must not, or does not see what it must; the table of offenders is in the message."""
+
+    exit_code = 3

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from types import ModuleType
 
 from bd3_megatron.compat.device import cuda_is_there
@@ -25,8 +24,6 @@ def load() -> ModuleType:
     """
     if not cuda_is_there():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 renamed two collectives that DeepSpeed and megatron call by their old names at every step
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     import deepspeed
     from deepspeed.utils import logger
 

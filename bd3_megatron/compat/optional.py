@@ -52,5 +52,7 @@ def _sentence(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; not needed"
     if package == "apex":
-        return "the installed `apex` is not NVIDIA Apex (the package index has an unrelated project of that name); ignored"
+        return (
+            "the installed `apex` is not NVIDIA Apex (the package index has an unrelated project of that name); ignored"
+        )
     return f"{package} is installed but does not import here; ignored"

@@ -24,7 +24,9 @@ def effective_stage(config: Config) -> int:
     return max(1, config.parallel.zero_stage)
 
 
-def deepspeed_config(config: Config, *, num_micro_batches: int, dtype: torch.dtype, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, *, num_micro_batches: int, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize.
 
     Args:

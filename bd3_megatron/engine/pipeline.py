@@ -60,7 +60,7 @@ class Pipeline:
         Returns:
             One log a micro-batch on the last stage, nothing elsewhere.
         """
-        topology, config = self.model.topology, self.model.config
+        cp = self.model.topology.cp
 
         def forward_step(iterator: Iterator[PairBatch], chunk: BD3Model) -> tuple[Any, Callable[..., Any]]:
             batch = next(iterator)
@@ -75,12 +75,14 @@ class Pipeline:
                 model=self.model.chunks if len(iterators) > 1 else self.model.chunks[0],
                 num_microbatches=len(batches),
                 # the schedule divides by cp itself
-                seq_length=self.model.sight.layout.num_rows * topology.cp,
+                seq_length=self.model.sight.layout.num_rows * cp,
                 micro_batch_size=batches[0].batch_size,
                 forward_only=forward_only,
             )
 
-    def _loss(self, batch: PairBatch, output: LossOutput, loss_scale: float | Tensor) -> tuple[Tensor, Tensor, MicroLog]:
+    def _loss(
+        self, batch: PairBatch, output: LossOutput, loss_scale: float | Tensor
+    ) -> tuple[Tensor, Tensor, MicroLog]:
         # megatron counts tokens in int; ours are counted once for the whole step, so it is given none
         weighted_sum, nll_R = output
         no_tokens = torch.zeros((), dtype=torch.int, device=nll_R.device)

@@ -191,7 +191,7 @@ class _OneChunk(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         return self.root.named_parameters(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.root.state_dict()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.head import VocabShard, weighted_nll
+from bd3_megatron.model.last_layer import LastLayer
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import EMBEDDING, padded_vocab
 from bd3_megatron.model.rotary import rotary_angles
@@ -69,9 +70,13 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype)) if own_weight else None
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype)) if bias else None
 
-    def forward(self, rows_RD: Tensor, batch: PairBatch, shard: VocabShard, tied_weight_VD: Tensor | None) -> LossOutput:
+    def forward(
+        self, rows_RD: Tensor, batch: PairBatch, shard: VocabShard, tied_weight_VD: Tensor | None
+    ) -> LossOutput:
         """Loss of the rows of one micro-batch; rows_RD [R, D] replicated over tp."""
-        weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
+        weight_VD = self.weight if self.weight is not None else tied_weight_VD
+        if weight_VD is None:
+            raise RuntimeError("a head without a table of its own needs the embedding's")
         return weighted_nll(rows_RD, weight_VD, self.bias, batch.target_R, batch.weight_R, shard=shard)
 
 
@@ -86,6 +91,7 @@ class BD3Model(MegatronModule):
         sight: rows and attention backend, shared by all layers and chunks of this rank.
         chunk: virtual stage of this rank (0 without interleaving).
         num_layers: of this chunk.
+        skip_dead_rows: the last layer computes only rows that carry loss (not under sequence parallelism).
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class BD3Model(MegatronModule):
         sight: Sight,
         chunk: int,
         num_layers: int,
+        skip_dead_rows: bool,
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
@@ -125,12 +132,25 @@ class BD3Model(MegatronModule):
         self.tied_copy = tied_copy
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(config, qk_norm=model.qk_norm, sight=sight, num_layers=num_layers),
+            spec=block_submodules(
+                config, qk_norm=model.qk_norm, sight=sight, num_layers=num_layers, holds_last=self.post_process
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=topology.groups,
             vp_stage=self.vp_stage,
         )
+        self.last_layer: LastLayer | None = None
+        self.last_norm: nn.Module | None = None
+        if self.post_process and skip_dead_rows and not config.sequence_parallel:
+            self._take_last_layer()
+
+    def _take_last_layer(self) -> None:
+        """Run the last layer and the final norm here instead of in the block, for the rows that carry loss only."""
+        self.last_layer, self.last_norm = self.decoder.layers[-1], self.decoder.final_layernorm
+        del self.decoder.layers[-1]
+        self.decoder.num_layers_per_pipeline_rank -= 1
+        self.decoder.final_layernorm = None
 
     def _table(self, rows: int) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -156,7 +176,21 @@ class BD3Model(MegatronModule):
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
         hidden = self.decoder(hidden, attention_mask=batch.document_id_BL, rotary_pos_emb=angles)
-        return hidden if self.output_layer is None else self._loss(self.output_layer, hidden, batch)
+        if self.output_layer is None:
+            return hidden
+        rows_RD = self._rows_at_loss(hidden, angles, batch)
+        if not self.config.sequence_parallel:
+            rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
+        return self.output_layer(rows_RD, batch, self.vocab_shard, self.tied_weight())
+
+    def _rows_at_loss(self, hidden: Tensor, angles: Tensor, batch: PairBatch) -> Tensor:
+        """Final hidden states of the rows that carry loss, [R, D], on every tensor-parallel rank."""
+        if self.last_layer is not None and self.last_norm is not None:
+            rows_RD = self.last_layer(hidden, angles, batch.document_id_BL, loss_row_R=batch.loss_row_R)
+            return self.last_norm(rows_RD)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return hidden[: self.sight.layout.num_loss_rows].flatten(0, 1).index_select(0, batch.loss_row_R)
 
     def _embed(self, embedding: _Embedding, token_BP: Tensor) -> Tensor:
         embedded = embedding.word_embeddings(token_BP)
@@ -169,23 +203,14 @@ class BD3Model(MegatronModule):
             return None
         return self.embedding.word_embeddings.weight
 
-    def stream_rows(self, hidden: Tensor) -> Tensor:
-        """[rows x B, D] hidden states of the stream that carries loss, gathered over sequence-parallel ranks."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        layout = self.sight.layout
-        return hidden[: layout.num_noisy or layout.num_clean].flatten(0, 1)
-
-    def _loss(self, head: Head, hidden: Tensor, batch: PairBatch) -> LossOutput:
-        rows_RD = self.stream_rows(hidden).index_select(0, batch.loss_row_R)
-        if not self.config.sequence_parallel:
-            rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
-        return head(rows_RD, batch, self.vocab_shard, self.tied_weight())
-
     def global_name(self, local: str) -> str:
         """The name of a parameter in the whole model, from its name in this chunk."""
         if self.tied_copy and local == "output_layer.weight":
             return EMBEDDING
+        if self.last_layer is not None and local.startswith("last_layer."):
+            return local.replace("last_layer", f"decoder.layers.{self.last_layer.layer_number - 1}", 1)
+        if local.startswith("last_norm."):
+            return local.replace("last_norm", "decoder.final_layernorm", 1)
         parts = local.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(self.decoder.layers[int(parts[2])].layer_number - 1)
@@ -214,7 +239,7 @@ class Root(nn.Module):
             for name, parameter in chunk.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate):
                 yield prefix + chunk.global_name(name), parameter
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """{global name: parameter}; there are no buffers to keep."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 

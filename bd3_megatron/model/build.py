@@ -35,7 +35,9 @@ class ParallelModel:
         sight: rows and backend of the current phase.
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology, *, attend: Attend, dtype: torch.dtype):
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary, topology: Topology, *, attend: Attend, dtype: torch.dtype
+    ):
         self.vocabulary = vocabulary
         self.topology = topology
         self._layout_of: LayoutOf = layout_function(
@@ -60,6 +62,7 @@ class ParallelModel:
                 sight=self.sight,
                 chunk=chunk,
                 num_layers=layers[chunk * topology.pp + topology.pp_rank],
+                skip_dead_rows=config.train.skip_dead_rows,
             )
             for chunk in range(topology.vpp)
         ]

@@ -9,12 +9,14 @@ no mask over rows x rows is ever made here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bd3_megatron.attention.streams import Stream
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.context import gather_clean
 
@@ -61,14 +63,35 @@ class CoreAttention(nn.Module):
             [P, B, N / tp * H].
         """
         layout = self.sight.layout
-        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
-        split = layout.num_noisy
-        noisy = Stream(q[:, :split], k[:, :split], v[:, :split]) if split else None
-        clean = None
-        if layout.num_clean:
-            k_clean, v_clean = gather_clean(k[:, split:], v[:, split:], self.cp_group)
-            clean = Stream(q[:, split:], k_clean, v_clean)
-        outs = self.sight.attend(noisy, clean, layout.visibility(attention_mask), scale=self.scale)
+        outs = self._attend(query, key, value, layout.visibility(attention_mask))
         out_BPNH = torch.cat([out for out in outs if out is not None], dim=1)
         return out_BPNH.transpose(0, 1).flatten(2)
 
+    def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None) -> Tensor:
+        """Attend for the stream that carries loss only; the other gives keys and values.
+
+        Args:
+            query: [rows of that stream, B, N / tp, H]; key, value: [P, B, G / tp, H] of all rows.
+            document_id_BL: int [B, L], or None.
+
+        Returns:
+            [rows, B, N / tp * H].
+        """
+        visibility = self.sight.layout.visibility(document_id_BL)
+        if self.sight.layout.num_noisy:
+            visibility = replace(visibility, clean_rows=())
+        present = [out for out in self._attend(query, key, value, visibility) if out is not None]
+        return present[0].transpose(0, 1).flatten(2)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
+        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+        split = self.sight.layout.num_noisy
+        noisy = Stream(q[:, :split], k[:, :split], v[:, :split]) if split else None
+        clean = None
+        if self.sight.layout.num_clean:
+            k_clean, v_clean = gather_clean(k[:, split:], v[:, split:], self.cp_group)
+            clean = Stream(q[:, split:], k_clean, v_clean)
+        return self.sight.attend(noisy, clean, visibility, scale=self.scale)

@@ -38,7 +38,13 @@ class VocabShard:
 
 
 def weighted_nll(
-    hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, row_weight_R: Tensor, *, shard: VocabShard
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    row_weight_R: Tensor,
+    *,
+    shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
     """Sum of row_weight x NLL over the rows, and the NLL of each row.
 
@@ -53,7 +59,9 @@ def weighted_nll(
         (scalar fp32 sum with gradient, fp32 [R] NLL in nats without); replicated over the group. The gradient with
         respect to hidden_RD is partial: this rank's ids only.
     """
-    return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard)
+    # inside a Function, needs_input_grad says True even under no_grad: evaluation would pay for gradients
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_RD, weight_VD, bias_V))
+    return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard, needs_grad)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -66,8 +74,8 @@ class _WeightedNll(torch.autograd.Function):
         target_R: Tensor,
         row_weight_R: Tensor,
         shard: VocabShard,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = any(ctx.needs_input_grad[:3])
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         nll_R = torch.empty(hidden_RD.shape[0], dtype=wide, device=hidden_RD.device)
         grads = _Gradients(hidden_RD, weight_VD, bias_V, wide) if needs_grad else None
@@ -93,7 +101,7 @@ class _WeightedNll(torch.autograd.Function):
         scale = upstream[0]
         hidden, weight, bias = ctx.saved_tensors
         d_bias = None if bias is None else bias * scale
-        return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None
+        return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None, None
 
 
 class _Gradients:
@@ -116,7 +124,9 @@ class _Gradients:
             self.weight += narrow.t() @ self._hidden_RD[part]
 
 
-def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, wide: torch.dtype) -> Tensor:
+def _logits(
+    hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, wide: torch.dtype
+) -> Tensor:
     logits = (hidden_RD @ weight_VD.t()).to(wide)
     if bias_V is not None:
         logits += bias_V.to(wide)

@@ -7,6 +7,7 @@ it. So the number of loss rows is known without asking the device, and no stage 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class PairBatch:
     """float32 loss weight, positive."""
     level_R: Tensor
     """float32 noise level t of the row's block (1 for the AR baseline), for diagnostics."""
+    block_R: Tensor
+    """int64 diffusion block of the row in its whole sequence."""
+    num_blocks: int
+    """K of a whole sequence."""
 
     @property
     def batch_size(self) -> int:
@@ -42,7 +47,9 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -70,6 +77,7 @@ def pair_batch(clean: CleanBatch, noisy: NoisyBatch | None, layout: PairLayout) 
     def at_loss_rows(value_BL: Tensor) -> Tensor:
         return layout.loss_rows(value_BL).t().flatten()[rows]
 
+    block_P = layout.visibility().block_of(layout.position_P)[: is_loss_PB.shape[0]]
     return PairBatch(
         token_BP=layout.rows_of(noisy_BL, tokens_BL),
         position_PB=_positions(clean, layout),
@@ -78,6 +86,8 @@ def pair_batch(clean: CleanBatch, noisy: NoisyBatch | None, layout: PairLayout) 
         target_R=at_loss_rows(target_BL),
         weight_R=at_loss_rows(weight_BL).to(torch.float32),
         level_R=at_loss_rows(level_BL).to(torch.float32),
+        block_R=block_P[rows // tokens_BL.shape[0]],
+        num_blocks=layout.length // layout.block_size,
     )
 
 

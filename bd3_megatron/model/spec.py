@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.core_attention import CoreAttention
+from bd3_megatron.model.last_layer import LastLayer, QkvLinear
 from bd3_megatron.model.norms import LayerNorm, RMSNorm
 from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.topology import Topology
@@ -30,15 +31,8 @@ from bd3_megatron.parallel.topology import Topology
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
-class _ColumnWithoutBias(ColumnParallelLinear):
-    """q, k, v projection: bias-free although the MLP of the same config is biased."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
 class _RowWithoutBias(RowParallelLinear):
-    """Attention output projection, bias-free likewise."""
+    """Attention output projection, bias-free although the MLP of the same config may be biased."""
 
     def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, bias=False, **kwargs)
@@ -101,30 +95,40 @@ def transformer_config(
     )
 
 
-def block_submodules(config: TransformerConfig, *, qk_norm: bool, sight: Sight, num_layers: int) -> TransformerBlockSubmodules:
-    """The module specs of a stage's layers and of the final norm."""
+def block_submodules(
+    config: TransformerConfig, *, qk_norm: bool, sight: Sight, num_layers: int, holds_last: bool
+) -> TransformerBlockSubmodules:
+    """The module specs of a chunk's layers and of the final norm.
+
+    Args:
+        config: megatron's.
+        qk_norm: norms on queries and keys.
+        sight: shared by the core attentions.
+        num_layers: of the chunk.
+        holds_last: the chunk's last layer is the model's last.
+    """
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     attention = ModuleSpec(
         module=SelfAttention,
         submodules=SelfAttentionSubmodules(
-            linear_qkv=_ColumnWithoutBias,
+            linear_qkv=QkvLinear,
             core_attention=partial(CoreAttention, sight=sight),
             linear_proj=_RowWithoutBias,
             q_layernorm=RMSNorm if qk_norm else None,
             k_layernorm=RMSNorm if qk_norm else None,
         ),
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
+    parts = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         ),
+        mlp_bda=get_bias_dropout_add,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    layers = [ModuleSpec(module=TransformerLayer, submodules=parts)] * num_layers
+    if holds_last:
+        layers[-1] = ModuleSpec(module=LastLayer, submodules=parts)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_clean(k_BLGH: Tensor, v_BLGH: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def gather_clean(k_BLGH: Tensor, v_BLGH: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Clean keys and values of the whole sequence, in rising position, from the zigzag slices of all ranks.
 
     Args:
         k_BLGH, v_BLGH: this rank's two chunks, [B, L / cp, G, H].
-        group: context-parallel ranks.
+        group: context-parallel ranks; None: this rank holds all rows.
 
     Returns:
         [B, L, G, H] each; replicated over `group`, gradients are summed over it and cut back.
     """
-    if dist.get_world_size(group) == 1:
+    if group is None or dist.get_world_size(group) == 1:
         return k_BLGH, v_BLGH
     gathered = _GatherZigzag.apply(torch.stack([k_BLGH, v_BLGH]), group)
     return gathered[0], gathered[1]

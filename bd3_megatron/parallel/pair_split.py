@@ -40,6 +40,11 @@ class PairLayout:
         return num_rows(self.clean_rows)
 
     @property
+    def num_loss_rows(self) -> int:
+        """Rows of the stream that carries the loss: the noisy one, or for the AR baseline the clean one."""
+        return self.num_noisy or self.num_clean
+
+    @property
     def num_rows(self) -> int:
         """P of this rank: 2 L / cp for block diffusion, less the dropped block."""
         return self.num_noisy + self.num_clean

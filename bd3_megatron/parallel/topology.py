@@ -94,7 +94,9 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
             collective_backend(device), rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
     if world_size % config.model_ranks:
-        raise GridError(f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis.")
+        raise GridError(
+            f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis."
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp,

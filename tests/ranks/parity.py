@@ -51,8 +51,9 @@ def job_config(
             "qk_norm": modern and tied,
             "tie_embeddings": tied,
             "vocab_multiple": 8,
-            # natural for a width of 32: with 0.02 some gradients cancel down to fp32 rounding, which Adam blows up
-            "init_std": 0.1,
+            # Adam turns the relative error of a gradient into an absolute one of lr, unless adam_eps drowns it: with
+            # weights this small the elements that cancel down to fp32 rounding lie below adam_eps
+            "init_std": 0.01,
         },
         "data": {"seq_len": LENGTH},
         "diffusion": {"block_size": 4},
@@ -118,9 +119,7 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
                 for parameter in model.root.parameters():
                     parameter.grad = None
             result = engine.train_step(batches, loss_scale=scale, lr=config.optim.lr)
-            sums = reduce_step(
-                result.logs, topology, num_samples=BATCH, token_count=tokens, masked_count=masked
-            )
+            sums = reduce_step(result.logs, topology, num_samples=BATCH, token_count=tokens, masked_count=masked)
             out["losses"].append(sums.loss)
             out["norms"].append(result.grad_norm)
         with deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3):

@@ -73,9 +73,7 @@ def test_every_grid_equals_the_plain_model(style: str, shape: dict[str, Any], pa
     check(job_config(style, **shape, parallel=parallel))
 
 
-@pytest.mark.parametrize(
-    "parallel", [{}, {"tp": 2, "sequence_parallel": True, "cp": 2}, {"pp": 2, "dp": 2}], ids=str
-)
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2, "sequence_parallel": True, "cp": 2}, {"pp": 2, "dp": 2}], ids=str)
 def test_packed_documents_equal_the_plain_model(parallel: dict[str, Any]) -> None:
     check(job_config("modern", tied=True, parallel=parallel), documents=True)
 

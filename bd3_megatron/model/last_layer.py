@@ -1,0 +1,103 @@
+"""The last layer, computing only what the loss can see.
+
+Every row must give keys and values there, but only rows that carry loss go on: their queries, output projection, MLP and
+final norm are computed, gathered as [R, D] before the first of them. Exact: the rows left out reach nothing. Attention
+itself keeps the shape of the stream (queries of other rows are zeros), since backends know static rows; that is one
+layer's share of pairs.
+Not done under sequence parallelism, where rows are spread over ranks and gathering them would cost what it saves: there
+the layer runs whole, as megatron's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class QkvLinear(ColumnParallelLinear):
+    """q, k, v projection: bias-free although the MLP of the same config may be biased; queries for some rows on request.
+
+    Its weight holds, group after group, the group's query heads, its key head and its value head.
+    """
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+    def forward(self, input_: Tensor, *args: Any, row_R: Tensor | None = None, **kwargs: Any) -> Any:
+        """All of q, k, v as megatron wants them, or with `row_R` (queries [R, N, H], keys and values [P, B, G, H])."""
+        if row_R is None:
+            return super().forward(input_, *args, **kwargs)
+        width, share = self.config.kv_channels, self.config.num_attention_heads // self.config.num_query_groups
+        grouped = self.weight.unflatten(0, (-1, share + 2, width))
+        q_weight, k_weight, v_weight = (part.flatten(0, 2) for part in grouped.split([share, 1, 1], dim=1))
+        u_PBD = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        query_R = F.linear(u_PBD.flatten(0, 1).index_select(0, row_R), q_weight).unflatten(-1, (-1, width))
+        key, value = F.linear(u_PBD, torch.cat([k_weight, v_weight])).unflatten(-1, (2, -1, width)).unbind(2)
+        return query_R, key, value
+
+
+class LastLayer(TransformerLayer):
+    """A TransformerLayer that can also be asked for some rows only."""
+
+    def forward(self, *args: Any, loss_row_R: Tensor | None = None, **kwargs: Any) -> Any:
+        """megatron's own forward, or with `loss_row_R` the hidden states of the rows that carry loss.
+
+        Args:
+            args, kwargs: megatron's; with `loss_row_R` just (hidden [P, B, D], rotary angles [P, 1 or B, 1, H],
+                document ids [B, L] or None).
+            loss_row_R: int64 [R], row x B + sample in the stream that carries loss.
+
+        Returns:
+            With `loss_row_R`: [R, D].
+        """
+        if loss_row_R is None:
+            return super().forward(*args, **kwargs)
+        if self.config.recompute_granularity == "full" and self.training:
+            return checkpoint(self._loss_rows, False, *args, loss_row_R)
+        hidden_PBD, angles, document_id_BL = args
+        return self._loss_rows(hidden_PBD, angles, document_id_BL, loss_row_R)
+
+    def _loss_rows(self, hidden_PBD: Tensor, angles: Tensor, document_id_BL: Tensor | None, row_R: Tensor) -> Tensor:
+        attention, fused = self.self_attention, self.config.bias_dropout_fusion
+        query_R, key, value = attention.linear_qkv(self.input_layernorm(hidden_PBD), row_R=row_R)
+        query_R, key = self._rotated(query_R, key, angles, row_R)
+        mixed_RD = self._attend(attention.core_attention, query_R, key, value, document_id_BL, row_R)
+        # the stream that carries loss is the first of the pair, or the only one: its rows count from 0
+        hidden = hidden_PBD.flatten(0, 1).index_select(0, row_R)[:, None]
+        with self.bias_dropout_add_exec_handler():
+            output = attention.linear_proj(mixed_RD[:, None])
+            hidden = self.self_attn_bda(self.training, fused)(output, hidden, self.hidden_dropout)
+            output = self.mlp(self.pre_mlp_layernorm(hidden))
+            hidden = self.mlp_bda(self.training, fused)(output, hidden, self.hidden_dropout)
+        return hidden[:, 0]
+
+    def _rotated(self, query_R: Tensor, key: Tensor, angles: Tensor, row_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed (where the model does) and rotated queries [R, N, H] and keys [P, B, G, H]."""
+        attention = self.self_attention
+        if attention.q_layernorm is not None:
+            query_R, key = attention.q_layernorm(query_R), attention.k_layernorm(key)
+        angle_R = angles.expand(-1, key.shape[1], -1, -1).flatten(0, 1).index_select(0, row_R)[:, None]
+        settings = {"config": self.config, "cp_group": self.pg_collection.cp}
+        query_R = apply_rotary_pos_emb(query_R[:, None], angle_R, **settings)[:, 0]
+        return query_R, apply_rotary_pos_emb(key, angles, **settings)
+
+    def _attend(
+        self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None, row_R: Tensor
+    ) -> Tensor:
+        """Attention of the loss rows: [R, N H]."""
+        rows, batch = core.sight.layout.num_loss_rows, key.shape[1]
+        query = query_R.new_zeros(rows * batch, *query_R.shape[1:]).index_copy(0, row_R, query_R)
+        query = query.unflatten(0, (rows, batch))
+        if self.config.recompute_granularity == "selective" and self.training:
+            mixed = checkpoint(core.loss_stream, False, query, key, value, document_id_BL)
+        else:
+            mixed = core.loss_stream(query, key, value, document_id_BL)
+        return mixed.flatten(0, 1).index_select(0, row_R)

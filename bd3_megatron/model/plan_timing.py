@@ -1,0 +1,314 @@
+"""How long a step takes on a machine: a roofline of what runs, plus what moves, plus what waits.
+
+Decides the model, not the truth: every number here is derived from cost_* and a handful of constants that `--calibrate`
+fits to measured runs. One micro-batch on pipeline stage s takes
+
+    t_s = matrix + attention + head + elementwise + overhead + tp + cp            forward and backward
+    matrix       max(FLOPs / (peak x matrix_efficiency), bytes of weights and rows / memory rate)
+    attention    executed forward FLOPs / (peak x attention_forward) + backward / (peak x attention_backward)
+    elementwise  bytes that norms, rotations, activations and residuals touch / (memory rate x memory_efficiency)
+    tp, cp       per collective latency x steps + ring bytes / (link rate x link_efficiency); nothing hidden
+
+and a step, with m micro-batches and the slowest stage t_max,
+
+    T = m t_max + bubble (sum of the other stages' t_s / vpp) + pp (sends that a 1F1B schedule does not hide)
+        + dp (gradient reduction and weight gather; what ZeRO-2 and 3 hide behind compute is taken off) + optimizer + fixed
+
+On a CPU host whose cores ranks share, T is not below the ranks' busy time divided by the cores ("contention").
+Rank order is tp, cp, dp, pp from the fastest axis: a group lies inside a node if its stride times size fits there.
+Does not know: stragglers, checkpoint stalls, data loading, congestion, thermal limits. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.model.cost_flops import Flops, executed_flops, execution_of
+from bd3_megatron.model.cost_memory import FP32, Habits, habits_on
+from bd3_megatron.model.cost_parameters import parameters_per_rank
+from bd3_megatron.model.cost_shape import (
+    Shape,
+    data_parallel,
+    expected_masked_fraction,
+    last_layer_is_trimmed,
+    layers_per_stage,
+    micro_batches,
+    pipeline_rows,
+    scored_rows,
+    shape_of,
+    zero_shards,
+    zero_stage,
+)
+from bd3_megatron.model.cost_traffic import Transfer, small_collectives, transfers
+from bd3_megatron.model.plan_machines import Machine
+
+TERA = 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What a roofline must be told; defaults are typical of data-centre GPUs, calibration replaces the factors."""
+
+    matrix_efficiency: float = 0.65
+    """Of peak, large matrix products in a long run (one H200 was measured at 0.78 of its peak, before power capping)."""
+    attention_forward: float = 0.45
+    """Of peak, executed pairs."""
+    attention_backward: float = 0.35
+    memory_efficiency: float = 0.8
+    """Of the memory rate, element-wise kernels and the optimizer."""
+    link_efficiency: float = 0.75
+    """Of a link's rate, large messages."""
+    hidden_reduction: float = 0.8
+    """Share of ZeRO-2/3 traffic that fits behind compute."""
+    layer_overhead_seconds: float = 40e-6
+    """Launches and host work a layer and micro-batch that the device waits for, forward and backward."""
+    step_overhead_seconds: float = 10e-3
+    """Fixed work a step: optimizer launches, loss reduction, data."""
+    compute_factor: float = 1.0
+    """On matrix, attention, head and element-wise time; fitted."""
+    communication_factor: float = 1.0
+    """On all collectives; fitted."""
+    optimizer_factor: float = 1.0
+    """On the optimizer; fitted."""
+    overhead_factor: float = 1.0
+    """On both overheads; fitted."""
+
+
+CPU_CONSTANTS = Constants(
+    matrix_efficiency=0.85,
+    attention_forward=0.4,
+    attention_backward=0.35,
+    memory_efficiency=0.5,
+    link_efficiency=0.5,
+    layer_overhead_seconds=1.5e-3,
+    step_overhead_seconds=20e-3,
+)
+"""A single CPU core is slow at everything; Python's cost per layer is visible in small models."""
+
+
+def constants_for(machine: Machine) -> Constants:
+    """Constants to begin with on a machine."""
+    return CPU_CONSTANTS if machine.cores else Constants()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step by part; the parts add up to `total`."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    elementwise: float = 0.0
+    overhead: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+    pp: float = 0.0
+    bubble: float = 0.0
+    dp: float = 0.0
+    optimizer: float = 0.0
+    contention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    @property
+    def compute(self) -> float:
+        return self.matrix + self.attention + self.head + self.elementwise
+
+    @property
+    def communication(self) -> float:
+        return self.tp + self.cp + self.pp + self.dp
+
+    def parts(self) -> dict[str, float]:
+        """{part: seconds} in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class _Setting:
+    config: Config
+    machine: Machine
+    constants: Constants
+    habits: Habits
+    shape: Shape
+    flops: Flops
+    whole: Flops
+    """As if every layer computed all its rows."""
+
+    @property
+    def rate(self) -> float:
+        """Peak FLOP/s of what one rank computes on."""
+        return self.machine.peak_tflops * TERA
+
+
+def step_time(config: Config, machine: Machine, constants: Constants | None = None) -> StepTime:
+    """Predict one optimizer step.
+
+    Args:
+        config: a validated configuration whose dp is set.
+        machine: device and links.
+        constants: fitted, or None for the machine's defaults.
+    """
+    shape = shape_of(config)
+    ran, masked = execution_of(config), expected_masked_fraction(config)
+    flops = executed_flops(config, ran, masked)
+    whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
+    habits = habits_on("cpu" if machine.cores else "cuda", config)
+    at = _Setting(config, machine, constants or constants_for(machine), habits, shape, flops, whole)
+    pp, layers = config.parallel.pp, layers_per_stage(config)
+    # stages of equal size between the first and the last are equal: a pipeline of 64 is three kinds
+    keys = [(layers[s], s == 0, s == pp - 1) for s in range(pp)]
+    micro = {key: _micro_batch(at, keys.index(key)) for key in set(keys)}
+    return _step(at, [micro[key] for key in keys])
+
+
+def _micro_batch(at: _Setting, stage: int) -> StepTime:
+    """Forward and backward of one micro-batch on one rank of a stage."""
+    config, parallel, c = at.config, at.config.parallel, at.constants
+    layers = layers_per_stage(config)[stage]
+    last = stage == parallel.pp - 1
+    share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
+    head_share = share if last else 0.0
+    work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
+    lines, m = transfers(config, stage, at.habits), micro_batches(config)
+    collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
+    head = at.flops.part("head") * head_share / (at.rate * c.matrix_efficiency)
+    return StepTime(
+        matrix=c.compute_factor * _matrix(at, work["projections"] + work["mlp"], layers),
+        attention=c.compute_factor * _attention(at, work["attention"]),
+        head=c.compute_factor * head,
+        elementwise=c.compute_factor * _elementwise(at, layers, last=last),
+        overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
+        tp=collectives["tp"],
+        cp=collectives["cp"],
+    )
+
+
+def _stage_flops(at: _Setting, part: str, layers: int, *, last: bool) -> float:
+    """Forward FLOPs of a part in one sequence on a stage; the model's last layer may be lighter than the others."""
+    before = at.whole.forward[part] / at.shape.layers
+    final = at.flops.forward[part] - (at.shape.layers - 1) * before
+    return layers * before - (before - final if last else 0.0)
+
+
+def _again(config: Config, part: str) -> int:
+    """1 where recomputation runs this part's forward a second time."""
+    recompute = config.train.recompute
+    return int(recompute == "full" or (recompute == "selective" and part == "attention"))
+
+
+def _matrix(at: _Setting, forward: float, layers: int) -> float:
+    passes = 3 + _again(at.config, "matrix")
+    by_rate = passes * forward / (at.rate * at.constants.matrix_efficiency)
+    shape, tp, b = at.shape, at.config.parallel.tp, at.habits.element_bytes
+    numbers = shape.hidden * (2 * shape.q_width + shape.kv_width + shape.mlp_matrices * shape.ffn) / tp
+    rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
+    touched = numbers + rows * (4 * shape.hidden + (2 * shape.q_width + shape.kv_width + 3 * shape.ffn) / tp)
+    by_memory = passes * layers * touched * b / at.machine.memory_bytes_per_second
+    return max(by_rate, by_memory)
+
+
+def _attention(at: _Setting, forward: float) -> float:
+    c, part = at.constants, "attention"
+    backward = forward * at.flops.backward[part] / at.flops.forward[part]
+    passes = 1 + _again(at.config, part)
+    return (passes * forward / c.attention_forward + backward / c.attention_backward) / at.rate
+
+
+def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
+    """Bytes read and written: two norms and two residual sums of D, rotation of q and k, the MLP's activation."""
+    shape, tp = at.shape, at.config.parallel.tp
+    cut = tp if at.config.parallel.sequence_parallel else 1
+    rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
+    rotation = 2 * (shape.q_width + shape.kv_width / 2) / tp
+    activation = (2 if shape.paper else 3) * shape.ffn / tp
+    # the first norm of a trimmed last layer, a fifth of its traffic, still sees every row
+    trimmed = last and last_layer_is_trimmed(at.config)
+    scored = scored_rows(at.config, shape, expected_masked_fraction(at.config)) / rows if trimmed else 1.0
+    counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
+    elements = rows * (10 * shape.hidden / cut + rotation + activation)
+    passes = 3 + _again(at.config, "elementwise")
+    rate = at.machine.memory_bytes_per_second * at.constants.memory_efficiency
+    return passes * counted * elements * at.habits.element_bytes / rate
+
+
+def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
+    config, m = at.config, micro_batches(at.config)
+    slowest = max(by_stage, key=lambda t: t.total)
+    vpp = config.parallel.vpp or 1
+    lines = transfers(config, 0, at.habits)
+    rest = sum(t.total for t in by_stage) - slowest.total
+    scaled = {name: m * value for name, value in slowest.parts().items()}
+    scaled["overhead"] += at.constants.overhead_factor * at.constants.step_overhead_seconds
+    step = StepTime(
+        **{
+            **scaled,
+            "pp": _pipeline(at, lines),
+            "bubble": rest / vpp,
+            "dp": _data(at, lines, m * slowest.compute),
+            "optimizer": _optimizer(at),
+        }
+    )
+    if not at.machine.cores:
+        return step
+    return _shared(at, step, m * sum(t.total for t in by_stage) / len(by_stage))
+
+
+def _shared(at: _Setting, step: StepTime, busy: float) -> StepTime:
+    """On shared cores a step takes at least all ranks' busy time divided by the cores."""
+    config = at.config
+    ranks = config.parallel.model_ranks * data_parallel(config)
+    fixed = step.dp + step.pp + step.optimizer + at.constants.overhead_factor * at.constants.step_overhead_seconds
+    least = ranks * (busy + fixed) / at.machine.cores
+    missing = max(0.0, least - step.total)
+    return StepTime(**{**step.parts(), "contention": missing})
+
+
+def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
+    """Sends of the slowest stage; the interleaved schedule overlaps all but their latency."""
+    lines = [t for t in lines if t.axis == "pp"]
+    vpp = at.config.parallel.vpp or 1
+    sends = sum(_seconds(at, t) for t in lines if t.kind == "send")
+    other = sum(_seconds(at, t) for t in lines if t.kind != "send")
+    # a middle stage also sends back: twice what the first one does
+    return (2 * sends if vpp == 1 else 0.2 * sends) + other
+
+
+def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
+    total = sum(_seconds(at, t) for t in lines if t.axis == "dp")
+    small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
+    if zero_stage(at.config) == 1:
+        return total + small
+    return max(total * (1 - at.constants.hidden_reduction), total - compute) + small
+
+
+def _optimizer(at: _Setting) -> float:
+    """Adam and the average over the own shard, and one pass over all gradients for their norm."""
+    count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
+    ema = 2 if at.config.optim.ema_decay > 0 else 0
+    touched = count / shards * FP32 * (4 + 3 + ema) + count * FP32
+    rate = at.machine.memory_bytes_per_second * at.constants.memory_efficiency
+    return at.constants.optimizer_factor * touched / rate
+
+
+def _seconds(at: _Setting, transfer: Transfer) -> float:
+    """Of all calls: latency of a ring's steps plus its bytes on the slowest link it crosses."""
+    rate, latency = _link(at, transfer)
+    steps = {"all_reduce": 2 * (transfer.ranks - 1), "send": 1}.get(transfer.kind, transfer.ranks - 1)
+    wire = transfer.wire_bytes / (rate * at.constants.link_efficiency)
+    return at.constants.communication_factor * (transfer.calls * steps * latency + wire)
+
+
+def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:
+    """(bytes a second, seconds of latency) of the links a group's ring uses."""
+    parallel, machine = at.config.parallel, at.machine
+    stride = {"tp": 1, "cp": parallel.tp, "dp": parallel.tp, "pp": parallel.tp * zero_shards(at.config)}[transfer.axis]
+    here = max(1, machine.gpus_per_node // stride)
+    if transfer.ranks <= here:
+        return machine.intra_node_bytes_per_second, machine.intra_node_latency_seconds
+    # members of one node share the ring's crossing: each has a network card of its own
+    members = 1 if transfer.kind == "send" else min(here, transfer.ranks)
+    between = min(machine.intra_node_bytes_per_second, members * machine.inter_node_bytes_per_second)
+    return between, machine.inter_node_latency_seconds

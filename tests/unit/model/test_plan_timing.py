@@ -1,0 +1,109 @@
+"""The time model by hand on corners where it is simple, and monotone where it must be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.model.cost import bytes_by_axis, convention_flops, parameters_per_rank
+from bd3_megatron.model.plan_machines import machine_of
+from bd3_megatron.model.plan_timing import Constants, step_time
+from tests.unit.model.cost_cases import case
+
+A100 = machine_of("a100-80g", peak_tflops=312.0)
+FREE = Constants(layer_overhead_seconds=0.0, step_overhead_seconds=0.0)
+BIG: dict[str, Any] = {
+    "num_layers": 16,
+    "hidden_size": 4096,
+    "num_heads": 32,
+    "num_kv_heads": 32,
+    "ffn_hidden_size": 11008,
+    "vocab_size": 32000,
+    "vocab_multiple": 128,
+}
+
+
+def _big(parallel: dict[str, Any], **train: Any) -> Config:
+    train = {"steps": 1, "global_batch_size": 64, "micro_batch_size": 1} | train
+    return case(model=BIG, data={"seq_len": 2048}, diffusion={"block_size": 16}, parallel=parallel, train=train)
+
+
+def test_large_matrices_take_their_flops_at_the_efficiency() -> None:
+    config = _big({"dp": 1})
+    lin = 2 * 4096 * 4096 * 4 + 6 * 4096 * 11008
+    flops = 64 * 3 * 16 * (4096 - 16) * lin
+    assert step_time(config, A100, FREE).matrix == pytest.approx(flops / (312e12 * FREE.matrix_efficiency), rel=1e-9)
+
+
+def test_compute_is_shared_by_all_axes() -> None:
+    one = step_time(_big({"dp": 1}), A100, FREE)
+    for grid in ({"dp": 4}, {"tp": 4}, {"tp": 2, "dp": 2}):
+        assert step_time(_big(grid), A100, FREE).attention == pytest.approx(one.attention / 4)
+    split = step_time(_big({"pp": 4, "layers_per_stage": [4, 4, 4, 4]}), A100, FREE)
+    assert split.attention == pytest.approx(one.attention / 4)
+
+
+def test_data_parallel_time_is_bytes_over_the_ring() -> None:
+    config = _big({"dp": 8})
+    moved = 7 / 8 * (2 * 4 + 2) * parameters_per_rank(config, 0)
+    latency = 3 * 15e-6 + (2 * 7 + 7) * 5e-6
+    by_hand = moved / (300e9 * FREE.link_efficiency) + latency
+    assert step_time(config, A100, FREE).dp == pytest.approx(by_hand, rel=1e-9)
+    assert bytes_by_axis(config)["dp"] == 6 * parameters_per_rank(config, 0)
+
+
+def test_a_group_that_leaves_the_node_pays_for_it() -> None:
+    inside, outside = _big({"tp": 8, "dp": 1}), _big({"tp": 16, "dp": 1})
+    # 300 GB/s of NVLink against 8 cards of 25, and three times the latency
+    assert step_time(outside, A100, FREE).tp > 1.5 * step_time(inside, A100, FREE).tp
+
+
+def test_members_of_a_node_cross_together() -> None:
+    """dp 16 over two nodes of 8: each rank has a card of its own, so the ring crosses at 8 x 25 GB/s."""
+    config = _big({"dp": 16})
+    moved = 15 / 16 * (2 * 4 + 2) * parameters_per_rank(config, 0)
+    latency = (3 + 2 * 15 + 15) * 15e-6
+    by_hand = moved / (200e9 * FREE.link_efficiency) + latency
+    assert step_time(config, A100, FREE).dp == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_a_bubble_is_the_other_stages_time_and_shrinks_with_interleaving() -> None:
+    plain = step_time(_big({"pp": 4, "layers_per_stage": [4, 4, 4, 4]}), A100, FREE)
+    inter = step_time(_big({"pp": 4, "vpp": 4}), A100, FREE)
+    busy = (plain.total - plain.bubble - plain.dp - plain.optimizer - plain.pp) / 64
+    assert plain.bubble < 3 * busy
+    assert inter.bubble == pytest.approx(plain.bubble / 4)
+
+
+def test_recomputation_costs_time() -> None:
+    seconds = [step_time(_big({"dp": 1}, recompute=r), A100).total for r in ("none", "selective", "full")]
+    assert seconds[0] < seconds[1] < seconds[2]
+    assert seconds[2] / seconds[0] == pytest.approx(4 / 3, abs=0.08)
+
+
+def test_higher_zero_stages_hide_traffic_behind_compute() -> None:
+    one, two = (step_time(_big({"dp": 8, "zero_stage": s}, global_batch_size=8), A100, FREE).dp for s in (1, 2))
+    assert two < one
+
+
+def test_parts_add_up() -> None:
+    step = step_time(_big({"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True}), A100)
+    assert sum(step.parts().values()) == pytest.approx(step.total)
+    assert step.compute + step.communication < step.total
+
+
+def test_ranks_on_shared_cores_wait_for_each_other() -> None:
+    cpu = replace(machine_of("cpu", peak_tflops=0.05), cores=2)
+    two, four = (step_time(case(parallel={"dp": dp}), cpu) for dp in (2, 4))
+    assert two.contention == 0
+    assert four.contention > 0
+    assert four.total > two.total * 0.9
+
+
+def test_a_predicted_step_is_never_faster_than_the_peak() -> None:
+    config = _big({"dp": 1})
+    flops = 64 * convention_flops(config).total
+    assert step_time(config, A100).total > flops / 312e12

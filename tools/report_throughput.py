@@ -1,0 +1,161 @@
+"""Throughput of one or many runs, from their metrics.jsonl: table, notes and plots. Works while a job runs.
+
+    python tools/report_throughput.py runs/a runs/b --format markdown --plots plots/
+
+Reads only; needs no torch and no device. What the columns mean stands in bd3_megatron/train/throughput.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bd3_megatron.errors import BD3Error
+from bd3_megatron.train.run_record import RunRecord, read_run
+from bd3_megatron.train.run_summary import Report, Summary, summarize
+from bd3_megatron.train.svg_chart import Line, line_chart, stacked_bars
+
+COLUMNS = (
+    "run",
+    "model",
+    "devices",
+    "grid",
+    "steps",
+    "tokens/s",
+    "tokens/s/device",
+    "TFLOP/s/device",
+    "MFU",
+    "MFU-min",
+    "HFU",
+    "step s",
+    "memory GiB",
+    "scaling",
+    "goodput",
+    "restarts",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; returns the exit code."""
+    options = _options().parse_args(arguments)
+    try:
+        runs = [read_run(Path(folder)) for folder in options.run]
+    except BD3Error as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    report = summarize(runs)
+    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](report))
+    if options.plots is not None:
+        for path in write_plots(runs, report, Path(options.plots)):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Throughput of runs, from their metrics.jsonl.")
+    parser.add_argument("run", nargs="+", help="folder of a run (run.dir)")
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of what is printed")
+    parser.add_argument(
+        "--plots", metavar="DIR", help="also write throughput.svg, time_split.svg and scaling.svg there"
+    )
+    return parser
+
+
+def _cells(row: Summary) -> list[str]:
+    scaling = "-" if row.efficiency is None else f"{row.scaling} {row.efficiency:.0%}"
+    memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**30
+    return [
+        row.run,
+        row.model,
+        str(row.devices),
+        row.grid,
+        str(row.steps),
+        _number(row.data_tokens_per_second, ",.0f"),
+        _number(row.data_tokens_per_second_per_device, ",.0f"),
+        _number(row.model_tflops_per_second, ".3g"),
+        _number(row.mfu, ".1%"),
+        _number(row.mfu_min, ".1%"),
+        _number(row.hfu, ".1%"),
+        _number(row.step_seconds, ".4g"),
+        _number(memory, ".2f"),
+        scaling,
+        _number(row.goodput, ".1%"),
+        str(row.restarts),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _split_line(row: Summary) -> str | None:
+    if not row.time_split:
+        return None
+    shares = sorted(row.time_split.items(), key=lambda item: -item[1])
+    return f"{row.run}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares)
+
+
+def _tail(report: Report) -> list[str]:
+    splits = [line for row in report.rows if (line := _split_line(row)) is not None]
+    tail = ["", "Where the time goes:", *(f"  {line}" for line in splits)] if splits else []
+    return tail + (["", "Notes:", *(f"  {note}" for note in report.notes)] if report.notes else [])
+
+
+def as_text(report: Report) -> str:
+    """Aligned columns for a terminal."""
+    table = [list(COLUMNS), *(_cells(row) for row in report.rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join(lines + _tail(report))
+
+
+def as_markdown(report: Report) -> str:
+    """A Markdown table and lists."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]
+    tail = [f"* {line.strip()}" if line.startswith("  ") else line for line in _tail(report)]
+    return "\n".join(lines + [piece for line in tail for piece in ([line, ""] if line.endswith(":") else [line])])
+
+
+def as_json(report: Report) -> str:
+    """Everything, unrounded; times as shares of the step."""
+    return json.dumps({"runs": [asdict(row) for row in report.rows], "notes": list(report.notes)}, indent=2)
+
+
+def write_plots(runs: Sequence[RunRecord], report: Report, folder: Path) -> list[Path]:
+    """Write the plots that the runs have data for; returns their paths."""
+    charts = {"throughput.svg": _over_steps(runs)}
+    splits = {row.run: row.time_split for row in report.rows if row.time_split}
+    if splits:
+        charts["time_split.svg"] = stacked_bars("where the time of a step goes", "share of the step", splits)
+    if len({row.devices for row in report.rows}) > 1:
+        charts["scaling.svg"] = _over_devices(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in charts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in charts]
+
+
+def _over_steps(runs: Sequence[RunRecord]) -> str:
+    key = "throughput/data_tokens_per_second"
+    lines = [
+        Line(run.name, [(float(r["step"]), r[key] / run.devices) for r in run.steps if r.get(key)]) for run in runs
+    ]
+    return line_chart("throughput", "step", "data tokens/s/device", lines)
+
+
+def _over_devices(report: Report) -> str:
+    models: dict[str, list[tuple[float, float]]] = {}
+    for row in report.rows:
+        if row.data_tokens_per_second_per_device:
+            models.setdefault(row.model, []).append((float(row.devices), row.data_tokens_per_second_per_device))
+    lines = [Line(model, sorted(points)) for model, points in models.items()]
+    return line_chart("scaling", "devices", "data tokens/s/device", lines, log_x=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
