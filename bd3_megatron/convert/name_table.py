@@ -91,7 +91,9 @@ class NameTable:
         if short == _FC1:
             return {f"{prefix}mlp.up_proj.weight": whole}
         if short not in _ONE_TO_ONE:
-            raise ConversionError(f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py.")
+            raise ConversionError(
+                f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py."
+            )
         return {prefix + _ONE_TO_ONE[short]: whole}
 
     def plain_names(self, name: str) -> list[str]:
@@ -110,7 +112,9 @@ class NameTable:
             parts = ("gate", "up") if self.model.style == "modern" else ("up",)
             return [f"{prefix}mlp.{part}_proj.weight" for part in parts]
         if short not in _ONE_TO_ONE:
-            raise ConversionError(f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py.")
+            raise ConversionError(
+                f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py."
+            )
         return [prefix + _ONE_TO_ONE[short]]
 
     def to_parallel(self, name: str, plain: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,80 @@
+"""The manifest of a run's present state, files excepted. Knows the engine's counters; reads no clock."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bd3_megatron.checkpoint.layout import Manifest
+from bd3_megatron.checkpoint.pieces import adam_step
+from bd3_megatron.config.load import to_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.engine.zero_engine import ZeroEngine
+
+PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
+
+
+def describe_run(
+    engine: ZeroEngine, config: Config, *, step: int, samples_consumed: int, train_state: dict[str, Any]
+) -> Manifest:
+    """What the manifest says before the files are known.
+
+    Args:
+        engine: between two steps.
+        config: the run.
+        step: optimizer updates done.
+        samples_consumed: place in the order of data.
+        train_state: the trainer's own; plain JSON.
+    """
+    topology, vocabulary = engine.model.topology, engine.model.vocabulary
+    loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1.0)
+    return Manifest(
+        step=step,
+        samples_consumed=samples_consumed,
+        grid=topology.grid,
+        zero_stage=engine.stage,
+        world_size=topology.world_size,
+        config=to_tree(config),
+        git_commit=source_commit(),
+        seeds={"run": config.run.seed},
+        vocab_size=vocabulary.size,
+        mask_id=vocabulary.mask_id,
+        train_state=train_state,
+        engine={
+            "adam_step": adam_step(engine),
+            "skipped_steps": int(engine.engine.skipped_steps),
+            "global_steps": int(engine.engine.global_steps),
+            "ema_updates": None if engine.ema is None else engine.ema.num_updates,
+            "loss_scale": float(loss_scale) if isinstance(loss_scale, int | float) else 1.0,
+        },
+        software=software_versions(),
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what writes checkpoints, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def source_commit() -> str | None:
+    """The commit this package runs from, read from the checkout's files; None outside of a checkout."""
+    root = Path(__file__).resolve().parents[2] / ".git"
+    try:
+        head = (root / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        loose = root / name
+        if loose.is_file():
+            return loose.read_text().strip()
+        packed = (root / "packed-refs").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)

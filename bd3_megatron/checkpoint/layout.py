@@ -1,0 +1,187 @@
+"""Where a checkpoint's files are and what its manifest says.
+
+    RUN_DIR/checkpoints/LATEST                       name of the newest published checkpoint, for people and tools
+    RUN_DIR/checkpoints/step_00000030/manifest.json  what this file's Manifest holds; manifest.sha256 guards it
+                                      rank_00003.json  which pieces of which parameters rank 3 wrote, in which files
+                                      deepspeed/*.pt   DeepSpeed's own sharded state
+                                      ema/*.safetensors  shards of the averaged weights, tensor for tensor beside it
+    RUN_DIR/checkpoints/step_00000030.universal/     the same state whole, parameter by parameter (see universal.py)
+
+Decides: a checkpoint is complete when its manifest is there and every file it names has the size and SHA-256 it says.
+Refuses: paths in a manifest that leave the folder, manifests of a newer version, anything that is not plain JSON.
+A checkpoint of kind "whole" (imported or averaged weights) has weights/*.safetensors in place of deepspeed/ and ema/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bd3_megatron.errors import CheckpointError
+
+VERSION = 1
+LATEST = "LATEST"
+MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+STATE_DIR = "deepspeed"
+EMA_DIR = "ema"
+WEIGHTS_DIR = "weights"
+UNIVERSAL_SUFFIX = ".universal"
+REPLACED_SUFFIX = ".replaced"
+TEMPORARY_PREFIX = ".tmp_"
+DOOMED_PREFIX = ".gone_"
+_STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksum of one file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is not tensors."""
+
+    step: int
+    """Optimizer updates done."""
+    samples_consumed: int
+    """Place in the order of data."""
+    grid: dict[str, int]
+    """Sizes of the axes tp, pp, vpp, cp, dp."""
+    zero_stage: int
+    world_size: int
+    config: dict[str, Any]
+    """The resolved configuration, as config.load.to_tree gives it."""
+    git_commit: str | None
+    seeds: dict[str, int]
+    vocab_size: int
+    """V, mask id included, without padding rows."""
+    mask_id: int | None
+    train_state: dict[str, Any]
+    """The trainer's own state (phase, interval, run ids): plain JSON that this room does not read."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Counters of the optimizer: adam_step, skipped_steps, global_steps, ema_updates, loss_scale."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Versions that wrote it."""
+    kind: str = "sharded"
+    """sharded: written by a run, cut over its ranks. whole: weights only, parameter by parameter."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    version: int = VERSION
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step a folder name stands for, or None when it is not a checkpoint's."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def rank_name(rank: int) -> str:
+    """What rank `rank` says about the files it wrote."""
+    return f"rank_{rank:05d}.json"
+
+
+def ema_name(rank: int) -> str:
+    """Rank `rank`'s shards of the averaged weights."""
+    return f"{EMA_DIR}/rank_{rank:05d}.safetensors"
+
+
+def candidates(checkpoints_dir: Path) -> list[Path]:
+    """Folders that may hold a checkpoint, newest first; one that was being replaced stands behind its successor."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [(step_of(p.name), p) for p in checkpoints_dir.iterdir() if p.is_dir()]
+    known = [(step, not path.name.endswith(REPLACED_SUFFIX), path) for step, path in found if step is not None]
+    return [path for _, _, path in sorted(known, reverse=True)]
+
+
+def digest_bytes(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of a manifest in `folder`.
+
+    Raises:
+        CheckpointError: an absolute name, one with `..`, or a link that leads out of the folder.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise CheckpointError(
+            f"{folder}: the manifest names '{name}', which leaves the folder; do not use this checkpoint."
+        )
+    path = folder / pure
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder}: '{name}' is a link out of the folder; do not use this checkpoint.")
+    return path
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as it is written."""
+    return (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, itself checked; its files are not (see verify.py).
+
+    Raises:
+        CheckpointError: missing, torn, altered, of a newer version, or naming files outside the folder.
+    """
+    content = _read(folder / MANIFEST)
+    recorded = _read(folder / MANIFEST_DIGEST)
+    if recorded != (digest_bytes(content) + "\n").encode():
+        raise CheckpointError(f"{folder / MANIFEST} does not match its checksum; use another checkpoint.")
+    return parse_manifest(content, folder)
+
+
+def parse_manifest(content: bytes, folder: Path) -> Manifest:
+    """A manifest from its bytes.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is not JSON ({error}); use another checkpoint.") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("version"), int):
+        raise CheckpointError(f"{folder / MANIFEST} has no version; use another checkpoint.")
+    if tree["version"] > VERSION:
+        raise CheckpointError(
+            f"{folder} has manifest version {tree['version']}, this program reads up to {VERSION}; use a newer bd3_megatron."
+        )
+    known = {f.name for f in fields(Manifest)}
+    required = {"step", "samples_consumed", "grid", "zero_stage", "world_size", "config", "vocab_size", "files"}
+    if not required <= set(tree) <= known or not isinstance(tree["files"], dict):
+        raise CheckpointError(f"{folder / MANIFEST} lacks fields or has unknown ones; use another checkpoint.")
+    manifest = Manifest(**{**tree, "files": _file_records(tree["files"], folder)})
+    for name in manifest.files:
+        inside(folder, name)
+    return manifest
+
+
+def _file_records(tree: Mapping[str, Any], folder: Path) -> dict[str, FileRecord]:
+    try:
+        return {str(name): FileRecord(int(r["bytes"]), str(r["sha256"])) for name, r in tree.items()}
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / MANIFEST} describes its files wrongly; use another checkpoint.") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); use another checkpoint.") from None

@@ -1,0 +1,170 @@
+"""Put a checkpoint's state into an engine, on the grid that made it or on any other.
+
+Decides: on the same grid and ZeRO stage every rank copies its own pieces back, bit for bit. Otherwise the checkpoint goes
+through DeepSpeed's universal form (universal.py): each rank cuts its shards out of whole tensors. Both ways end in the
+same place, the owned flat fp32 tensors, their moments and their averages, from which the model's weights are published.
+DeepSpeed's own loaders are not used: they unpickle anything, take the gradient clip and every hyperparameter from the
+file (so that a changed one would be silently ignored), give ZeRO-3's second group the first one's weight decay, and know
+no tensor parallelism there.
+Refuses: a checkpoint of another model, by name and shape, before anything is changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint import agree
+from bd3_megatron.checkpoint.layout import STATE_DIR, Manifest, ema_name, inside, read_manifest
+from bd3_megatron.checkpoint.pieces import (
+    MOMENTS,
+    Piece,
+    adam_step,
+    flat_state,
+    make_moments,
+    owned_pieces,
+    set_adam_step,
+    shard_shapes,
+)
+from bd3_megatron.checkpoint.read import (
+    CheckpointReader,
+    flat_groups,
+    open_checkpoint,
+    open_safetensors,
+    read_sidecar,
+)
+from bd3_megatron.checkpoint.restricted_pickle import open_pt
+from bd3_megatron.checkpoint.universal import UniversalReader, universal_form
+from bd3_megatron.checkpoint.verify import newest_valid as newest_valid
+from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.errors import CheckpointError
+from bd3_megatron.model.partition import full_shape, partition_of, shard
+
+
+class Source(Protocol):
+    """Where elements come from."""
+
+    def elements(self, piece: Piece, kind: str) -> Tensor:
+        """The elements of one piece, fp32, on the CPU."""
+
+
+def load(engine: ZeroEngine, path: Path) -> Manifest:
+    """Load weights, moments, averages and counters. Collective over all ranks.
+
+    Args:
+        engine: freshly built, of the same model.
+        path: a complete checkpoint (newest_valid has checked it).
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CheckpointError: on every rank; another model, or a damaged file.
+    """
+    manifest = read_manifest(path)
+    problem = agree.first_failure(_mismatch(engine, open_checkpoint(path)))
+    if problem is not None:
+        raise CheckpointError(problem)
+    same = agree.gathered(_is_same_layout(engine, path, manifest))
+    if all(same):
+        source: Source = OwnFiles(path, engine)
+    elif manifest.kind == "whole":
+        source = WholeTensors(open_checkpoint(path), engine)
+    else:
+        source = WholeTensors(UniversalReader(universal_form(path)), engine)
+    try:
+        _fill(engine, manifest, source, open_checkpoint(path).kinds())
+    except CheckpointError as error:
+        problem = str(error)
+    # a rank that could not read must not leave the others in the collectives of publish
+    problem = agree.first_failure(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    engine.publish()
+    return manifest
+
+
+class OwnFiles:
+    """This rank's files of a checkpoint made on the same grid."""
+
+    def __init__(self, path: Path, engine: ZeroEngine) -> None:
+        rank = engine.model.topology.rank
+        sidecar = read_sidecar(path, rank)
+        self._stage = engine.stage
+        self._state = open_pt(inside(path, f"{STATE_DIR}/{sidecar['state_file']}"))["optimizer_state_dict"]
+        self._averages = open_safetensors(inside(path, ema_name(rank))) if "ema" in sidecar["kinds"] else None
+
+    def elements(self, piece: Piece, kind: str) -> Tensor:
+        """As Source."""
+        end = piece.start + piece.numel
+        if kind == "ema" and self._averages is not None:
+            return self._averages.get_slice(f"shard.{piece.index}")[piece.start : end]
+        return flat_groups(self._state, self._stage, kind)[piece.index][piece.start : end]
+
+
+class WholeTensors:
+    """Whole tensors, of which this rank's tensor-parallel shard is taken."""
+
+    def __init__(self, reader: CheckpointReader | UniversalReader, engine: ZeroEngine) -> None:
+        self._reader = reader
+        self._gated = engine.model.config.gated_linear_unit
+        self._topology = engine.model.topology
+
+    def elements(self, piece: Piece, kind: str) -> Tensor:
+        """As Source."""
+        partition = partition_of(piece.name, gated=self._gated)
+        mine = shard(self._reader.tensor(piece.name, kind), partition, self._topology.tp_rank, self._topology.tp)
+        return mine.flatten()[piece.offset : piece.offset + piece.numel]
+
+
+def _is_same_layout(engine: ZeroEngine, path: Path, manifest: Manifest) -> bool:
+    """Whether this rank wrote exactly the pieces that it owns now."""
+    topology = engine.model.topology
+    if manifest.kind == "whole" or manifest.world_size != topology.world_size or manifest.zero_stage != engine.stage:
+        return False
+    sidecar = read_sidecar(path, topology.rank)
+    here = [[p.name, p.index, p.start, p.numel, p.offset] for p in owned_pieces(engine)]
+    place = (sidecar["tp_rank"], sidecar["pp_rank"]) == (topology.tp_rank, topology.pp_rank)
+    shapes = {name: list(shape) for name, shape in shard_shapes(engine).items()}
+    return place and manifest.grid == topology.grid and sidecar["pieces"] == here and sidecar["shapes"] == shapes
+
+
+def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:
+    """Why the checkpoint is not this model's; None when it is."""
+    gated, tp, there = engine.model.config.gated_linear_unit, engine.model.topology.tp, set(reader.names())
+    for name, local in shard_shapes(engine).items():
+        if name not in there:
+            return f"{reader.folder} holds no parameter '{name}'; it is of another model: check the model section."
+        expected = full_shape(local, partition_of(name, gated=gated), tp)
+        if reader.shape(name) != expected:
+            return (
+                f"{reader.folder}: '{name}' has shape {list(reader.shape(name))}, this model needs {list(expected)}; "
+                "check the model section (vocab_multiple too)."
+            )
+    return None
+
+
+def _fill(engine: ZeroEngine, manifest: Manifest, source: Source, kinds: list[str]) -> None:
+    has_moments = MOMENTS[0] in kinds
+    if has_moments or adam_step(engine) > 0:
+        make_moments(engine)
+        set_adam_step(engine, int(manifest.engine.get("adam_step", 0)))
+    flats = [flat_state(engine, index) for index in range(len(engine.owned()))]
+    with torch.no_grad():
+        for flat in flats:
+            for target in flat.values():
+                # padding stays zero; without an average the weights start one, without moments they start at zero
+                target.zero_()
+        for piece in owned_pieces(engine):
+            for kind, target in flats[piece.index].items():
+                origin = kind if kind in kinds else ("fp32" if kind == "ema" else None)
+                if origin is not None:
+                    target[piece.start : piece.start + piece.numel].copy_(source.elements(piece, origin))
+    counters = manifest.engine
+    engine.engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    engine.engine.global_steps = int(counters.get("global_steps", 0))
+    if engine.ema is not None and "ema" in kinds:
+        engine.ema.num_updates = int(counters["ema_updates"])

@@ -1,0 +1,152 @@
+"""From a temporary folder to a checkpoint, and the end of old ones: what rank 0 does with the file system.
+
+Decides: manifest last, then one rename, then LATEST. A folder of the same step that is in the way (torn, or made by a run
+that is being repeated) is moved aside under a name that is still a candidate, so that no moment has less than before.
+Old checkpoints are renamed out of sight before they are deleted: a crash never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bd3_megatron.checkpoint.files import record_of, sync_folder, write_bytes
+from bd3_megatron.checkpoint.layout import (
+    DOOMED_PREFIX,
+    LATEST,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    REPLACED_SUFFIX,
+    TEMPORARY_PREFIX,
+    UNIVERSAL_SUFFIX,
+    FileRecord,
+    Manifest,
+    digest_bytes,
+    manifest_bytes,
+    rank_name,
+    step_name,
+    step_of,
+)
+from bd3_megatron.errors import CheckpointError
+
+POLL_SECONDS = 0.02
+
+
+def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> Path:
+    """Make a finished temporary folder a checkpoint.
+
+    Args:
+        temporary: every rank has written, or is still writing, its files and then its sidecar here.
+        manifest: without files.
+        timeout_seconds: for the slowest rank.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: a rank failed or did not end in time.
+    """
+    files = _collect(temporary, manifest.world_size, timeout_seconds)
+    return publish_files(temporary, replace(manifest, files=files))
+
+
+def publish_files(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest of a folder whose files are all there, and put the folder in its place."""
+    _remove_strangers(temporary, manifest)
+    content = manifest_bytes(manifest)
+    write_bytes(temporary / MANIFEST, content)
+    write_bytes(temporary / MANIFEST_DIGEST, (digest_bytes(content) + "\n").encode())
+    for folder in [temporary, *(p for p in temporary.iterdir() if p.is_dir())]:
+        sync_folder(folder)
+    target = temporary.parent / step_name(manifest.step)
+    aside = temporary.parent / f"{target.name}{REPLACED_SUFFIX}"
+    if target.exists():
+        _delete(aside)
+        target.rename(aside)
+        _delete(target.with_name(target.name + UNIVERSAL_SUFFIX))
+    temporary.rename(target)
+    sync_folder(target.parent)
+    _delete(aside)
+    point_latest(target)
+    return target
+
+
+def point_latest(target: Path) -> None:
+    """LATEST names `target`; replaced in one step."""
+    pointer = target.parent / LATEST
+    part = pointer.with_name(f".{LATEST}.part")
+    write_bytes(part, f"{target.name}\n".encode())
+    part.replace(pointer)
+    sync_folder(target.parent)
+
+
+def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[str, FileRecord]:
+    """Wait for every rank's sidecar; what they and the sidecars themselves record."""
+    deadline = time.monotonic() + timeout_seconds
+    files: dict[str, FileRecord] = {}
+    for rank in range(world_size):
+        path = temporary / rank_name(rank)
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"rank {rank} did not finish writing {temporary} in {timeout_seconds:.0f} s; earlier checkpoints are intact."
+                )
+            time.sleep(POLL_SECONDS)
+        tree = json.loads(path.read_bytes())
+        if tree.get("error"):
+            raise CheckpointError(
+                f"rank {rank} could not write {temporary.name} ({tree['error']}); earlier ones are intact."
+            )
+        files |= {name: FileRecord(**record) for name, record in tree["files"].items()}
+        files[rank_name(rank)] = record_of(path)
+    return files
+
+
+def _remove_strangers(temporary: Path, manifest: Manifest) -> None:
+    """DeepSpeed drops recovery scripts beside its state, which load pickles without care: only what is listed stays."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file() and str(path.relative_to(temporary)) not in manifest.files:
+            path.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted saves and deletions left behind."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name.startswith((TEMPORARY_PREFIX, DOOMED_PREFIX)):
+            shutil.rmtree(path)
+
+
+def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+    """Delete checkpoints that need not be kept; never `newest` nor anything of a later step.
+
+    Args:
+        newest: the checkpoint just published.
+        keep_last: how many of the newest stay, `newest` included; 0: all.
+        keep_every_steps: multiples of this stay for ever; 0: none is special.
+
+    Returns:
+        What was deleted.
+    """
+    if keep_last == 0:
+        return []
+    current = step_of(newest.name)
+    assert current is not None
+    found = {step_of(p.name): p for p in newest.parent.iterdir() if p.is_dir() and not p.name.endswith(REPLACED_SUFFIX)}
+    older = sorted((step for step in found if step is not None and step <= current), reverse=True)
+    gone = [s for s in older[keep_last:] if not (keep_every_steps and s % keep_every_steps == 0)]
+    for step in gone:
+        _delete(found[step])
+        _delete(found[step].with_name(found[step].name + UNIVERSAL_SUFFIX))
+    return [found[step] for step in gone]
+
+
+def _delete(path: Path) -> None:
+    if not path.exists():
+        return
+    doomed = path.with_name(f"{DOOMED_PREFIX}{path.name}.{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,293 @@
+"""Read a checkpoint in one process: no process group, no DeepSpeed, no megatron, parameter by parameter.
+
+Decides: a parameter is assembled from the pieces the ranks' sidecars name: data-parallel pieces by their offsets, then
+tensor-parallel shards by the one table of how parameters are cut (model/partition). A table tied across the pipeline is
+read from the first stage that has it. Files are opened by the restricted reader and memory-mapped.
+Refuses: parameters with holes, sidecars that contradict each other, kinds of state that were not saved.
+Costs: the parameter asked for, and the mapped pages of what was read since the files were last let go (at most
+RELEASE_BYTES).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bd3_megatron.checkpoint.layout import STATE_DIR, WEIGHTS_DIR, Manifest, ema_name, inside, rank_name, read_manifest
+from bd3_megatron.checkpoint.restricted_pickle import open_pt
+from bd3_megatron.errors import CheckpointError
+from bd3_megatron.model.partition import partition_of, unshard
+
+RELEASE_BYTES = 2**28
+"""Mapped files are closed after this much was read through them, so that their pages do not count as this process's."""
+KIND_OF = {"model": "fp32", "fp32": "fp32", "ema": "ema", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What a caller may ask for, and what it is called in files."""
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Where some elements of a parameter's shard are."""
+
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    index: int
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass
+class _Stored:
+    """A parameter over all ranks: the shape of one shard, and its pieces."""
+
+    shape: tuple[int, ...]
+    pieces: list[StoredPiece] = field(default_factory=list)
+
+
+class ShardedReader:
+    """Whole tensors from a checkpoint of a run.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._gated = manifest.config["model"].get("style", "modern") == "modern"
+        self._state_file: dict[int, str] = {}
+        self._stage: dict[int, int] = {}
+        self._kinds: set[str] = set(KIND_OF.values())
+        self._stored: dict[str, _Stored] = {}
+        for rank in range(manifest.world_size):
+            self._take_sidecar(rank)
+        self._open: dict[Path, Any] = {}
+        self._read_bytes = 0
+
+    def names(self) -> list[str]:
+        """Global parameter names, in order of depth."""
+        return sorted(self._stored, key=_depth)
+
+    def kinds(self) -> list[str]:
+        """What `tensor` can be asked for: fp32 (the model), exp_avg, exp_avg_sq, ema."""
+        return sorted(self._kinds)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole parameter, padding rows of the vocabulary included."""
+        shape, partition = list(self._find(name).shape), partition_of(name, gated=self._gated)
+        if partition.dim is not None:
+            shape[partition.dim] *= self.manifest.grid["tp"]
+        return tuple(shape)
+
+    def tensor(self, name: str, which: str = "model") -> Tensor:
+        """One whole parameter, fp32.
+
+        Args:
+            name: global name.
+            which: "model", "ema", "exp_avg" or "exp_avg_sq".
+
+        Raises:
+            CheckpointError: an unknown name, state that was not saved, or pieces that do not fit together.
+        """
+        kind = checked_kind(which, self._kinds, self.folder)
+        partition = partition_of(name, gated=self._gated)
+        ranks = range(self.manifest.grid["tp"] if partition.dim is not None else 1)
+        return unshard([self._shard(name, kind, tp_rank) for tp_rank in ranks], partition)
+
+    def close(self) -> None:
+        """Let go of every mapped file."""
+        self._open.clear()
+        self._read_bytes = 0
+
+    def _shard(self, name: str, kind: str, tp_rank: int) -> Tensor:
+        stored = self._find(name)
+        mine = [piece for piece in stored.pieces if piece.tp_rank == tp_rank]
+        first_stage = min((piece.pp_rank for piece in mine), default=0)
+        pieces = sorted((p for p in mine if p.pp_rank == first_stage), key=lambda piece: piece.offset)
+        flat = torch.empty(math.prod(stored.shape), dtype=torch.float32)
+        filled = 0
+        for piece in pieces:
+            if piece.offset != filled:
+                break
+            flat[filled : filled + piece.numel] = self._elements(piece, kind)
+            filled += piece.numel
+        if filled != flat.numel():
+            raise CheckpointError(
+                f"{self.folder}: '{name}' has {filled} of {flat.numel()} elements on tp rank {tp_rank}; use another checkpoint."
+            )
+        return flat.view(stored.shape)
+
+    def _elements(self, piece: StoredPiece, kind: str) -> Tensor:
+        if self._read_bytes > RELEASE_BYTES:
+            self.close()
+        self._read_bytes += 4 * piece.numel
+        start, end = piece.start, piece.start + piece.numel
+        if kind == "ema":
+            return self._averages(piece.rank).get_slice(f"shard.{piece.index}")[start:end]
+        flat = flat_groups(self._state(piece.rank), self._stage[piece.rank], kind)[piece.index]
+        return flat[start:end]
+
+    def _state(self, rank: int) -> Any:
+        path = inside(self.folder, f"{STATE_DIR}/{self._state_file[rank]}")
+        if path not in self._open:
+            self._open[path] = open_pt(path)["optimizer_state_dict"]
+        return self._open[path]
+
+    def _averages(self, rank: int) -> Any:
+        path = inside(self.folder, ema_name(rank))
+        if path not in self._open:
+            self._open[path] = open_safetensors(path)
+        return self._open[path]
+
+    def _find(self, name: str) -> _Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.folder} holds no parameter '{name}'; it is of another model.")
+        return self._stored[name]
+
+    def _take_sidecar(self, rank: int) -> None:
+        tree = read_sidecar(self.folder, rank)
+        try:
+            self._state_file[rank], self._stage[rank] = str(tree["state_file"]), int(tree["zero_stage"])
+            self._kinds &= set(tree["kinds"])
+            tp_rank, pp_rank = int(tree["tp_rank"]), int(tree["pp_rank"])
+            for name, shape in tree["shapes"].items():
+                self._stored.setdefault(name, _Stored(tuple(shape)))
+            for name, index, start, numel, offset in tree["pieces"]:
+                self._stored[name].pieces.append(StoredPiece(rank, tp_rank, pp_rank, index, start, numel, offset))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / rank_name(rank)} is no sidecar ({error}); use another checkpoint."
+            ) from None
+
+
+class WholeReader:
+    """Whole tensors from a checkpoint of kind "whole" (weights/*.safetensors under global names); no moments, no average."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._file_of: dict[str, str] = {}
+        for name in manifest.files:
+            if name.startswith(f"{WEIGHTS_DIR}/"):
+                with open_safetensors(inside(folder, name)) as opened:
+                    self._file_of |= dict.fromkeys(opened.keys(), name)
+
+    def names(self) -> list[str]:
+        """Global parameter names, in order of depth."""
+        return sorted(self._file_of, key=_depth)
+
+    def kinds(self) -> list[str]:
+        """Weights only."""
+        return ["fp32"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        with open_safetensors(inside(self.folder, self._find(name))) as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+    def tensor(self, name: str, which: str = "model") -> Tensor:
+        """One whole parameter, fp32; as ShardedReader.tensor."""
+        checked_kind(which, {"fp32"}, self.folder)
+        with open_safetensors(inside(self.folder, self._find(name))) as opened:
+            return opened.get_tensor(name).float()
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _find(self, name: str) -> str:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} holds no parameter '{name}'; it is of another model.")
+        return self._file_of[name]
+
+
+CheckpointReader = ShardedReader | WholeReader
+
+
+def open_checkpoint(path: Path) -> CheckpointReader:
+    """A reader of one checkpoint folder (manifest checked; file checksums are verify.py's business).
+
+    Raises:
+        CheckpointError: the folder is none, or is damaged.
+    """
+    manifest = read_manifest(path)
+    return WholeReader(path, manifest) if manifest.kind == "whole" else ShardedReader(path, manifest)
+
+
+def tensors(reader: CheckpointReader, which: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """(global name, whole tensor) of every parameter, one at a time."""
+    for name in reader.names():
+        yield name, reader.tensor(name, which)
+
+
+def flat_groups(state: Any, stage: int, kind: str) -> list[Tensor]:
+    """DeepSpeed's flat tensors of one rank's optimizer file, one an owned partition.
+
+    Args:
+        state: the file's optimizer_state_dict.
+        stage: ZeRO stage that wrote it.
+        kind: fp32, exp_avg or exp_avg_sq.
+    """
+    if kind == "fp32":
+        return list(state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"])
+    moments = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
+    return [moments[index][kind] for index in sorted(moments)]
+
+
+def read_sidecar(folder: Path, rank: int) -> dict[str, Any]:
+    """What rank `rank` wrote about its files.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    path = folder / rank_name(rank)
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint.") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} is not a sidecar; use another checkpoint.")
+    return tree
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, memory-mapped.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint.") from None
+
+
+def checked_kind(which: str, there: set[str], folder: Path) -> str:
+    """The file's word for what is asked for.
+
+    Raises:
+        CheckpointError: it was not saved.
+    """
+    kind = KIND_OF.get(which)
+    if kind is None or kind not in there:
+        have = ", ".join(sorted(there))
+        raise CheckpointError(f"{folder} holds no '{which}'; it has {have}.")
+    return kind
+
+
+def _depth(name: str) -> tuple[int, int, str]:
+    parts = name.split(".")
+    if parts[0] == "embedding":
+        return (0, 0, name)
+    if parts[:2] == ["decoder", "layers"]:
+        return (1, int(parts[2]), name)
+    return (2, 0, name) if parts[0] == "decoder" else (3, 0, name)

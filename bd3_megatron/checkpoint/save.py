@@ -1,0 +1,182 @@
+"""Save the whole state of a run so that a checkpoint is there completely or not at all.
+
+Decides: every rank writes its own files into a temporary folder and ends with a sidecar that lists them with checksums;
+rank 0, once all sidecars are there, writes the manifest, renames the folder into place and then points LATEST at it.
+Saver can do all of that behind the training (at most one save in flight); `save` does it at once. A save that fails
+anywhere (disk full, a file that cannot be written) fails on every rank with the same sentence and touches nothing that
+was published before. Retention runs after publishing only.
+Costs: synchronous, the time of writing; asynchronous, one host copy of the rank's state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bd3_megatron.checkpoint import agree
+from bd3_megatron.checkpoint.describe import describe_run
+from bd3_megatron.checkpoint.files import check_space, write_bytes
+from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, Manifest, rank_name, step_name
+from bd3_megatron.checkpoint.publish import delete_old, publish, sweep
+from bd3_megatron.checkpoint.record import RankRecord, record_rank
+from bd3_megatron.config.schema import Config
+from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.errors import CheckpointError
+
+Warn = Callable[[str], None]
+
+
+def save(
+    engine: ZeroEngine,
+    checkpoints_dir: Path,
+    *,
+    step: int,
+    samples_consumed: int,
+    config: Config,
+    train_state: dict[str, Any],
+) -> Path:
+    """Save now. Collective over all ranks; returns when the checkpoint is published.
+
+    Args:
+        engine: between two steps.
+        checkpoints_dir: RUN_DIR/checkpoints, on a file system that all ranks see.
+        step: optimizer updates done.
+        samples_consumed: place in the order of data.
+        config: the run; its checkpoint section says what is kept.
+        train_state: what the trainer must remember; plain JSON.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, when any of them failed. Earlier checkpoints are as they were.
+    """
+    saver = Saver(engine, checkpoints_dir, asynchronous=False)
+    saver.save(step=step, samples_consumed=samples_consumed, config=config, train_state=train_state)
+    saver.finish()
+    return checkpoints_dir / step_name(step)
+
+
+class Saver:
+    """Saves checkpoints of one run, one after another. All methods are collective over all ranks.
+
+    Args:
+        engine: what is saved.
+        checkpoints_dir: RUN_DIR/checkpoints.
+        asynchronous: write while the next steps run.
+        warn: told, on rank 0, when a save failed.
+        write_timeout_seconds: how long rank 0 waits for the other ranks' files.
+    """
+
+    def __init__(
+        self,
+        engine: ZeroEngine,
+        checkpoints_dir: Path,
+        *,
+        asynchronous: bool,
+        warn: Warn | None = None,
+        write_timeout_seconds: float = 1800.0,
+    ) -> None:
+        self._engine = engine
+        self._folder = checkpoints_dir
+        self._asynchronous = asynchronous
+        self._warn = warn
+        self._timeout = write_timeout_seconds
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._is_first = agree.rank_and_size()[0] == 0
+
+    def save(self, *, step: int, samples_consumed: int, config: Config, train_state: dict[str, Any]) -> None:
+        """Start a save (and, when synchronous, complete it); first waits for the one in flight.
+
+        A failure is told to `warn` and kept for `finish`; it does not stop the training.
+        """
+        self._complete()
+        manifest = describe_run(
+            self._engine, config, step=step, samples_consumed=samples_consumed, train_state=train_state
+        )
+        temporary = self._folder / f"{TEMPORARY_PREFIX}{step_name(step)}"
+        if not self._agreed(lambda: _make_room(self._folder, temporary), only_first=True):
+            return
+        record = record_rank(self._engine, temporary, copied=self._asynchronous)
+        # ranks of one node share its disk, and so may all of them: the sum is what must fit
+        needed = sum(agree.gathered(record.num_bytes()))
+        if not self._agreed(lambda: check_space(self._folder, needed), only_first=True):
+            return
+
+        def work() -> None:
+            _write_and_publish(temporary, record, manifest, config, self._timeout)
+
+        if not self._asynchronous:
+            self._agreed(work)
+            return
+
+        def work_and_remember() -> None:
+            self._failure = _attempt(work)
+
+        self._thread = threading.Thread(target=work_and_remember, name=f"checkpoint {step}", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointError: the latest save failed; on every rank.
+        """
+        self._complete()
+        if self._failure is not None:
+            raise CheckpointError(self._failure)
+
+    def _agreed(self, action: Callable[[], object], *, only_first: bool = False) -> bool:
+        """Run `action` here (or on rank 0 only); True when it failed nowhere. Collective."""
+        mine = None if only_first and not self._is_first else _attempt(action)
+        self._settle(mine)
+        return self._failure is None
+
+    def _complete(self) -> None:
+        """Join the save in flight; whether there is one is the same on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._settle(self._failure)
+
+    def _settle(self, mine: str | None) -> None:
+        self._failure = agree.first_failure(mine)
+        if self._failure is not None and self._warn is not None and self._is_first:
+            self._warn(self._failure)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """Run it; the reason when it failed. A rank must not leave its fellows waiting in a collective."""
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the other ranks must be told
+        return f"the checkpoint could not be written ({type(error).__name__}: {error}); earlier ones are intact."
+    return None
+
+
+def _make_room(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    temporary.mkdir()
+
+
+def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, config: Config, timeout: float) -> None:
+    rank = record.rank
+    failure = None
+    try:
+        content = record.sidecar(record.write(temporary))
+    except Exception as error:
+        # rank 0 waits for this rank's sidecar: it must learn that none will come
+        failure, content = error, record.failed_sidecar(error)
+    write_bytes(temporary / f"{rank_name(rank)}.part", content)
+    (temporary / f"{rank_name(rank)}.part").rename(temporary / rank_name(rank))
+    if failure is not None:
+        raise failure
+    if rank == 0:
+        folder = publish(temporary, manifest, timeout_seconds=timeout)
+        delete_old(folder, keep_last=config.checkpoint.keep_last, keep_every_steps=config.checkpoint.keep_every_steps)

@@ -1,0 +1,151 @@
+"""DeepSpeed's universal form of a checkpoint: every parameter whole, one folder each, readable from any grid.
+
+    step_N.universal/zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt, step.pt    DeepSpeed's layout
+    step_N.universal/ema/<name>/fp32.pt                                   the averaged weights, in a second pass
+    step_N.universal/{zero/optimizer_state.pt, mp_rank_00_model_states.pt}  what DeepSpeed's own loader asks for besides
+    step_N.universal/COMPLETE                                             digest of the manifest it was made from
+
+Decides: the form is written from our restricted, memory-mapped reader and not by DeepSpeed's ds_to_universal, which
+unpickles whatever it is given, reads a rank's whole file at once and leaves four small files a fragment; a test holds
+the two equal. All ranks convert together, each every n-th parameter, out of core. A finished form is kept beside the
+checkpoint and used again; one made from another manifest is made anew.
+Source: DeepSpeed 0.19.8 deepspeed/checkpoint/ds_to_universal.py, universal_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint import agree
+from bd3_megatron.checkpoint.files import sync_folder, write_bytes, write_torch
+from bd3_megatron.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, UNIVERSAL_SUFFIX, digest_bytes
+from bd3_megatron.checkpoint.pieces import MOMENTS
+from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
+from bd3_megatron.checkpoint.restricted_pickle import open_pt
+from bd3_megatron.checkpoint.universal_info import universal_info
+from bd3_megatron.errors import CheckpointError
+from bd3_megatron.model.partition import Partition, partition_of
+
+COMPLETE = "COMPLETE"
+ZERO_DIR = "zero"
+EMA_DIR = "ema"
+
+
+def universal_form(path: Path) -> Path:
+    """The universal form of a checkpoint, made now unless it is there. Collective when there is a process group.
+
+    Args:
+        path: a verified checkpoint.
+
+    Returns:
+        The folder beside it.
+
+    Raises:
+        CheckpointError: on every rank, when it could not be made.
+    """
+    target = path.with_name(path.name + UNIVERSAL_SUFFIX)
+    source = digest_bytes((path / MANIFEST).read_bytes())
+    if agree.from_first(_made_from(target) == source):
+        return target
+    rank, size = agree.rank_and_size()
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    _together(lambda: _renew(temporary) if rank == 0 else None)
+    _together(lambda: _convert(path, temporary, rank=rank, size=size))
+    _together(lambda: _publish(temporary, target, source) if rank == 0 else None)
+    return target
+
+
+class UniversalReader:
+    """Whole tensors of a universal form, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """A whole parameter's fp32, exp_avg, exp_avg_sq or ema."""
+        folder = self._folder / (EMA_DIR if kind == "ema" else ZERO_DIR) / name
+        return open_pt(folder / f"{'fp32' if kind == 'ema' else kind}.pt")["param"]
+
+
+def _made_from(target: Path) -> str | None:
+    try:
+        return (target / COMPLETE).read_text().strip()
+    except OSError:
+        return None
+
+
+def _together(action: Any) -> None:
+    try:
+        action()
+        problem = None
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    problem = agree.first_failure(problem)
+    if problem is not None:
+        raise CheckpointError(f"the universal form could not be made: {problem}")
+
+
+def _renew(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
+    reader = open_checkpoint(path)
+    gated = reader.manifest.config["model"].get("style", "modern") == "modern"
+    kinds = reader.kinds()
+    for name in reader.names()[rank::size]:
+        partition = partition_of(name, gated=gated)
+        folder = out / ZERO_DIR / name
+        for kind in ("fp32", *MOMENTS):
+            if kind in kinds:
+                write_torch(folder / f"{kind}.pt", _entry(reader.tensor(name, kind), partition))
+        if MOMENTS[0] in kinds:
+            write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine["adam_step"])))
+        if "ema" in kinds:
+            write_torch(out / EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
+    if rank == 0:
+        _write_globals(reader, out, gated=gated)
+    reader.close()
+
+
+def _entry(whole: Tensor, partition: Partition) -> dict[str, Any]:
+    """DeepSpeed's record of one tensor: how it is to be cut again, and the tensor."""
+    if partition.dim is None:
+        return {"param": whole}
+    if partition.strides == 2:
+        return {"cat_dim": 0, "param_n_sub_params": 2, "param": whole}
+    return {"cat_dim": partition.dim, "param": whole}
+
+
+def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
+    """What DeepSpeed's loader reads beside the parameters: hyperparameters of the groups, and one model file."""
+    manifest = reader.manifest
+    optim = manifest.config["optim"]
+    group = {"lr": optim["lr"], "betas": tuple(optim.get("betas", (0.9, 0.999))), "eps": optim.get("adam_eps", 1e-8)}
+    groups = [{**group, "weight_decay": optim.get("weight_decay", 0.0), "name": "decayed"}]
+    groups.append({**group, "weight_decay": 0.0, "name": "plain"})
+    version = manifest.software.get("deepspeed", "0.19.8")
+    state = {"ds_version": version, "clip_grad": optim.get("clip_grad_norm", 1.0), "param_groups": groups}
+    write_torch(out / ZERO_DIR / "optimizer_state.pt", state)
+    counters = {"skipped_steps": manifest.engine["skipped_steps"], "global_steps": manifest.engine["global_steps"]}
+    model = {"module": {}, "lr_scheduler": None, "ds_version": version, **counters, **universal_info(gated=gated)}
+    world = {"dp_world_size": manifest.grid["dp"] * manifest.grid["cp"], "mp_world_size": 1}
+    write_torch(out / "mp_rank_00_model_states.pt", model | world)
+
+
+def _publish(temporary: Path, target: Path, source: str) -> None:
+    write_bytes(temporary / COMPLETE, f"{source}\n".encode())
+    sync_folder(temporary)
+    if target.exists():
+        doomed = target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{os.getpid()}")
+        target.rename(doomed)
+        shutil.rmtree(doomed)
+    temporary.rename(target)
+    sync_folder(target.parent)

@@ -1,0 +1,225 @@
+"""A run's checkpoint as a Hugging Face folder: averaged or raw weights, streamed, proved at the end.
+
+Decides: which checkpoint of a run is meant (the newest complete one), what BD3Config says (from the manifest: shape,
+block size of the phase in force at that step, ids of the prepared data), where the tokenizer's files are. The proof
+compares logits of the written folder with logits computed on the parallel tensors (layerwise.py).
+Refuses: damaged checkpoints, an average where none was kept, a result whose logits differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.layout import MANIFEST, Manifest
+from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
+from bd3_megatron.checkpoint.verify import newest_valid, verify
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
+from bd3_megatron.convert.stream import stream_folder
+from bd3_megatron.data.shards import read_header
+from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+
+PROOF_TOLERANCE = 1e-5
+"""Of the largest absolute logit, or of 1 where that is smaller: two fp32 forwards that add in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did, for people."""
+
+    out: Path
+    source: Path
+    step: int
+    which: str
+    num_parameters: int
+    max_logit_difference: float
+    notes: tuple[str, ...]
+
+
+def find_checkpoint(place: Path, *, warn: Callable[[str], None] | None = None) -> Path:
+    """The checkpoint a person means by naming a run's folder, its checkpoints folder, or one checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or none that is complete.
+    """
+    if (place / MANIFEST).is_file():
+        verify(place)
+        return place
+    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    if not folder.is_dir():
+        raise CheckpointError(f"{place} does not exist; give a run's folder or one of its checkpoints.")
+    found = newest_valid(folder, warn=warn)
+    if found is None:
+        raise CheckpointError(f"{place} holds no complete checkpoint; give a run's folder or one of its checkpoints.")
+    return found[0]
+
+
+def convert_checkpoint(
+    place: Path,
+    out: Path,
+    *,
+    raw: bool = False,
+    dtype: torch.dtype = torch.float32,
+    warn: Callable[[str], None] | None = None,
+) -> ConversionReport:
+    """Write the folder of a checkpoint and prove it.
+
+    Args:
+        place: run folder or checkpoint.
+        out: the folder to write; an older exported folder there is replaced.
+        raw: the trained weights in place of their average.
+        dtype: of the stored weights.
+        warn: told about checkpoints that were skipped.
+
+    Raises:
+        CheckpointError, ConversionError: see the module.
+    """
+    path = find_checkpoint(place, warn=warn)
+    reader = open_checkpoint(path)
+    manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
+    which = "model" if raw or "ema" not in reader.kinds() else "ema"
+    table = NameTable(config.model, manifest.vocab_size)
+    source = CheckpointSource(reader, table, which)
+    data_dir = _data_dir(config, path)
+    described, notes = describe_model(config, manifest, data_dir)
+    if which == "model" and not raw:
+        notes.append("the checkpoint keeps no average; its trained weights were taken")
+    tokenizer = data_dir / "tokenizer" if data_dir is not None and (data_dir / "tokenizer").is_dir() else None
+    if tokenizer is None:
+        notes.append("no tokenizer was found beside the data; copy its files into the folder")
+    stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype)
+    difference = prove(reader, which, config, FolderSource(out), described, dtype=dtype)
+    return ConversionReport(
+        out=out,
+        source=path,
+        step=manifest.step,
+        which="averaged" if which == "ema" else "raw",
+        num_parameters=sum(math.prod(source.shape(name)) for name in source.names()),
+        max_logit_difference=difference,
+        notes=tuple(notes),
+    )
+
+
+def prove(
+    reader: CheckpointReader,
+    which: str,
+    config: Config,
+    folder: FolderSource,
+    described: BD3Config,
+    *,
+    dtype: torch.dtype,
+) -> float:
+    """Compare logits of a written folder with the checkpoint's on random tokens.
+
+    Args:
+        reader: the checkpoint; its tensors are rounded to `dtype` first, as the folder's were.
+        which: "ema" or "model".
+        config: the run.
+        folder: what was written.
+        described: its configuration.
+        dtype: of the folder's weights.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        ConversionError: it exceeds PROOF_TOLERANCE.
+    """
+    span = proof_span(described.objective, described.block_size)
+    vocab_size = described.vocab_size
+    noisy_BL = random_tokens(vocab_size, NUM_BLOCKS * span)
+    clean_BL = random_tokens(vocab_size, NUM_BLOCKS * span, seed=2) if described.objective == "block" else None
+
+    def produce(name: str) -> Tensor:
+        return reader.tensor(name, which).to(dtype).float()
+
+    there = parallel_logits(produce, config.model, noisy_BL, clean_BL, span=span, vocab_size=vocab_size)
+    here = plain_logits(folder, described, noisy_BL, clean_BL, span=span)
+    return checked_difference(there, here, "the written folder and the checkpoint")
+
+
+def checked_difference(expected: Tensor, found: Tensor, what: str) -> float:
+    """Largest absolute difference of two logit tensors.
+
+    Raises:
+        ConversionError: above PROOF_TOLERANCE of the largest logit, or not a number.
+    """
+    difference = (expected - found).abs().max().item()
+    allowed = PROOF_TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise ConversionError(
+            f"logits of {what} differ by {difference:.3g}, more than {allowed:.3g}; do not use the result."
+        )
+    return difference
+
+
+def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) -> tuple[BD3Config, list[str]]:
+    """BD3Config of a checkpoint, and remarks on what could not be told.
+
+    Args:
+        config: the run.
+        manifest: the checkpoint's.
+        data_dir: its prepared data, where the ids of special tokens stand; None: gone.
+    """
+    model, ids, notes = config.model, {}, []
+    if data_dir is not None:
+        try:
+            special = read_header(data_dir / "train").special_ids
+            ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
+        except (DataError, TokenizerError) as error:
+            notes.append(f"ids of special tokens are unknown: {error}")
+    else:
+        notes.append("the run's data was not found; begin, end and padding ids are left out")
+    described = BD3Config(
+        vocab_size=manifest.vocab_size,
+        style=model.style,
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_width,
+        intermediate_size=model.ffn_width,
+        qk_norm=model.qk_norm,
+        tie_word_embeddings=model.tie_embeddings,
+        layer_norm_eps=model.layer_norm_eps,
+        rope_theta=model.rope_base,
+        max_position_embeddings=config.data.seq_len,
+        block_size=block_size_at(config, manifest.step),
+        mask_token_id=manifest.mask_id,
+        objective=config.diffusion.objective,
+        initializer_range=model.init_std,
+        **ids,
+    )
+    return described, notes
+
+
+def block_size_at(config: Config, step: int) -> int:
+    """Block size of the phase that led to the state after `step` updates."""
+    if config.diffusion.objective == "ar":
+        return 1
+    phases = config.diffusion.phases
+    end = 0
+    for phase in phases:
+        tokens_per_step = config.data.seq_len * config.train.global_batch_size
+        length = phase.steps if phase.tokens is None else -(-phase.tokens // tokens_per_step)
+        end += length or 0
+        if length is None or step <= end:
+            return phase.block_size
+    return phases[-1].block_size if phases else config.diffusion.block_size
+
+
+def _data_dir(config: Config, checkpoint: Path) -> Path | None:
+    """The prepared data, as the run names it or beside the run."""
+    named = [config.data.path, *config.data.mixture]
+    near = [checkpoint.parent.parent / "data", Path(config.run.dir) / "data"]
+    return next((p for p in [*(Path(n) for n in named if n is not None), *near] if (p / "train").is_dir()), None)

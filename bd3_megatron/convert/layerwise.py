@@ -1,0 +1,168 @@
+"""Logits with one layer of weights in memory at a time: the proof at the end of a conversion.
+
+Decides: two forwards that share no code but torch. `plain_logits` runs the plain model's own layers on plain tensors;
+`parallel_logits` works on the parallel tensors as megatron lays them out (q, k, v interleaved by group; gate over up;
+padded tables) under the house's rule of sight. If both agree on random tokens, the name table, the cuts and the written
+bytes are right. Costs: one layer, plus the embedding table; fp32.
+Source of the parallel layout: megatron-core 0.16.1 transformer/attention.py (get_query_key_value_tensors), mlp.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd3_megatron.attention.visibility import sees
+from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.convert.plain_source import PlainSource
+from bd3_megatron.hf.plain_bd3 import (
+    Layer,
+    Shape,
+    block_causal_sees,
+    grouped_attention,
+    new_norm,
+    pair_sees,
+    rotary_table,
+)
+from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
+from bd3_megatron.rng import Purpose, uniform
+
+SEED = 1
+NUM_SEQUENCES = 2
+NUM_BLOCKS = 3
+LONGEST_SPAN = 16
+
+Produce = Callable[[str], Tensor]
+
+
+def random_tokens(vocab_size: int, length: int, *, seed: int = SEED) -> Tensor:
+    """int64 [2, length] ids, all of the vocabulary equally likely."""
+    place_BL = torch.arange(NUM_SEQUENCES * length).view(NUM_SEQUENCES, length)
+    return (uniform(seed, Purpose.EVALUATE, place_BL) * vocab_size).long()
+
+
+def proof_span(objective: str, block_size: int) -> int:
+    """Tokens of a block in the proof: the model's own where that is short; weights do not depend on it."""
+    return 1 if objective == "ar" else min(block_size, LONGEST_SPAN)
+
+
+@torch.no_grad()
+def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int) -> Tensor:
+    """Raw logits [B, L, V], fp32, of the plain model whose tensors `source` holds.
+
+    Args:
+        source: plain names.
+        shape: a BD3Config.
+        noisy_BL: int64 ids.
+        clean_BL: int64 ids of the clean half; None: one sequence under the block-causal rule.
+        span: tokens of a block.
+    """
+    length = noisy_BL.shape[1]
+    ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
+    rule = block_causal_sees if clean_BL is None else pair_sees
+    sees_BRR = rule(length, span, noisy_BL.device)[None]
+    position_BR = torch.arange(length).repeat(ids_BR.shape[1] // length)[None]
+    rotary = rotary_table(position_BR, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=torch.float32)
+
+    def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
+        return grouped_attention(q_BQNH, k_BRGH.transpose(1, 2), v_BRGH.transpose(1, 2), sees_BRR)
+
+    x_BRD = source.tensor("model.embed_tokens.weight")[ids_BR].float()
+    for index in range(shape.num_hidden_layers):
+        layer = _loaded(partial(Layer, shape, index), source, f"model.layers.{index}.")
+        x_BRD = layer(x_BRD, rotary, attend)
+    x_BLD = _loaded(partial(new_norm, shape), source, "model.norm.")(x_BRD[:, :length])
+    head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    bias = source.tensor("lm_head.bias").float() if shape.style == "paper" else None
+    return F.linear(x_BLD, source.tensor(head).float(), bias)
+
+
+def _loaded(make: Callable[[], nn.Module], source: PlainSource, prefix: str) -> nn.Module:
+    with torch.device("meta"):
+        module = make()
+    state = {name: source.tensor(prefix + name).float() for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+@torch.no_grad()
+def parallel_logits(
+    produce: Produce, model: ModelConfig, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int, vocab_size: int
+) -> Tensor:
+    """Raw logits [B, L, V], fp32, of the parallel model whose whole tensors `produce` makes.
+
+    Args:
+        produce: whole tensor of a global parameter name.
+        model: shapes and style.
+        noisy_BL, clean_BL: as in `plain_logits`.
+        span: tokens of a block.
+        vocab_size: V; padding rows are cut off.
+    """
+    length = noisy_BL.shape[1]
+    ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
+    position_R = torch.arange(length).repeat(ids_BR.shape[1] // length)
+    is_noisy_R = torch.arange(ids_BR.shape[1]) < (0 if clean_BL is None else length)
+    block_R = position_R // span
+    sees_RR = sees(
+        q_is_noisy=is_noisy_R[:, None], q_block=block_R[:, None], k_is_noisy=is_noisy_R[None], k_block=block_R[None]
+    )
+    x_BRD = produce(EMBEDDING)[ids_BR]
+    for layer in range(model.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        u_BRD = _norm(x_BRD, produce, prefix + "input_layernorm", model)
+        x_BRD = x_BRD + _attention(u_BRD, produce, prefix + "self_attention.", model, (position_R, sees_RR))
+        x_BRD = x_BRD + _mlp(
+            _norm(x_BRD, produce, prefix + "pre_mlp_layernorm", model), produce, prefix + "mlp.", model
+        )
+    x_BLD = _norm(x_BRD[:, :length], produce, "decoder.final_layernorm", model)
+    logits = x_BLD @ produce(EMBEDDING if model.tie_embeddings else HEAD_WEIGHT)[:vocab_size].T
+    return logits + produce(HEAD_BIAS)[:vocab_size] if model.style == "paper" else logits
+
+
+def _norm(x: Tensor, produce: Produce, name: str, model: ModelConfig) -> Tensor:
+    weight = produce(f"{name}.weight")
+    if model.style == "modern":
+        return x * (x.square().mean(-1, keepdim=True) + model.layer_norm_eps).rsqrt() * weight
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + model.layer_norm_eps).rsqrt()
+    return centred * scale * weight + produce(f"{name}.bias")
+
+
+def _attention(
+    u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig, place: tuple[Tensor, Tensor]
+) -> Tensor:
+    position_R, sees_RR = place
+    share, width = model.num_heads // model.kv_heads, model.head_width
+    fused = (u_BRD @ produce(prefix + "linear_qkv.weight").T).unflatten(-1, (model.kv_heads, share + 2, width))
+    q, k, v = fused[..., :share, :], fused[..., share : share + 1, :], fused[..., share + 1 :, :]
+    if model.qk_norm:
+        q = _norm(q, produce, prefix + "q_layernorm", model)
+        k = _norm(k, produce, prefix + "k_layernorm", model)
+    q, k = _rotate(q, position_R, model.rope_base), _rotate(k, position_R, model.rope_base)
+    scores = torch.einsum("bqgsh,bkgoh->bgsqk", q, k) / width**0.5
+    weights = scores.masked_fill(~sees_RR, float("-inf")).softmax(-1)
+    mixed = torch.einsum("bgsqk,bkgoh->bqgsh", weights, v).flatten(-3)
+    return mixed @ produce(prefix + "linear_proj.weight").T
+
+
+def _rotate(x: Tensor, position_R: Tensor, base: float) -> Tensor:
+    """Rotate-half positions on [B, R, groups, heads, H]."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = (position_R.double()[:, None] * frequency)[:, None, None, :]
+    cosine, sine = angle.cos().float(), angle.sin().float()
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def _mlp(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig) -> Tensor:
+    up = u_BRD @ produce(prefix + "linear_fc1.weight").T
+    if model.style == "modern":
+        gate, value = up.chunk(2, dim=-1)
+        return (F.silu(gate) * value) @ produce(prefix + "linear_fc2.weight").T
+    inner = F.gelu(up + produce(prefix + "linear_fc1.bias"), approximate="tanh")
+    return inner @ produce(prefix + "linear_fc2.weight").T + produce(prefix + "linear_fc2.bias")

@@ -1,0 +1,134 @@
+"""Plain tensors by name, one at a time: from a checkpoint of a run, or from a folder of safetensors.
+
+Decides: what a streamed conversion reads from. Nothing is held but the parallel tensor last asked for, because q, k and v
+(or gate and up) lie in one. Refuses folders whose index names files elsewhere, and tensors that are not there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.layout import inside
+from bd3_megatron.checkpoint.read import CheckpointReader, open_safetensors
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.errors import CheckpointError, ConversionError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class PlainSource(Protocol):
+    """Tensors under plain names."""
+
+    def names(self) -> list[str]:
+        """All of them, in order of depth."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU, as stored."""
+
+
+class CheckpointSource:
+    """A checkpoint's weights under plain names.
+
+    Args:
+        reader: the checkpoint.
+        table: names and shapes of its model.
+        which: "ema" or "model".
+    """
+
+    def __init__(self, reader: CheckpointReader, table: NameTable, which: str) -> None:
+        self.reader = reader
+        self._table = table
+        self._which = which
+        self._parallel_name = {plain: name for name in table.parallel_names() for plain in table.plain_names(name)}
+        missing = sorted(set(table.parallel_names()) ^ set(reader.names()))
+        if missing:
+            raise ConversionError(
+                f"{reader.folder} and its configuration disagree on {len(missing)} parameters, {missing[0]} among them; "
+                "the checkpoint is of another model."
+            )
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def names(self) -> list[str]:
+        """As PlainSource."""
+        return list(self._parallel_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As PlainSource: the split of a fused tensor is taken of its shape alone."""
+        parallel = self._parallel_name[name]
+        with torch.device("meta"):
+            whole = torch.empty(self.reader.shape(parallel))
+        return tuple(self._table.to_plain(parallel, whole)[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """As PlainSource; fp32."""
+        parallel = self._parallel_name[name]
+        if self._last[0] != parallel:
+            self._last = ("", {})
+            self._last = (parallel, self._table.to_plain(parallel, self.reader.tensor(parallel, self._which)))
+        return self._last[1][name]
+
+
+class FolderSource:
+    """The tensors of a Hugging Face folder (one safetensors file, or shards with their index).
+
+    Args:
+        folder: any model folder.
+
+    Raises:
+        CheckpointError: no safetensors there, or an index that names what is missing or lies elsewhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of = _index(folder)
+
+    def names(self) -> list[str]:
+        """As PlainSource, in the files' order."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As PlainSource."""
+        with self._opened(name) as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """As PlainSource."""
+        with self._opened(name) as opened:
+            return opened.get_tensor(name)
+
+    def _opened(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ConversionError(f"tensor '{name}' is missing in {self.folder}; the folder is of another model.")
+        return open_safetensors(self._file_of[name])
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if not single.is_file():
+            raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder with safetensors weights.")
+        with open_safetensors(single) as opened:
+            return dict.fromkeys(opened.keys(), single)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): inside(folder, str(file)) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}); copy the folder again, completely.") from None
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as opened:
+            absent = {name for name, file in files.items() if file == path} - set(opened.keys())
+        if absent:
+            raise CheckpointError(
+                f"{path} lacks '{min(absent)}', which the index names; copy the folder again, completely."
+            )
+    return files

@@ -1,0 +1,275 @@
+"""Packing: from documents of any length to rows of exactly L tokens, by three rules.
+
+Decides, with E = 1 if an end token follows every document and 0 otherwise:
+    wrap      documents end to end, cut every L tokens (the paper). With `wrap_special` rows are BOS + L-2 tokens + EOS.
+              The last incomplete row of the whole split is dropped (the official code drops one per 1000 documents).
+    isolated  every document is padded to a multiple of the diffusion block S, so boundaries lie between blocks; rows
+              carry document ids and positions that restart with every document (or piece of one) in a row.
+    pad       one document a row, padded to L; a longer one goes on in rows of its own.
+All three are one rule: a document takes ceil((length + E) / a) * a places of a virtual stream, with a = 1, S or L, and
+rows are cut from the stream. Documents without tokens take no place at all.
+Refuses: sequence lengths or blocks that do not fit, special tokens with isolated rows, splits shorter than one row.
+Costs: a row is found by bisection and copied from the memory map (10 to 40 microseconds); `isolated` and `pad` read
+all document ends once at the start (8 bytes a document).
+Source: wrap as in the official dataloader's _group_texts, without its loss of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_megatron.data.shards import TokenShards
+from bd3_megatron.errors import ConfigError, DataError, check_multiple
+
+MODES = ("wrap", "isolated", "pad")
+_MAX_CACHED_SHARDS = 4096
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingRule:
+    """How documents become rows."""
+
+    seq_len: int
+    """L, tokens of a row."""
+    mode: str = "wrap"
+    """wrap, isolated or pad."""
+    block_size: int | None = None
+    """Diffusion block S; needed by isolated only."""
+    append_eos: bool = True
+    """An end token after every document."""
+    wrap_special: bool = False
+    """Rows are BOS + L-2 tokens + EOS (LM1B and the zero-shot sets of the paper)."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"packing={self.mode} is not known; use wrap, isolated or pad.")
+        if self.seq_len < 1 + 2 * self.wrap_special:
+            raise ConfigError(f"seq_len={self.seq_len} holds no text; use {1 + 2 * self.wrap_special} or more.")
+        if self.wrap_special and self.mode != "wrap":
+            raise ConfigError(f"wrap_special=True needs packing=wrap, not {self.mode}; switch one of them off.")
+        if self.mode != "isolated":
+            return
+        if self.block_size is None or self.block_size < 1:
+            raise ConfigError(
+                f"packing=isolated aligns documents to diffusion blocks, and block_size is {self.block_size}; "
+                "give a divisor of seq_len."
+            )
+        check_multiple("seq_len", self.seq_len, "block_size", self.block_size)
+
+    @property
+    def payload(self) -> int:
+        """Places of the virtual stream in one row."""
+        return self.seq_len - 2 * self.wrap_special
+
+    @property
+    def alignment(self) -> int:
+        """Documents begin at multiples of this in the virtual stream."""
+        if self.mode == "isolated":
+            assert self.block_size is not None  # __post_init__
+            return self.block_size
+        return self.seq_len if self.mode == "pad" else 1
+
+    @property
+    def pads(self) -> bool:
+        """Rows may hold padding; then the last incomplete row is filled up, not dropped."""
+        return self.mode != "wrap"
+
+
+class PackedArrays(NamedTuple):
+    """Rows as numpy arrays; see CleanBatch for the meaning of the optional ones."""
+
+    tokens_BL: Ints
+    document_id_BL: Ints | None
+    is_padding_BL: NDArray[np.bool_] | None
+    position_BL: Ints | None
+
+
+@dataclass
+class _Layout:
+    """Virtual stream of one shard."""
+
+    starts: Ints
+    """Where each document begins in the shard's tokens, and after the last its end: [num_documents + 1]."""
+    places: Ints
+    """Where each document begins in the shard's virtual stream, and after the last the end: [num_documents + 1]."""
+
+
+@dataclass
+class PackedRows:
+    """The rows of one split under one rule; row ids are in [0, num_rows)."""
+
+    shards: TokenShards
+    rule: PackingRule
+    num_rows: int = field(init=False)
+    _shard_places: Ints = field(init=False, repr=False)
+    _layouts: dict[int, _Layout] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        lengths = [self._stream_length(shard) for shard in range(self.shards.num_shards)]
+        self._shard_places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        total = int(self._shard_places[-1])
+        whole, rest = divmod(total, self.rule.payload)
+        self.num_rows = whole + (1 if rest and self.rule.pads else 0)
+        if self.num_rows == 0:
+            raise DataError(
+                f"{self.shards.where} holds {total} tokens, fewer than one row of seq_len={self.rule.seq_len}; "
+                "use a shorter seq_len, more text, or packing=pad."
+            )
+
+    @property
+    def utilisation(self) -> float:
+        """Share of positions that hold a token with loss, special tokens included."""
+        rows = self.num_rows * self.rule.seq_len
+        if not self.rule.pads:
+            return 1.0
+        real = sum(self._num_real(shard) for shard in range(self.shards.num_shards))
+        return real / rows
+
+    def read(self, row_ids: Ints) -> PackedArrays:
+        """Rows by id.
+
+        Args:
+            row_ids: int64 [B] in [0, num_rows).
+
+        Returns:
+            tokens int64 [B, L] and what else the rule yields.
+
+        Raises:
+            DataError: a token outside the vocabulary (a damaged shard).
+        """
+        size, length = len(row_ids), self.rule.seq_len
+        tokens_BL = np.full((size, length), self.shards.special.pad, dtype=np.int64)
+        first = int(self.rule.wrap_special)
+        payload_BL = tokens_BL[:, first : first + self.rule.payload]
+        if self.rule.wrap_special:
+            tokens_BL[:, 0], tokens_BL[:, -1] = self.shards.special.bos, self.shards.special.eos
+        isolated = self.rule.mode == "isolated"
+        padding_BL = np.ones((size, length), dtype=np.bool_) if self.rule.pads else None
+        document_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
+        position_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
+        for row, row_id in enumerate(row_ids.tolist()):
+            if padding_BL is None:
+                self._fill_wrapped(payload_BL[row], row_id)
+                continue
+            self._fill_aligned(tokens_BL[row], padding_BL[row], row_id)
+            if document_BL is not None and position_BL is not None:
+                self._fill_documents(document_BL[row], position_BL[row], row_id)
+        self._check_vocabulary(tokens_BL, row_ids)
+        return PackedArrays(tokens_BL, document_BL, padding_BL, position_BL)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_layouts": {}}
+
+    def _fill_wrapped(self, out: Ints, row_id: int) -> None:
+        """Copy a row without alignment: the tokens between two places lie end to end, only end tokens come between."""
+        for shard, start, stop, offset in self._spans(row_id):
+            layout = self._layout(shard)
+            tokens = self.shards.tokens(shard)
+            span = out[offset : offset + stop - start]
+            if not self.rule.append_eos:
+                span[:] = tokens[start:stop]
+                continue
+            first = int(np.searchsorted(layout.places, start, side="right")) - 1
+            last = int(np.searchsorted(layout.places, stop, side="right")) - 1
+            # An end token takes the last place of its document: documents first..last-1 end inside the span.
+            source = start - first
+            written = 0
+            for end in (layout.places[first + 1 : last + 1] - 1 - start).tolist():
+                span[written:end] = tokens[source : source + end - written]
+                source += end - written
+                span[end] = self.shards.special.eos
+                written = end + 1
+            span[written:] = tokens[source : source + len(span) - written]
+
+    def _fill_aligned(self, out: Ints, padding: NDArray[np.bool_], row_id: int) -> None:
+        for shard, start, stop, offset in self._spans(row_id):
+            layout = self._layout(shard)
+            tokens = self.shards.tokens(shard)
+            first = int(np.searchsorted(layout.places, start, side="right")) - 1
+            last = int(np.searchsorted(layout.places, stop, side="left"))
+            for document in range(first, last):
+                place, begin = int(layout.places[document]), int(layout.starts[document])
+                skipped = max(start - place, 0)
+                at = offset + place + skipped - start
+                room = offset + min(int(layout.places[document + 1]), stop) - start - at
+                length = int(layout.starts[document + 1]) - begin
+                count = max(min(length - skipped, room), 0)
+                out[at : at + count] = tokens[begin + skipped : begin + skipped + count]
+                if self.rule.append_eos and 0 <= length - skipped < room:
+                    out[at + count] = self.shards.special.eos
+                    count += 1
+                padding[at : at + count] = False
+
+    def _fill_documents(self, document: Ints, position: Ints, row_id: int) -> None:
+        """Number the documents of a row from 0 and restart positions with each."""
+        cuts = [0]
+        end = 0
+        for shard, start, stop, offset in self._spans(row_id):
+            places = self._layout(shard).places
+            first, last = np.searchsorted(places, start, side="right"), np.searchsorted(places, stop, side="left")
+            cuts += [offset] * (offset > 0) + (places[first:last] - start + offset).tolist()
+            end = offset + stop - start
+        if end < len(document):
+            cuts.append(end)
+        for number, (begin, stop) in enumerate(zip(cuts, [*cuts[1:], len(document)], strict=True)):
+            document[begin:stop] = number
+            position[begin:stop] = np.arange(stop - begin)
+
+    def _spans(self, row_id: int) -> list[tuple[int, int, int, int]]:
+        """(shard, start, stop, offset in row) of the parts of a row, in the shards' virtual streams."""
+        start = row_id * self.rule.payload
+        stop = min(start + self.rule.payload, int(self._shard_places[-1]))
+        shard = int(np.searchsorted(self._shard_places, start, side="right")) - 1
+        spans, offset = [], 0
+        while start < stop:
+            base, end = int(self._shard_places[shard]), int(self._shard_places[shard + 1])
+            until = min(stop, end)
+            if until > start:
+                spans.append((shard, start - base, until - base, offset))
+                offset += until - start
+                start = until
+            shard += 1
+        return spans
+
+    def _layout(self, shard: int) -> _Layout:
+        found = self._layouts.get(shard)
+        if found is None:
+            found = self._compute_layout(shard)
+            if len(self._layouts) >= _MAX_CACHED_SHARDS:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[shard] = found
+        return found
+
+    def _compute_layout(self, shard: int) -> _Layout:
+        ends = self.shards.document_ends(shard).astype(np.int64)
+        # Empty documents take no place; dropping them here keeps "one end token per document" true below.
+        starts = np.concatenate([[0], ends[np.diff(ends, prepend=0) > 0]]).astype(np.int64)
+        places = np.concatenate([[0], np.cumsum(self._room(np.diff(starts)))]).astype(np.int64)
+        return _Layout(starts, places)
+
+    def _room(self, lengths: Ints) -> Ints:
+        step = self.rule.alignment
+        return -(-(lengths + int(self.rule.append_eos)) // step) * step
+
+    def _stream_length(self, shard: int) -> int:
+        if self.rule.alignment == 1:
+            return self._num_real(shard)
+        return int(self._layout(shard).places[-1])
+
+    def _num_real(self, shard: int) -> int:
+        num_tokens, num_documents = self.shards.shard_size(shard)
+        return num_tokens + num_documents * self.rule.append_eos
+
+    def _check_vocabulary(self, tokens_BL: Ints, row_ids: Ints) -> None:
+        if tokens_BL.size and int(tokens_BL.max()) >= self.shards.vocab_size:
+            row = int(np.argmax(tokens_BL.max(axis=1)))
+            raise DataError(
+                f"row {int(row_ids[row])} of {self.shards.where} holds token {int(tokens_BL.max())}, outside "
+                f"[0, {self.shards.vocab_size}): the shard is damaged; find it with tools/inspect_shards.py --verify."
+            )

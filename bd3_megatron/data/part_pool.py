@@ -1,0 +1,141 @@
+"""Worker processes that make parts: each loads source and tokenizer once, then takes parts as it becomes free.
+
+Decides: workers are spawned (no threads or locks are inherited) and talk through one pipe each. A worker that dies is
+noticed at once; parents that die close the pipes, and workers end after the part in hand.
+Refuses: nothing; errors of a worker are raised here with the worker's own type and sentence.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn, Protocol
+
+from bd3_megatron.errors import BD3Error, WorkStopped
+
+Report = Callable[["Progress"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Work done since the last report."""
+
+    documents: int = 0
+    tokens: int = 0
+    weight: float = 0.0
+
+
+class PartMaker(Protocol):
+    """What a worker does; travels to it by pickling."""
+
+    def open(self) -> None:
+        """Load what all parts need; called once in the process that works."""
+
+    def make(self, task: Any, report: Report) -> Any:
+        """Make one part."""
+
+
+def make_parts(maker: PartMaker, tasks: Sequence[Any], num_workers: int, report: Report) -> Iterator[Any]:
+    """Make all parts, in this process or in `num_workers` others; yields results as they come.
+
+    Args:
+        maker: does the work.
+        tasks: one a part, in order of preference.
+        num_workers: 1 works in this process.
+        report: told about progress.
+
+    Raises:
+        BD3Error: what a worker raised.
+        WorkStopped: a worker died.
+    """
+    if num_workers <= 1 or len(tasks) <= 1:
+        if tasks:
+            maker.open()
+        for task in tasks:
+            yield maker.make(task, report)
+        return
+    pool = _Pool(maker, min(num_workers, len(tasks)))
+    try:
+        yield from pool.run(tasks, report)
+    finally:
+        pool.stop()
+
+
+class _Pool:
+    def __init__(self, maker: PartMaker, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers: dict[Connection, Any] = {}
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(maker, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers[ours] = process
+
+    def run(self, tasks: Sequence[Any], report: Report) -> Iterator[Any]:
+        waiting = list(reversed(tasks))
+        busy: set[Connection] = set()
+        for connection in self._workers:
+            if waiting:
+                self._send(connection, waiting.pop())
+                busy.add(connection)
+        while busy:
+            for ready in wait(list(busy)):
+                connection = next(one for one in busy if one is ready)
+                kind, content = self._receive(connection)
+                if kind == "progress":
+                    report(content)
+                    continue
+                if kind == "error":
+                    raise content
+                yield content
+                if waiting:
+                    self._send(connection, waiting.pop())
+                else:
+                    busy.discard(connection)
+
+    def stop(self) -> None:
+        for connection, process in self._workers.items():
+            connection.close()
+            process.terminate()
+        for process in self._workers.values():
+            process.join()
+
+    def _send(self, connection: Connection, task: Any) -> None:
+        try:
+            connection.send(task)
+        except OSError:
+            self._report_death(connection)
+
+    def _receive(self, connection: Connection) -> tuple[str, Any]:
+        try:
+            received: tuple[str, Any] = connection.recv()
+        except (EOFError, OSError):
+            self._report_death(connection)
+        return received
+
+    def _report_death(self, connection: Connection) -> NoReturn:
+        process = self._workers[connection]
+        process.join(timeout=5)
+        raise WorkStopped(
+            f"a worker process ended with exit code {process.exitcode}; look for memory pressure, use fewer --workers, "
+            "and run the same command again: finished parts are kept."
+        )
+
+
+def _work(maker: PartMaker, connection: Connection) -> None:
+    # Each worker is one of many; threads of the tokenizer library would only fight over the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        maker.open()
+        while True:
+            task = connection.recv()
+            result = maker.make(task, lambda progress: connection.send(("progress", progress)))
+            connection.send(("result", result))
+    except BD3Error as error:
+        connection.send(("error", error))
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        return

@@ -1,0 +1,228 @@
+"""One lane of a stream: documents read in order, tokenised, packed to rows, shuffled in windows; resumable.
+
+Decides: a lane owns a fixed share of the stream's files and yields rows 0, 1, 2, ... for ever (it begins again when its
+files end). Rows are packed by the rules of packing.py and permuted inside windows of `shuffle_rows`. Its state is small:
+the stream's position before the document in hand, how many places of that document earlier rows used, and the window.
+A row depends on the plan and its number only, never on who asks or when the run was interrupted.
+Costs: resuming tokenises at most one window again; asking for a later row tokenises and drops what lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_megatron.data.dataset_source import HubDataset
+from bd3_megatron.data.detokenizers import apply_rules, detokenizer
+from bd3_megatron.data.packing import Ints, PackedArrays, PackingRule
+from bd3_megatron.data.special_ids import SpecialIds
+from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.errors import DataError
+from bd3_megatron.rng import Purpose, permutation_index
+
+_WINDOW_BITS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """What a stream consists of; part of a run's identity, since it decides every row."""
+
+    dataset: HubDataset
+    """The stream (streaming=True)."""
+    tokenizer_folder: Path
+    rule: PackingRule
+    num_lanes: int
+    """Lanes; at most the stream's number of files. Rows of lane j are samples j, j + num_lanes, ..."""
+    shuffle_rows: int = 256
+    """Rows permuted together; 1: none."""
+    seed: int = 1
+    """run.seed."""
+    detokenizer: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneState:
+    """Where a lane stands before a window of rows."""
+
+    window: int = 0
+    epoch: int = 0
+    """How often the lane's files have ended."""
+    used_places: int = 0
+    """Places of the document at `stream` that earlier rows took."""
+    stream: dict[str, Any] | None = None
+    """The datasets library's own state before that document; None: the beginning."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class RowPacker:
+    """Documents in, rows out; holds back what does not fill a row."""
+
+    def __init__(self, rule: PackingRule, special: SpecialIds) -> None:
+        self._rule, self._special = rule, special
+        self._tokens: Ints = np.zeros(0, dtype=np.int64)
+        self._is_padding: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+        self._document: Ints = np.zeros(0, dtype=np.int64)
+        self._num_documents = 0
+
+    @property
+    def num_places(self) -> int:
+        """Places held back."""
+        return len(self._tokens)
+
+    def is_ready(self) -> bool:
+        return self.num_places >= self._rule.payload
+
+    def add(self, tokens: NDArray[np.uint32]) -> int:
+        """Append a document; returns how many places it takes."""
+        if len(tokens) == 0:
+            return 0
+        real = len(tokens) + int(self._rule.append_eos)
+        places = -(-real // self._rule.alignment) * self._rule.alignment
+        content = np.full(places, self._special.pad, dtype=np.int64)
+        content[: len(tokens)] = tokens
+        content[len(tokens) : real] = self._special.eos
+        self._tokens = np.concatenate([self._tokens, content])
+        self._is_padding = np.concatenate([self._is_padding, np.arange(places) >= real])
+        self._document = np.concatenate([self._document, np.full(places, self._num_documents)])
+        self._num_documents += 1
+        return places
+
+    def drop(self, places: int) -> None:
+        """Forget the first places."""
+        self._tokens, self._is_padding = self._tokens[places:], self._is_padding[places:]
+        self._document = self._document[places:]
+
+    def row(self) -> PackedArrays:
+        """The next row, every array of shape [L]."""
+        rule, payload = self._rule, self._rule.payload
+        tokens = self._tokens[:payload]
+        if rule.wrap_special:
+            tokens = np.concatenate([[self._special.bos], tokens, [self._special.eos]])
+        padding = self._is_padding[:payload].copy() if rule.pads else None
+        document = position = None
+        if rule.mode == "isolated":
+            document = self._document[:payload] - self._document[0]
+            starts = np.flatnonzero(np.diff(document, prepend=-1))
+            position = np.arange(payload) - np.repeat(starts, np.diff(starts, append=payload))
+        row = PackedArrays(np.array(tokens, dtype=np.int64), document, padding, position)
+        self.drop(payload)
+        return row
+
+
+class Lane:
+    """Rows of one lane, asked for in increasing order."""
+
+    def __init__(self, plan: StreamPlan, lane: int, state: LaneState | None = None) -> None:
+        """Open a lane where a state left it.
+
+        Args:
+            plan: the stream.
+            lane: in [0, plan.num_lanes).
+            state: from `state_before`; None: the beginning.
+        """
+        self._plan, self._lane = plan, lane
+        self._tokenizer = load_tokenizer(plan.tokenizer_folder)
+        self._rules = detokenizer(plan.detokenizer)
+        self._state = state or LaneState()
+        self._rows: list[PackedArrays] = []
+        self._packer = RowPacker(plan.rule, self._tokenizer.special)
+        self._dataset = plan.dataset.open().shard(num_shards=plan.num_lanes, index=lane)
+        if self._state.stream is not None:
+            self._dataset.load_state_dict(self._state.stream)
+        self._documents = iter(self._dataset)
+        self._epoch, self._window = self._state.epoch, self._state.window
+        self._before_document, self._places = self._state.stream, 0
+        self._skip_places = self._state.used_places
+        self._has_read = False
+
+    def row(self, number: int) -> PackedArrays:
+        """Row `number`, every array of shape [L].
+
+        Raises:
+            DataError: a row before the state's window was asked for, or the stream holds no text.
+        """
+        size = self._plan.shuffle_rows
+        window, place = divmod(number, size)
+        if window < self._state.window:
+            raise DataError(
+                f"lane {self._lane} stands at row {self._state.window * size} and was asked for row {number}; "
+                "resume the stream from the state saved with the checkpoint."
+            )
+        while not self._rows or self._state.window < window:
+            self._read_window(keep=self._window == window)
+        if size == 1:
+            return self._rows[0]
+        key = self._lane << _WINDOW_BITS | window
+        return self._rows[int(permutation_index(self._plan.seed, Purpose.DATA_ORDER, key, size, place))]
+
+    def state_before(self, number: int) -> LaneState:
+        """State from which row `number` of the current or the next window can be read again."""
+        return self._state if number < self._window * self._plan.shuffle_rows else self._current()
+
+    def _current(self) -> LaneState:
+        if not self._has_read:
+            return self._state
+        held_back = self._packer.num_places
+        return LaneState(
+            window=self._window,
+            epoch=self._epoch,
+            used_places=self._places - held_back if held_back else 0,
+            stream=self._before_document if held_back else self._dataset.state_dict(),
+        )
+
+    def _read_window(self, *, keep: bool) -> None:
+        """Read the next window; `keep` is False for windows that are only passed over."""
+        self._state, self._rows = self._current(), []
+        for _ in range(self._plan.shuffle_rows):
+            while not self._packer.is_ready():
+                self._read_document()
+            row = self._packer.row()
+            if keep or not self._rows:
+                self._rows.append(row)
+        self._window += 1
+
+    def _read_document(self) -> None:
+        # Before its first document the library reports the beginning of the stream, whatever state was loaded.
+        before = self._dataset.state_dict() if self._has_read else self._state.stream
+        self._has_read = True
+        text = next(self._kept_texts(), None)
+        if text is None:
+            self._begin_again()
+            return
+        places = self._packer.add(self._tokenizer.encode(apply_rules(self._rules, text)))
+        if places:
+            self._before_document, self._places = before, places
+        if self._skip_places:
+            self._packer.drop(self._skip_places)
+            self._skip_places = 0
+
+    def _kept_texts(self) -> Iterator[str]:
+        dataset = self._plan.dataset
+        for row in self._documents:
+            if all(check.keeps(row) for check in dataset.filters):
+                text = row[dataset.column]
+                if not isinstance(text, str):
+                    raise DataError(f"column {dataset.column} of {dataset.path} holds no text; name another column.")
+                if text.strip():
+                    yield text
+
+    def _begin_again(self) -> None:
+        if self._places == 0 and self._packer.num_places == 0:
+            raise DataError(
+                f"lane {self._lane} of {self._plan.dataset.path} holds no text; use fewer lanes or other data."
+            )
+        self._epoch += 1
+        self._dataset = self._plan.dataset.open().shard(num_shards=self._plan.num_lanes, index=self._lane)
+        self._documents = iter(self._dataset)
+
+
+def lane_states(content: Mapping[str, Any]) -> dict[int, LaneState]:
+    """Lane states from JSON."""
+    return {int(lane): LaneState(**state) for lane, state in content.items()}

@@ -1,0 +1,269 @@
+"""Training directly from a stream that is too big to shard first: rows by index, tokenised in loader processes.
+
+Decides: a stream's files are dealt to N lanes, N fixed by the plan; sample i is row i div N of lane i mod N. What a
+sample holds is therefore the same for every number of ranks, loader processes and restarts, as with shards; a rank opens
+only the lanes its samples touch. Loader processes share the lanes between them and each walks the rank's indices.
+The state to save is one small record a lane; records of different ranks are merged before they are saved.
+Refuses: a saved state of another plan, indices before it, streams without text, processes that died (by name).
+Costs: tokenisation speed of the processes (about 1 million tokens/s each). A rank whose samples touch a lane without
+owning all its rows tokenises the others' rows too: let N be a multiple of dp * micro_batch_size where files allow.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.dataset_source import HubDataset
+from bd3_megatron.data.loader import batch_of
+from bd3_megatron.data.packing import PackedArrays, PackingRule
+from bd3_megatron.data.stream_lane import Lane, LaneState, StreamPlan, lane_states
+from bd3_megatron.errors import BD3Error, ConfigError, DataError
+
+_MOST_LANES = 64
+_POLL_SECONDS = 2.0
+
+Rows = list[tuple[int, PackedArrays]]
+"""Rows of one batch: place in the batch, arrays of shape [L]."""
+
+
+def plan_stream(
+    dataset: HubDataset,
+    tokenizer_folder: Path,
+    rule: PackingRule,
+    *,
+    num_lanes: int | None = None,
+    shuffle_rows: int = 256,
+    seed: int = 1,
+    detokenizer: str = "none",
+) -> StreamPlan:
+    """Decide how a stream is read.
+
+    Args:
+        dataset: where the text comes from; read as a stream.
+        tokenizer_folder: as written by `Tokenizer.save`.
+        rule: how documents become rows.
+        num_lanes: None: one a file, at most 64.
+        shuffle_rows: rows of a lane permuted together.
+        seed: run.seed.
+        detokenizer: see detokenizers.
+
+    Raises:
+        ConfigError: more lanes than files, or an empty window.
+        DataError: the stream cannot be opened.
+    """
+    dataset = replace(dataset, streaming=True)
+    files = int(dataset.open().num_shards)
+    lanes = min(files, _MOST_LANES) if num_lanes is None else num_lanes
+    if not 1 <= lanes <= files:
+        raise ConfigError(
+            f"num_lanes={lanes} is outside [1, {files}], the files of {dataset.path}; use {files} or fewer."
+        )
+    if shuffle_rows < 1:
+        raise ConfigError(f"shuffle_rows={shuffle_rows} is empty; use 1 (no shuffling) or more.")
+    return StreamPlan(
+        dataset=dataset,
+        tokenizer_folder=tokenizer_folder,
+        rule=rule,
+        num_lanes=lanes,
+        shuffle_rows=shuffle_rows,
+        seed=seed,
+        detokenizer=detokenizer,
+    )
+
+
+class StreamLoader:
+    """Iterates over the batches of a rank's indices."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        indices: Callable[[], Iterable[Tensor]],
+        *,
+        num_workers: int = 0,
+        prefetch: int = 8,
+        pin_memory: bool = False,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepare to iterate.
+
+        Args:
+            plan: from `plan_stream`.
+            indices: gives int64 [B] tensors, increasing, the same at every call; every process calls it.
+            num_workers: loader processes; 0 tokenises in this process.
+            prefetch: batches each process keeps ready.
+            pin_memory: put batches in page-locked memory (needs a GPU).
+            state: from `state_dict`, merged over ranks; None: the stream's beginning.
+
+        Raises:
+            DataError: the state belongs to another plan.
+        """
+        self._plan, self._indices = plan, indices
+        self._num_workers, self._prefetch, self._pin = num_workers, prefetch, pin_memory
+        self._states = _checked_states(plan, state)
+
+    def __iter__(self) -> Iterator[CleanBatch]:
+        work = self._read_here() if self._num_workers == 0 else self._read_ahead()
+        for index_B, rows in work:
+            batch = batch_of(_stack([arrays for _, arrays in sorted(rows, key=lambda row: row[0])]), index_B)
+            yield batch.pin_memory() if self._pin else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank's lanes stand after the last batch that was yielded; JSON."""
+        return {
+            "num_lanes": self._plan.num_lanes,
+            "shuffle_rows": self._plan.shuffle_rows,
+            "lanes": {str(lane): state.as_dict() for lane, state in sorted(self._states.items())},
+        }
+
+    def _read_here(self) -> Iterator[tuple[Tensor, Rows]]:
+        lanes = _Lanes(self._plan, self._states, range(self._plan.num_lanes))
+        for index_B in self._indices():
+            rows, states = lanes.read(index_B)
+            self._states |= states
+            yield index_B, rows
+
+    def _read_ahead(self) -> Iterator[tuple[Tensor, Rows]]:
+        workers = _Workers(self._plan, self._states, self._indices, min(self._num_workers, self._plan.num_lanes))
+        try:
+            workers.start(self._prefetch)
+            for index_B in self._indices():
+                rows: Rows = []
+                for worker in workers.wanted(index_B):
+                    some, states = workers.receive(worker)
+                    self._states |= states
+                    rows += some
+                yield index_B, rows
+        finally:
+            workers.stop()
+
+
+class _Lanes:
+    """The lanes one process reads."""
+
+    def __init__(self, plan: StreamPlan, states: Mapping[int, LaneState], own: Iterable[int]) -> None:
+        self._plan, self._states, self._own = plan, dict(states), frozenset(own)
+        self._lanes: dict[int, Lane] = {}
+
+    def read(self, index_B: Tensor) -> tuple[Rows, dict[int, LaneState]]:
+        """Own rows of a batch, and where their lanes stand after it."""
+        rows: Rows = []
+        states: dict[int, LaneState] = {}
+        for place, index in enumerate(index_B.tolist()):
+            number, lane = divmod(index, self._plan.num_lanes)
+            if lane not in self._own:
+                continue
+            if lane not in self._lanes:
+                self._lanes[lane] = Lane(self._plan, lane, self._states.get(lane))
+            rows.append((place, self._lanes[lane].row(number)))
+            states[lane] = self._lanes[lane].state_before(number + 1)
+        return rows, states
+
+
+class _Workers:
+    """Loader processes; process w reads lanes w, w + W, ... and sends its rows of each batch in order."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        states: Mapping[int, LaneState],
+        indices: Callable[[], Iterable[Tensor]],
+        size: int,
+    ) -> None:
+        self._plan, self._states, self._indices, self._size = plan, states, indices, size
+        self._processes: list[Any] = []
+        self._queues: list[Any] = []
+
+    def start(self, prefetch: int) -> None:
+        context = multiprocessing.get_context("fork")
+        for worker in range(self._size):
+            ready = context.Queue(maxsize=prefetch)
+            lanes = _Lanes(self._plan, self._states, range(worker, self._plan.num_lanes, self._size))
+            process = context.Process(target=_produce, args=(lanes, self._indices, ready), daemon=True)
+            process.start()
+            self._queues.append(ready)
+            self._processes.append(process)
+
+    def wanted(self, index_B: Tensor) -> list[int]:
+        """Processes that hold rows of a batch."""
+        return sorted({index % self._plan.num_lanes % self._size for index in index_B.tolist()})
+
+    def receive(self, worker: int) -> tuple[Rows, dict[int, LaneState]]:
+        while True:
+            try:
+                outcome = self._queues[worker].get(timeout=_POLL_SECONDS)
+                break
+            except queue.Empty:
+                code = self._processes[worker].exitcode
+                if code is not None:
+                    raise DataError(
+                        f"stream process {worker} ended with exit code {code}; look for memory pressure, or set "
+                        "data.num_workers=0 to see its error here."
+                    ) from None
+        if isinstance(outcome, BD3Error):
+            raise outcome
+        rows: tuple[Rows, dict[int, LaneState]] = outcome
+        return rows
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process, ready in zip(self._processes, self._queues, strict=True):
+            process.join()
+            ready.close()
+            ready.cancel_join_thread()
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state from those of all data-parallel ranks: of each lane, the one that is furthest.
+
+    All ranks must have consumed the same steps; then no sample still to come lies before the furthest state.
+    """
+    merged = dict(states[0])
+    lanes: dict[str, Any] = {}
+    for state in states:
+        for lane, record in state["lanes"].items():
+            if lane not in lanes or record["window"] > lanes[lane]["window"]:
+                lanes[lane] = record
+    return merged | {"lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
+def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any) -> None:
+    import torch
+
+    # The parent's threads do not exist here, and a pool of them would wait for ever.
+    torch.set_num_threads(1)
+    try:
+        for index_B in indices():
+            rows, states = lanes.read(index_B)
+            if rows:
+                ready.put((rows, states))
+    except BD3Error as error:
+        ready.put(error)
+
+
+def _checked_states(plan: StreamPlan, state: Mapping[str, Any] | None) -> dict[int, LaneState]:
+    if state is None:
+        return {}
+    for name in ("num_lanes", "shuffle_rows"):
+        if state[name] != getattr(plan, name):
+            raise DataError(
+                f"the saved stream state has {name}={state[name]}, the run has {getattr(plan, name)}; "
+                f"resume with {name}={state[name]}."
+            )
+    return lane_states(state["lanes"])
+
+
+def _stack(rows: list[PackedArrays]) -> PackedArrays:
+    columns: list[np.ndarray | None] = []
+    for column, first in enumerate(rows[0]):
+        columns.append(None if first is None else np.stack([np.asarray(row[column]) for row in rows]))
+    return PackedArrays._make(columns)

@@ -1,0 +1,124 @@
+"""Perplexity on the training grid: the averaged weights, the same rows and noise as from an exported folder.
+
+Decides: every data-parallel rank takes its share of the rows; a micro-batch has the size that training uses, the last
+one filled up, since pipelines and ZeRO-3 need equal shapes and counts everywhere. Sums leave the last stage only, partial
+over context-parallel ranks; they are added over dp x cp, then sent to the other stages, so every rank returns the same.
+A collective: all ranks call it, between two steps.
+Costs: rows / (dp x micro-batch) forward passes; no gradient memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.evaluate.noise_plan import NoisePlan
+from bd3_megatron.evaluate.perplexity import (
+    Estimate,
+    HeldOut,
+    ScoreSettings,
+    ScoreSums,
+    Share,
+    chunked,
+    deal,
+    estimate,
+    read_share,
+    score_table,
+)
+from bd3_megatron.model.build import ParallelModel
+from bd3_megatron.model.pair_batch import pair_batch
+from bd3_megatron.parallel.topology import Topology
+
+SUMS_KEY = "weighted_nll_B"
+"""What `describe` must put in a micro-batch's log: float64 [B], each sample's sum of weight x NLL over this rank's rows."""
+BATCHES_PER_CALL = 64
+"""Micro-batches in memory at once (rounded to the pipeline's needs)."""
+
+
+def settings_of(config: Config) -> ScoreSettings:
+    """What a run's configuration asks for; a model that never saw its first token masked is not asked for it."""
+    asked = config.evaluate
+    return ScoreSettings(
+        num_sequences=asked.num_sequences,
+        draws=1 if asked.official else asked.draws,
+        exclude_first=asked.official or config.diffusion.never_mask_first,
+        by_level=asked.official,
+    )
+
+
+def evaluate_on_grid(
+    engine: ZeroEngine, topology: Topology, dataset: HeldOut, config: Config, *, block_size: int
+) -> Estimate:
+    """Held-out perplexity under the averaged weights; collective over all ranks.
+
+    Args:
+        engine: whose `describe` logs what SUMS_KEY names.
+        topology: the grid.
+        dataset: held-out rows of data.seq_len, the same on every rank, not shuffled.
+        config: evaluate and diffusion sections, and the micro-batch size.
+        block_size: S of the current phase.
+
+    Returns:
+        The same estimate on every rank.
+
+    Raises:
+        RangeError: nothing to score.
+    """
+    settings = settings_of(config)
+    plan = settings.plan(
+        objective=config.diffusion.objective, block_size=block_size, mask_id=engine.model.vocabulary.mask_id
+    )
+    table = score_table(plan, num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
+    sums = ScoreSums(table, topology.device)
+    group = topology.pp if topology.vpp > 1 else 1
+    shares = deal(
+        table,
+        batch_size=config.train.micro_batch_size,
+        rank=topology.dp_rank,
+        ranks=topology.dp,
+        multiple=group,
+    )
+    with _rows_of(engine.model, block_size), engine.averaged_weights():
+        for part in chunked(shares, BATCHES_PER_CALL // group * group or group):
+            _score(engine, dataset, plan, sums, part)
+    _share_sums(sums, topology)
+    return estimate(plan, sums)
+
+
+def _score(engine: ZeroEngine, dataset: HeldOut, plan: NoisePlan, sums: ScoreSums, shares: Sequence[Share]) -> None:
+    """Run some micro-batches and put down what this rank learns of them."""
+    topology, layout = engine.model.topology, engine.model.sight.layout
+    batches = []
+    for share in shares:
+        clean, draw_B = read_share(dataset, sums.table, share)
+        batches.append(pair_batch(clean, plan.noisy(clean, draw_B), layout).to(topology.device))
+        if topology.is_last_stage and topology.cp_rank == 0:
+            sums.put_counts(share, plan.counted(clean))
+    logs = engine.evaluate(batches)
+    if topology.is_last_stage:
+        for share, log in zip(shares, logs, strict=True):
+            sums.put_sums(share, log[SUMS_KEY])
+
+
+def _share_sums(sums: ScoreSums, topology: Topology) -> None:
+    """Entry: each last-stage rank has its rows, partial over cp. Exit: every rank has all rows, whole."""
+    if topology.is_last_stage:
+        dist.all_reduce(sums.both_2R, group=topology.shard_group)
+    if topology.pp > 1:
+        dist.broadcast(sums.both_2R, topology.last_stage_rank(), group=topology.groups.pp)
+
+
+@contextmanager
+def _rows_of(model: ParallelModel, block_size: int) -> Iterator[None]:
+    """Inside, the model has the rows of this block size."""
+    before = model.sight.layout
+    if before.block_size != block_size:
+        model.enter_phase(block_size)
+    try:
+        yield
+    finally:
+        model.sight.layout = before

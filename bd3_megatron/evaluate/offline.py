@@ -1,0 +1,188 @@
+"""Perplexity of an exported folder with the plain model, on one device or on many ranks that split the sequences.
+
+Decides: the same rows, noise and sums as on the training grid (perplexity.py), so the same checkpoint gives the same
+number. The output table is applied to masked rows only, in chunks. Under torchrun every rank holds the whole model,
+scores its share and returns the same estimate.
+Refuses: folders that are no model's, text of another vocabulary or tokenizer, a split shorter than one sequence.
+Costs: one pass over [noisy; clean] of every row, attention dense (2L x 2L booleans).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.data.shards import ShardFolder, check_tokenizer
+from bd3_megatron.data.tokenizer import META_FILE, load_tokenizer
+from bd3_megatron.diffusion.corrupt import NoisyBatch
+from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
+from bd3_megatron.errors import CheckpointError, DataError
+from bd3_megatron.evaluate.perplexity import (
+    Estimate,
+    HeldOut,
+    ScoreSettings,
+    ScoreSums,
+    deal,
+    estimate,
+    read_share,
+    score_table,
+)
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.sampling.folder import read_config, read_weights
+
+LOGIT_BYTES = 64 * 2**20
+"""Size of one chunk's logits in fp32."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and how a plain model computes."""
+
+    device: torch.device = torch.device("cpu")
+    batch_size: int = 8
+    """Rows of one forward; the result does not depend on it."""
+    rank: int = 0
+    ranks: int = 1
+    """Processes that split the rows; more than one needs an initialised process group."""
+
+
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
+    """The plain model of an exported folder, in eval mode.
+
+    Args:
+        folder: made by tools/convert_checkpoint.py.
+        device: where it goes.
+        dtype: of its parameters; None: as stored.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, or its weights are of another shape.
+    """
+    config = read_config(folder)
+    state = read_weights(folder)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    try:
+        model = plain_model(config, state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} holds weights of another model ({reason}); export the folder again.") from None
+    return model.to(device), config
+
+
+def open_split(
+    data: Path, folder: Path, config: BD3Config, *, split: str = "valid", packing: str = "wrap"
+) -> TokenDataset:
+    """The rows of prepared text, cut as the model was trained.
+
+    Args:
+        data: folder made by tools/prepare_data.py, or one split of it.
+        folder: of the model; its tokenizer must have made the text.
+        config: of the model.
+        split: taken where `data` is the whole folder.
+        packing: wrap, isolated or pad, as in training.
+
+    Raises:
+        DataError: missing, damaged or empty text, or ids that the model does not have.
+        TokenizerError: the text was made by another tokenizer.
+    """
+    path = data / split if (data / split).is_dir() else data
+    dataset = TokenDataset.open(
+        path,
+        seq_len=config.max_position_embeddings,
+        packing=packing,
+        block_size=config.block_size,
+        shuffle=False,
+    )
+    if dataset.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{path} has a vocabulary of {dataset.vocab_size} and the model of {config.vocab_size}; "
+            "prepare the text with the model's tokenizer."
+        )
+    shards = dataset.sources[0].shards
+    if isinstance(shards, ShardFolder) and (folder / META_FILE).is_file():
+        check_tokenizer(shards, load_tokenizer(folder).fingerprint)
+    return dataset
+
+
+def evaluate_plain(
+    model: PlainBD3, dataset: HeldOut, settings: ScoreSettings, work: Work, *, mask_id: int | None
+) -> Estimate:
+    """Perplexity of a plain model; collective over `work.ranks` processes.
+
+    Args:
+        model: in eval mode on work.device.
+        dataset: held-out rows.
+        settings: what is asked.
+        work: how.
+        mask_id: the model's mask token.
+
+    Returns:
+        The same estimate on every rank.
+
+    Raises:
+        RangeError: nothing to score, or a request the model cannot serve.
+    """
+    shape = model.model.shape
+    plan = settings.plan(objective=shape.objective, block_size=shape.block_size, mask_id=mask_id)
+    table = score_table(plan, num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
+    sums = ScoreSums(table, work.device)
+    for share in deal(table, batch_size=work.batch_size, rank=work.rank, ranks=work.ranks):
+        if share.num_real == 0:
+            continue
+        clean, draw_B = read_share(dataset, table, share)
+        noisy = plan.noisy(clean, draw_B)
+        sums.put_counts(share, plan.counted(clean))
+        sums.put_sums(share, weighted_sums(model, clean, noisy, work.device, mask_id=mask_id))
+    if work.ranks > 1:
+        dist.all_reduce(sums.both_2R)
+    return estimate(plan, sums)
+
+
+@torch.inference_mode()
+def weighted_sums(
+    model: PlainBD3, clean: CleanBatch, noisy: NoisyBatch | None, device: torch.device, *, mask_id: int | None
+) -> Tensor:
+    """The weighted NLL of each sequence of a batch: float64 [B] on `device`.
+
+    Args:
+        model: plain, on `device`.
+        clean, noisy: the batch on the CPU; noisy None for the autoregressive objective.
+        device: where to compute.
+        mask_id: never predicted.
+    """
+    documents_BL = None if clean.document_id_BL is None else clean.document_id_BL.to(device)
+    clean_BL = clean.tokens_BL.to(device)
+    if noisy is None:
+        target_BL, is_loss_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)
+        weight_BL = is_loss_BL.double()
+        hidden_BLD = model.model(clean_BL, None, documents_BL)
+    else:
+        target_BL, is_loss_BL, weight_BL = noisy.clean_BL, noisy.is_masked_BL, noisy.weight_BL
+        hidden_BLD = model.model(noisy.noisy_BL.to(device), clean_BL, documents_BL)
+    rows_R = is_loss_BL.flatten().nonzero()[:, 0]
+    nll_R = _row_nll(model, hidden_BLD, target_BL, rows_R, mask_id=None if noisy is None else mask_id)
+    weighted_R = nll_R.double() * weight_BL.flatten()[rows_R].double().to(device)
+    sample_R = (rows_R // clean.tokens_BL.shape[1]).to(device)
+    return torch.zeros(len(clean_BL), dtype=torch.float64, device=device).index_add_(0, sample_R, weighted_R)
+
+
+def _row_nll(model: PlainBD3, hidden_BLD: Tensor, target_BL: Tensor, rows_R: Tensor, *, mask_id: int | None) -> Tensor:
+    """NLL of some rows [R], fp32 (fp64 for fp64 models)."""
+    device = hidden_BLD.device
+    hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, rows_R.to(device))
+    target_R = target_BL.flatten()[rows_R].to(device)
+    size = max(1, LOGIT_BYTES // (4 * model.model.shape.vocab_size))
+    parts = []
+    for hidden, target in zip(hidden_RD.split(size), target_R.split(size), strict=True):
+        logits = model.lm_head(hidden)
+        parts.append(
+            next_token_nll(logits, target) if mask_id is None else masked_token_nll(logits, target, mask_id=mask_id)
+        )
+    return torch.cat(parts) if parts else hidden_RD.new_zeros(0)

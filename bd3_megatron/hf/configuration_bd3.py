@@ -1,0 +1,124 @@
+"""Configuration of an exported block-diffusion model, as Hugging Face users load it.
+
+Decides the names and defaults of config.json, and refuses shapes that no layer could be built from. Token ids have no
+guessed defaults: a model without a mask token id is refused, except for the autoregressive objective, which has none.
+Source of the three semantic switches (logit alignment, block-causal prefix, absolute block grid): engines that serve
+block-diffusion models differ in them, so each is written into the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+STYLES = ("paper", "modern")
+OBJECTIVES = ("block", "ar")
+
+
+class BD3Config(PretrainedConfig):
+    """Shape and meaning of one model.
+
+    Args:
+        vocab_size: rows of the embedding and head tables, the mask token included.
+        style: "paper" (LayerNorm with bias, tanh-GELU MLP with bias, head with bias) or "modern" (RMSNorm, SwiGLU, no bias).
+        num_hidden_layers, hidden_size, num_attention_heads: as everywhere.
+        num_key_value_heads: heads of keys and values; divides num_attention_heads. None = num_attention_heads.
+        head_dim: even width of one head. None = hidden_size / num_attention_heads.
+        intermediate_size: width of the MLP. None = 4 * hidden_size.
+        qk_norm: RMSNorm over head_dim on queries and keys, before the rotation.
+        layer_norm_eps: epsilon of every norm.
+        rope_theta: base of the rotary frequencies.
+        max_position_embeddings: the trained length L in tokens, a multiple of block_size.
+        block_size: tokens S of a diffusion block; 1 for the autoregressive objective.
+        mask_token_id: id of the mask token; None only with objective="ar".
+        objective: "block" (logits of a position predict that position) or "ar" (they predict the next one).
+        residual_dropout: probability on both residual branches in training mode; 0 in exported folders.
+        initializer_range: standard deviation of fresh weights.
+
+    Raises:
+        ValueError: a style, objective, head count, width, block size or mask token id that no model can have.
+    """
+
+    model_type = "bd3"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 50258,
+        style: str = "modern",
+        num_hidden_layers: int = 12,
+        hidden_size: int = 768,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        qk_norm: bool = False,
+        tie_word_embeddings: bool = False,
+        layer_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 1024,
+        block_size: int = 16,
+        mask_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        objective: str = "block",
+        residual_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        for fixed in ("logit_alignment", "prefix_attention", "block_grid"):
+            kwargs.pop(fixed, None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        self.vocab_size = vocab_size
+        self.style = style
+        self.num_hidden_layers = num_hidden_layers
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // max(num_attention_heads, 1) if head_dim is None else head_dim
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.qk_norm = qk_norm
+        self.layer_norm_eps = layer_norm_eps
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.objective = objective
+        self.residual_dropout = residual_dropout
+        self.initializer_range = initializer_range
+        self.logit_alignment = "shifted" if objective == "ar" else "none"
+        self.prefix_attention = "block_causal"
+        self.block_grid = "absolute"
+        self._check_names()
+        self._check_shapes()
+
+    def _check_names(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"style={self.style!r} is unknown; use one of {', '.join(STYLES)}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown; use one of {', '.join(OBJECTIVES)}.")
+        # transformers builds a configuration without arguments to find defaults: a missing mask id is legal until used.
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id={self.mask_token_id} is outside the vocabulary; use 0 to {self.vocab_size - 1}."
+            )
+
+    def _check_shapes(self) -> None:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads < 1 or groups < 1 or heads % groups != 0:
+            raise ValueError(
+                f"num_key_value_heads={groups} does not divide num_attention_heads={heads}; use a divisor."
+            )
+        if self.head_dim < 2 or self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim={self.head_dim} is not a positive even number; rotary pairs need one.")
+        if self.block_size < 1 or self.max_position_embeddings % self.block_size != 0:
+            raise ValueError(
+                f"block_size={self.block_size} does not divide max_position_embeddings="
+                f"{self.max_position_embeddings}; use a divisor."
+            )

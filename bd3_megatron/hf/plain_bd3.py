@@ -1,0 +1,340 @@
+"""The plain block-diffusion transformer: torch only, the truth in equivalence tests and the model inside the wrapper.
+
+Decides the parameter names of every converter, the two layer styles, the rotary table and the rule of sight of the
+plain forward. That rule is written here a second time, on purpose: an exported folder carries no house code, and a test
+ties the two. Attention is dense (a boolean matrix of 2L x 2L), which costs memory but hides nothing; the decoding
+engine hands its own `attend` to the same layers.
+
+Does not know losses, noise, caches or tokenizers.
+Source: BD3-LM (arXiv 2503.09573) section 3; rotate-half rotary positions, the same 0..L-1 for both halves of the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (queries_BQNH, keys_BRGH, values_BRGH, layer) -> mixed_BQNH
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Shape(Protocol):
+    """What the plain model reads of a configuration; `BD3Config` is one."""
+
+    vocab_size: int
+    style: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    qk_norm: bool
+    tie_word_embeddings: bool
+    layer_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    block_size: int
+    objective: str
+    residual_dropout: float
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of one set of positions, each [B or 1, R, 1, H/2]; float64 for a float64 model, else float32."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def rotate(self, x_BRNH: Tensor) -> Tensor:
+        """Rotate each head by its position (rotate-half pairing), in the dtype of the table, returned in x's dtype."""
+        first, second = x_BRNH.to(self.cosine.dtype).chunk(2, dim=-1)
+        turned = (first * self.cosine - second * self.sine, second * self.cosine + first * self.sine)
+        return torch.cat(turned, dim=-1).to(x_BRNH.dtype)
+
+    def take(self, rows_BR: Tensor) -> Rotary:
+        """The table of some rows of each sequence."""
+        batch = rows_BR.shape[0]
+        index = rows_BR[:, :, None, None].expand(-1, -1, 1, self.cosine.shape[-1])
+        tables = (table.expand(batch, -1, -1, -1).gather(1, index) for table in (self.cosine, self.sine))
+        return Rotary(*tables)
+
+
+def rotary_table(position_BR: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Rotary table of positions, computed at every call: a stored fp32 table would cost a float64 model 2.5e-7.
+
+    Args:
+        position_BR: int64 [B or 1, R], >= 0.
+        head_dim: even width of a head.
+        theta: base of the frequencies theta^(-2i/H).
+        dtype: the model's dtype; float64 gives float64, every other float32.
+
+    Returns:
+        The table. Frequencies are rounded to the table's dtype (as training does); angles are taken in float64, so
+        positions far beyond the trained length keep exact differences.
+    """
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    even = torch.arange(0, head_dim, 2, dtype=table_dtype, device=position_BR.device)
+    frequency = 1.0 / (theta ** (even / head_dim))
+    angle_BRh = position_BR[..., None].to(torch.float64) * frequency.to(torch.float64)
+    return Rotary(angle_BRh.cos().to(table_dtype)[:, :, None], angle_BRh.sin().to(table_dtype)[:, :, None])
+
+
+def block_causal_sees(length: int, block_size: int, device: torch.device) -> Tensor:
+    """bool [L, L]: one clean sequence, where a position sees its own block and every earlier one."""
+    block_L = torch.arange(length, device=device) // block_size
+    return block_L[:, None] >= block_L[None, :]
+
+
+def pair_sees(length: int, block_size: int, device: torch.device) -> Tensor:
+    """bool [2L, 2L] over [noisy; clean]: who may see whom.
+
+    noisy -> noisy: the same block; noisy -> clean: earlier blocks; clean -> clean: its own block and earlier ones;
+    clean -> noisy: never.
+    """
+    block_L = torch.arange(length, device=device) // block_size
+    same_LL = block_L[:, None] == block_L[None, :]
+    earlier_LL = block_L[:, None] > block_L[None, :]
+    noisy_rows = torch.cat([same_LL, earlier_LL], dim=1)
+    clean_rows = torch.cat([torch.zeros_like(same_LL), same_LL | earlier_LL], dim=1)
+    return torch.cat([noisy_rows, clean_rows], dim=0)
+
+
+def fold_groups(queries_BQNH: Tensor, num_groups: int) -> Tensor:
+    """[B, Q, N, H] -> [B, G, (N/G) Q, H]: heads that share a key head become rows, so keys are never repeated."""
+    batch, rows, heads, width = queries_BQNH.shape
+    shared = heads // num_groups
+    split = queries_BQNH.reshape(batch, rows, num_groups, shared, width)
+    return split.permute(0, 2, 3, 1, 4).reshape(batch, num_groups, shared * rows, width)
+
+
+def unfold_groups(mixed_BGRH: Tensor, num_heads: int) -> Tensor:
+    """[B, G, (N/G) Q, H] -> [B, Q, N, H], the inverse of `fold_groups`."""
+    batch, groups, rows, width = mixed_BGRH.shape
+    shared = num_heads // groups
+    split = mixed_BGRH.reshape(batch, groups, shared, rows // shared, width)
+    return split.permute(0, 3, 1, 2, 4).reshape(batch, rows // shared, num_heads, width)
+
+
+def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tensor, sees_BQK: Tensor | None) -> Tensor:
+    """Softmax attention with shared key heads and a boolean sight.
+
+    Args:
+        queries_BQNH: [B, Q, N, H].
+        keys_BGKH, values_BGKH: [B, G, K, H], G divides N.
+        sees_BQK: bool [B or 1, Q, K]; None = everything is seen. No row may be all False.
+
+    Returns:
+        [B, Q, N, H].
+    """
+    num_heads, num_groups = queries_BQNH.shape[2], keys_BGKH.shape[1]
+    sight = None
+    if sees_BQK is not None:
+        sight = sees_BQK.repeat(1, num_heads // num_groups, 1)[:, None]
+    folded = fold_groups(queries_BQNH, num_groups)
+    mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=sight)
+    return unfold_groups(mixed, num_heads)
+
+
+class SelfAttention(nn.Module):
+    """Projections of one layer; who sees whom is the caller's `attend`."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        hidden, width = shape.hidden_size, shape.head_dim
+        self.head_dim = width
+        self.q_proj = nn.Linear(hidden, shape.num_attention_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, shape.num_key_value_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, shape.num_key_value_heads * width, bias=False)
+        self.o_proj = nn.Linear(shape.num_attention_heads * width, hidden, bias=False)
+        self.q_norm = nn.RMSNorm(width, eps=shape.layer_norm_eps) if shape.qk_norm else None
+        self.k_norm = nn.RMSNorm(width, eps=shape.layer_norm_eps) if shape.qk_norm else None
+
+    def queries(self, u_BQD: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries [B, Q, N, H]."""
+        q_BQNH = self.q_proj(u_BQD).unflatten(-1, (-1, self.head_dim))
+        return rotary.rotate(q_BQNH if self.q_norm is None else self.q_norm(q_BQNH))
+
+    def keys_values(self, u_BRD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values, each [B, R, G, H]."""
+        k_BRGH = self.k_proj(u_BRD).unflatten(-1, (-1, self.head_dim))
+        v_BRGH = self.v_proj(u_BRD).unflatten(-1, (-1, self.head_dim))
+        return rotary.rotate(k_BRGH if self.k_norm is None else self.k_norm(k_BRGH)), v_BRGH
+
+    def output(self, mixed_BQNH: Tensor) -> Tensor:
+        """Back to the hidden size [B, Q, D]."""
+        return self.o_proj(mixed_BQNH.flatten(-2))
+
+
+class PaperMlp(nn.Module):
+    """W_down gelu_tanh(W_up u + b_up) + b_down."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
+
+    def forward(self, u_BRD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(u_BRD), approximate="tanh"))
+
+
+class ModernMlp(nn.Module):
+    """SwiGLU: W_down (silu(W_gate u) * W_up u)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, u_BRD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(u_BRD)) * self.up_proj(u_BRD))
+
+
+def new_norm(shape: Shape) -> nn.Module:
+    """The style's norm over the hidden size; statistics are fp32 or better inside torch's kernels."""
+    if shape.style == "paper":
+        return nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
+    return nn.RMSNorm(shape.hidden_size, eps=shape.layer_norm_eps)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, shape: Shape, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.input_layernorm = new_norm(shape)
+        self.self_attn = SelfAttention(shape)
+        self.post_attention_layernorm = new_norm(shape)
+        self.mlp = PaperMlp(shape) if shape.style == "paper" else ModernMlp(shape)
+        self.dropout = nn.Dropout(shape.residual_dropout)
+
+    def forward(self, x_BRD: Tensor, rotary: Rotary, attend: Attend, keep_BQ: Tensor | None = None) -> Tensor:
+        """One layer. `keep_BQ` [B, Q] names the rows whose output is wanted; the others give keys and values only."""
+        u_BRD = self.input_layernorm(x_BRD)
+        keys_BRGH, values_BRGH = self.self_attn.keys_values(u_BRD, rotary)
+        if keep_BQ is not None:
+            x_BRD, u_BRD, rotary = take_rows(x_BRD, keep_BQ), take_rows(u_BRD, keep_BQ), rotary.take(keep_BQ)
+        queries_BQNH = self.self_attn.queries(u_BRD, rotary)
+        mixed_BQNH = attend(queries_BQNH, keys_BRGH, values_BRGH, self.index)
+        x_BQD = x_BRD + self.dropout(self.self_attn.output(mixed_BQNH))
+        return x_BQD + self.dropout(self.mlp(self.post_attention_layernorm(x_BQD)))
+
+
+def take_rows(x_BRD: Tensor, rows_BQ: Tensor) -> Tensor:
+    """[B, R, D] -> [B, Q, D]: some rows of each sequence."""
+    return x_BRD.gather(1, rows_BQ[:, :, None].expand(-1, -1, x_BRD.shape[-1]))
+
+
+class Stack(nn.Module):
+    """Embedding, layers, final norm: everything under the prefix `model.`."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
+        self.norm = new_norm(shape)
+
+    def run(self, ids_BR: Tensor, position_BR: Tensor, attend: Attend, keep_BQ: Tensor | None = None) -> Tensor:
+        """Normed hidden states [B, Q, D] of the rows in `keep_BQ` [B, Q] (None = all R rows) under the caller's `attend`.
+
+        Args:
+            ids_BR: int64 token ids [B, R].
+            position_BR: int64 rotary positions [B or 1, R].
+            attend: decides who sees whom; called once a layer.
+            keep_BQ: int64 rows of the last layer that are wanted.
+        """
+        x_BRD = self.embed_tokens(ids_BR)
+        rotary = rotary_table(position_BR, head_dim=self.shape.head_dim, theta=self.shape.rope_theta, dtype=x_BRD.dtype)
+        for layer in self.layers:
+            is_last = layer.index == len(self.layers) - 1
+            x_BRD = layer(x_BRD, rotary, attend, keep_BQ if is_last else None)
+        return self.norm(x_BRD)
+
+    def forward(
+        self, input_ids_BL: Tensor, context_ids_BL: Tensor | None = None, document_id_BL: Tensor | None = None
+    ) -> Tensor:
+        """Normed hidden states [B, L, D] of `input_ids_BL`.
+
+        Args:
+            input_ids_BL: int64 [B, L]; noisy tokens when `context_ids_BL` is given, else one block-causal sequence.
+            context_ids_BL: int64 [B, L] clean tokens.
+            document_id_BL: int [B, L]; positions of different documents never see each other.
+
+        Raises:
+            ValueError: a context of another shape, or a context for the autoregressive objective.
+        """
+        length, device = input_ids_BL.shape[1], input_ids_BL.device
+        span = 1 if self.shape.objective == "ar" else self.shape.block_size
+        is_pair = context_ids_BL is not None
+        if is_pair:
+            check_context(input_ids_BL, context_ids_BL, self.shape.objective)
+        # One block fills the sequence (MDLM): no noisy row sees a clean one, so the clean half is dead work.
+        if is_pair and span >= length:
+            is_pair, context_ids_BL = False, None
+        ids_BR = torch.cat([input_ids_BL, context_ids_BL], dim=1) if context_ids_BL is not None else input_ids_BL
+        position_BR = torch.arange(length, device=device).repeat(2 if is_pair else 1)[None]
+        sees_BRR = (pair_sees if is_pair else block_causal_sees)(length, span, device)[None]
+        if document_id_BL is not None:
+            document_BR = document_id_BL.repeat(1, 2 if is_pair else 1)
+            sees_BRR = sees_BRR & (document_BR[:, :, None] == document_BR[:, None, :])
+
+        def attend(queries_BQNH: Tensor, keys_BRGH: Tensor, values_BRGH: Tensor, layer: int) -> Tensor:
+            return grouped_attention(queries_BQNH, keys_BRGH.transpose(1, 2), values_BRGH.transpose(1, 2), sees_BRR)
+
+        return self.run(ids_BR, position_BR, attend)[:, :length]
+
+
+def check_context(input_ids_BL: Tensor, context_ids_BL: Tensor | None, objective: str) -> None:
+    """Refuse a clean half that cannot belong to the noisy one."""
+    if context_ids_BL is None:
+        return
+    if objective == "ar":
+        raise ValueError("context_ids were given to an autoregressive model, which has no noisy half; leave them out.")
+    if context_ids_BL.shape != input_ids_BL.shape:
+        raise ValueError(
+            f"context_ids have shape {list(context_ids_BL.shape)} and input_ids {list(input_ids_BL.shape)}; "
+            "the clean half must have the shape of the noisy one."
+        )
+
+
+def new_head(shape: Shape) -> nn.Linear:
+    """The output table [V, D]; with a bias in the paper's style."""
+    return nn.Linear(shape.hidden_size, shape.vocab_size, bias=shape.style == "paper")
+
+
+class PlainBD3(nn.Module):
+    """The model without transformers: `forward(noisy, clean)` gives the raw logits of the noisy half."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.model = Stack(shape)
+        self.lm_head = new_head(shape)
+        if shape.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, input_ids_BL: Tensor, context_ids_BL: Tensor | None = None, document_id_BL: Tensor | None = None
+    ) -> Tensor:
+        """Raw logits [B, L, V] in the model's dtype; arguments as in `Stack.forward`."""
+        return self.lm_head(self.model(input_ids_BL, context_ids_BL, document_id_BL))
+
+
+def plain_model(shape: Shape, state: dict[str, Tensor]) -> PlainBD3:
+    """A plain model holding `state` (names without prefix; a tied model has no `lm_head.weight`), in its dtype.
+
+    Raises:
+        RuntimeError: a key is missing, unexpected or of another shape (torch's own sentence).
+    """
+    model = PlainBD3(shape).to(next(iter(state.values())).dtype)
+    if shape.tie_word_embeddings and "lm_head.weight" not in state:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,0 +1,176 @@
+"""Which positions a block may look back on, and where their keys lie: the absolute block grid and the two windows.
+
+A model trained on L tokens sees at most L: the block being filled (S) and the L - S tokens before it. While the text is
+shorter, nothing below differs. Beyond it, by name:
+  recomputed  the context is the newest L - S tokens, encoded anew for every block with positions from 0, as if the text
+              began there. Exact for the model; costs a pass over L rows a block.
+  evicted     the oldest block's keys are overwritten and the others stay. Cheap, and not what the model would compute
+              anew: kept keys were made while now forgotten tokens were in sight, so information older than L leaks
+              through them, and a finished block is committed seeing the newest L - S tokens, itself included. Positions
+              go on; rotary attention depends on differences only.
+Decides slots, rotary positions and sights (one `end` a row) for any mixture of sequences. Pure integer arithmetic on the
+host: no tensor here waits for a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache_bd3 import RowPlan
+
+WINDOWS = ("recomputed", "evicted")
+
+
+@dataclass
+class Place:
+    """Where one sequence stands: what is known, and what of it is in the cache."""
+
+    ids: list[int]
+    """every token so far; mask ids where a position is still to be filled"""
+    block_start: int
+    """first position of the block being filled, a multiple of S"""
+    committed: int = 0
+    """positions below this have their keys in the cache (those in the window)"""
+    window_start: int = 0
+    """position that has rotary position 0 in the cache"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a block's first forward: C clean rows to commit (left-aligned, padded), then W rows of the block."""
+
+    clean_ids_BC: Tensor
+    plan: RowPlan
+    """of the C + W rows"""
+    block_plan: RowPlan | None
+    """of the W rows alone, for the block's other forwards; None where no block is looked at"""
+    num_clean_B: list[int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Arithmetic of one kind of window.
+
+    Args:
+        kind: "recomputed" or "evicted".
+        length: L, tokens in sight at once.
+        block_size: S of the grid.
+        block_rows: rows of the block in a forward: S, or 0 for autoregressive models, which have no noisy rows.
+        capacity: slots of the cache without the bin; min(L, tokens ever) rounded up to S.
+        span_multiple: spans are rounded up to this (for fixed shapes on a GPU); 1 = exact.
+    """
+
+    kind: str
+    length: int
+    block_size: int
+    block_rows: int
+    capacity: int
+    span_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in WINDOWS:
+            raise ValueError(f"window={self.kind!r} is unknown; use one of {', '.join(WINDOWS)}.")
+
+    @property
+    def ring(self) -> int:
+        """Slots for finished blocks under eviction."""
+        return self.capacity - self.block_rows
+
+    def enter_block(self, place: Place) -> None:
+        """Move a sequence's window to its current block, before its clean rows are committed."""
+        if self.kind == "evicted":
+            # Without room for a finished block (S = L) none is ever seen, so none is committed.
+            place.committed = place.block_start if self.ring == 0 else place.committed
+            return
+        oldest = max(0, place.block_start - (self.length - self.block_rows))
+        if place.window_start != oldest:
+            place.window_start, place.committed = oldest, oldest
+
+    def commit_stop(self, place: Place, max_rows: int) -> int:
+        """Where the next forward's clean rows of a sequence must end: its block's start, or earlier.
+
+        Earlier when more than `max_rows` are due, and under eviction where they would overwrite keys that rows of the
+        same forward still see: then up to the end of the ring, and block by block beyond it.
+        """
+        due = place.block_start - place.committed
+        allowed = max_rows // self.block_size * self.block_size if due > max_rows else due
+        if self.kind == "evicted" and place.block_start > self.ring:
+            room = self.ring - place.committed if place.committed < self.ring else self.block_size
+            allowed = min(allowed, room)
+        return place.committed + min(due, max(allowed, self.block_size))
+
+    def clean_rows(self, position_BR: Tensor, window_start_B1: Tensor) -> Tensor:
+        """(rotary position, slot, end) of clean positions, int64 [3, B, R]."""
+        block_end_BR = (position_BR // self.block_size + 1) * self.block_size
+        if self.kind == "recomputed":
+            inside_BR = position_BR - window_start_B1
+            return torch.stack([inside_BR, inside_BR, block_end_BR - window_start_B1])
+        return torch.stack([position_BR, position_BR % max(self.ring, 1), block_end_BR.clamp(max=self.ring)])
+
+    def block_rows_of(self, block_start_B1: Tensor, window_start_B1: Tensor) -> Tensor:
+        """(rotary position, slot, end) of the blocks' own rows, int64 [3, B, block_rows]."""
+        offset_R = torch.arange(self.block_rows)
+        if self.kind == "recomputed":
+            first_B1 = position_B1 = block_start_B1 - window_start_B1
+        else:
+            first_B1, position_B1 = block_start_B1.clamp(max=self.ring), block_start_B1
+        end_BR = (first_B1 + self.block_rows).expand(-1, self.block_rows)
+        return torch.stack([position_B1 + offset_R, first_B1 + offset_R, end_BR])
+
+    def layout(self, places: list[Place], stop_B: list[int], device: torch.device, *, with_block: bool) -> Layout:
+        """Rows of a forward that commits [committed, stop) of every sequence and, if asked, looks at its block.
+
+        Args:
+            places: the batch.
+            stop_B: where each sequence's clean rows end.
+            device: where the tensors go.
+            with_block: append the rows of the blocks being filled.
+        """
+        count_B = [stop - place.committed for place, stop in zip(places, stop_B, strict=True)]
+        width = max(count_B)
+        first_B1 = torch.tensor([[place.committed] for place in places])
+        window_start_B1 = torch.tensor([[place.window_start] for place in places])
+        offset_C = torch.arange(width)
+        table_3BR = self.clean_rows(first_B1 + offset_C, window_start_B1)
+        if min(count_B) < width:
+            # Padding rows: token 0 at position 0, written to the bin, seeing slot 0 (zeros or real, never NaN).
+            is_real_BC = offset_C < torch.tensor(count_B)[:, None]
+            padding_311 = torch.tensor([0, self.capacity, 1])[:, None, None]
+            table_3BR = torch.where(is_real_BC, table_3BR, padding_311)
+        ids = [
+            place.ids[place.committed : stop] + [0] * (width - count)
+            for place, stop, count in zip(places, stop_B, count_B, strict=True)
+        ]
+        block_plan = None
+        if with_block:
+            block_start_B1 = torch.tensor([[place.block_start] for place in places])
+            block_3BR = self.block_rows_of(block_start_B1, window_start_B1)
+            table_3BR = torch.cat([table_3BR, block_3BR], dim=2)
+            block_plan = self.row_plan(block_3BR, device)
+        return Layout(
+            clean_ids_BC=torch.tensor(ids, dtype=torch.int64).to(device),
+            plan=self.row_plan(table_3BR, device),
+            block_plan=block_plan,
+            num_clean_B=count_B,
+        )
+
+    def row_plan(self, table_3BR: Tensor, device: torch.device) -> RowPlan:
+        """The plan of rows whose (position, slot, end) are given on the host; finds the cheap form where it holds."""
+        exact_span = int(table_3BR[2].max())
+        span = min(-(-exact_span // self.span_multiple) * self.span_multiple, self.capacity)
+        slot_BR = table_3BR[1]
+        first_slot, rows = int(slot_BR[0, 0]), slot_BR.shape[1]
+        is_fixed_shape = self.span_multiple > 1
+        is_same_place = not is_fixed_shape and bool((table_3BR == table_3BR[:, :1]).all())
+        is_range = is_same_place and bool((slot_BR[0] == first_slot + torch.arange(rows)).all())
+        kept = table_3BR[:, :1] if is_same_place else table_3BR
+        return RowPlan(
+            position_BR=kept[0].to(device),
+            slots=slice(first_slot, first_slot + rows) if is_range else slot_BR.to(device),
+            end_BR=kept[2].to(device),
+            span=span,
+            is_uniform_sight=not is_fixed_shape and bool((table_3BR[2] == span).all()),
+        )

@@ -1,0 +1,93 @@
+"""Files of an exported folder, read strictly.
+
+Decides what a folder must hold to be sampled from: config.json of model type bd3 and undamaged safetensors (one file, or
+shards with their index). Tensors come as stored, on the CPU. Refuses what is missing or damaged in one sentence; whether
+the weights are the configuration's is the caller's question.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bd3_megatron.errors import CheckpointError
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+
+MODEL_TYPE = "bd3"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; give an exported model folder.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); export the folder again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; export the folder again.")
+    return content
+
+
+def read_config(folder: Path) -> BD3Config:
+    """config.json of an exported folder.
+
+    Raises:
+        CheckpointError: missing, damaged, of another model type, or with values that no model can have.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give an exported model folder.")
+    described = read_json(folder / "config.json")
+    model_type = described.pop("model_type", None)
+    if model_type != MODEL_TYPE:
+        raise CheckpointError(
+            f"{folder} holds model_type={model_type!r}; expected {MODEL_TYPE!r}: official weights become such a folder "
+            "with tools/import_official.py."
+        )
+    try:
+        return BD3Config(**described)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not a model's: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the shards that its index names.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or lacks a tensor that the index promises.
+    """
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.exists():
+        return read_safetensors(folder / "model.safetensors")
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index_path} has no weight_map; export the folder again.")
+    state: dict[str, Tensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        state |= read_safetensors(folder / Path(file_name).name)
+    if set(state) != set(weight_map):
+        raise CheckpointError(f"{folder} lacks tensors that its index names; copy the folder again, completely.")
+    return state
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; copy the folder again, completely.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or export the folder again.") from None

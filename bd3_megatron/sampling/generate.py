@@ -1,0 +1,408 @@
+"""The Sampler: prompts in, continuations out, from an exported folder on one device.
+
+Decides how prompts become batches (sorted by length, so that mixed lengths cost little), how results come back in the
+order asked for, and what of the engine's course is told: results, streams, figures. What to do with tokens is decided in
+hf/; the texts are those of `model.generate` in the exported folder for the same seed.
+A text depends on the weights, the seed, its own given tokens and how often the same ones came before in the request;
+never on the batch. Past the trained length the default is the recomputed window.
+Needs torch, transformers and safetensors; refuses bad requests in one sentence before any forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3_megatron.errors import CheckpointError, SamplingError
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
+from bd3_megatron.hf.draws_bd3 import sample_keys
+from bd3_megatron.hf.forward_bd3 import EagerForward, Forward, ReplayedForward, record_graph
+from bd3_megatron.hf.generation_bd3 import BlockEvent, Decoder, Observer, Request, check_request
+from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.sampling.figures import RunFigures, weight_bytes
+from bd3_megatron.sampling.folder import read_config, read_weights
+from bd3_megatron.sampling.text import (
+    StopStrings,
+    TextStream,
+    Tokenizer,
+    continuation_text,
+    cut_at_stop,
+    encode_prompt,
+    load_tokenizer,
+)
+
+Prompt = str | Sequence[int]
+DEFAULT_BATCH_SIZE = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One finished text."""
+
+    tokens: list[int]
+    """new tokens only; of an infilled text, all of it"""
+    text: str | None
+    """what the new tokens add to the prompt, without special tokens and stop string; None without a tokenizer"""
+    prompt_tokens: list[int]
+    prompt_index: int
+    """which prompt of the request"""
+    sample_index: int
+    """which of its samples"""
+    num_forwards: int
+    """forwards this text took part in until it was finished"""
+    seconds: float
+    """from the start of its batch until it was finished"""
+    stop_reason: str
+    """"length", "eos" or "string" """
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """A block of a text, as soon as it is decided."""
+
+    tokens: list[int]
+    text: str | None
+    """None without a tokenizer; a character cut by the block's end comes with the next block"""
+    stop_reason: str | None
+    """set on the last block"""
+
+
+@contextmanager
+def as_sampling_errors() -> Iterator[None]:
+    """The engine travels without the house's errors; its sentences become ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise SamplingError(str(error)) from None
+
+
+class Sampler:
+    """A model, its tokenizer and its device, ready to generate.
+
+    Args:
+        model: plain model in eval mode, on its device.
+        config: its configuration.
+        tokenizer: None = prompts are token ids and results have no text.
+        with_graphs: record forwards of fixed shape and replay them (accelerators only).
+    """
+
+    model: PlainBD3
+    config: BD3Config
+    tokenizer: Tokenizer | None
+    figures: RunFigures | None
+    """costs of the last `generate` or `infill`"""
+
+    def __init__(
+        self, model: PlainBD3, config: BD3Config, tokenizer: Tokenizer | None, *, with_graphs: bool = False
+    ) -> None:
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.figures = None
+        self.forward: Forward = EagerForward(model.model, model.lm_head)
+        if with_graphs:
+            if model.model.embed_tokens.weight.device.type == "cpu":
+                raise SamplingError("graphs were asked for on the CPU, which has none; leave them out.")
+            self.forward = ReplayedForward(model.model, model.lm_head, record_graph)
+
+    @staticmethod
+    def from_pretrained(
+        folder: Path | str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        with_graphs: bool = False,
+    ) -> Sampler:
+        """Load an exported folder.
+
+        Args:
+            folder: written by the converter or by tools/import_official.py.
+            device: None = the accelerator that torch sees, else the CPU.
+            dtype: of weights and arithmetic, by name or as torch.dtype; None = as stored.
+            with_graphs: record and replay forwards (accelerators only).
+
+        Raises:
+            CheckpointError: the folder is missing, damaged, or its weights are not its configuration's.
+            TokenizerError: its tokenizer cannot be loaded.
+            SamplingError: an unknown dtype.
+        """
+        path = Path(folder)
+        config = read_config(path)
+        wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and wanted not in DTYPES.values():
+            raise SamplingError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+        try:
+            model = plain_model(config, read_weights(path))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} holds weights of another model ({error}); export the folder again."
+            ) from None
+        if device is None:
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        return Sampler(model.to(device=device, dtype=wanted), config, load_tokenizer(path), with_graphs=with_graphs)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        num_tokens: int,
+        seed: int = 0,
+        num_samples: int = 1,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        stop_strings: Sequence[str] = (),
+        observer: Observer | None = None,
+        on_finished: Callable[[SampleResult], None] | None = None,
+        **options: Any,
+    ) -> list[SampleResult]:
+        """Continue prompts.
+
+        Args:
+            prompts: one text or list of token ids, or several; an empty one is the BOS token.
+            num_tokens: new tokens of every sample, >= 1; fewer only when a stop condition holds.
+            seed: in [0, 2^48).
+            num_samples: samples of every prompt.
+            batch_size: samples decoded together; never changes their tokens.
+            stop_strings: a text ends where one of them is complete (needs a tokenizer).
+            observer: shown (sample, position, ids) of every block after every forward.
+            on_finished: told every result as soon as it is there, in the order of finishing.
+            options: fields of `DecodingOptions`: rule, steps, threshold, entropy_bound, temperature, top_p, top_k,
+                min_p, repetition_penalty, window, stop_at_eos.
+
+        Returns:
+            num_samples results of the first prompt, then of the second, and so on.
+
+        Raises:
+            SamplingError: a prompt, option or number that cannot be served exactly as asked.
+        """
+        _check_count("num_tokens", num_tokens)
+        _check_count("num_samples", num_samples)
+        given = [
+            encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
+            for prompt in as_prompts(prompts)
+            for _ in range(num_samples)
+        ]
+        places = [(index // num_samples, index % num_samples) for index in range(len(given))]
+        work = _Work(self, seed, batch_size, tuple(stop_strings), observer, on_finished, options)
+        return work.run(given, places, num_tokens)
+
+    def infill(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        observer: Observer | None = None,
+        **options: Any,
+    ) -> list[SampleResult]:
+        """Fill the mask tokens inside texts, within the block rule.
+
+        A masked position may look at given text to its right only inside its own block, so every given token must lie
+        in or before the first masked block; masks behind the given text are filled too. `SampleResult.tokens` is the
+        whole filled text.
+
+        Args:
+            texts: texts with mask tokens: token ids, or strings with the tokenizer's mask token.
+            seed, batch_size, observer, options: as in `generate`.
+
+        Raises:
+            SamplingError: as `generate`; a text without a mask token; given text that a masked block cannot see.
+        """
+        mask_id = self.config.mask_token_id
+        given, wanted = [], []
+        for text in as_prompts(texts):
+            ids = encode_prompt(text, self.tokenizer, None)
+            if mask_id not in ids:
+                raise SamplingError(
+                    "the text holds no mask token, so there is nothing to fill; use generate to continue it."
+                )
+            known = next((len(ids) - i for i, token in enumerate(reversed(ids)) if token != mask_id), 0)
+            given.append(ids[:known])
+            wanted.append(len(ids) - known)
+        work = _Work(self, seed, batch_size, (), observer, None, options)
+        results = work.run(given, [(index, 0) for index in range(len(given))], wanted)
+        return [self._whole(result, ids) for result, ids in zip(results, work.texts, strict=True)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        num_tokens: int,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        observer: Observer | None = None,
+        **options: Any,
+    ) -> Iterator[StreamedBlock]:
+        """Continue one prompt, block by block; arguments as in `generate`. The tokens are the same.
+
+        A stop string is found when it is complete: a part of it may have been streamed with an earlier block.
+        """
+        _check_count("num_tokens", num_tokens)
+        given = encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
+        work = _Work(self, seed, 1, tuple(stop_strings), observer, None, options)
+        text = TextStream(self.tokenizer, given) if self.tokenizer is not None else None
+        for event in work.events([given], num_tokens):
+            shown = None if text is None else text.push(event.tokens)
+            if text is not None and event.stop_reason is not None:
+                shown = (shown or "") + text.finish()
+            yield StreamedBlock(event.tokens, shown, event.stop_reason)
+
+    def _whole(self, result: SampleResult, ids: list[int]) -> SampleResult:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else None
+        return SampleResult(
+            ids,
+            text,
+            result.prompt_tokens,
+            result.prompt_index,
+            0,
+            result.num_forwards,
+            result.seconds,
+            result.stop_reason,
+        )
+
+
+class _Work:
+    """One request on its way through the engine."""
+
+    texts: list[list[int]]
+    """whole texts of the finished run, given tokens included, in the order of the request"""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        seed: int,
+        batch_size: int,
+        stop_strings: tuple[str, ...],
+        observer: Observer | None,
+        on_finished: Callable[[SampleResult], None] | None,
+        options: dict[str, Any],
+    ) -> None:
+        _check_count("batch_size", batch_size)
+        if stop_strings and sampler.tokenizer is None:
+            raise SamplingError("stop strings were given, but the folder has no tokenizer; stop at length or EOS.")
+        if not all(stop_strings):
+            raise SamplingError("a stop string is empty; give at least one character.")
+        self._sampler, self._batch_size, self._stop_strings = sampler, batch_size, stop_strings
+        self._observer, self._on_finished = observer, on_finished
+        self._options = new_options(seed, options)
+        self.texts = []
+
+    def run(
+        self, given: list[list[int]], places: list[tuple[int, int]], num_tokens: int | list[int]
+    ) -> list[SampleResult]:
+        """Decode everything, batch by batch; results in the order of the request."""
+        requests = self._requests(given, num_tokens)
+        results: dict[int, SampleResult] = {}
+        self.texts = [[] for _ in requests]
+        # Batches of similar length: padding rows cost time, and never change a text.
+        order = sorted(range(len(requests)), key=lambda i: (len(given[i]) + requests[i].num_tokens, len(given[i])))
+        start, first_block_seconds, forwards, cache_bytes = time.perf_counter(), 0.0, 0, 0
+        for low in range(0, len(order), self._batch_size):
+            batch = order[low : low + self._batch_size]
+            batch_start = time.perf_counter()
+            decoder = self._decoder([given[i] for i in batch], batch)
+            for event in decoder.run([requests[i] for i in batch]):
+                now = time.perf_counter()
+                first_block_seconds = first_block_seconds or now - start
+                if event.ids is not None:
+                    index = batch[event.request]
+                    self.texts[index] = event.ids
+                    results[index] = self._result(event, given[index], places[index], now - batch_start)
+            forwards += decoder.counts.denoising + decoder.counts.commit_only
+            cache_bytes = max(cache_bytes, decoder.counts.cache_bytes)
+        model = self._sampler.model
+        self._sampler.figures = RunFigures(
+            num_samples=len(requests),
+            num_tokens=sum(len(result.tokens) for result in results.values()),
+            seconds=time.perf_counter() - start,
+            seconds_to_first_block=first_block_seconds,
+            num_forwards=forwards,
+            cache_bytes=cache_bytes,
+            weight_bytes=weight_bytes(model.model, model.lm_head, model.model.embed_tokens.weight),
+        )
+        return [results[index] for index in range(len(requests))]
+
+    def events(self, given: list[list[int]], num_tokens: int) -> Iterator[BlockEvent]:
+        """The engine's events of one batch."""
+        requests = self._requests(given, num_tokens)
+        yield from self._decoder(given, list(range(len(given)))).run(requests)
+
+    def _requests(self, given: list[list[int]], num_tokens: int | list[int]) -> list[Request]:
+        counts = [num_tokens] * len(given) if isinstance(num_tokens, int) else num_tokens
+        requests = [
+            Request(tuple(ids), count, key) for ids, count, key in zip(given, counts, sample_keys(given), strict=True)
+        ]
+        config = self._sampler.config
+        with as_sampling_errors():
+            for request in requests:
+                check_request(request, config, config.mask_token_id)
+        return requests
+
+    def _decoder(self, given: list[list[int]], indices: list[int]) -> Decoder:
+        sampler = self._sampler
+        stop_check = None
+        if self._stop_strings and sampler.tokenizer is not None:
+            stop_check = StopStrings(sampler.tokenizer, self._stop_strings, given)
+        observer = self._observer
+        with as_sampling_errors():
+            return Decoder(
+                sampler.model.model,
+                sampler.model.lm_head,
+                self._options,
+                mask_id=sampler.config.mask_token_id,
+                eos_id=sampler.config.eos_token_id,
+                stop_check=stop_check,
+                observer=None if observer is None else lambda i, start, ids: observer(indices[i], start, ids),
+                forward=sampler.forward,
+            )
+
+    def _result(self, event: BlockEvent, given: list[int], place: tuple[int, int], seconds: float) -> SampleResult:
+        tokens = (event.ids or [])[len(given) :]
+        text = None
+        if self._sampler.tokenizer is not None:
+            text = cut_at_stop(continuation_text(self._sampler.tokenizer, given, tokens), self._stop_strings)
+        reason = event.stop_reason or "length"
+        result = SampleResult(tokens, text, given, *place, event.num_forwards, seconds, reason)
+        if self._on_finished is not None:
+            self._on_finished(result)
+        return result
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list.
+
+    Raises:
+        SamplingError: there is none.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    if not listed:
+        raise SamplingError("no prompts were given; give at least one (an empty string starts from BOS).")
+    return listed  # type: ignore[return-value]
+
+
+def new_options(seed: int, options: dict[str, Any]) -> DecodingOptions:
+    """Checked decoding options.
+
+    Raises:
+        SamplingError: an unknown option, or one outside its range.
+    """
+    known = sorted(DecodingOptions.__dataclass_fields__)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise SamplingError(f"unknown option {', '.join(unknown)}; use {', '.join(known)}.")
+    with as_sampling_errors():
+        return DecodingOptions(seed=seed, **options)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise SamplingError(f"{name}={value} is out of range; use 1 or more.")

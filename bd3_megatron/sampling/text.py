@@ -1,0 +1,126 @@
+"""Between text and tokens: encoding prompts, decoding continuations piece by piece, finding stop strings.
+
+Decides that prompts are encoded without added special tokens, and that a continuation's text is what it adds to the
+prompt's text (decoding new tokens alone would lose the space that many vocabularies keep in front of a word).
+Refuses text where the folder has no tokenizer: ids need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from bd3_megatron.errors import SamplingError, TokenizerError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+# Tokens before the new ones that are decoded along: what a token looks like depends on its neighbours only.
+CONTEXT_TOKENS = 16
+UNFINISHED_CHARACTER = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """What the sampler needs of a transformers tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None where it has no tokenizer files.
+
+    Raises:
+        TokenizerError: there are files, but they cannot be loaded.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # a second of import, wanted only where there is a tokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises many kinds here
+        raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({error}); export the folder again.") from None
+    return tokenizer
+
+
+def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer | None, bos_id: int | None) -> list[int]:
+    """Token ids of a prompt; an empty one becomes the BOS token.
+
+    Raises:
+        SamplingError: text without a tokenizer, or nothing to begin with.
+    """
+    if isinstance(prompt, str) and prompt:
+        if tokenizer is None:
+            raise SamplingError(
+                "the prompt is text, but the folder has no tokenizer; give token ids, or export with a tokenizer."
+            )
+        return list(tokenizer.encode(prompt, add_special_tokens=False))
+    if len(prompt) > 0:
+        return [int(token) for token in prompt]
+    if bos_id is None:
+        raise SamplingError("the prompt is empty and the model has no BOS token; give at least one token.")
+    return [bos_id]
+
+
+def continuation_text(tokenizer: Tokenizer, given: Sequence[int], new: Sequence[int]) -> str:
+    """What `new` adds to the text of `given`."""
+    context = list(given[-CONTEXT_TOKENS:])
+    before = tokenizer.decode(context, skip_special_tokens=True)
+    whole = tokenizer.decode([*context, *new], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+class TextStream:
+    """A continuation's text as it grows; keeps a bounded number of tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, given: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._shown = list(given[-CONTEXT_TOKENS:])
+        self._waiting: list[int] = []
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Text that can be shown now; a character whose bytes are not complete waits for the next call."""
+        self._waiting += tokens
+        fresh = continuation_text(self._tokenizer, self._shown, self._waiting)
+        if fresh.endswith(UNFINISHED_CHARACTER) and len(self._waiting) < CONTEXT_TOKENS:
+            return ""
+        self._shown = [*self._shown, *self._waiting][-CONTEXT_TOKENS:]
+        self._waiting = []
+        return fresh
+
+    def finish(self) -> str:
+        """What was still waiting."""
+        return continuation_text(self._tokenizer, self._shown, self._waiting) if self._waiting else ""
+
+
+class StopStrings:
+    """Ends a text at the first stop string of its continuation; the token that completes it is the last one kept."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], given: Sequence[Sequence[int]]) -> None:
+        self._tokenizer, self._strings, self._given = tokenizer, tuple(strings), given
+        # A token is at least one byte of the text, and a character at most four bytes.
+        self._reach = 4 * max(map(len, strings)) + CONTEXT_TOKENS
+
+    def __call__(self, request: int, tokens: Sequence[int], num_fresh: int) -> tuple[int, str] | None:
+        """(tokens to keep, "string") once a stop string is complete; only what the fresh tokens can add is decoded."""
+        first = max(0, len(tokens) - num_fresh - self._reach)
+        if not self._holds(request, tokens, first, len(tokens)):
+            return None
+        for keep in range(len(tokens) - num_fresh + 1, len(tokens) + 1):
+            if self._holds(request, tokens, first, keep):
+                return keep, "string"
+        return None
+
+    def _holds(self, request: int, tokens: Sequence[int], first: int, stop: int) -> bool:
+        before = [*self._given[request][-CONTEXT_TOKENS:], *tokens[max(0, first - CONTEXT_TOKENS) : first]]
+        text = continuation_text(self._tokenizer, before, tokens[first:stop])
+        return any(string in text for string in self._strings)
+
+
+def cut_at_stop(text: str, strings: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    found = [text.index(string) for string in strings if string in text]
+    return text[: min(found)] if found else text

@@ -1,0 +1,137 @@
+"""From step number to this rank's micro-batches: clean rows, their noise, and the rows this rank holds.
+
+Decides: everything is a function of (seed, samples consumed), so resuming needs one integer and no rank waits for
+another. Clean rows are read ahead by the loader's processes; noise is drawn here, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bd3_megatron.config.schema import DiffusionConfig
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.loader import BatchLoader, BatchSource
+from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
+from bd3_megatron.diffusion.noise_level import Interval, noise_levels
+from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import next_token_targets
+from bd3_megatron.model.pair_batch import PairBatch, pair_batch
+from bd3_megatron.parallel.pair_split import PairLayout
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.plan import RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How samples are corrupted in one phase."""
+
+    seed: int
+    mask_id: int
+    group_size: int
+    """Samples that share noise strata: the global batch."""
+    block_size: int
+    interval: Interval
+
+    def corrupt(self, clean: CleanBatch, config: DiffusionConfig) -> NoisyBatch:
+        """The noisy copy of some samples; equal wherever it is computed."""
+        num_blocks = clean.tokens_BL.shape[1] // self.block_size
+        t_BK = noise_levels(
+            self.seed, clean.index_B, num_blocks=num_blocks, interval=self.interval, group_size=self.group_size
+        )
+        return corrupt(
+            clean.tokens_BL,
+            t_BK,
+            index_B=clean.index_B,
+            seed=self.seed,
+            mask_id=self.mask_id,
+            schedule=noise_schedule(config.noise_schedule),
+            resample_to=self.interval if config.resample else None,
+            never_mask_first=config.never_mask_first,
+            is_padding_BL=clean.is_padding_BL,
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of one step."""
+
+    micro_batches: list[PairBatch]
+    """On the training device."""
+    token_count: int
+    """Tokens this data-parallel rank's samples put into the mean; equal on its tp, pp and cp ranks."""
+    masked_count: int
+    """Of them, how many carry loss."""
+
+
+def make_micro_batch(
+    clean: CleanBatch, noise: Noise | None, config: DiffusionConfig, layout: PairLayout
+) -> tuple[PairBatch, int, int]:
+    """(rows of this rank, tokens in the mean, tokens with loss) of one micro-batch; `noise` None is the AR baseline."""
+    if noise is None:
+        has_loss_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)[1]
+        count = int(has_loss_BL.sum())
+        return pair_batch(clean, None, layout), count, count
+    noisy = noise.corrupt(clean, config)
+    counted = noisy.countable_BL
+    if config.count_all_tokens:
+        counted = torch.ones_like(counted) if clean.is_padding_BL is None else ~clean.is_padding_BL
+    return pair_batch(clean, noisy, layout), int(counted.sum()), int(noisy.is_masked_BL.sum())
+
+
+class StepBatches:
+    """Iterates over this rank's part of the steps from `first_step` on."""
+
+    def __init__(
+        self, source: BatchSource, plan: RunPlan, topology: Topology, *, first_step: int, mask_id: int, num_workers: int
+    ) -> None:
+        self._plan, self._topology, self._mask_id = plan, topology, mask_id
+        self._loader = iter(
+            BatchLoader(
+                source,
+                self._indices(first_step),
+                num_workers=num_workers,
+                pin_memory=topology.device.type == "cuda",
+            )
+        )
+
+    def _indices(self, first_step: int) -> Iterator[torch.Tensor]:
+        for step in range(first_step, self._plan.total_steps):
+            yield from self._share(step).step(self._plan.samples_before(step))
+
+    def _share(self, step: int) -> BatchShare:
+        return BatchShare(
+            global_batch_size=self._plan.batch_size(step),
+            micro_batch_size=self._plan.config.train.micro_batch_size,
+            dp=self._topology.dp,
+            dp_rank=self._topology.dp_rank,
+        )
+
+    def next(self, step: int, layout: PairLayout, interval: Interval) -> StepBatch:
+        """The micro-batches of `step`; steps must be asked for in order.
+
+        Args:
+            step: updates made so far.
+            layout: this rank's rows in the step's phase.
+            interval: noise interval in force.
+        """
+        config = self._plan.config
+        noise = None
+        if config.diffusion.objective == "block":
+            noise = Noise(
+                seed=config.run.seed,
+                mask_id=self._mask_id,
+                group_size=config.train.global_batch_size,
+                block_size=layout.block_size,
+                interval=interval,
+            )
+        made = [
+            make_micro_batch(next(self._loader), noise, config.diffusion, layout)
+            for _ in range(self._share(step).num_micro_batches)
+        ]
+        return StepBatch(
+            [batch.to(self._topology.device) for batch, _, _ in made], sum(m[1] for m in made), sum(m[2] for m in made)
+        )

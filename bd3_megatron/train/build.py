@@ -1,0 +1,161 @@
+"""The only place where a run is wired: grid, data, model, engine, loggers, hooks.
+
+Decides the order: what can refuse, refuses first; rank 0 speaks; everything is handed over, nothing is looked up later.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bd3_megatron.attention.request import AttentionRequest
+from bd3_megatron.attention.select import Backend, choose
+from bd3_megatron.checkpoint.save import Saver
+from bd3_megatron.compat.device import device_name, limit_cpu_threads, rank_device
+from bd3_megatron.config.load import dump_config, replace_field
+from bd3_megatron.config.schema import Config
+from bd3_megatron.config.validate import block_sizes, data_parallel_size, validate
+from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.model.build import ParallelModel, vocabulary_of
+from bd3_megatron.parallel.topology import Topology, join
+from bd3_megatron.train.dataset import RunData, prepare_and_open
+from bd3_megatron.train.doctor import BLOCKS_BEFORE_TRAINING, diagnose, streams_of
+from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
+from bd3_megatron.train.metrics import describe
+from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.resume import resume
+from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.stop import StopRequest
+from bd3_megatron.train.throughput import PeakTflops, measure_cpu_peak_tflops, peak_of
+from bd3_megatron.train.trainer import Trainer
+
+CPU_PEAK_SECONDS = 0.5
+
+
+def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int) -> Trainer:
+    """Meet the other ranks and make everything a run needs. Collective.
+
+    Raises:
+        BD3Error: whatever cannot run, as one sentence.
+    """
+    validate(config, world_size=world_size)
+    # what only the curriculum's arithmetic can refute, before a process group exists
+    RunPlan(config, data_parallel_size(config, world_size)).place(0)
+    limit_cpu_threads()
+    device = rank_device(local_rank)
+    topology = join(config.parallel, rank=rank, world_size=world_size, device=device)
+    run_dir = Path(config.run.dir)
+    say = _say if rank == 0 else _silent
+    data = prepare_and_open(config, rank=rank, say=say)
+    # from here on the configuration says what runs
+    config = replace_field(config, "parallel.dp", topology.dp)
+    config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
+    dtype = training_dtype(config, device)
+    backend = choose_backend(config, topology, data, dtype)
+    say(f"attention: {backend.label} ({backend.why})")
+    if config.watch.leak_check and rank == 0:
+        say(diagnose(config, backend, max_blocks=BLOCKS_BEFORE_TRAINING, dtype=dtype, device=device))
+    vocabulary = vocabulary_of(config, size=data.vocab_size, mask_id=data.special.mask)
+    model = ParallelModel(config, vocabulary, topology, attend=backend.attend, dtype=dtype)
+    share = BatchShare(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp=topology.dp,
+        dp_rank=topology.dp_rank,
+    )
+    engine = ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype, describe=describe)
+    state = resume(engine, run_dir, config, say)
+    plan = RunPlan(config, topology.dp, state.step, state.samples_consumed)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        dump_config(config, run_dir / "config.yaml")
+    stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
+    stop.install()
+    return Trainer(
+        config=config,
+        plan=plan,
+        topology=topology,
+        data=data,
+        engine=engine,
+        state=state,
+        saver=Saver(engine, run_dir / "checkpoints", asynchronous=config.checkpoint.asynchronous, warn=say),
+        stop=stop,
+        peak=device_peak(config, topology),
+        loggers=_loggers(config, plan, state) if rank == 0 else None,
+    )
+
+
+def training_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bf16 where asked, or by default on GPU; else fp32."""
+    chosen = config.train.precision
+    if chosen == "auto":
+        chosen = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if chosen == "bf16" else torch.float32
+
+
+def choose_backend(config: Config, topology: Topology, data: RunData, dtype: torch.dtype) -> Backend:
+    """The attention backend: chosen by rank 0, the same everywhere. Collective.
+
+    Raises:
+        BackendError: the backend asked for cannot serve.
+    """
+    sizes = block_sizes(config)
+    length = config.data.seq_len
+    request = AttentionRequest(
+        device_type=topology.device.type,
+        dtype=dtype,
+        batch=config.train.micro_batch_size,
+        length=length,
+        # the smallest block of a curriculum is the hardest case
+        block_size=min(sizes),
+        num_heads=config.model.num_heads // topology.tp,
+        num_kv_heads=config.model.kv_heads // topology.tp,
+        head_dim=config.model.head_width,
+        streams=streams_of(config),
+        documents=config.data.packing == "isolated",
+        context_parallel=topology.cp,
+    )
+    label = [choose(config.attention.backend, request).label if topology.rank == 0 else None]
+    dist.broadcast_object_list(label, src=0, device=topology.device)
+    return choose(str(label[0]), request)
+
+
+def device_peak(config: Config, topology: Topology) -> PeakTflops:
+    """Peak of one device: given, from the table, or on CPU measured by all ranks at once. Collective."""
+    given = config.throughput.peak_tflops
+    if topology.device.type == "cuda" or given is not None:
+        precision = "bf16" if training_dtype(config, topology.device) == torch.bfloat16 else "fp32"
+        return peak_of(device_name(topology.device), precision, given_tflops=given)
+    measured = torch.tensor(measure_cpu_peak_tflops(CPU_PEAK_SECONDS, dist.barrier), dtype=torch.float64)
+    dist.all_reduce(measured)
+    mean = float(measured) / topology.world_size
+    return PeakTflops(mean, "CPU matrix product measured at start by all ranks at once")
+
+
+def _loggers(config: Config, plan: RunPlan, state: TrainState) -> Loggers:
+    run_dir = Path(config.run.dir)
+    state.wandb_id = state.wandb_id or secrets.token_hex(4)
+    record = Record(run_dir / "metrics.jsonl", resumed_step=state.step)
+    console = Console(plan.total_steps, state.step)
+    attempt = f"attempt from step {state.step}"
+    return Loggers(record, console, open_mirrors(config, state.wandb_id, attempt=attempt, say=console.say))
+
+
+def _deadline() -> float | None:
+    """When to stop for a time limit: BD3_DEADLINE, seconds since the epoch, set by the batch script."""
+    text = os.environ.get("BD3_DEADLINE")
+    return float(text) if text else None
+
+
+def _say(sentence: str) -> None:
+    print(f"bd3: {sentence}", file=sys.stderr, flush=True)
+
+
+def _silent(sentence: str) -> None:
+    return None

@@ -1,0 +1,205 @@
+"""Where numbers go: metrics.jsonl is the record; the console, wandb and TensorBoard mirror it.
+
+Decides: rank 0 alone writes; every record is one flushed line with its `step`; a mirror that fails says so once and is
+left out, it never stops training. On resuming, the record is first cut to its complete lines up to the resumed step, so
+that each step stands in it once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from bd3_megatron.config.load import to_tree
+from bd3_megatron.config.schema import Config
+
+Values = Mapping[str, Any]
+
+
+class Mirror(Protocol):
+    """A second place for records."""
+
+    def write(self, record: Values) -> None:
+        """Take one record; may raise anything."""
+
+    def close(self) -> None:
+        """Flush and end."""
+
+
+class Record:
+    """metrics.jsonl of a run."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        """Open for appending, after cutting to what a run resumed at `resumed_step` has already said."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            cut_record(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Values) -> None:
+        """One line, flushed, so that a killed run loses nothing it has said."""
+        self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_record(path: Path, step: int) -> None:
+    """Keep complete lines whose step is at most `step`; the file is replaced whole.
+
+    Of step 0, which a run that starts anew evaluates once more, only the events stay.
+    """
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("step", 0) <= step and (step > 0 or "event" in record):
+            kept.append(line + b"\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no nan; readers get null
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Console:
+    """A progress bar with loss, tokens/s, MFU and time left; plain lines where stderr is no terminal."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def advance(self) -> None:
+        """One step done."""
+        self._bar.update(1)
+
+    def write(self, record: Values) -> None:
+        shown = {}
+        if "loss/train_nats_per_token" in record:
+            shown["loss"] = f"{record['loss/train_nats_per_token']:.3f}"
+        if "throughput/data_tokens_per_second" in record:
+            shown["tokens/s"] = f"{record['throughput/data_tokens_per_second']:,.0f}"
+        if record.get("throughput/mfu") is not None:
+            shown["MFU"] = f"{100 * record['throughput/mfu']:.1f}%"
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+        if record.get("eval/perplexity") is not None:
+            self._bar.write(
+                f"step {record['step']}: held-out perplexity {record['eval/perplexity']:.1f}", file=sys.stderr
+            )
+
+    def say(self, sentence: str) -> None:
+        """A sentence above the bar."""
+        self._bar.write(sentence, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class WandbMirror:
+    """Weights & Biases, online or offline, one run id across restarts."""
+
+    def __init__(self, config: Config, run_id: str, *, attempt: str) -> None:
+        import wandb
+
+        folder = Path(config.run.dir)
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            id=run_id,
+            name=folder.name,
+            group=run_id,
+            tags=[attempt],
+            resume="allow",
+            mode=config.log.wandb,
+            dir=str(folder),
+            config=to_tree(config),
+        )
+
+    def write(self, record: Values) -> None:
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        self._run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardMirror:
+    """TensorBoard event files under run.dir/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), flush_secs=5)
+
+    def write(self, record: Values) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Loggers:
+    """All of them as one; exists on rank 0 only."""
+
+    def __init__(self, record: Record, console: Console, mirrors: Mapping[str, Mirror]) -> None:
+        self._record, self.console = record, console
+        self._mirrors = dict(mirrors)
+
+    def write(self, record: Values) -> None:
+        """To the record first, then to whatever still mirrors it."""
+        self._record.write(record)
+        self.console.write(record)
+        for name, mirror in list(self._mirrors.items()):
+            try:
+                mirror.write(record)
+            # a tracker's outage may surface as any exception, and must not cost the run
+            except Exception as error:
+                del self._mirrors[name]
+                self.console.say(f"{name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """End all; a mirror that fails to close is named."""
+        for name, mirror in self._mirrors.items():
+            try:
+                mirror.close()
+            except Exception as error:
+                self.console.say(f"{name} did not close: {type(error).__name__}: {error}")
+        self._record.close()
+        self.console.close()
+
+
+def open_mirrors(config: Config, run_id: str, *, attempt: str, say: Any) -> dict[str, Mirror]:
+    """The mirrors the configuration asks for; one that cannot start is named through `say` and left out."""
+    mirrors: dict[str, Mirror] = {}
+    makers: dict[str, Any] = {}
+    if config.log.wandb != "disabled":
+        makers["wandb"] = lambda: WandbMirror(config, run_id, attempt=attempt)
+    if config.log.tensorboard:
+        makers["tensorboard"] = lambda: TensorBoardMirror(Path(config.run.dir) / "tensorboard")
+    for name, make in makers.items():
+        try:
+            mirrors[name] = make()
+        except Exception as error:
+            say(f"{name} could not start and is left out: {type(error).__name__}: {error}")
+    return mirrors

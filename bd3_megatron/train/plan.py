@@ -1,0 +1,108 @@
+"""What the run will do at each step, as arithmetic on the configuration: budget, phase, batch size, learning rate.
+
+Decides: tokens (of the run, of a phase) are turned into steps once, with the batch size of each step; the batch-size
+warm-up grows linearly in steps and is rounded down to whole micro-batches of all ranks (interleaved pipelines: to whole
+rounds of them), so the number of samples consumed before a step is a sum, not a memory. Noise strata are over
+consecutive groups of global_batch_size samples, whatever a warming-up step takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from bd3_megatron.config.schema import Config, PhaseConfig
+from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, Place
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.engine.lr_schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The run as a function of the step.
+
+    Args:
+        config: the run.
+        dp: data-parallel replicas.
+        origin_step, origin_samples: where this attempt began: a resumed run counts on from the samples it had consumed,
+            so that a changed batch size neither repeats nor skips a sample.
+    """
+
+    config: Config
+    dp: int
+    origin_step: int = 0
+    origin_samples: int = 0
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimizer updates of the run."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        left = (train.tokens or 0) - self.origin_samples * self.config.data.seq_len
+        return max(1, self.origin_step + self._steps_for(left, self.origin_step))
+
+    def _steps_for(self, tokens: int, first_step: int) -> int:
+        """Updates from `first_step` on that it takes to see at least `tokens` clean tokens."""
+        steps = 0
+        while tokens > 0:
+            samples = self.batch_size(first_step + steps)
+            if samples == self.config.train.global_batch_size:
+                return steps - (-tokens // (samples * self.config.data.seq_len))
+            tokens -= samples * self.config.data.seq_len
+            steps += 1
+        return steps
+
+    @cached_property
+    def curriculum(self) -> Curriculum:
+        """The phases; one where the configuration names none."""
+        diffusion = self.config.diffusion
+        size = 1 if diffusion.objective == "ar" else diffusion.block_size
+        phases: list[Phase] = []
+        first = 0
+        for phase in diffusion.phases:
+            phases.append(self._phase(phase, first))
+            first += phases[-1].steps or 0
+        if not phases:
+            phases = [Phase(block_size=size, interval=Interval(*diffusion.interval_at(size)))]
+        train = self.config.train
+        return Curriculum(tuple(phases), self.total_steps, self.config.data.seq_len, train.global_batch_size)
+
+    def _phase(self, phase: PhaseConfig, first_step: int) -> Phase:
+        interval = phase.interval or self.config.diffusion.interval_at(phase.block_size)
+        return Phase(
+            block_size=phase.block_size,
+            steps=phase.steps if phase.tokens is None else self._steps_for(phase.tokens, first_step),
+            interval=Interval(*interval),
+            lr=LrSegment(start=phase.lr_start, end=phase.lr_end, warmup_steps=phase.lr_warmup_steps),
+        )
+
+    def place(self, step: int) -> Place:
+        """Where the update that leaves state `step` stands."""
+        return self.curriculum.phase_at(step)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of that update."""
+        return learning_rate(self.config.optim, step, self.total_steps) * self.place(step).lr_factor
+
+    def batch_size(self, step: int) -> int:
+        """Samples of that update, over all ranks."""
+        train = self.config.train
+        if train.warmup_batch_size is None or step >= train.batch_warmup_steps:
+            return train.global_batch_size
+        unit = self.dp * train.micro_batch_size
+        if (self.config.parallel.vpp or 1) > 1:
+            # megatron's interleaved schedule walks micro-batches in rounds of as many as there are stages
+            unit *= self.config.parallel.pp
+        grown = (
+            train.warmup_batch_size
+            + (train.global_batch_size - train.warmup_batch_size) * step / train.batch_warmup_steps
+        )
+        return max(unit, int(grown) // unit * unit)
+
+    def samples_before(self, step: int) -> int:
+        """Samples consumed by all updates before state `step`, which is not before the origin."""
+        warm = self.config.train.batch_warmup_steps if self.config.train.warmup_batch_size is not None else 0
+        warming = range(self.origin_step, min(step, max(warm, self.origin_step)))
+        rest = step - self.origin_step - len(warming)
+        return self.origin_samples + sum(map(self.batch_size, warming)) + rest * self.config.train.global_batch_size

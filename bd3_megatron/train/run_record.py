@@ -1,0 +1,191 @@
+"""A run read back from its folder: config.yaml and metrics.jsonl, while it runs or afterwards.
+
+Decides: which lines count. A torn last line (the job is writing, or died writing) is left out; a broken line anywhere
+else is an error. An attempt begins at a record with `"event": "start"`. A run's speed is the median over the records of
+its last attempt that has any, without that attempt's first record where there are others (start-up); medians, because a
+pause must not look like a slow step.
+Goodput is useful step time over wall time since the first start: every step counted once with its own duration, so work
+that was lost and done again, restarts, checkpoints and evaluations all lower it.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bd3_megatron.config.load import load_config
+from bd3_megatron.config.schema import Config
+from bd3_megatron.errors import DataError
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the job and the step records it wrote."""
+
+    start: Record | None
+    """The start event; None where the file begins without one."""
+    steps: Sequence[Record]
+
+    @property
+    def devices(self) -> int | None:
+        return None if self.start is None else self.start.get("world_size")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder tells it."""
+
+    folder: Path
+    config: Config
+    attempts: Sequence[Attempt]
+    torn: bool
+    """The last line was incomplete and left out."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def steps(self) -> list[Record]:
+        """All step records in order of the file."""
+        return [record for attempt in self.attempts for record in attempt.steps]
+
+    @property
+    def restarts(self) -> int:
+        return max(0, sum(a.start is not None for a in self.attempts) - 1)
+
+    @property
+    def devices(self) -> int:
+        """Ranks of the last attempt; what the grid asks for where no start was recorded."""
+        recorded = [a.devices for a in self.attempts if a.devices]
+        return recorded[-1] if recorded else self.config.parallel.world_size()
+
+    def settled(self) -> list[Record]:
+        """Records that speak for the run's speed."""
+        steps = next((a.steps for a in reversed(self.attempts) if a.steps), [])
+        timed = [r for r in steps if _number(r, "time/step_seconds") is not None]
+        return list(timed[1:] if len(timed) > 1 else timed)
+
+    def typical(self, key: str) -> float | None:
+        """Median of `key` over the settled records that have it."""
+        values = [value for record in self.settled() if (value := _number(record, key)) is not None]
+        return median(values) if values else None
+
+    def latest(self, key: str) -> Any:
+        """Value of `key` in the newest step record that has it, or None."""
+        return next((r[key] for r in reversed(self.steps) if r.get(key) is not None), None)
+
+    def time_split(self) -> dict[str, float]:
+        """{kind: mean seconds a step} over the settled records, from the keys time/KIND_seconds."""
+        settled = self.settled()
+        kinds = {key for record in settled for key in record if _is_kind(key)}
+        total = {key: sum(_number(r, key) or 0.0 for r in settled) / len(settled) for key in kinds}
+        return {key.removeprefix("time/").removesuffix("_seconds"): total[key] for key in sorted(total)}
+
+
+def _is_kind(key: str) -> bool:
+    return (
+        key.startswith("time/")
+        and key.endswith("_seconds")
+        and key != "time/step_seconds"
+        and not key.startswith("time/pause")
+    )
+
+
+def _number(record: Record, key: str) -> float | None:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        DataError: no config.yaml or metrics.jsonl there, or a line before the last is no JSON object.
+    """
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise DataError(f"'{folder}' holds no {name}; give the run.dir of a run that has started.")
+    records, torn = read_records(folder / "metrics.jsonl")
+    return RunRecord(folder, load_config(folder / "config.yaml"), _attempts(records), torn)
+
+
+def read_records(path: Path) -> tuple[list[Record], bool]:
+    """All complete records of a metrics.jsonl, and whether a torn last line was left out.
+
+    Raises:
+        DataError: a line before the last is no JSON object.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    complete, rest = lines[:-1], lines[-1]
+    records: list[Record] = []
+    for number, line in enumerate(complete, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None and number == len(complete) and not rest:
+            return records, True
+        if record is None:
+            raise DataError(f"line {number} of '{path}' is no JSON object ({line[:40]!r}); remove it to read the rest.")
+        records.append(record)
+    return records, bool(rest.strip())
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _attempts(records: Sequence[Record]) -> list[Attempt]:
+    attempts: list[Attempt] = []
+    start: Record | None = None
+    steps: list[Record] = []
+    for record in records:
+        if record.get("event") == "start":
+            if start is not None or steps:
+                attempts.append(Attempt(start, steps))
+            start, steps = record, []
+        elif "step" in record and "time/step_seconds" in record:
+            steps.append(record)
+    return [*attempts, Attempt(start, steps)] if start is not None or steps else attempts
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Useful time of a run."""
+
+    useful_seconds: float
+    wall_seconds: float
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.useful_seconds / self.wall_seconds)
+
+
+def goodput(run: RunRecord) -> Goodput | None:
+    """Useful step time over wall time since the first start; None without a start event, times, or a step.
+
+    Records stand for the steps since the record before them; `time` is seconds since the epoch.
+    """
+    starts = [t for a in run.attempts if a.start is not None and (t := _number(a.start, "time")) is not None]
+    steps = run.steps
+    ends = [t for record in steps if (t := _number(record, "time")) is not None]
+    if not starts or not ends or max(ends) <= starts[0]:
+        return None
+    useful, seen = 0.0, 0
+    for record in steps:
+        step = int(record["step"])
+        if step > seen:
+            useful += (step - seen) * (_number(record, "time/step_seconds") or 0.0)
+            seen = step
+    return Goodput(useful, max(ends) - starts[0])

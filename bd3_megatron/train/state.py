@@ -1,0 +1,39 @@
+"""What a run must remember beyond weights and optimizer: a few numbers, as JSON inside the checkpoint's manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bd3_megatron.diffusion.noise_level import Interval
+
+
+@dataclass
+class TrainState:
+    """Mutable; the trainer owns it."""
+
+    step: int = 0
+    """Optimizer updates made."""
+    samples_consumed: int = 0
+    """Samples of the data order that are used up; skipped batches count."""
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Block size -> searched interval; block sizes not searched use the configured one."""
+    skipped_steps: int = 0
+    """Updates left out so far (non-finite gradients, loss spikes)."""
+    wandb_id: str | None = None
+    """The tracker's run id, kept across restarts."""
+
+    def interval(self, block_size: int, configured: Interval) -> Interval:
+        """The interval in force at a block size."""
+        found = self.intervals.get(block_size)
+        return configured if found is None else Interval(*found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> TrainState:
+        """The state that `to_json` wrote (JSON turns integer keys into text)."""
+        intervals = {int(size): (pair[0], pair[1]) for size, pair in tree.get("intervals", {}).items()}
+        return cls(**{**tree, "intervals": intervals})

@@ -1,0 +1,189 @@
+"""The loop: batch, step, record, hooks, until the budget is used up or someone asks to stop.
+
+Decides: what happens in which order around a step, and nothing about how any of it is done. Step n is the state after
+n updates; a record of step n describes the update that led to it. Hooks (evaluation, interval search, saving) run
+between steps, on all ranks alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from bd3_megatron.checkpoint.save import Saver
+from bd3_megatron.config.schema import Config
+from bd3_megatron.engine.zero_engine import StepResult, ZeroEngine
+from bd3_megatron.model.dropout import seed_dropout
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train import hooks
+from bd3_megatron.train.batches import StepBatch, StepBatches
+from bd3_megatron.train.dataset import RunData
+from bd3_megatron.train.loggers import Loggers
+from bd3_megatron.train.metrics import StepSums, reduce_step
+from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.stop import StopRequest
+from bd3_megatron.train.throughput import PeakTflops, figures
+from bd3_megatron.train.timeline import Timeline, device_event_factory, profiled, time_metrics
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, wired by train/build."""
+
+    config: Config
+    plan: RunPlan
+    topology: Topology
+    data: RunData
+    engine: ZeroEngine
+    state: TrainState
+    saver: Saver
+    stop: StopRequest
+    peak: PeakTflops
+    loggers: Loggers | None
+    """On rank 0; None elsewhere."""
+    timeline: Timeline = field(default_factory=lambda: Timeline(event_factory=device_event_factory()))
+
+    def run(self) -> str:
+        """Train to the end of the budget.
+
+        Returns:
+            "finished", or why it stopped early: "signal", "file" or "deadline".
+        """
+        state, total = self.state, self.plan.total_steps
+        self._record_start()
+        if state.step >= total:
+            return self._end("finished")
+        if self.config.evaluate.at_start_and_end and state.step == 0:
+            hooks.evaluate(self)
+        batches = StepBatches(
+            self.data.train,
+            self.plan,
+            self.topology,
+            first_step=state.step,
+            mask_id=self.data.special.mask,
+            num_workers=self.config.data.num_workers,
+        )
+        while state.step < total:
+            self._step(batches)
+            reason = self.stop.agreed(self.topology.device)
+            hooks.after_step(self, stopping=reason is not None)
+            if reason is not None and state.step < total:
+                return self._end(reason)
+        return self._end("finished")
+
+    def _step(self, batches: StepBatches) -> None:
+        """One optimizer update, and its record where one is due."""
+        state = self.state
+        place = self.plan.place(state.step)
+        self.timeline.start_step(state.step + 1)
+        if place.phase.block_size != self.engine.model.sight.layout.block_size:
+            self.engine.model.enter_phase(place.phase.block_size)
+        if self.config.model.dropout > 0:
+            seed_dropout(self.config.run.seed, state.step, self.topology)
+        with self.timeline.span("data_wait"):
+            interval = state.interval(place.phase.block_size, place.phase.interval)
+            batch = batches.next(state.step, self.engine.model.sight.layout, interval)
+            tokens = self._global_count(batch)
+        num_samples, lr = self.plan.batch_size(state.step), self.plan.lr(state.step)
+        with profiled(
+            state.step + 1, self.config.log.profile_steps, Path(self.config.run.dir) / "profile", self.topology.rank
+        ):
+            result = self.engine.train_step(
+                batch.micro_batches, loss_scale=self.topology.shard_size / tokens, lr=lr, span=self.timeline.span
+            )
+        self.timeline.end_step()
+        state.step += 1
+        state.samples_consumed += num_samples
+        state.skipped_steps += not result.applied
+        if state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps:
+            self._record_step(batch, result, num_samples=num_samples, lr=lr)
+        if self.loggers is not None:
+            self.loggers.console.advance()
+
+    def _global_count(self, batch: StepBatch) -> float | Tensor:
+        """Tokens of the whole step: known by arithmetic, or summed over dp where samples differ."""
+        if self.config.data.packing == "wrap":
+            return batch.token_count * self.topology.dp
+        count = Tensor([batch.token_count]).double().to(self.topology.device)
+        dist.all_reduce(count, group=self.topology.groups.dp)
+        return count[0]
+
+    def _record_step(self, batch: StepBatch, result: StepResult, *, num_samples: int, lr: float) -> None:
+        sums = reduce_step(
+            result.logs,
+            self.topology,
+            num_samples=num_samples,
+            token_count=batch.token_count,
+            masked_count=batch.masked_count,
+        )
+        if self.loggers is not None:
+            self.loggers.write(self._step_record(sums, result, num_samples=num_samples, lr=lr))
+
+    def _step_record(self, sums: StepSums, result: StepResult, *, num_samples: int, lr: float) -> dict[str, Any]:
+        state, place = self.state, self.plan.place(self.state.step - 1)
+        interval = state.interval(place.phase.block_size, place.phase.interval)
+        times = time_metrics(self.timeline.finished())
+        speed = figures(
+            self.config,
+            times.get("time/step_seconds", float("nan")),
+            sums.masked_count / max(1, sums.token_count),
+            self.topology.world_size,
+            self.peak,
+            sequences=num_samples,
+            block_size=place.phase.block_size,
+            interval=(interval.beta, interval.omega),
+        )
+        return {
+            "step": state.step,
+            "tokens": state.samples_consumed * self.config.data.seq_len,
+            **sums.metrics(),
+            "optim/lr": lr,
+            "optim/grad_norm": result.grad_norm,
+            "optim/skipped_steps": state.skipped_steps,
+            "noise/interval_beta": interval.beta,
+            "noise/interval_omega": interval.omega,
+            "noise/block_size": place.phase.block_size,
+            **speed.metrics(),
+            **times,
+        }
+
+    def _record_start(self) -> None:
+        if self.loggers is None:
+            return
+        self.loggers.write(
+            {
+                "step": self.state.step,
+                "event": "start",
+                "time": time.time(),
+                "world_size": self.topology.world_size,
+                "grid": self.topology.grid,
+                "zero_stage": self.engine.stage,
+                "throughput/peak_tflops": self.peak.tflops,
+                "throughput/peak_source": self.peak.source,
+            }
+        )
+
+    def _end(self, reason: str) -> str:
+        """Say how the run ended, in status.json too, by which a batch script decides whether to go on."""
+        hooks.finish(self)
+        if self.loggers is not None:
+            status = {
+                "status": "finished" if reason == "finished" else "stopped",
+                "reason": reason,
+                "step": self.state.step,
+                "time": time.time(),
+            }
+            path = Path(self.config.run.dir) / "status.json"
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+            temporary.replace(path)
+            self.loggers.close()
+        return reason
