@@ -1,0 +1,302 @@
+"""Preparing: one result whatever the workers, kills and restarts; nothing half-published, every refusal a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bd3_megatron.data.part_pool import Progress, make_parts
+from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.prepare_progress import ProgressBar
+from bd3_megatron.data.shards import ShardFolder
+from bd3_megatron.data.sources import TextFiles
+from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.errors import BD3Error, ConfigError, DataError, TokenizerError, WorkStopped
+from tests.unit.data.corpora import content_of, english
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(english(6000, 1) + "\n\n" + "emoji \U0001f600 \u4f60\u597d\n\n" + english(500, 2))
+    return path
+
+
+def request(text: Path, out: Path, **changes: object) -> PrepareRequest:
+    source = TextFiles(paths=(str(text),), part_bytes=3000)
+    return PrepareRequest(out=out, **{"sources": {"train": source}, "valid_fraction": 0.2, **changes})  # type: ignore[arg-type]
+
+
+def decoded(split: Path) -> list[str]:
+    """Documents of a split as text."""
+    shards, tokenizer = ShardFolder(split), load_tokenizer(split.parent / "tokenizer")
+    texts = []
+    for number in range(shards.num_shards):
+        ends = shards.document_ends(number).astype(np.int64)
+        texts += [tokenizer.decode(t) for t in np.split(shards.tokens(number), ends[:-1])]
+    return texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_the_text_is_all_there_once_and_the_folder_is_complete(text: Path, tmp_path: Path, tokenizer: str) -> None:
+    made = prepare(request(text, tmp_path / "out", tokenizer=tokenizer, vocab_size=400))
+    train, valid = decoded(tmp_path / "out" / "train"), decoded(tmp_path / "out" / "valid")
+    paragraphs = [p for p in re.sub(r"(\n\n+)", "\\1\0", text.read_text()).split("\0") if p.strip()]
+    assert sorted(train + valid) == sorted(paragraphs)
+    assert 0.1 < len(valid) / len(paragraphs) < 0.3
+    assert made.num_documents == {"train": len(train), "valid": len(valid)} and not made.was_there
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["prepare.json", "tokenizer", "train", "valid"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+    for split in ("train", "valid"):
+        assert len(list(ShardFolder(tmp_path / "out" / split).verify())) > 3
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(text: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        prepare(request(text, tmp_path / str(workers), tokenizer="sentencepiece-bpe", vocab_size=380), num_workers=workers)
+    assert content_of(tmp_path / "1") == content_of(tmp_path / "3")
+
+
+def test_a_second_run_finds_the_folder_and_another_request_is_refused(text: Path, tmp_path: Path) -> None:
+    first = prepare(request(text, tmp_path / "out"))
+    before = content_of(tmp_path / "out")
+    again = prepare(request(text, tmp_path / "out"))
+    assert again.was_there and again.num_tokens == first.num_tokens and content_of(tmp_path / "out") == before
+    with pytest.raises(ConfigError, match="was prepared from other text or settings; name a new folder or remove it"):
+        prepare(request(text, tmp_path / "out", valid_fraction=0.1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="mine holds other files; name a new or empty folder"):
+        prepare(request(text, tmp_path / "mine"))
+    (tmp_path / "empty").mkdir()
+    assert prepare(request(text, tmp_path / "empty")).num_tokens == first.num_tokens
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.sources import TextFiles
+if __name__ == "__main__":
+    source = TextFiles(paths=(sys.argv[1],), part_bytes=3000)
+    request = PrepareRequest(out=Path(sys.argv[2]), sources={"train": source}, valid_fraction=0.2)
+    prepare(request, num_workers=int(sys.argv[3]), say=print)
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
+    text: Path, tmp_path: Path, root: Path, clean_environment: Mapping[str, str]
+) -> None:
+    (tmp_path / "runner.py").write_text(COMMAND)
+    environment = {**clean_environment, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(tmp_path / "runner.py"), str(text)]
+    records = tmp_path / ".out.partial" / "work" / "parts"
+    # The first kill comes before any part is finished, the others after the next one is.
+    for wanted in (0, 1, 4):
+        process = subprocess.Popen([*command, str(tmp_path / "out"), "2"], env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not records.is_dir() or len(list(records.glob("*.json"))) < wanted):
+            select.select([], [], [], 0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if not (tmp_path / "out").exists():
+        done = subprocess.run([*command, str(tmp_path / "out"), "2"], env=environment, check=True, capture_output=True)
+        assert b"going on with" in done.stdout
+    prepare(request(text, tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+def test_a_run_that_broke_off_does_not_make_finished_parts_again(text: Path, tmp_path: Path) -> None:
+    class Broken(Exception):
+        pass
+
+    made: list[int] = []
+    partial = tmp_path / ".out.partial"
+
+    def make(stop_after: int | None) -> None:
+        from bd3_megatron.data import prepare as room
+
+        class Counting(room.TokenPartMaker):
+            def make(self, task, report):  # type: ignore[no-untyped-def]
+                if stop_after is not None and len(made) >= stop_after:
+                    raise Broken
+                made.append(task.part.number)
+                return super().make(task, report)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "TokenPartMaker", Counting)
+            said: list[str] = []
+            prepare(request(text, tmp_path / "out"), say=said.append)
+            assert said == [f"going on with {partial}: 5 parts are finished"]
+
+    with pytest.raises(Broken):
+        make(5)
+    assert partial.is_dir() and not (tmp_path / "out").exists()
+    make(None)
+    assert made == list(range(len(made))) and len(made) > 8
+    prepare(request(text, tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm") and not partial.exists()
+
+
+def test_another_request_does_not_go_on_with_foreign_parts(text: Path, tmp_path: Path) -> None:
+    limited(text, tmp_path / "out", 2500, "-")
+    assert (tmp_path / ".out.partial").is_dir()
+    prepare(request(text, tmp_path / "out", valid_fraction=0.3))
+    prepare(request(text, tmp_path / "calm", valid_fraction=0.3))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+def limited(text: Path, out: Path, file_bytes: int, sentence: str, num_workers: int = 1) -> None:
+    """Prepare where no file may grow past `file_bytes`, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        with pytest.raises(WorkStopped, match=sentence):
+            prepare(request(text, out), num_workers=num_workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_fills_up_publishes_nothing_and_keeps_what_is_finished(
+    text: Path, tmp_path: Path, workers: int
+) -> None:
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text() + "word " * 4000)  # the last part alone does not fit
+    limited(big, tmp_path / "out", 6000, r"failed \(File too large\); make room .* finished parts are kept", workers)
+    assert not (tmp_path / "out").exists()
+    records = list((tmp_path / ".out.partial" / "work" / "parts").iterdir())
+    assert len(records) > 3
+    prepare(request(big, tmp_path / "out"))
+    prepare(request(big, tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_text_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(english(3000, 1).encode() + b"\n\ncaf\xe9\n")
+    with pytest.raises(DataError, match="bad.txt is not UTF-8 at byte"):
+        prepare(request(path, tmp_path / "new" / "deep" / "out"), num_workers=workers)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "white.txt").write_text(" \n\n \n")
+    (tmp_path / "one.txt").write_text("only one")
+    cases: list[tuple[dict[str, object], type[BD3Error], str]] = [
+        ({"valid_fraction": 0.9}, ConfigError, r"valid_fraction=0.9 is outside \[0, 0.5\]"),
+        ({"sources": {}}, ConfigError, "no text was named"),
+        ({"tokenizer": "./none"}, TokenizerError, "tokenizer ./none does not exist"),
+        ({"tokenizer": "sentencepiece", "vocab_size": 9}, TokenizerError, "vocab_size=9 leaves no room"),
+        ({"detokenizer": "x"}, ConfigError, "detokenizer=x is not known"),
+        ({"sources": {"train": TextFiles(paths=("gone.txt",))}}, DataError, "gone.txt does not exist"),
+        (
+            {"sources": {"train": TextFiles(paths=(str(tmp_path / "white.txt"),))}},
+            DataError,
+            "the train text holds no documents",
+        ),
+        (
+            {"sources": {"train": TextFiles(paths=(str(tmp_path / "one.txt"),))}},
+            DataError,
+            "1 documents with valid_fraction=0.2 leave none for train; give more documents, cut them smaller",
+        ),
+        (
+            {"sources": {"test": TextFiles(paths=(str(text),))}, "tokenizer": "sentencepiece"},
+            ConfigError,
+            "tokenizer=sentencepiece is trained on train text and there is none",
+        ),
+    ]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for changes, kind, sentence in cases:
+        with pytest.raises(kind, match=sentence):
+            prepare(request(text, tmp_path / "out", **changes))
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+    with pytest.raises(ConfigError, match="num_workers=0 does no work"):
+        prepare(request(text, tmp_path / "out"), num_workers=0)
+    with pytest.raises(ConfigError, match="text.txt is a file; name a folder"):
+        prepare(request(text, text))
+    with pytest.raises(DataError, match="writing .* failed .Not a directory.; choose an --out that can be written"):
+        prepare(request(text, text / "below"))
+
+
+def test_two_processes_do_not_prepare_the_same_folder(text: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / ".out.partial").mkdir()
+    with open(tmp_path / ".out.partial" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is preparing .*out; wait for it or stop it"):
+            prepare(request(text, tmp_path / "out"))
+    assert (tmp_path / ".out.partial").is_dir()
+
+
+def test_splits_may_have_sources_of_their_own(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("held out\n\n \n\nagain")
+    sources = {n: TextFiles(paths=(str(p),)) for n, p in (("train", text), ("valid", tmp_path / "held.txt"))}
+    packing = {"valid": {"append_eos": False, "wrap_special": True}}
+    made = prepare(PrepareRequest(out=tmp_path / "out", sources=sources, packing=packing))
+    assert decoded(tmp_path / "out" / "valid") == ["held out\n\n \n\n", "again"]
+    assert ShardFolder(tmp_path / "out" / "valid").packing_rule == packing["valid"]
+    assert ShardFolder(tmp_path / "out" / "train").packing_rule == {}
+    assert made.num_documents["valid"] == 2
+
+
+def test_documents_of_white_space_are_counted_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n \nthree\n")
+    source = TextFiles(paths=(str(tmp_path / "a.txt"),), documents_are="line")
+    prepare(PrepareRequest(out=tmp_path / "out", sources={"train": source}, valid_fraction=0.0))
+    assert decoded(tmp_path / "out" / "train") == ["one", "two", "three"]
+    assert ShardFolder(tmp_path / "out" / "train").header.num_empty_documents == 3
+    assert not (tmp_path / "out" / "valid").exists()
+
+
+class _Worker:
+    """A part maker for the pool's own tests."""
+
+    def open(self) -> None:
+        return None
+
+    def make(self, task: object, report: object) -> object:
+        if task == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "fail":
+            raise TokenizerError("task=fail failed; use another.")
+        report(Progress(documents=1))  # type: ignore[operator]
+        return task
+
+
+def test_workers_deliver_report_fail_and_die_by_name() -> None:
+    seen: list[Progress] = []
+    delivered = []
+    with pytest.raises(TokenizerError, match="task=fail failed"):
+        for result in make_parts(_Worker(), [*range(7), "fail"], 2, seen.append):
+            delivered.append(result)
+    assert set(delivered) <= set(range(7)) and len(set(delivered)) == len(delivered) >= 5
+    assert 5 <= len(seen) <= 7
+    with pytest.raises(WorkStopped, match="a worker process ended with exit code -9; look for memory pressure"):
+        list(make_parts(_Worker(), [1, "die", 2], 2, seen.append))
+    assert list(make_parts(_Worker(), [], 4, seen.append)) == []
+
+
+def test_the_bar_shows_rates_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(100.0, show=True) as bar:
+        bar.skip(20.0)
+        bar.advance(Progress(documents=3, tokens=4000, weight=80.0))
+    shown = capsys.readouterr().err
+    assert "documents/s" in shown and "tokens/s" in shown and "left" in shown and "100%" in shown
+    with ProgressBar(1.0, show=False) as silent:
+        silent.skip(0.5)
+        silent.advance(Progress(weight=0.5))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,152 @@
+"""Shards: what is written is read; what is damaged, cut short, newer or foreign is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bd3_megatron.data.files import disk_errors, publish, write_json
+from bd3_megatron.data.shards import ShardFolder, ShardWriter, check_tokenizer, token_dtype
+from bd3_megatron.data.special_ids import SpecialIds
+from bd3_megatron.errors import DataError, TokenizerError
+from tests.unit.data.corpora import BYTES, SPECIAL, documents, write_split
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    return write_split(tmp_path / "train", [documents(12, seed=1), documents(7, seed=2)])
+
+
+def change_header(split: Path, **changes: Any) -> None:
+    header = json.loads((split / "header.json").read_text())
+    (split / "header.json").write_text(json.dumps(header | changes))
+
+
+@pytest.mark.parametrize("vocab_size", [260, 65_536, 65_537, 2**31])
+def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
+    shards = [[[0, vocab_size - 1, 5], [7]], [[vocab_size - 2] * 4]]
+    opened = ShardFolder(write_split(tmp_path, shards, vocab_size=vocab_size), verify=True)
+    assert opened.num_shards == 2 and opened.num_tokens == 8 and opened.num_documents == 3
+    assert opened.special == SPECIAL and opened.vocab_size == vocab_size
+    assert token_dtype(vocab_size).itemsize == (2 if vocab_size <= 65_536 else 4)
+    for number, listed in enumerate(shards):
+        assert opened.tokens(number).tolist() == [token for document in listed for token in document]
+        assert opened.document_ends(number).tolist() == np.cumsum([len(d) for d in listed]).tolist()
+        assert opened.shard_size(number) == (sum(map(len, listed)), len(listed))
+
+
+def test_a_split_travels_to_other_processes_without_its_tokens(split: Path) -> None:
+    opened = ShardFolder(split)
+    before = opened.tokens(0).tolist()
+    assert len(pickle.dumps(opened)) < 4000
+    assert pickle.loads(pickle.dumps(opened)).tokens(0).tolist() == before
+
+
+def test_a_writer_leaves_nothing_where_there_is_nothing_or_it_is_abandoned(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "train" / "part-00000", tmp_path, token_dtype(10))
+    writer.add([])
+    assert writer.num_documents == 0 and writer.finish() is None and list(tmp_path.iterdir()) == []
+    writer = ShardWriter(tmp_path / "part-00001", tmp_path, token_dtype(10))
+    writer.add([np.asarray([1, 2], dtype=np.uint32)])
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["part-00000.bin", "part-00001.idx"])
+def test_truncated_and_overlong_files_are_refused_when_opened(split: Path, name: str) -> None:
+    content = (split / name).read_bytes()
+    (split / name).write_bytes(content[:-1])
+    with pytest.raises(DataError, match=f"{name} is truncated: {len(content) - 1} bytes, the header says {len(content)}"):
+        ShardFolder(split)
+    (split / name).write_bytes(content + b"x")
+    with pytest.raises(DataError, match=f"{name} is too long"):
+        ShardFolder(split)
+    (split / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing; prepare the data again"):
+        ShardFolder(split)
+
+
+@pytest.mark.parametrize("name", ["part-00000.bin", "part-00001.bin", "part-00000.idx", "part-00001.idx"])
+def test_every_flipped_bit_is_found_by_verification(split: Path, name: str) -> None:
+    content = bytearray((split / name).read_bytes())
+    for place in (0, len(content) // 2, len(content) - 1):
+        content[place] ^= 4
+        (split / name).write_bytes(content)
+        ShardFolder(split)
+        with pytest.raises(DataError, match=f"{name} is damaged .checksum differs from the header"):
+            ShardFolder(split, verify=True)
+        content[place] ^= 4
+    (split / name).write_bytes(content)
+    assert len(list(ShardFolder(split).verify())) == 2
+
+
+def test_verification_finds_content_that_its_checksum_does_not(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"part-00000.bin holds a token outside \[0, 260\)"):
+        ShardFolder(write_split(tmp_path / "a", [[[1, 300]]]), verify=True)
+    with pytest.raises(DataError, match="part-00000.idx does not increase to 2"):
+        ShardFolder(write_split(tmp_path / "b", [[[1], [], [2]]]), verify=True)
+
+
+def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
+    original = (split / "header.json").read_text()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"version": 2}, "has version 2; this release reads version 1, use the release that wrote it"),
+        ({"format": "other"}, "is not a header of token shards"),
+        ({"num_tokens": 1}, "is damaged .dtype or counts do not fit together"),
+        ({"dtype": "<f4"}, "is damaged .dtype or counts do not fit together"),
+        ({"shards": [{"name": "x"}]}, "header.json is damaged .field"),
+        ({"vocab_size": "many"}, "header.json is damaged .field"),
+    ]
+    for changes, sentence in cases:
+        change_header(split, **changes)
+        with pytest.raises(DataError, match=sentence):
+            ShardFolder(split)
+        (split / "header.json").write_text(original)
+    change_header(split, special_ids={"bos": 1, "eos": 2, "pad": 3})
+    with pytest.raises(TokenizerError, match=r"the mask id -1 lies outside \[0, 260\)"):
+        ShardFolder(split)
+    (split / "header.json").write_text("{ torn")
+    with pytest.raises(DataError, match="header.json is damaged .not JSON"):
+        ShardFolder(split)
+    (split / "header.json").write_text("[1]")
+    with pytest.raises(DataError, match="header.json is damaged .no JSON object"):
+        ShardFolder(split)
+    (split / "header.json").unlink()
+    with pytest.raises(DataError, match=r"header.json cannot be read \(No such file or directory\); prepare the data again"):
+        ShardFolder(split)
+    with pytest.raises(DataError, match="nowhere does not exist; give a folder made by tools/prepare_data.py"):
+        ShardFolder(split / "nowhere")
+
+
+def test_shards_of_another_tokenizer_are_refused(split: Path) -> None:
+    opened = ShardFolder(split)
+    check_tokenizer(opened, BYTES.fingerprint)
+    with pytest.raises(TokenizerError, match="was made by tokenizer .* not by ffffffffffff; use the tokenizer folder beside"):
+        check_tokenizer(opened, "f" * 64)
+
+
+def test_a_shard_that_vanishes_after_opening_is_an_error_of_the_data(split: Path) -> None:
+    opened = ShardFolder(split)
+    (split / "part-00000.bin").unlink()
+    with pytest.raises(DataError, match="opening .*part-00000.bin failed .No such file or directory"):
+        opened.tokens(0)
+
+
+def test_special_ids_must_lie_in_the_vocabulary() -> None:
+    with pytest.raises(TokenizerError, match=r"the eos id 9 lies outside \[0, 9\); prepare the tokenizer folder again"):
+        SpecialIds.from_dict({"bos": 0, "eos": 9, "mask": 1, "pad": 2}, 9)
+
+
+def test_files_appear_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
+    (tmp_path / "t").write_text("new")
+    publish(tmp_path / "t", tmp_path / "a.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
+    with pytest.raises(DataError, match="reading it failed .Is a directory.; do better"), disk_errors("reading it", "do better"):
+        tmp_path.read_text()

@@ -1,0 +1,208 @@
+"""Streams: the same rows for every grid, worker count and restart, from small saved states."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from bd3_megatron.data.dataset_source import HubDataset, RowFilter
+from bd3_megatron.data.packing import PackedRows, PackingRule
+from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.data.shards import ShardFolder
+from bd3_megatron.data.stream_lane import Lane, RowPacker, StreamPlan
+from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
+from bd3_megatron.errors import ConfigError, DataError
+from tests.unit.data.corpora import BYTES, SPECIAL, documents, write_split
+
+RULE = PackingRule(seq_len=16, mode="isolated", block_size=4)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three files of unequal length, with empty and long documents."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    chosen = random.Random(3)
+    (tmp_path / "text").mkdir()
+    for number, count in enumerate((40, 25, 33)):
+        rows = [
+            {"text": f"{number}.{i} " + "word " * chosen.choice([0, 1, 2, 5, 30]), "keep": i % 7 != 0} for i in range(count)
+        ]
+        rows[3]["text"] = "  "
+        (tmp_path / "text" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    BYTES.save(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def plan(corpus: Path, rule: PackingRule = RULE, **options: object) -> StreamPlan:
+    dataset = HubDataset(path=str(corpus / "text"), filters=(RowFilter(column="keep", equals=True),))
+    return plan_stream(dataset, corpus / "tokenizer", rule, **{"shuffle_rows": 8, "seed": 5, **options})  # type: ignore[arg-type]
+
+
+def batches_of(
+    stream: StreamPlan, share: BatchShare, consumed: int, steps: int, *, workers: int = 0, state: dict | None = None
+) -> tuple[dict[int, list[int]], dict]:
+    """Rows by index, and the state after them."""
+
+    def indices() -> Iterator[torch.Tensor]:
+        for step in range(steps):
+            yield from share.step(consumed + step * share.global_batch_size)
+
+    loader = StreamLoader(stream, indices, num_workers=workers, state=state)
+    rows: dict[int, list[int]] = {}
+    for batch in loader:
+        assert batch.tokens_BL.shape == (share.micro_batch_size, stream.rule.seq_len)
+        rows |= dict(zip(batch.index_B.tolist(), batch.tokens_BL.tolist(), strict=True))
+    return rows, loader.state_dict()
+
+
+ONE = BatchShare(global_batch_size=6, micro_batch_size=6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_the_same_for_every_grid_and_restart(corpus: Path, workers: int) -> None:
+    stream = plan(corpus)
+    whole, _ = batches_of(stream, ONE, 0, 12)
+    collected: dict[int, list[int]] = {}
+    consumed, state = 0, None
+    for dp, steps in ((2, 3), (1, 2), (3, 4), (2, 3)):
+        states = []
+        for rank in range(dp):
+            share = BatchShare(global_batch_size=6, micro_batch_size=6 // dp, dp=dp, dp_rank=rank)
+            rows, after = batches_of(stream, share, consumed, steps, workers=workers, state=state)
+            assert not collected.keys() & rows.keys()
+            collected |= rows
+            states.append(after)
+        state = json.loads(json.dumps(merge_states(states)))
+        consumed += 6 * steps
+    assert collected == whole
+
+
+def test_a_stream_without_state_reaches_any_sample_by_reading_on(corpus: Path) -> None:
+    stream = plan(corpus)
+    whole, _ = batches_of(stream, ONE, 0, 10)
+    later, _ = batches_of(stream, ONE, 42, 3)
+    assert later == {index: whole[index] for index in range(42, 60)}
+
+
+@pytest.mark.parametrize("mode", ["wrap", "isolated", "pad"])
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_lane_goes_on_exactly_from_any_row(corpus: Path, mode: str, window: int) -> None:
+    stream = plan(corpus, PackingRule(seq_len=16, mode=mode, block_size=4), num_lanes=1, shuffle_rows=window)
+    lane = Lane(stream, 0)
+    rows, states = [], []
+    for number in range(60):
+        rows.append(lane.row(number).tokens_BL.tolist())
+        states.append(lane.state_before(number + 1))
+    for number in range(0, 59, 7):
+        saved = type(states[0])(**json.loads(json.dumps(states[number].as_dict())))
+        again = Lane(stream, 0, saved)
+        assert again.state_before(saved.window * window) == saved
+        assert again.row(number + 1).tokens_BL.tolist() == rows[number + 1]
+        if number % window == window - 1:  # a state taken at once is as good as the one it came from
+            assert again.state_before(number + 2) == (states[number + 1] if window == 1 else saved)
+        for later in (number + 2, min(number + 9, 59)):
+            if later < 60:
+                assert again.row(later).tokens_BL.tolist() == rows[later]
+    assert states[-1].epoch == 0 or states[-1].stream is not None
+
+
+def test_a_lane_without_shuffling_is_its_files_packed_in_order(corpus: Path) -> None:
+    rule = PackingRule(seq_len=16)
+    lane = Lane(plan(corpus, rule, num_lanes=1, shuffle_rows=1), 0)
+    read = [
+        row["text"] for n in range(3) for row in map(json.loads, (corpus / "text" / f"{n}.jsonl").read_text().splitlines())
+        if row["keep"] and row["text"].strip()
+    ]
+    stream = [token for text in read for token in [*text.encode(), SPECIAL.eos]]
+    for number in range(len(stream) // 16):
+        assert lane.row(number).tokens_BL.tolist() == stream[number * 16 : number * 16 + 16]
+    # Past its end the lane begins again, without a seam.
+    beyond = len(stream) // 16
+    assert lane.row(beyond).tokens_BL.tolist() == (stream + stream)[beyond * 16 : beyond * 16 + 16]
+
+
+def test_windows_are_permuted_and_complete(corpus: Path) -> None:
+    plain = Lane(plan(corpus, num_lanes=1, shuffle_rows=1), 0)
+    mixed = Lane(plan(corpus, num_lanes=1, shuffle_rows=8), 0)
+    for window in range(4):
+        rows = [[lane.row(window * 8 + i).tokens_BL.tolist() for i in range(8)] for lane in (plain, mixed)]
+        assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])
+
+
+@pytest.mark.parametrize("mode", ["wrap", "isolated", "pad"])
+@pytest.mark.parametrize("special", [False, True])
+def test_rows_are_packed_as_from_shards(tmp_path: Path, mode: str, special: bool) -> None:
+    rule = PackingRule(seq_len=12, mode=mode, block_size=4, wrap_special=special and mode == "wrap")
+    listed = documents(30, seed=4)
+    from_shards = PackedRows(ShardFolder(write_split(tmp_path, [listed])), rule)
+    packer = RowPacker(rule, SPECIAL)
+    assert packer.add(np.zeros(0, dtype=np.uint32)) == 0
+    for document in listed:
+        packer.add(np.asarray(document, dtype=np.uint32))
+    number = 0
+    while packer.is_ready():
+        expected, got = from_shards.read(np.asarray([number])), packer.row()
+        for want, have in zip(expected, got, strict=True):
+            assert (want is None) == (have is None)
+            if want is not None and have is not None:
+                np.testing.assert_array_equal(have, want[0])
+        number += 1
+    assert number in (from_shards.num_rows, from_shards.num_rows - 1)
+
+
+def test_batches_carry_documents_padding_and_positions(corpus: Path) -> None:
+    loader = StreamLoader(plan(corpus), lambda: ONE.step(0))
+    batch = next(iter(loader))
+    assert batch.document_id_BL is not None and batch.document_id_BL.dtype == torch.int64
+    assert batch.is_padding_BL is not None and batch.is_padding_BL.dtype == torch.bool
+    assert batch.position_BL is not None and int(batch.position_BL.max()) < 16
+
+
+def test_streams_that_cannot_be_are_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_lanes=4 is outside \[1, 3\], the files of .*; use 3 or fewer"):
+        plan(corpus, num_lanes=4)
+    with pytest.raises(ConfigError, match="shuffle_rows=0 is empty; use 1"):
+        plan(corpus, shuffle_rows=0)
+    stream = plan(corpus)
+    _, state = batches_of(stream, ONE, 0, 8)
+    with pytest.raises(DataError, match="the saved stream state has num_lanes=2, the run has 3; resume with num_lanes=2"):
+        StreamLoader(stream, lambda: ONE.step(0), state={**state, "num_lanes": 2})
+    with pytest.raises(DataError, match=r"lane 0 stands at row \d+ and was asked for row 0; resume the stream"):
+        batches_of(stream, ONE, 0, 1, state=state)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="asked for row 0"):
+            batches_of(stream, ONE, 0, 1, state=state, workers=workers)
+
+
+def test_streams_without_text_are_refused_instead_of_read_for_ever(corpus: Path) -> None:
+    for path in (corpus / "text").iterdir():
+        path.write_text('{"text": " ", "keep": true}\n{"text": "x", "keep": false}\n')
+    with pytest.raises(DataError, match="lane 0 of .* holds no text; use fewer lanes or other data"):
+        batches_of(plan(corpus), ONE, 0, 1)
+    for path in (corpus / "text").iterdir():
+        path.write_text('{"text": 3, "keep": true}\n')
+    with pytest.raises(DataError, match="column text of .* holds no text; name another column"):
+        batches_of(plan(corpus), ONE, 0, 1)
+
+
+def test_a_killed_stream_process_is_reported(corpus: Path) -> None:
+    import os
+    import signal
+
+    parent = os.getpid()
+
+    def indices() -> Iterator[torch.Tensor]:
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from ONE.step(0)
+
+    with pytest.raises(DataError, match="stream process 0 ended with exit code -9; look for memory pressure"):
+        list(StreamLoader(plan(corpus), indices, num_workers=1))

@@ -1,0 +1,263 @@
+"""A training step (forward and backward) of the shipped path against the form most code ships.
+
+    python -m tools.bench.step --against naive [--layers 4 --hidden 256 --heads 4 --length 512 --block 16 --vocab 8192 --batch 4]
+
+`naive` is a dense boolean mask through torch's SDPA over all 2L rows, every row in every layer, logits of all 2L rows and
+a full log-softmax; `naive-flex` (GPU) the same with FlexAttention. Both run the same weights and batch; losses and
+gradients are compared before anything is timed. Data tokens count L, never 2L.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bd3_megatron.attention.request import AttentionRequest
+from bd3_megatron.attention.select import choose
+from bd3_megatron.compat.device import peak_memory_bytes, rank_device
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.diffusion.corrupt import NoisyBatch
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.hf.plain_bd3 import PlainBD3, pair_sees
+from bd3_megatron.model.build import ParallelModel, vocabulary_of
+from bd3_megatron.model.pair_batch import pair_batch
+from bd3_megatron.parallel.topology import join
+from bd3_megatron.train.batches import Noise
+from tools.bench import harness
+
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch and the shape it is for."""
+
+    config: Config
+    clean: CleanBatch
+    noisy: NoisyBatch
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return self.clean.tokens_BL.numel()
+
+
+def make_problem(options: argparse.Namespace) -> Problem:
+    """Random tokens and the noise of a first step."""
+    config = config_from_tree(
+        {
+            "run": {"dir": "unused"},
+            "model": {
+                "style": options.style,
+                "num_layers": options.layers,
+                "hidden_size": options.hidden,
+                "num_heads": options.heads,
+                "num_kv_heads": options.kv_heads or options.heads,
+                "ffn_hidden_size": options.ffn or None,
+            },
+            "data": {"seq_len": options.length},
+            "diffusion": {"block_size": options.block},
+            "train": {"steps": 1, "global_batch_size": options.batch, "micro_batch_size": options.batch},
+        }
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(0, options.vocab - 1, (options.batch, options.length), generator=generator)
+    clean = CleanBatch(tokens_BL=tokens_BL, index_B=torch.arange(options.batch))
+    noise = Noise(
+        seed=1, mask_id=options.vocab - 1, group_size=options.batch, block_size=options.block, interval=Interval()
+    )
+    device = rank_device(0) if options.device == "cuda" else torch.device("cpu")
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    return Problem(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
+
+
+def shipped(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Tensor], ParallelModel, str]:
+    """(one forward and backward of the shipped path, its model, its attention backend)."""
+    config = problem.config
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    topology = join(config.parallel, rank=0, world_size=1, device=problem.device)
+    request = AttentionRequest(
+        device_type=problem.device.type,
+        dtype=problem.dtype,
+        batch=problem.clean.tokens_BL.shape[0],
+        length=config.data.seq_len,
+        block_size=config.diffusion.block_size,
+        num_heads=config.model.num_heads,
+        num_kv_heads=config.model.kv_heads,
+        head_dim=config.model.head_width,
+    )
+    chosen = choose(backend, request)
+    vocabulary = vocabulary_of(config, size=vocab, mask_id=vocab - 1)
+    model = ParallelModel(config, vocabulary, topology, attend=chosen.attend, dtype=problem.dtype)
+    batch = pair_batch(problem.clean, problem.noisy, model.sight.layout).to(problem.device)
+
+    def step() -> Tensor:
+        model.root.zero_grad(set_to_none=True)
+        weighted_sum = model.chunks[0](batch)[0]
+        loss = weighted_sum / problem.tokens
+        loss.backward()
+        return loss.detach()
+
+    return step, model, chosen.label
+
+
+def naive(problem: Problem, vocab: int, model: ParallelModel, attention: str) -> tuple[Callable[[], Tensor], nn.Module]:
+    """One forward and backward of the form most code ships, with the shipped model's weights."""
+    plain = plain_twin(problem.config, vocab, model).to(problem.device, problem.dtype)
+    length, block = problem.config.data.seq_len, problem.config.diffusion.block_size
+    attend = naive_attention(attention, length, block, problem.device)
+    ids = torch.cat([problem.noisy.noisy_BL, problem.clean.tokens_BL], dim=1).to(problem.device)
+    position = torch.arange(length, device=problem.device).repeat(2)[None]
+    target = problem.clean.tokens_BL.to(problem.device)
+    weight = problem.noisy.weight_BL.to(problem.device)
+
+    def step() -> Tensor:
+        plain.zero_grad(set_to_none=True)
+        logits = plain.lm_head(plain.model.run(ids, position, attend))[:, :length].float()
+        logits = logits.index_fill(-1, torch.tensor([vocab - 1], device=problem.device), float("-inf"))
+        log_probs = F.log_softmax(logits, dim=-1)
+        loss = -(log_probs.gather(-1, target[..., None])[..., 0] * weight).sum() / problem.tokens
+        loss.backward()
+        return loss.detach()
+
+    return step, plain
+
+
+def naive_attention(
+    kind: str, length: int, block: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """SDPA under a (2L)^2 boolean mask, or FlexAttention under the same rule."""
+    if kind == "naive":
+        sees = pair_sees(length, block, device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True).transpose(1, 2)
+
+        return attend
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q_noisy, k_noisy = q < length, k < length
+        q_block, k_block = (q % length) // block, (k % length) // block
+        own = (q_block == k_block) & (q_noisy == k_noisy)
+        past = ~k_noisy & (k_block < q_block)
+        return own | past
+
+    table = create_block_mask(rule, None, None, 2 * length, 2 * length, device=device.type)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend_flex(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=table, enable_gqa=True).transpose(1, 2)
+
+    return attend_flex
+
+
+def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
+    """The plain model with the parallel model's weights."""
+    shape, table = config.model, NameTable(config.model, vocab)
+    plain = PlainBD3(
+        BD3Config(
+            vocab_size=vocab,
+            style=shape.style,
+            num_hidden_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_width,
+            intermediate_size=shape.ffn_width,
+            max_position_embeddings=config.data.seq_len,
+            block_size=config.diffusion.block_size,
+            mask_token_id=vocab - 1,
+        )
+    )
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.root.named_parameters():
+        state.update(table.to_plain(name, parameter.detach()))
+    plain.load_state_dict(state)
+    return plain
+
+
+def check_equal(problem: Problem, ours: Tensor, theirs: Tensor, model: ParallelModel, plain: nn.Module, vocab: int) -> str:
+    """Losses and gradients of both sides agree, or the benchmark ends here."""
+    loss_error = abs(float(ours - theirs)) / float(theirs)
+    table, worst = NameTable(problem.config.model, vocab), 0.0
+    grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    for name, parameter in model.root.named_parameters():
+        if parameter.grad is None:
+            continue
+        for plain_name, grad in table.to_plain(name, parameter.grad).items():
+            reference = grads[plain_name].float()
+            worst = max(worst, float((grad.float() - reference).abs().max() / reference.abs().max()))
+    if loss_error > LOSS_TOLERANCE[problem.dtype]:
+        raise SystemExit(f"the two sides disagree: loss {float(ours)} against {float(theirs)}; nothing was timed")
+    return f"loss differs by {loss_error:.1e} (relative), the worst gradient by {worst:.1e} of its largest element"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", choices=("naive", "naive-flex"), default="naive")
+    parser.add_argument("--backend", default="auto", help="attention backend of the shipped path")
+    parser.add_argument("--style", choices=("modern", "paper"), default="modern")
+    for name, value in {
+        "layers": 4,
+        "hidden": 256,
+        "heads": 4,
+        "kv-heads": 0,
+        "ffn": 0,
+        "length": 512,
+        "block": 16,
+        "vocab": 8192,
+        "batch": 4,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    harness.add_arguments(parser, repeats=5)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, time, print and note."""
+    options = harness.parse(build_parser(), arguments)
+    torch.set_num_threads(options.threads)
+    problem = make_problem(options)
+    ours, model, label = shipped(problem, options.vocab, options.backend)
+    theirs, plain = naive(problem, options.vocab, model, options.against)
+    equal = check_equal(problem, ours(), theirs(), model, plain, options.vocab)
+    seconds = harness.interleave(
+        {"shipped": ours, options.against: theirs}, repeats=options.repeats, device=options.device
+    )
+    ratio = harness.speedup(seconds, "shipped", against=options.against)
+    rows = [
+        (name, harness.milliseconds(seconds[name]), f"{problem.tokens / statistics.median(seconds[name]):,.0f}")
+        for name in seconds
+    ]
+    body = harness.table(("step", "forward + backward, ms", "data tokens/s"), rows)
+    memory = peak_memory_bytes(problem.device)
+    notes = [f"shipped ({label}) is {ratio:.2f} times as fast as {options.against}", equal]
+    if memory is not None:
+        notes.append(f"peak memory of both together {memory / 2**30:.1f} GiB")
+    shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
+    harness.report("tools.bench.step", f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}", options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Print what a prepared split holds: header, statistics of document lengths, decoded samples; --verify reads all bytes.
+
+Examples:
+    tools/inspect_shards.py data/docs/train
+    tools/inspect_shards.py data/docs --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.errors import BD3Error, DataError
+
+if TYPE_CHECKING:
+    from bd3_megatron.data.shards import ShardFolder
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("folder", help="a split (DIR/train), or DIR for all its splits")
+    made.add_argument("--verify", action="store_true", help="compare every checksum, order of ends and token")
+    made.add_argument("--samples", type=int, default=2, metavar="N", help="documents to decode (2)")
+    made.add_argument("--characters", type=int, default=200, metavar="N", help="of each decoded document (200)")
+    return made
+
+
+def splits_of(folder: Path) -> list[Path]:
+    """The split folders at or below `folder`.
+
+    Raises:
+        DataError: there is none.
+    """
+    from bd3_megatron.data.shards import HEADER_FILE
+
+    if (folder / HEADER_FILE).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{HEADER_FILE}")) if folder.is_dir() else []
+    if not found:
+        raise DataError(f"{folder} holds no token shards; give a folder made by tools/prepare_data.py.")
+    return found
+
+
+def describe(shards: ShardFolder) -> None:
+    """Print header and statistics."""
+    import numpy as np
+
+    header = shards.header
+    lengths = np.concatenate(
+        [np.diff(shards.document_ends(s).astype(np.int64), prepend=0) for s in range(shards.num_shards)]
+    )
+    low, middle, high = np.percentile(lengths, [5, 50, 95])
+    print(f"{shards.where}")
+    print(f"  tokens       {header.num_tokens:,} ({header.dtype}) in {len(header.shards)} shards")
+    print(f"  documents    {header.num_documents:,}; {header.num_empty_documents:,} empty ones left out")
+    print(
+        f"  lengths      mean {lengths.mean():.1f}, median {middle:.0f}, 5% {low:.0f}, 95% {high:.0f}, "
+        f"longest {lengths.max()}"
+    )
+    ids = ", ".join(f"{name} {value}" for name, value in header.special_ids.as_dict().items())
+    print(f"  vocabulary   {header.vocab_size}; {ids}")
+    print(f"  tokenizer    {header.tokenizer_fingerprint}")
+    print(f"  source       {header.source}")
+    print(f"  packing      {header.packing or 'as training says'}")
+
+
+def show_samples(shards: ShardFolder, count: int, characters: int) -> None:
+    """Decode the first `count` documents where the tokenizer stands beside the split."""
+    from bd3_megatron.data.shards import check_tokenizer
+    from bd3_megatron.data.tokenizer import load_tokenizer
+
+    folder = shards.folder.parent / "tokenizer"
+    if count < 1 or not folder.is_dir():
+        return
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(shards, tokenizer.fingerprint)
+    start = 0
+    for number, end in enumerate(shards.document_ends(0)[:count].tolist()):
+        text = tokenizer.decode(shards.tokens(0)[start : min(end, start + characters)])
+        print(f"  document {number}: {text[:characters]!r}")
+        start = end
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        from bd3_megatron.data.shards import ShardFolder
+
+        for split in splits_of(Path(arguments.folder)):
+            shards = ShardFolder(split)
+            describe(shards)
+            show_samples(shards, arguments.samples, arguments.characters)
+            if arguments.verify:
+                sound = sum(1 for _ in shards.verify())
+                print(f"  verified     {sound} shards are sound")
+    except BD3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

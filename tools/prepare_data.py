@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Tokenise text into a prepared folder: DIR/train, DIR/valid, DIR/tokenizer.
+
+Runs again where it was broken off; the result does not depend on the number of workers. Examples:
+    tools/prepare_data.py --builtin python-docs --tokenizer sentencepiece --vocab-size 2048 --out data/docs
+    tools/prepare_data.py --text book.txt notes/ --tokenizer bytes --out data/own
+    tools/prepare_data.py --dataset corpus.jsonl --column text --tokenizer path/to/tokenizer --out data/own --workers 8
+    tools/prepare_data.py --recipe configs/data/wikitext103.yaml --out data/wikitext103
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.errors import BD3Error, ConfigError
+
+if TYPE_CHECKING:
+    from bd3_megatron.data.prepare import PrepareRequest
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = made.add_argument_group("what to read (one of)")
+    text.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files, or folders of .txt, .md, .rst")
+    text.add_argument("--builtin", metavar="NAME", help="python-docs or python-topics: text every Python has")
+    text.add_argument("--dataset", metavar="PATH", help="jsonl, parquet, arrow, csv file or folder, or hub name")
+    text.add_argument("--recipe", metavar="YAML", help="a file of configs/data: sources, splits, cleaning, tokenizer")
+    how = made.add_argument_group("how to read it")
+    how.add_argument(
+        "--documents",
+        choices=("paragraph", "line", "file"),
+        default="paragraph",
+        help="with --text, where a document ends: blank line (default), line, or file",
+    )
+    how.add_argument("--column", default="text", help="with --dataset (default: text)")
+    how.add_argument("--split", default="train", help="with --dataset, e.g. train[:-1000] (default: train)")
+    how.add_argument("--name", help="with --dataset: its configuration")
+    how.add_argument("--streaming", action="store_true", help="with --dataset: read without a local copy")
+    how.add_argument("--detokenizer", default=None, help="undo a benchmark's spacing: wikitext, ptb, lm1b, ...")
+    what = made.add_argument_group("what to make")
+    what.add_argument("--out", required=True, metavar="DIR", help="folder to make; must not hold anything else")
+    what.add_argument(
+        "--tokenizer",
+        default=None,
+        help="bytes (default), sentencepiece or sentencepiece-bpe (trained here), a .model file, a folder or hub name",
+    )
+    what.add_argument("--vocab-size", type=int, default=None, help="of a trained tokenizer, mask included (2048)")
+    what.add_argument("--valid-fraction", type=float, default=None, help="share of documents held out (0.05)")
+    what.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+    what.add_argument("--quiet", action="store_true", help="no progress bar")
+    return made
+
+
+def request_of(arguments: argparse.Namespace) -> PrepareRequest:
+    """Turn the command line into a request.
+
+    Raises:
+        ConfigError: none or several of the sources were named.
+    """
+    from bd3_megatron.data.prepare import PrepareRequest
+
+    named = [n for n in ("text", "builtin", "dataset", "recipe") if getattr(arguments, n)]
+    if len(named) != 1:
+        given = " and ".join(f"--{name}" for name in named) or "none"
+        raise ConfigError(
+            f"one source is read and {given} was given; use one of --text, --builtin, --dataset, --recipe."
+        )
+    chosen = {
+        "tokenizer": arguments.tokenizer,
+        "vocab_size": arguments.vocab_size,
+        "valid_fraction": arguments.valid_fraction,
+        "detokenizer": arguments.detokenizer,
+    }
+    changes = {key: value for key, value in chosen.items() if value is not None}
+    out = Path(arguments.out)
+    if arguments.recipe:
+        from bd3_megatron.data.recipe import load_recipe
+
+        return load_recipe(Path(arguments.recipe)).request(out, **changes)
+    if arguments.dataset:
+        from bd3_megatron.data.dataset_source import HubDataset
+
+        dataset = HubDataset(
+            path=arguments.dataset,
+            name=arguments.name,
+            split=arguments.split,
+            column=arguments.column,
+            streaming=arguments.streaming,
+        )
+        return PrepareRequest(out=out, sources={"train": dataset}, **changes)
+    from bd3_megatron.data.sources import text_source
+
+    names = arguments.text or [f"builtin:{arguments.builtin}"]
+    return PrepareRequest(out=out, sources={"train": text_source(names, documents_are=arguments.documents)}, **changes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from bd3_megatron.data.prepare import prepare
+
+        made = prepare(
+            request_of(arguments),
+            num_workers=arguments.workers,
+            show_progress=not arguments.quiet and sys.stderr.isatty(),
+            say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+        )
+    except BD3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    counts = ", ".join(
+        f"{split} {made.num_tokens[split]:,} tokens in {made.num_documents[split]:,} documents"
+        for split in made.num_tokens
+    )
+    state = "was prepared before" if made.was_there else "prepared"
+    print(f"{made.folder} {state}: {counts}; vocabulary {made.vocab_size}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
