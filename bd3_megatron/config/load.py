@@ -81,7 +81,9 @@ def _plain(value: Any) -> Any:
 
 def _read_tree(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"config file '{path}' does not exist; give the path of a YAML file such as configs/debug_cpu.yaml.")
+        raise ConfigError(
+            f"config file '{path}' does not exist; give the path of a YAML file such as configs/debug_cpu.yaml."
+        )
     if path.resolve() in parents:
         raise ConfigError(f"config file '{path}' names itself as its base; remove the `base:` line from one of them.")
     try:
@@ -111,7 +113,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     parts = name.split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(f"override '{override}' is not of the form section.key=value; write for example parallel.tp=2.")
+        raise ConfigError(
+            f"override '{override}' is not of the form section.key=value; write for example parallel.tp=2."
+        )
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
@@ -143,7 +147,9 @@ def build(cls: type, tree: Any, where: str) -> Any:
             raise ConfigError(_unknown(prefix, str(key), list(hints)))
     missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in tree]
     if missing:
-        raise ConfigError(f"{prefix}{missing[0]} is not set and has no default; add it to the file or the command line.")
+        raise ConfigError(
+            f"{prefix}{missing[0]} is not set and has no default; add it to the file or the command line."
+        )
     return cls(**{key: _typed(value, hints[key], f"{prefix}{key}") for key, value in tree.items()})
 
 

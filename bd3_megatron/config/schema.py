@@ -134,7 +134,7 @@ class DiffusionConfig:
     search_every_steps: int = 0
     """Search the variance-minimising interval this often; 0: never."""
     search_batches: int = 100
-    """Held-out micro-batches scored in one search."""
+    """Held-out batches of global_batch_size scored in one search; fewer where less text is held out."""
     search_widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Widths of the candidate intervals."""
     phases: tuple[PhaseConfig, ...] = ()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either
 
-
 MIN_T = 1e-3
 """Smallest noise level (diffusion.noise_schedule.MIN_T, which this torch-free room may not import; a test ties them)."""
 
@@ -117,7 +116,9 @@ def _check_model(config: Config) -> None:
         check_divides("num_heads", model.num_heads, "hidden_size", model.hidden_size)
     check_divides("num_kv_heads", model.kv_heads, "num_heads", model.num_heads)
     if model.head_width % 2:
-        raise ConfigError(f"head width {model.head_width} is odd; rotary positions need an even one: change model.head_dim.")
+        raise ConfigError(
+            f"head width {model.head_width} is odd; rotary positions need an even one: change model.head_dim."
+        )
     if model.style == "paper":
         _check_paper_style(config)
 
@@ -212,7 +213,9 @@ def _check_layer_split(config: Config) -> None:
             f"give {parallel.pp} numbers that add up to {layers}."
         )
     if min(parallel.layers_per_stage) < 1:
-        raise GridError(f"layers_per_stage={list(parallel.layers_per_stage)} leaves a stage without a layer; give each one.")
+        raise GridError(
+            f"layers_per_stage={list(parallel.layers_per_stage)} leaves a stage without a layer; give each one."
+        )
 
 
 def _check_context(config: Config) -> None:
@@ -220,7 +223,9 @@ def _check_context(config: Config) -> None:
     if cp == 1:
         return
     if config.model.dropout > 0:
-        raise GridError(f"cp={cp} with dropout={config.model.dropout} is not proved equal on every grid; use dropout 0.")
+        raise GridError(
+            f"cp={cp} with dropout={config.model.dropout} is not proved equal on every grid; use dropout 0."
+        )
     for size in block_sizes(config):
         if seq_len % (2 * cp * size):
             best = [c for c in divisors(seq_len // size) if (seq_len // size) % (2 * c) == 0] or [1]
