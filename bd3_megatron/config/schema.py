@@ -195,7 +195,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Sequences per forward pass of one rank."""
     warmup_batch_size: int | None = None
-    """Start with this many sequences a step and grow linearly to global_batch_size; None: no warm-up."""
+    """Start with this many sequences a step and grow linearly, in multiples of it, to global_batch_size; None: no warm-up."""
     batch_warmup_steps: int = 0
     """Steps of the batch-size warm-up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -205,7 +205,9 @@ class TrainConfig:
     skip_dead_rows: bool = True
     """Compute only what the loss can see; off computes every row of every layer, for debugging."""
     spike_factor: float = 0.0
-    """Skip a step whose gradient norm exceeds this multiple of its running median; 0: off."""
+    """A loss above this multiple of the recent steps' median is a spike (ZeRO 1 only); 0: nobody looks."""
+    spike_action: Literal["skip", "rollback"] = "skip"
+    """skip: leave the batch out. rollback: return to the newest checkpoint and go on behind the batch."""
     stop_file: str | None = None
     """Training saves and stops when this file appears."""
 

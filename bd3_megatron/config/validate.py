@@ -257,5 +257,26 @@ def _check_train(config: Config, dp: int) -> None:
         dp * train.micro_batch_size,
         kind=GridError,
     )
+    if train.spike_factor and (train.spike_factor <= 1 or config.parallel.zero_stage > 1):
+        raise ConfigError(
+            f"train.spike_factor={train.spike_factor} with zero_stage={config.parallel.zero_stage}: give a factor above 1 and "
+            "ZeRO stage 1, where gradients are whole until the loss is known."
+        )
     if (train.warmup_batch_size is None) != (train.batch_warmup_steps == 0):
         raise ConfigError("train.warmup_batch_size and train.batch_warmup_steps belong together; give both or neither.")
+    if train.warmup_batch_size is not None:
+        _check_batch_warmup(config, train.warmup_batch_size, dp)
+
+
+def _check_batch_warmup(config: Config, first: int, dp: int) -> None:
+    """The batch grows in multiples of its first size, so every grid must be able to cut that one."""
+    train, parallel = config.train, config.parallel
+    if not 1 <= first <= train.global_batch_size:
+        raise ConfigError(
+            f"warmup_batch_size={first} is outside [1, {train.global_batch_size}], the global batch size; use one inside."
+        )
+    # interleaved schedules walk micro-batches in rounds of as many as there are stages
+    interleaved = (parallel.vpp or 1) > 1
+    unit = dp * train.micro_batch_size * (parallel.pp if interleaved else 1)
+    factor = "dp x micro_batch_size x pp (interleaved schedule)" if interleaved else "dp x micro_batch_size"
+    check_multiple("warmup_batch_size", first, factor, unit, kind=GridError)

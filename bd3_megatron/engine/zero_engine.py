@@ -29,6 +29,8 @@ from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import DeepSpeedMpu
 
+Veto = Callable[[list[MicroLog]], bool]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -39,7 +41,8 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping, over all axes; inf or nan when the step was skipped."""
     applied: bool
-    """False when all ranks skipped the update together because a gradient was not finite."""
+    """False when all ranks left the update out together: a gradient was not finite, or the step was vetoed."""
+    vetoed: bool = False
 
 
 class ZeroEngine:
@@ -98,7 +101,13 @@ class ZeroEngine:
         raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
 
     def train_step(
-        self, batches: Sequence[PairBatch], *, loss_scale: float | Tensor, lr: float, span: Span = no_span
+        self,
+        batches: Sequence[PairBatch],
+        *,
+        loss_scale: float | Tensor,
+        lr: float,
+        span: Span = no_span,
+        veto: Veto | None = None,
     ) -> StepResult:
         """One optimizer update.
 
@@ -107,12 +116,16 @@ class ZeroEngine:
             loss_scale: shard_size / (tokens of the global batch).
             lr: learning rate of this update.
             span: names the kind of work in progress, for whoever measures time.
+            veto: asked, with the logs, between the last backward and the update (ZeRO 1); the same answer on every rank.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.root.train()
         if self.stage == 1:
             logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
+            if veto is not None and veto(logs):
+                self._drop_gradients()
+                return StepResult(logs, float("nan"), applied=False, vetoed=True)
             with span("optimizer"):
                 self.engine.step()
         else:
@@ -121,6 +134,17 @@ class ZeroEngine:
         if applied and self.ema is not None:
             self.ema.update(self.owned())
         return StepResult(logs, float(self.engine.get_global_grad_norm()), applied)
+
+    def _drop_gradients(self) -> None:
+        """Forget what the step's micro-batches accumulated, wherever the current mode keeps it."""
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad()
+        for parameter in self.model.root.parameters():
+            for name in ("_hp_grad", "grad_accum"):
+                grad = getattr(parameter, name, None)
+                if grad is not None:
+                    grad.zero_()
+            parameter.grad = None
 
     def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[MicroLog]:
         logs = []

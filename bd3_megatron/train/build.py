@@ -19,7 +19,7 @@ from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import device_name, limit_cpu_threads, rank_device
 from bd3_megatron.config.load import dump_config, replace_field
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes, data_parallel_size, validate
+from bd3_megatron.config.validate import block_sizes, validate
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
@@ -46,7 +46,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     """
     validate(config, world_size=world_size)
     # what only the curriculum's arithmetic can refute, before a process group exists
-    RunPlan(config, data_parallel_size(config, world_size)).place(0)
+    RunPlan(config).place(0)
     limit_cpu_threads()
     device = rank_device(local_rank)
     topology = join(config.parallel, rank=rank, world_size=world_size, device=device)
@@ -71,7 +71,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     )
     engine = ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype, describe=describe)
     state = resume(engine, run_dir, config, say)
-    plan = RunPlan(config, topology.dp, state.step, state.samples_consumed)
+    plan = RunPlan(config, state.step, state.samples_consumed)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         dump_config(config, run_dir / "config.yaml")

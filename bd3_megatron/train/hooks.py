@@ -5,10 +5,15 @@ Decides when; how is the business of evaluate/, diffusion/interval_search and ch
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bd3_megatron.checkpoint.load import load
+from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.evaluate.in_loop import evaluate_on_grid
 from bd3_megatron.train.search import search_interval
+from bd3_megatron.train.state import TrainState
 
 if TYPE_CHECKING:
     from bd3_megatron.train.trainer import Trainer
@@ -72,6 +77,37 @@ def search(trainer: Trainer) -> None:
     trainer.state.intervals[place.phase.block_size] = (choice.interval.beta, choice.interval.omega)
     if trainer.loggers is not None:
         trainer.loggers.write({"step": trainer.state.step, **choice.metrics()})
+
+
+def roll_back(trainer: Trainer) -> bool:
+    """Return to the newest checkpoint after a loss spike and go on behind the data seen since.
+
+    Returns:
+        False where there is no checkpoint, or the run came back to it before: then the batch stays skipped.
+    """
+    trainer.saver.finish()
+    found = newest_valid(Path(trainer.config.run.dir) / "checkpoints")
+    if found is None or found[1].step == trainer.state.rolled_back_to:
+        return False
+    path = found[0]
+    before = trainer.state
+    trainer.state = TrainState.from_json(load(trainer.engine, path).train_state)
+    trainer.state.samples_consumed = before.samples_consumed
+    trainer.state.skipped_steps = before.skipped_steps
+    trainer.state.rolled_back_to = trainer.state.step
+    trainer.state.wandb_id = before.wandb_id
+    trainer.plan = replace(trainer.plan, origin_step=trainer.state.step, origin_samples=trainer.state.samples_consumed)
+    if trainer.loggers is not None:
+        trainer.loggers.cut(trainer.state.step)
+        trainer.loggers.write(
+            {
+                "step": trainer.state.step,
+                "event": "rollback",
+                "from_step": before.step,
+                "samples_consumed": before.samples_consumed,
+            }
+        )
+    return True
 
 
 def save_checkpoint(trainer: Trainer) -> None:

@@ -41,7 +41,14 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             cut_record(path, resumed_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
+
+    def cut(self, step: int) -> None:
+        """Forget what was said of later steps, which will be made again."""
+        self._file.close()
+        cut_record(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Values) -> None:
         """One line, flushed, so that a killed run loses nothing it has said."""
@@ -177,6 +184,10 @@ class Loggers:
             except Exception as error:
                 del self._mirrors[name]
                 self.console.say(f"{name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+    def cut(self, step: int) -> None:
+        """The run returned to `step`: the record forgets what came after; mirrors keep it, as their kind does."""
+        self._record.cut(step)
 
     def close(self) -> None:
         """End all; a mirror that fails to close is named."""

@@ -1,9 +1,10 @@
 """What the run will do at each step, as arithmetic on the configuration: budget, phase, batch size, learning rate.
 
 Decides: tokens (of the run, of a phase) are turned into steps once, with the batch size of each step; the batch-size
-warm-up grows linearly in steps and is rounded down to whole micro-batches of all ranks (interleaved pipelines: to whole
-rounds of them), so the number of samples consumed before a step is a sum, not a memory. Noise strata are over
-consecutive groups of global_batch_size samples, whatever a warming-up step takes.
+warm-up grows linearly in steps, rounded down to multiples of the batch it starts with, which every grid of the run must
+be able to cut (validate sees to that): so it is the same on all of them, and the number of samples consumed before a step
+is a sum, not a memory. Noise strata are over consecutive groups of global_batch_size samples, whatever a warming-up step
+takes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ class RunPlan:
 
     Args:
         config: the run.
-        dp: data-parallel replicas.
         origin_step, origin_samples: where this attempt began: a resumed run counts on from the samples it had consumed,
             so that a changed batch size neither repeats nor skips a sample.
     """
 
     config: Config
-    dp: int
     origin_step: int = 0
     origin_samples: int = 0
 
@@ -88,17 +87,10 @@ class RunPlan:
     def batch_size(self, step: int) -> int:
         """Samples of that update, over all ranks."""
         train = self.config.train
-        if train.warmup_batch_size is None or step >= train.batch_warmup_steps:
-            return train.global_batch_size
-        unit = self.dp * train.micro_batch_size
-        if (self.config.parallel.vpp or 1) > 1:
-            # megatron's interleaved schedule walks micro-batches in rounds of as many as there are stages
-            unit *= self.config.parallel.pp
-        grown = (
-            train.warmup_batch_size
-            + (train.global_batch_size - train.warmup_batch_size) * step / train.batch_warmup_steps
-        )
-        return max(unit, int(grown) // unit * unit)
+        first, whole = train.warmup_batch_size, train.global_batch_size
+        if first is None or step >= train.batch_warmup_steps:
+            return whole
+        return (first + (whole - first) * step // train.batch_warmup_steps) // first * first
 
     def samples_before(self, step: int) -> int:
         """Samples consumed by all updates before state `step`, which is not before the origin."""

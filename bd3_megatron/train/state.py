@@ -20,6 +20,10 @@ class TrainState:
     """Block size -> searched interval; block sizes not searched use the configured one."""
     skipped_steps: int = 0
     """Updates left out so far (non-finite gradients, loss spikes)."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What the loss-spike guard compares with; empty while it is off."""
+    rolled_back_to: int | None = None
+    """The checkpoint a spike last sent the run back to; a second spike behind it is skipped, or a run could circle."""
     wandb_id: str | None = None
     """The tracker's run id, kept across restarts."""
 

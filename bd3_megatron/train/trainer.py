@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.config.schema import Config
-from bd3_megatron.engine.zero_engine import StepResult, ZeroEngine
+from bd3_megatron.engine.pipeline import MicroLog
+from bd3_megatron.engine.zero_engine import StepResult, Veto, ZeroEngine
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train import hooks
@@ -28,6 +29,7 @@ from bd3_megatron.train.dataset import RunData
 from bd3_megatron.train.loggers import Loggers
 from bd3_megatron.train.metrics import StepSums, reduce_step
 from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.stop import StopRequest
 from bd3_megatron.train.throughput import PeakTflops, figures
@@ -63,24 +65,30 @@ class Trainer:
             return self._end("finished")
         if self.config.evaluate.at_start_and_end and state.step == 0:
             hooks.evaluate(self)
-        batches = StepBatches(
-            self.data.train,
-            self.plan,
-            self.topology,
-            first_step=state.step,
-            mask_id=self.data.special.mask,
-            num_workers=self.config.data.num_workers,
-        )
-        while state.step < total:
-            self._step(batches)
+        batches = self._batches()
+        while self.state.step < total:
+            vetoed = self._step(batches)
             reason = self.stop.agreed(self.topology.device)
+            if vetoed and self.config.train.spike_action == "rollback" and hooks.roll_back(self):
+                batches = self._batches()
+                continue
             hooks.after_step(self, stopping=reason is not None)
-            if reason is not None and state.step < total:
+            if reason is not None and self.state.step < total:
                 return self._end(reason)
         return self._end("finished")
 
-    def _step(self, batches: StepBatches) -> None:
-        """One optimizer update, and its record where one is due."""
+    def _batches(self) -> StepBatches:
+        return StepBatches(
+            self.data.train,
+            self.plan,
+            self.topology,
+            first_step=self.state.step,
+            mask_id=self.data.special.mask,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def _step(self, batches: StepBatches) -> bool:
+        """One optimizer update, and its record where one is due; True when the spike guard left it out."""
         state = self.state
         place = self.plan.place(state.step)
         self.timeline.start_step(state.step + 1)
@@ -97,16 +105,33 @@ class Trainer:
             state.step + 1, self.config.log.profile_steps, Path(self.config.run.dir) / "profile", self.topology.rank
         ):
             result = self.engine.train_step(
-                batch.micro_batches, loss_scale=self.topology.shard_size / tokens, lr=lr, span=self.timeline.span
+                batch.micro_batches,
+                loss_scale=self.topology.shard_size / tokens,
+                lr=lr,
+                span=self.timeline.span,
+                veto=self._veto_for(batch, num_samples) if self.config.train.spike_factor else None,
             )
         self.timeline.end_step()
         state.step += 1
         state.samples_consumed += num_samples
         state.skipped_steps += not result.applied
-        if state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps:
+        if result.vetoed or state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps:
             self._record_step(batch, result, num_samples=num_samples, lr=lr)
         if self.loggers is not None:
             self.loggers.console.advance()
+        return result.vetoed
+
+    def _veto_for(self, batch: StepBatch, num_samples: int) -> Veto:
+        """Asked between backward and update: is this step's loss a spike? The same answer on every rank."""
+
+        def veto(logs: list[MicroLog]) -> bool:
+            loss = self._sums(logs, batch, num_samples).loss
+            if is_spike(loss, self.state.recent_losses, self.config.train.spike_factor):
+                return True
+            remember(self.state.recent_losses, loss)
+            return False
+
+        return veto
 
     def _global_count(self, batch: StepBatch) -> float | Tensor:
         """Tokens of the whole step: known by arithmetic, or summed over dp where samples differ."""
@@ -117,15 +142,19 @@ class Trainer:
         return count[0]
 
     def _record_step(self, batch: StepBatch, result: StepResult, *, num_samples: int, lr: float) -> None:
-        sums = reduce_step(
-            result.logs,
+        sums = self._sums(result.logs, batch, num_samples)
+        if self.loggers is not None:
+            record = self._step_record(sums, result, num_samples=num_samples, lr=lr)
+            self.loggers.write(record | {"event": "loss_spike"} if result.vetoed else record)
+
+    def _sums(self, logs: list[MicroLog], batch: StepBatch, num_samples: int) -> StepSums:
+        return reduce_step(
+            logs,
             self.topology,
             num_samples=num_samples,
             token_count=batch.token_count,
             masked_count=batch.masked_count,
         )
-        if self.loggers is not None:
-            self.loggers.write(self._step_record(sums, result, num_samples=num_samples, lr=lr))
 
     def _step_record(self, sums: StepSums, result: StepResult, *, num_samples: int, lr: float) -> dict[str, Any]:
         state, place = self.state, self.plan.place(self.state.step - 1)

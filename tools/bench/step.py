@@ -196,7 +196,9 @@ def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
     return plain
 
 
-def check_equal(problem: Problem, ours: Tensor, theirs: Tensor, model: ParallelModel, plain: nn.Module, vocab: int) -> str:
+def check_equal(
+    problem: Problem, ours: Tensor, theirs: Tensor, model: ParallelModel, plain: nn.Module, vocab: int
+) -> str:
     """Losses and gradients of both sides agree, or the benchmark ends here."""
     loss_error = abs(float(ours - theirs)) / float(theirs)
     table, worst = NameTable(problem.config.model, vocab), 0.0
@@ -255,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if memory is not None:
         notes.append(f"peak memory of both together {memory / 2**30:.1f} GiB")
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    harness.report("tools.bench.step", f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}", options)
+    harness.report(
+        "tools.bench.step", f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}", options
+    )
     return 0
 
 
