@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
-import torch
-
-from bd3_megatron.attention import dense, flex, structured
+from bd3_megatron.attention import dense, flex, structured, triton_pair
 from bd3_megatron.attention.probe import error_against_judge, measure_seconds
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Attend
@@ -27,7 +25,7 @@ from bd3_megatron.errors import BackendError, either
 
 Refuse = Callable[[AttentionRequest], str | None]
 Measure = Callable[[Attend, AttentionRequest], float]
-Judge = Callable[[Attend, AttentionRequest], float]
+Judge = Measure
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ _CONTESTANTS = (
     _structured_with("efficient"),
     _Contestant("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse),
     _Contestant("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash),
+    _Contestant("triton", triton_pair.attend, triton_pair.refuse),
 )
 
 BACKENDS: MappingProxyType[str, tuple[Attend, Refuse]] = MappingProxyType(
@@ -82,6 +81,7 @@ BACKENDS: MappingProxyType[str, tuple[Attend, Refuse]] = MappingProxyType(
         "dense": (dense.attend, accept_all),
         "structured": (structured.attend, structured.refuse),
         "flex": (flex.attend, flex.refuse),
+        "triton": (triton_pair.attend, triton_pair.refuse),
     }
 )
 
@@ -110,11 +110,18 @@ def choose(
     able = [c for c in entrants if c.label not in refusals]
     if name in BACKENDS and not able and (reason := BACKENDS[name][1](request)) is not None:
         refusals = {name: reason}
-    if request.device_type == "cuda":
-        able, wrong = _correct(able, request, judge)
-        refusals |= wrong
-    if able:
-        return _fastest(able, request, measure)
+    if able and request.device_type != "cuda":
+        return Backend(able[0].label, able[0].attend, "the first that serves this request")
+    errors, wrong = _try_each(able, request, judge)
+    for label, error in errors.items():
+        # Not "error > 1": NaN is wrong too.
+        if not error <= 1:
+            wrong[label] = f"{label} differs from the dense judge by {error:.3g} times its tolerance on this machine."
+    right = [c for c in able if c.label not in wrong]
+    seconds, slow = _try_each(right, request, measure)
+    refusals |= wrong | slow
+    if seconds:
+        return _fastest(right, seconds)
     if name == "auto":
         return Backend("dense", dense.attend, f"every fast backend refuses: {_reasons(refusals)}")
     raise BackendError(_reasons(refusals))
@@ -137,36 +144,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _correct(
-    able: list[_Contestant], request: AttentionRequest, judge: Judge
-) -> tuple[list[_Contestant], dict[str, str]]:
-    """Those that agree with the judge, and what is wrong with the others."""
-    wrong: dict[str, str] = {}
-    for contestant in able:
+def _try_each(
+    contestants: list[_Contestant], request: AttentionRequest, probe: Measure
+) -> tuple[dict[str, float], dict[str, str]]:
+    """What the probe says of each, and of which it says nothing because the kernel failed."""
+    results: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for contestant in contestants:
         try:
-            error = judge(contestant.attend, request)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as failure:
-            wrong[contestant.label] = f"{contestant.label} fails on this machine: {_first_line(failure)}"
-            continue
-        if not error <= 1:
-            wrong[contestant.label] = (
-                f"{contestant.label} differs from the dense judge by {error:.3g} times its tolerance on this machine."
-            )
-    return [c for c in able if c.label not in wrong], wrong
+            results[contestant.label] = probe(contestant.attend, request)
+        except Exception as failure:
+            # Compilers and kernels fail in types of their own (Triton's have no common parent with torch's): whatever it
+            # is, this contestant cannot serve here, and the others still may.
+            first_line = (str(failure).splitlines() or [type(failure).__name__])[0]
+            failures[contestant.label] = f"{contestant.label} fails on this machine: {first_line}"
+    return results, failures
 
 
-def _fastest(able: list[_Contestant], request: AttentionRequest, measure: Measure) -> Backend:
-    if len(able) == 1 or request.device_type != "cuda":
-        return Backend(able[0].label, able[0].attend, "the first that serves this request")
-    seconds = {c.label: measure(c.attend, request) for c in able}
-    best = min(able, key=lambda c: seconds[c.label])
-    table = ", ".join(f"{label} {1e3 * s:.3g} ms" for label, s in sorted(seconds.items(), key=lambda item: item[1]))
+def _fastest(contestants: list[_Contestant], seconds: dict[str, float]) -> Backend:
+    ranking = sorted((s, label) for label, s in seconds.items())
+    best = next(c for c in contestants if c.label == ranking[0][1])
+    table = ", ".join(f"{label} {1e3 * s:.3g} ms" for s, label in ranking)
     return Backend(best.label, best.attend, f"fastest at start-up: {table}")
 
 
 def _reasons(refusals: dict[str, str]) -> str:
     return " ".join(dict.fromkeys(refusals.values()))
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).splitlines() or [type(failure).__name__])[0]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bd3_megatron.checkpoint.layout import Manifest
 from bd3_megatron.checkpoint.pieces import adam_step
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.config.schema import Config
-from bd3_megatron.engine.zero_engine import ZeroEngine
+
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
 
 PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
 

@@ -71,6 +71,8 @@ class Manifest:
     """Counters of the optimizer: adam_step, skipped_steps, global_steps, ema_updates, loss_scale."""
     software: dict[str, str] = field(default_factory=dict)
     """Versions that wrote it."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where imported or averaged weights came from; empty for a run's own checkpoints."""
     kind: str = "sharded"
     """sharded: written by a run, cut over its ranks. whole: weights only, parameter by parameter."""
     files: dict[str, FileRecord] = field(default_factory=dict)

@@ -12,7 +12,7 @@ Refuses: a checkpoint of another model, by name and shape, before anything is ch
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -39,9 +39,11 @@ from bd3_megatron.checkpoint.read import (
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal import UniversalReader, universal_form
 from bd3_megatron.checkpoint.verify import newest_valid as newest_valid
-from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.model.partition import full_shape, partition_of, shard
+
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
 
 
 class Source(Protocol):

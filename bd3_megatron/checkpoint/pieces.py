@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bd3_megatron.engine.zero_engine import ZeroEngine
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
+
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

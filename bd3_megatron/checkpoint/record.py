@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from bd3_megatron.checkpoint.layout import STATE_DIR, FileRecord, ema_name
 from bd3_megatron.checkpoint.pieces import MOMENTS, owned_pieces, shard_shapes
 from bd3_megatron.checkpoint.universal_info import universal_info
 from bd3_megatron.compat.device import synchronize
-from bd3_megatron.engine.zero_engine import ZeroEngine
+
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
 
 
 class KeepingEngine:

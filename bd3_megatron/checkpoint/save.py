@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.describe import describe_run
@@ -22,8 +22,10 @@ from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, Manifest, rank_name
 from bd3_megatron.checkpoint.publish import delete_old, publish, sweep
 from bd3_megatron.checkpoint.record import RankRecord, record_rank
 from bd3_megatron.config.schema import Config
-from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
 
 Warn = Callable[[str], None]
 

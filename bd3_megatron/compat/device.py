@@ -6,6 +6,7 @@ Decides: CUDA when it is there, else CPU with gloo. Refuses nothing. The rest of
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
@@ -35,15 +36,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Largest allocation so far on a GPU; None on CPU, where torch keeps no such count."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; only for measuring and stopping, never inside a step."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest allocation so far on a GPU; on CPU the largest resident size of this process."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    # Linux gives kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def limit_cpu_threads() -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from bd3_megatron.checkpoint.verify import newest_valid, verify
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
+from bd3_megatron.convert.model_card import model_card
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.stream import stream_folder
@@ -31,6 +33,9 @@ from bd3_megatron.hf.configuration_bd3 import BD3Config
 
 PROOF_TOLERANCE = 1e-5
 """Of the largest absolute logit, or of 1 where that is smaller: two fp32 forwards that add in another order."""
+
+WEIGHTS = {"ema": "averaged", "model": "raw"}
+"""What people call the two sets of weights of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,7 @@ def convert_checkpoint(
     *,
     raw: bool = False,
     dtype: torch.dtype = torch.float32,
+    licence: str = "unknown",
     warn: Callable[[str], None] | None = None,
 ) -> ConversionReport:
     """Write the folder of a checkpoint and prove it.
@@ -79,6 +85,7 @@ def convert_checkpoint(
         out: the folder to write; an older exported folder there is replaced.
         raw: the trained weights in place of their average.
         dtype: of the stored weights.
+        licence: for the model card; a Hugging Face licence id.
         warn: told about checkpoints that were skipped.
 
     Raises:
@@ -88,23 +95,27 @@ def convert_checkpoint(
     reader = open_checkpoint(path)
     manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
     which = "model" if raw or "ema" not in reader.kinds() else "ema"
-    table = NameTable(config.model, manifest.vocab_size)
-    source = CheckpointSource(reader, table, which)
+    source = CheckpointSource(reader, NameTable(config.model, manifest.vocab_size), which)
     data_dir = _data_dir(config, path)
     described, notes = describe_model(config, manifest, data_dir)
-    if which == "model" and not raw:
+    if which == "model" and not raw and not manifest.origin:
         notes.append("the checkpoint keeps no average; its trained weights were taken")
     tokenizer = data_dir / "tokenizer" if data_dir is not None and (data_dir / "tokenizer").is_dir() else None
     if tokenizer is None:
         notes.append("no tokenizer was found beside the data; copy its files into the folder")
-    stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype)
+    facts: dict[str, Any] = {
+        "weights": WEIGHTS[which],
+        "num_parameters": sum(math.prod(source.shape(name)) for name in source.names()),
+    }
+    card = model_card(described, config, manifest, licence=licence, run_dir=path.parent.parent, **facts)
+    stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype, card=card)
     difference = prove(reader, which, config, FolderSource(out), described, dtype=dtype)
     return ConversionReport(
         out=out,
         source=path,
         step=manifest.step,
-        which="averaged" if which == "ema" else "raw",
-        num_parameters=sum(math.prod(source.shape(name)) for name in source.names()),
+        which=WEIGHTS[which],
+        num_parameters=facts["num_parameters"],
         max_logit_difference=difference,
         notes=tuple(notes),
     )

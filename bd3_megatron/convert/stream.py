@@ -77,6 +77,7 @@ def stream_folder(
     tokenizer_dir: Path | None = None,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> list[str]:
     """The same folder as to_hf.write_folder, without ever holding the model.
 
@@ -87,6 +88,7 @@ def stream_folder(
         tokenizer_dir: whose tokenizer files are copied; None: none.
         dtype: of the stored weights.
         shard_bytes: size of one weight file.
+        card: text of README.md; None: none is written.
 
     Returns:
         Names of the tokenizer files copied, sorted.
@@ -100,6 +102,8 @@ def stream_folder(
         _write_json(staging / "generation_config.json", generation_json(config))
         stream_weights(staging, shapes, source.tensor, dtype=dtype, shard_bytes=shard_bytes)
         copy_files(model_files_dir(), staging, lambda path: path.suffix == ".py" and path.name != "__init__.py")
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
         return [] if tokenizer_dir is None else copy_files(tokenizer_dir, staging, is_tokenizer_file)
 
 

@@ -124,9 +124,11 @@ class HubDataset:
     def describe(self) -> dict[str, Any]:
         stated = asdict(self)
         del stated["_opened"]
-        dataset = self.open()
-        identity = self._file_identity() or getattr(dataset, "_fingerprint", None)
-        return {"kind": "dataset", **stated, "identity": identity}
+        return {"kind": "dataset", **stated}
+
+    def identity(self) -> dict[str, Any]:
+        files = self._file_identity() or getattr(self.open(), "_fingerprint", None)
+        return self.describe() | {"identity": files}
 
     def open(self) -> Any:
         """The dataset, opened once a process.

@@ -98,10 +98,11 @@ def prepare(
     _check(request, num_workers)
     parts = {split: source.parts() for split, source in request.sources.items()}
     plan = _plan(request)
+    work = _WorkFolder(request.out)
     found = _find_finished(request.out, plan)
     if found is not None:
+        work.remove()  # a run killed right after publishing left it
         return found
-    work = _WorkFolder(request.out)
     with work.locked(), disk_errors(f"writing {work.root}", _DISK_REMEDY, kind=WorkStopped):
         if work.begin(plan):
             say(f"going on with {work.root}: {work.num_finished()} parts are finished")
@@ -151,8 +152,8 @@ class _WorkFolder:
     def begin(self, plan: dict[str, Any]) -> bool:
         """Set the folder up for a plan; True where an earlier run of the same plan goes on."""
         if self.plan_file.is_file() and _is_plan(self.plan_file, plan):
-            for leftover in (self.work / "temporary").iterdir():
-                leftover.unlink()
+            shutil.rmtree(self.work / "temporary", ignore_errors=True)
+            (self.work / "temporary").mkdir(exist_ok=True)
             return True
         for folder in (self.data, self.work):
             shutil.rmtree(folder, ignore_errors=True)
@@ -211,7 +212,7 @@ def _plan(request: PrepareRequest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "sources": {split: source.describe() for split, source in request.sources.items()},
+        "sources": {split: source.identity() for split, source in request.sources.items()},
         "tokenizer": tokenizer,
         "valid_fraction": request.valid_fraction if request.holds_out() else 0.0,
         "detokenizer": request.detokenizer,
@@ -298,7 +299,6 @@ def _headers(request: PrepareRequest, tokenizer: Tokenizer, records: list[PartRe
             raise DataError(_emptiness(request, split, records))
         origin = split if split in request.sources else "train"
         empty = sum(record.num_empty for record in records if record.task.split == split)
-        source = {key: value for key, value in request.sources[origin].describe().items()}
         held_out = request.valid_fraction if request.holds_out() else 0.0
         headers[split] = Header(
             dtype=token_dtype(tokenizer.vocab_size).str,
@@ -306,7 +306,7 @@ def _headers(request: PrepareRequest, tokenizer: Tokenizer, records: list[PartRe
             special_ids=tokenizer.special,
             tokenizer_fingerprint=tokenizer.fingerprint,
             shards=shards,
-            source=source | {"detokenizer": request.detokenizer, "valid_fraction": held_out},
+            source=request.sources[origin].describe() | {"detokenizer": request.detokenizer, "valid_fraction": held_out},
             num_empty_documents=empty,
             packing=dict(request.packing.get(split, {})),
         )

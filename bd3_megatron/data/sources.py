@@ -56,7 +56,10 @@ class Source(Protocol):
         """The documents of one part, in order."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the text, as JSON: it goes into headers and tells whether a broken-off run may go on."""
+        """Where the text came from, as JSON, for headers."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this text from another, as JSON: whether a broken-off run may go on, or is done already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,11 @@ class TextFiles:
                 yield from split_paragraphs(text)
 
     def describe(self) -> dict[str, Any]:
-        files = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in self._files()]
+        files = [[path, os.path.getsize(path)] for path in self._files()]
         return {"kind": "text", "documents": self.documents_are, "part_bytes": self.part_bytes, "files": files}
+
+    def identity(self) -> dict[str, Any]:
+        return self.describe() | {"times": [os.stat(path).st_mtime_ns for path in self._files()]}
 
     def _files(self) -> list[str]:
         files: list[str] = []
@@ -147,6 +153,9 @@ class BuiltinText:
 
         return {"kind": "builtin", "name": self.name, "python": platform.python_version()}
 
+    def identity(self) -> dict[str, Any]:
+        return self.describe()
+
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedSources:
@@ -168,6 +177,9 @@ class JoinedSources:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "joined", "sources": [source.describe() for source in self.sources]}
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "joined", "sources": [source.identity() for source in self.sources]}
 
 
 def text_source(names: Sequence[str], *, documents_are: str = "paragraph", part_bytes: int | None = None) -> Source:

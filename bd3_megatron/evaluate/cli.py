@@ -1,4 +1,4 @@
-"""`bd3 evaluate`: the arguments, the process group under torchrun, and the lines that are printed.
+"""`bd3 evaluate`: the arguments, and which task answers them: perplexity, the zero-shot table, or the frontier.
 
 Decides nothing about likelihoods. Imports torch only when it runs.
 """
@@ -6,46 +6,61 @@ Decides nothing about likelihoods. Imports torch only when it runs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bd3_megatron.evaluate.offline import Work
-    from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings
+    from bd3_megatron.evaluate.perplexity import ScoreSettings
+
+EXAMPLES = """
+  bd3 evaluate runs/quickstart/hf --data runs/quickstart/data
+  bd3 evaluate runs/quickstart/hf --data runs/quickstart/data --exact --json
+  bd3 evaluate FOLDER --zero-shot runs/zero_shot --local ptb=ptb.valid.txt --format markdown
+  bd3 evaluate FOLDER --frontier --judge JUDGE --rules first_hitting ancestral --temperatures 0.8 1.0
+  torchrun --nproc-per-node 8 -m bd3_megatron.cli evaluate FOLDER --data DIR --draws 4
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `bd3 evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", metavar="FOLDER", help="exported model folder (config.json, model.safetensors)")
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="prepared text: DIR with valid/, or one split of it"
-    )
-    parser.add_argument("--split", default="valid", help="split of --data to score (default: valid)")
-    parser.add_argument(
-        "--packing", choices=("wrap", "isolated", "pad"), default="wrap", help="of documents into rows (default: wrap)"
-    )
-    parser.add_argument("--draws", type=int, default=2, metavar="K", help="noise draws a sequence (default: 2)")
-    parser.add_argument("--num-sequences", type=int, metavar="N", help="sequences, evenly spaced (default: all)")
-    parser.add_argument(
-        "--exact", action="store_true", help="enumerate mask patterns: no noise, 2^block_size - 1 passes"
-    )
-    parser.add_argument(
-        "--official", action="store_true", help="official conventions: one draw, first token not counted"
-    )
-    parser.add_argument("--first-token-given", action="store_true", help="do not count the first token of a sequence")
-    parser.add_argument("--seed", type=int, default=1, help="of the noise (default: 1, as in training)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows of one forward (default: 8)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as stored")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.epilog = (
-        "  bd3 evaluate runs/quickstart/hf --data runs/quickstart/data\n"
-        "  torchrun --nproc-per-node 8 -m bd3_megatron.cli evaluate FOLDER --data DIR --draws 4"
-    )
+    parser.epilog = EXAMPLES
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="exported model folder, or a run's folder")
+    add("--data", metavar="DIR", help="prepared text to score: DIR with valid/, or one split of it")
+    add("--split", default="valid", help="split of --data (default: valid)")
+    add("--packing", choices=("wrap", "isolated", "pad"), default="wrap", help="of documents into rows (default: wrap)")
+    add("--draws", type=int, default=2, metavar="K", help="noise draws a sequence (default: 2)")
+    add("--num-sequences", type=int, metavar="N", help="sequences, evenly spaced (default: all)")
+    add("--exact", action="store_true", help="enumerate mask patterns: no noise, 2^block_size - 1 passes")
+    add("--official", action="store_true", help="official conventions: one draw of t, first token not counted")
+    add("--first-token-given", action="store_true", help="do not count the first token of a sequence")
+    add("--seed", type=int, default=1, help="of the noise or the samples (default: 1, as in training)")
+    add("--batch-size", type=int, default=8, metavar="B", help="rows of one forward (default: 8)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as stored")
+    add("--json", action="store_true", help="print JSON (same as --format json)")
+    add("--format", choices=("text", "markdown", "json"), default="text", help="of what is printed")
+    _add_zero_shot(parser.add_argument_group("zero-shot table"))
+    _add_frontier(parser.add_argument_group("generated text"))
+
+
+def _add_zero_shot(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--zero-shot", metavar="WORK", help="score the paper's sets, prepared under WORK")
+    group.add_argument("--sets", nargs="+", metavar="SET", help="ptb wikitext lm1b lambada ag_news pubmed arxiv")
+    group.add_argument("--local", nargs="+", default=[], metavar="SET=FILE", help="files that stand in for the hub")
+    group.add_argument("--recipes", metavar="DIR", help="recipes of the sets (default: configs/data of the checkout)")
+
+
+def _add_frontier(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--frontier", action="store_true", help="sample under every rule and temperature and measure the texts")
+    add("--judge", metavar="FOLDER", help="local autoregressive model for generative perplexity")
+    add("--rules", nargs="+", default=["first_hitting"], metavar="RULE", help="decoding rules (default: first_hitting)")
+    add("--temperatures", nargs="+", type=float, default=[1.0], metavar="T", help="(default: 1.0)")
+    add("--steps", type=int, help="forwards a block, for rules that take them")
+    add("--top-p", type=float, default=1.0, help="nucleus (default: 1.0 = off)")
+    add("--num-samples", type=int, default=32, help="texts a setting (default: 32)")
+    add("--num-tokens", type=int, default=128, help="tokens a text (default: 128)")
 
 
 def settings_from(options: argparse.Namespace) -> ScoreSettings:
@@ -78,53 +93,18 @@ def settings_from(options: argparse.Namespace) -> ScoreSettings:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate and print; returns the exit code."""
-    import torch
+    """Do what was asked and print it; returns the exit code."""
+    from bd3_megatron.errors import ConfigError
+    from bd3_megatron.evaluate import tasks
 
-    from bd3_megatron.evaluate.offline import evaluate_plain, load_model, open_split
-
-    settings = settings_from(options)
-    work = _join(options)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    folder = Path(options.folder)
-    try:
-        model, config = load_model(folder, device=work.device, dtype=dtype)
-        dataset = open_split(Path(options.data), folder, config, split=options.split, packing=options.packing)
-        result = evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if work.rank == 0:
-        _print(result, options)
-    return 0
-
-
-def _print(result: Estimate, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(result.as_dict()))
-        return
-    print(result.sentence())
-    if options.official:
-        print("official conventions: one draw, t in [1e-3, 1], first token of a sequence not counted", file=sys.stderr)
-
-
-def _join(options: argparse.Namespace) -> Work:
-    """This process's part of the work; joins the others that torchrun started."""
-    import torch
-
-    from bd3_megatron.compat.device import collective_backend, cuda_is_there, rank_device
-    from bd3_megatron.errors import BackendError
-    from bd3_megatron.evaluate.offline import Work
-
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if options.device == "cpu":
-        device = torch.device("cpu")
-    elif options.device in (None, "cuda"):
-        if options.device == "cuda" and not cuda_is_there():
-            raise BackendError("--device cuda was asked for and no CUDA device is visible; use --device cpu.")
-        device = rank_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        raise BackendError(f"--device {options.device} is not known; use cpu or cuda.")
-    if ranks > 1:
-        torch.distributed.init_process_group(collective_backend(device), rank=rank, world_size=ranks)
-    return Work(device=device, batch_size=options.batch_size, rank=rank, ranks=ranks)
+        options.format = "json"
+    asked = [options.data is not None, options.zero_shot is not None, options.frontier]
+    if sum(asked) != 1:
+        raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot or --frontier.")
+    settings = settings_from(options)
+    if options.frontier:
+        return tasks.print_frontier(options)
+    with tasks.joined(options) as work:
+        task = tasks.print_perplexity if options.zero_shot is None else tasks.print_zero_shot
+        return task(options, settings, work)

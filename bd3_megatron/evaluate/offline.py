@@ -16,6 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_megatron.checkpoint.layout import MANIFEST
+from bd3_megatron.checkpoint.read import open_checkpoint
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.shards import ShardFolder, check_tokenizer
@@ -53,27 +59,40 @@ class Work:
     """Processes that split the rows; more than one needs an initialised process group."""
 
 
-def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
-    """The plain model of an exported folder, in eval mode.
+def load_model(place: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
+    """The plain model of an exported folder, or the averaged weights of a run's newest checkpoint, in eval mode.
 
     Args:
-        folder: made by tools/convert_checkpoint.py.
+        place: made by tools/convert_checkpoint.py; or a run folder, or one checkpoint of it.
         device: where it goes.
         dtype: of its parameters; None: as stored.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, or its weights are of another shape.
+        CheckpointError: nothing there, damaged, or its weights are of another shape.
     """
-    config = read_config(folder)
-    state = read_weights(folder)
+    is_run = (place / "checkpoints").is_dir() or (place / MANIFEST).is_file()
+    if is_run and not (place / "config.json").is_file():
+        config, state = _read_checkpoint(place)
+    else:
+        config, state = read_config(place), read_weights(place)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     try:
         model = plain_model(config, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} holds weights of another model ({reason}); export the folder again.") from None
+        raise CheckpointError(f"{place} holds weights of another model ({reason}); export the folder again.") from None
     return model.to(device), config
+
+
+def _read_checkpoint(place: Path) -> tuple[BD3Config, dict[str, Tensor]]:
+    """The averaged weights (the raw ones where no average was kept) under plain names."""
+    reader = open_checkpoint(find_checkpoint(place))
+    config = config_from_tree(reader.manifest.config)
+    described, _ = describe_model(config, reader.manifest, None)
+    table = NameTable(config.model, reader.manifest.vocab_size)
+    source = CheckpointSource(reader, table, "ema" if "ema" in reader.kinds() else "model")
+    return described, {name: source.tensor(name) for name in source.names()}
 
 
 def open_split(

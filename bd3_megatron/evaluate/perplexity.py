@@ -96,7 +96,12 @@ class Estimate:
     @property
     def perplexity(self) -> float:
         """exp(nll), inf where it overflows."""
-        return math.inf if self.nll_nats_per_token > 700 else math.exp(self.nll_nats_per_token)
+        return self.shifted(0.0)
+
+    def shifted(self, nats: float) -> float:
+        """Perplexity at so many nats per token more: the ends of an interval."""
+        nll = self.nll_nats_per_token + nats
+        return math.inf if nll > 700 else math.exp(nll)
 
     def metrics(self) -> dict[str, float | int | None]:
         """Keys and values for metrics.jsonl."""

@@ -46,24 +46,48 @@ def sample_keys(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 class SampleDraws:
-    """Order and token draws of one sample, block by block."""
+    """Order and token draws of one sample, kept for a chunk of positions.
 
-    def __init__(self, seed: int, key: int, block_size: int) -> None:
+    Args:
+        key: see `sample_key`.
+        block_size: S; chunks are whole blocks.
+        num_positions: positions the sample will have; no more are drawn.
+    """
+
+    def __init__(self, key: int, block_size: int, num_positions: int) -> None:
         self.key = key
-        self._seed = seed
-        self._chunk = -(-CHUNK_POSITIONS // block_size) * block_size
-        self._chunk_start = -1
-        self._uniform_2C = torch.empty(0)
+        blocks = -(-min(CHUNK_POSITIONS, num_positions) // block_size)
+        self.chunk = blocks * block_size
+        self.chunk_start = -1
+        self.uniform_2C = torch.empty(0)
 
-    def block(self, start: int, size: int) -> Tensor:
-        """float64 [2, size] on the host: the order and token draws of positions [start, start + size)."""
-        chunk_start = start // self._chunk * self._chunk
-        if chunk_start != self._chunk_start:
-            position_C = chunk_start + torch.arange(self._chunk)
-            kind_21 = torch.tensor([[ORDER_KIND], [TOKEN_KIND]])
-            self._uniform_2C = uniform(self._seed, SAMPLE_PURPOSE, self.key, position_C, kind_21)
-            self._chunk_start = chunk_start
-        return self._uniform_2C[:, start - chunk_start : start - chunk_start + size]
+
+def block_draws(seed: int, samples: Sequence[SampleDraws], starts: Sequence[int], size: int) -> Tensor:
+    """The order and token draws of one block of each sample: float64 [2, B, size] on the host.
+
+    Chunks that are not at hand are drawn together, in one call of the generator a chunk length.
+
+    Args:
+        seed: in [0, 2^48).
+        samples: the batch.
+        starts: first position of each sample's block, a multiple of its block size.
+        size: positions of the block.
+    """
+    stale: dict[int, list[tuple[SampleDraws, int]]] = {}
+    for sample, start in zip(samples, starts, strict=True):
+        chunk_start = start // sample.chunk * sample.chunk
+        if chunk_start != sample.chunk_start:
+            stale.setdefault(sample.chunk, []).append((sample, chunk_start))
+    for chunk, pairs in stale.items():
+        key_B11 = torch.tensor([sample.key for sample, _ in pairs])[:, None, None]
+        start_B11 = torch.tensor([chunk_start for _, chunk_start in pairs])[:, None, None]
+        kind_21 = torch.tensor([[ORDER_KIND], [TOKEN_KIND]])
+        drawn_B2C = uniform(seed, SAMPLE_PURPOSE, key_B11, start_B11 + torch.arange(chunk), kind_21)
+        for (sample, chunk_start), uniform_2C in zip(pairs, drawn_B2C, strict=True):
+            sample.chunk_start, sample.uniform_2C = chunk_start, uniform_2C
+    offsets = [start - sample.chunk_start for sample, start in zip(samples, starts, strict=True)]
+    blocks = [sample.uniform_2C[:, low : low + size] for sample, low in zip(samples, offsets, strict=True)]
+    return torch.stack(blocks, dim=1)
 
 
 def candidate_draws(seed: int, key_B: Tensor, start_B: Tensor, size: int, forward: int) -> Tensor:

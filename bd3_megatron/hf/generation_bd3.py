@@ -23,7 +23,7 @@ from .block_state_bd3 import BlockState
 from .cache_bd3 import KeyValueCache
 from .decoding_options_bd3 import DecodingOptions
 from .decoding_rules_bd3 import BlockRule
-from .draws_bd3 import SampleDraws, candidate_draws
+from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
 from .plain_bd3 import Shape, Stack
 from .window_bd3 import Layout, Place, Window
@@ -215,7 +215,7 @@ class Decoder:
         return Row(
             request=index,
             place=Place(ids, known // self._block_size * self._block_size),
-            draws=SampleDraws(self._options.seed, request.key, self._block_size),
+            draws=SampleDraws(request.key, self._block_size, len(ids) + request.num_tokens),
             num_given=len(ids),
             num_total=len(ids) + request.num_tokens,
         )
@@ -228,7 +228,8 @@ class Decoder:
         block = BlockState.new(places, self._block_size, self._mask_id, self._device)
         if self._options.repetition_penalty != 1:
             block.track_seen(places, self._shape.vocab_size, window.length, self._mask_id)
-        uniform_2BS = torch.stack([row.draws.block(row.place.block_start, self._block_size) for row in rows], dim=1)
+        starts = [place.block_start for place in places]
+        uniform_2BS = block_draws(self._options.seed, [row.draws for row in rows], starts, self._block_size)
         rule = self._rule.begin(block.is_masked_BS, uniform_2BS[0])
         forward = 0
         while forward != rule.num_forwards:

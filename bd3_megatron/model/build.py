@@ -1,7 +1,7 @@
 """A rank's share of the model, from configuration and grid.
 
-Decides: how many layers each stage gets (the head's and embedding's work counted), the dtype, the attention backend
-through `attention.select`. The only caller of BD3Model.
+Decides: which chunks this rank holds (how many layers each has is model/cost's answer, so that the planner and the model
+agree). The only caller of BD3Model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bd3_megatron.attention.streams import Attend
+from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes
 from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
+from bd3_megatron.model.cost_shape import layers_per_chunk
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.init_weights import init_weights
-from bd3_megatron.model.partition import padded_vocab
 from bd3_megatron.model.sight import LayoutOf, Sight, layout_function
 from bd3_megatron.model.spec import transformer_config
-from bd3_megatron.parallel.stages import split_layers
 from bd3_megatron.parallel.topology import Topology
 
 
@@ -50,7 +50,7 @@ class ParallelModel:
         self.config: TransformerConfig = transformer_config(
             config.model, topology, dtype=dtype, recompute=config.train.recompute
         )
-        layers = stage_layers(config, vocabulary.size, topology)
+        layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
         if topology.pp > 1 and len(set(layers)) > 1:
             self.config.pipeline_model_parallel_layout = _megatron_layout(layers, topology.pp)
         chunks = [
@@ -78,23 +78,6 @@ class ParallelModel:
     def enter_phase(self, block_size: int) -> None:
         """Change the block size for all layers; only between steps."""
         self.sight.layout = self._layout_of(block_size)
-
-
-def stage_layers(config: Config, vocab_size: int, topology: Topology) -> tuple[int, ...]:
-    """Layers of every chunk of the whole pipeline, in order of depth."""
-    model = config.model
-    d, h, ffn = model.hidden_size, model.head_width, model.ffn_width
-    mlp = (3 if model.style == "modern" else 2) * d * ffn
-    layer = 2 * (2 * d * h * model.num_heads + 2 * d * h * model.kv_heads + mlp)
-    # about half of the noisy rows are masked and reach the head; a layer works on 2 L rows
-    head = 0.5 * d * padded_vocab(vocab_size, model.vocab_multiple)
-    return split_layers(
-        model.num_layers,
-        topology.pp * topology.vpp,
-        head_layers=head / layer if topology.pp > 1 else 0.0,
-        given=config.parallel.layers_per_stage if topology.pp > 1 else (),
-        interleaved=topology.vpp > 1,
-    )
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

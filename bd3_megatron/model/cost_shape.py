@@ -187,16 +187,26 @@ def layers_per_stage(config: Config) -> tuple[int, ...]:
     Raises:
         GridError: the stages cannot be filled.
     """
+    pp = config.parallel.pp
+    chunks = layers_per_chunk(config)
+    return tuple(sum(chunks[stage::pp]) for stage in range(pp))
+
+
+def layers_per_chunk(config: Config) -> tuple[int, ...]:
+    """Transformer layers of each chunk of the pipeline in order of depth; chunk c of stage s is number c x pp + s.
+
+    Raises:
+        GridError: the stages cannot be filled.
+    """
     parallel = config.parallel
     pp, vpp = parallel.pp, parallel.vpp or 1
-    chunks = split_layers(
+    return split_layers(
         config.model.num_layers,
         pp * vpp,
         head_layers=head_in_layers(config) if pp > 1 else 0.0,
         given=parallel.layers_per_stage if pp > 1 else (),
         interleaved=vpp > 1,
     )
-    return tuple(sum(chunks[stage::pp]) for stage in range(pp))
 
 
 def head_in_layers(config: Config) -> float:

@@ -72,10 +72,11 @@ class LastLayer(TransformerLayer):
         mixed_RD = self._attend(attention.core_attention, query_R, key, value, document_id_BL, row_R)
         # the stream that carries loss is the first of the pair, or the only one: its rows count from 0
         hidden = hidden_PBD.flatten(0, 1).index_select(0, row_R)[:, None]
+        output = attention.linear_proj(mixed_RD[:, None])
         with self.bias_dropout_add_exec_handler():
-            output = attention.linear_proj(mixed_RD[:, None])
             hidden = self.self_attn_bda(self.training, fused)(output, hidden, self.hidden_dropout)
-            output = self.mlp(self.pre_mlp_layernorm(hidden))
+        output = self.mlp(self.pre_mlp_layernorm(hidden))
+        with self.bias_dropout_add_exec_handler():
             hidden = self.mlp_bda(self.training, fused)(output, hidden, self.hidden_dropout)
         return hidden[:, 0]
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.save import Saver
+from bd3_megatron.compat.device import peak_memory_bytes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.engine.pipeline import MicroLog
 from bd3_megatron.engine.zero_engine import StepResult, Veto, ZeroEngine
@@ -160,16 +161,6 @@ class Trainer:
         state, place = self.state, self.plan.place(self.state.step - 1)
         interval = state.interval(place.phase.block_size, place.phase.interval)
         times = time_metrics(self.timeline.finished())
-        speed = figures(
-            self.config,
-            times.get("time/step_seconds", float("nan")),
-            sums.masked_count / max(1, sums.token_count),
-            self.topology.world_size,
-            self.peak,
-            sequences=num_samples,
-            block_size=place.phase.block_size,
-            interval=(interval.beta, interval.omega),
-        )
         return {
             "step": state.step,
             "tokens": state.samples_consumed * self.config.data.seq_len,
@@ -180,9 +171,28 @@ class Trainer:
             "noise/interval_beta": interval.beta,
             "noise/interval_omega": interval.omega,
             "noise/block_size": place.phase.block_size,
-            **speed.metrics(),
+            **self._speed(times, sums, num_samples),
             **times,
+            "time": time.time(),
+            "memory/peak_bytes": peak_memory_bytes(self.topology.device),
         }
+
+    def _speed(self, times: dict[str, float], sums: StepSums, num_samples: int) -> dict[str, Any]:
+        """Throughput entries; none while a GPU has not yet passed the events that time the step."""
+        if "time/step_seconds" not in times:
+            return {}
+        place = self.plan.place(self.state.step - 1)
+        interval = self.state.interval(place.phase.block_size, place.phase.interval)
+        return figures(
+            self.config,
+            times["time/step_seconds"],
+            sums.masked_count / max(1, sums.token_count),
+            self.topology.world_size,
+            self.peak,
+            sequences=num_samples,
+            block_size=place.phase.block_size,
+            interval=(interval.beta, interval.omega),
+        ).metrics()
 
     def _record_start(self) -> None:
         if self.loggers is None:

@@ -28,6 +28,7 @@ class OfficialForm:
     def __init__(self, model: PlainBD3, mask_id: int, generator: torch.Generator) -> None:
         self._model, self._mask_id, self._generator = model, mask_id, generator
         self._shape = model.model.shape
+        self._layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
         self._cache: list[Tensor | None] = [None] * self._shape.num_hidden_layers
 
     @torch.inference_mode()
@@ -42,7 +43,7 @@ class OfficialForm:
         def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
             return grouped_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), sees_1RR)
 
-        for layer in self._model.model.layers:
+        for layer in self._layers:
             self._cache[layer.index] = self._projected(layer, x_1RD)
             x_1RD = layer(x_1RD, rotary, attend)
 
@@ -77,7 +78,7 @@ class OfficialForm:
         x_1RD = self._model.model.embed_tokens(ids_1R)
         rows = ids_1R.shape[1]
         rotary: Rotary | None = None
-        for layer in self._model.model.layers:
+        for layer in self._layers:
             attention, heads = layer.self_attn, (1, -1, self._shape.num_attention_heads, self._shape.head_dim)
             fresh_1RE = self._projected(layer, x_1RD)
             kept = self._cache[layer.index]
@@ -90,8 +91,9 @@ class OfficialForm:
                     position_1T, head_dim=self._shape.head_dim, theta=self._shape.rope_theta, dtype=x_1RD.dtype
                 )
             queries, keys, values = (part.reshape(heads) for part in all_1TE.chunk(3, dim=-1))
-            rotated = [rotary.rotate(part).transpose(1, 2) for part in (queries, keys)]
-            mixed = F.scaled_dot_product_attention(*rotated, values.transpose(1, 2))
+            mixed = F.scaled_dot_product_attention(
+                rotary.rotate(queries).transpose(1, 2), rotary.rotate(keys).transpose(1, 2), values.transpose(1, 2)
+            )
             x_1RD = x_1RD + attention.output(mixed.transpose(1, 2)[:, -rows:])
             x_1RD = x_1RD + layer.mlp(layer.post_attention_layernorm(x_1RD))
         logits_1RV: Tensor = self._model.lm_head(self._model.model.norm(x_1RD))

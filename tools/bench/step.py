@@ -252,10 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in seconds
     ]
     body = harness.table(("step", "forward + backward, ms", "data tokens/s"), rows)
-    memory = peak_memory_bytes(problem.device)
     notes = [f"shipped ({label}) is {ratio:.2f} times as fast as {options.against}", equal]
-    if memory is not None:
-        notes.append(f"peak memory of both together {memory / 2**30:.1f} GiB")
+    if options.device == "cuda":
+        notes.append(f"peak memory of both together {peak_memory_bytes(problem.device) / 2**30:.1f} GiB")
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
     harness.report(
         "tools.bench.step", f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}", options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from bd3_megatron.model.cost import (
     shape_of,
     step_flops,
 )
+from bd3_megatron.model.cost_flops import RowsKind
 from tests.unit.model.cost_cases import KINDS, STYLES, case, gpt2_small
 
 RELATIVE = 1e-3
@@ -61,7 +63,9 @@ def _cpu_forward(q: Any, k: Any, v: Any, dropout: Any = 0, causal: bool = False,
     return 4 * q[0] * q[1] * pairs * q[3]
 
 
-def _cpu_backward(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, p: Any = 0, causal: bool = False, **_: Any) -> float:
+def _cpu_backward(
+    g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, p: Any = 0, causal: bool = False, **_: Any
+) -> float:
     return 2 * _cpu_forward(q, k, v, p, causal)
 
 
@@ -158,6 +162,7 @@ class _MinimalPass:
 
     def __call__(self) -> Tensor:
         last = self.shape.layers - 1
+
         # dense over all rows; only what the mask lets through is counted as pairs
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             seen = self.sees_RR[self.keep_Q] if layer == last else self.sees_RR
@@ -251,7 +256,8 @@ def test_masked_diffusion_is_one_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "naive", "convention", "minimum"), [(1024, 1.98, 1.40, 1.21), (2048, 4.89, 3.03, 2.64), (8192, 41.8, 17.7, 15.8)]
+    ("length", "naive", "convention", "minimum"),
+    [(1024, 1.98, 1.40, 1.21), (2048, 4.89, 3.03, 2.64), (8192, 41.8, 17.7, 15.8)],
 )
 def test_the_paper_shape_costs_what_the_design_notes_derive(
     length: int, naive: float, convention: float, minimum: float
@@ -273,15 +279,18 @@ def test_full_recomputation_adds_one_forward_of_every_layer() -> None:
     config = case(train={"steps": 1, "global_batch_size": 8, "recompute": "full"})
     plain = case()
     forward = executed_flops(plain, execution_of(plain), 0.5).forward
-    more = executed_flops(config, execution_of(config), 0.5).total - executed_flops(plain, execution_of(plain), 0.5).total
+    more = (
+        executed_flops(config, execution_of(config), 0.5).total - executed_flops(plain, execution_of(plain), 0.5).total
+    )
     assert more == pytest.approx(forward["projections"] + forward["attention"] + forward["mlp"])
 
 
 def test_the_last_layer_of_fewer_rows_costs_less() -> None:
     config = case(kind="s4")
-    totals = [executed_flops(config, Execution(last_layer=rows), 0.5).total for rows in ("all", "noisy", "masked")]
+    rows: tuple[RowsKind, ...] = ("all", "noisy", "masked")
+    totals = [executed_flops(config, Execution(last_layer=kind, last_pairs=kind), 0.5).total for kind in rows]
     assert totals[0] > totals[1] > totals[2]
-    dense = executed_flops(config, Execution(backend="dense", last_layer="noisy"), 0.5).part("attention")
+    dense = executed_flops(config, Execution(backend="dense", last_pairs="noisy"), 0.5).part("attention")
     assert dense == executed_flops(config, Execution(backend="dense"), 0.5).part("attention") * (2 + 0.5) / 3
 
 
@@ -293,6 +302,27 @@ def test_the_engine_drops_the_last_clean_block_where_it_may() -> None:
     # 64 - 4 = 60 rows, which 8 sequence-parallel ranks cannot share
     eight = {"tp": 8, "sequence_parallel": True}
     assert execution_of(case(kind="s4", model={"num_heads": 8}, parallel=eight)).dropped_rows == 0
+
+
+def test_the_engines_last_layer_goes_on_with_scored_rows_only() -> None:
+    ran = execution_of(case(kind="s4"))
+    assert (ran.last_layer, ran.last_pairs, ran.head_rows) == ("masked", "noisy", "masked")
+    whole = execution_of(case(kind="s4", parallel={"tp": 2, "sequence_parallel": True}))
+    assert (whole.last_layer, whole.last_pairs) == ("all", "all")
+    off = execution_of(case(kind="s4", train={"steps": 1, "skip_dead_rows": False}))
+    assert (off.last_layer, off.last_pairs) == ("all", "all")
+
+
+@pytest.mark.parametrize("kind", ["s4", "s16", "mdlm", "ar"])
+def test_what_runs_is_close_to_what_is_needed(kind: str) -> None:
+    """At training lengths the engine's rows and pairs are within 3 % of MIN when both are counted alike (3 forwards)."""
+    base: dict[str, Any] = (
+        {"objective": "ar"} if kind == "ar" else {"block_size": {"s4": 4, "s16": 16, "mdlm": 1024}[kind]}
+    )
+    config = gpt2_small(base)
+    mu = expected_masked_fraction(config)
+    alike = replace(execution_of(config), attention_backward=2.0, padded=False)
+    assert 1.0 <= executed_flops(config, alike, mu).total / min_flops(config, mu).total < 1.03
 
 
 def test_a_step_is_its_sequences() -> None:

@@ -105,8 +105,8 @@ def test_the_fullest_stage_is_reported() -> None:
 
 def test_the_head_costs_a_chunk_and_its_table_whatever_the_rows() -> None:
     memory = memory_per_device(_big(micro_batch_size=64, global_batch_size=64))
-    rows, scored = 64 * (1024 - 4), 64 * 512 * 0.5005
-    table, norm, gathered = 8064 * 512 * 6, rows * 512 * 8, 2 * scored * 512 * 2
+    scored = 64 * 512 * 0.5005
+    table, norm, gathered = 8064 * 512 * 6, scored * 512 * 6, 2 * scored * 512 * 2
     chunk = memory.head - table - norm - gathered
     assert 0 < chunk <= 1.5 * 32 * 2**20
 

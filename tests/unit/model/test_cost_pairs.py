@@ -46,7 +46,9 @@ def _layouts() -> list[tuple[int, int, list[int]]]:
     draw = random.Random(1)
     for _ in range(20):
         cuts = sorted({draw.randrange(1, 48) for _ in range(draw.randrange(1, 6))})
-        cases.append((48, draw.choice([1, 2, 8, 16, 48]), [b - a for a, b in zip([0, *cuts], [*cuts, 48], strict=True)]))
+        cases.append(
+            (48, draw.choice([1, 2, 8, 16, 48]), [b - a for a, b in zip([0, *cuts], [*cuts, 48], strict=True)])
+        )
     return cases
 
 

@@ -61,9 +61,7 @@ def test_a_phase_decides_block_size_and_interval() -> None:
 def test_pipeline_rows_are_the_rows_of_the_layout(kind: str, skip: bool) -> None:
     config = case(kind=kind, train={"steps": 1, "skip_dead_rows": skip})
     shape = shape_of(config)
-    layout = pair_layout(
-        length=32, block_size=shape.block, objective=config.diffusion.objective, drop_last_clean=skip
-    )
+    layout = pair_layout(length=32, block_size=shape.block, objective=config.diffusion.objective, drop_last_clean=skip)
     assert pipeline_rows(config, shape) == layout.num_rows
 
 

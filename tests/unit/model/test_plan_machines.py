@@ -41,7 +41,9 @@ def test_an_unknown_device_is_refused() -> None:
 
 
 def test_a_device_without_a_peak_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gpu 'cpu' has no known peak at this precision; give peak_tflops in a cluster"):
+    with pytest.raises(
+        ConfigError, match="gpu 'cpu' has no known peak at this precision; give peak_tflops in a cluster"
+    ):
         machine_of("cpu", peak_tflops=None)
 
 

@@ -46,7 +46,12 @@ def test_every_plan_is_legal_fits_and_uses_all_devices() -> None:
 def test_every_axis_recomputation_and_stage_is_tried() -> None:
     found = search(_seven_b(), 8, A100)
     plans = [plan.config for plan in [*found.fitting, *found.too_large]]
-    assert {p.parallel.tp for p in plans} == {p.parallel.pp for p in plans} == {p.parallel.cp for p in plans} == {1, 2, 4, 8}
+    assert (
+        {p.parallel.tp for p in plans}
+        == {p.parallel.pp for p in plans}
+        == {p.parallel.cp for p in plans}
+        == {1, 2, 4, 8}
+    )
     assert {p.parallel.zero_stage for p in plans} == {1, 2, 3}
     assert {p.train.recompute for p in plans} == {"none", "selective", "full"}
     assert {p.parallel.vpp for p in plans} >= {None, 2, 4}
@@ -70,7 +75,7 @@ def test_one_plan_stands_for_every_grid() -> None:
 
 
 def test_a_plan_knows_its_days_and_its_share_of_the_peak() -> None:
-    best = search(_seven_b(), 64, A100).fitting[0]
+    best = search(_seven_b(), 8, A100).fitting[0]
     assert best.days(86_400 * best.tokens_per_second) == pytest.approx(1.0)
     assert 0.2 < best.mfu(A100) < 0.8
     assert "dp" in best.describe() and "mb " in best.describe()
@@ -121,7 +126,7 @@ def test_calibration_without_a_measurement_is_refused() -> None:
 
 
 def test_weak_scaling_is_relative_to_the_smallest_that_fits() -> None:
-    points = weak_scaling(A100, devices=(1, 8, 16), sizes=SIZES[:1])
+    points = weak_scaling(A100, devices=(1, 2, 4), sizes=SIZES[:1])
     fitting = [p for p in points if p.efficiency is not None]
     assert fitting[0].efficiency == 1.0
     assert [x for x, _ in curves(points)["1.3B"]] == [float(p.devices) for p in fitting]

@@ -32,18 +32,27 @@ def _big(parallel: dict[str, Any], **train: Any) -> Config:
 
 
 def test_large_matrices_take_their_flops_at_the_efficiency() -> None:
-    config = _big({"dp": 1})
+    config = _big({"dp": 1}, skip_dead_rows=False)
     lin = 2 * 4096 * 4096 * 4 + 6 * 4096 * 11008
-    flops = 64 * 3 * 16 * (4096 - 16) * lin
+    flops = 64 * 3 * 16 * 4096 * lin
     assert step_time(config, A100, FREE).matrix == pytest.approx(flops / (312e12 * FREE.matrix_efficiency), rel=1e-9)
 
 
 def test_compute_is_shared_by_all_axes() -> None:
-    one = step_time(_big({"dp": 1}), A100, FREE)
+    one = step_time(_big({"dp": 1}, skip_dead_rows=False), A100, FREE)
     for grid in ({"dp": 4}, {"tp": 4}, {"tp": 2, "dp": 2}):
-        assert step_time(_big(grid), A100, FREE).attention == pytest.approx(one.attention / 4)
-    split = step_time(_big({"pp": 4, "layers_per_stage": [4, 4, 4, 4]}), A100, FREE)
+        assert step_time(_big(grid, skip_dead_rows=False), A100, FREE).attention == pytest.approx(one.attention / 4)
+    split = step_time(_big({"pp": 4, "layers_per_stage": [4, 4, 4, 4]}, skip_dead_rows=False), A100, FREE)
     assert split.attention == pytest.approx(one.attention / 4)
+
+
+def test_a_trimmed_last_layer_lightens_its_stage_only() -> None:
+    grid = {"pp": 4, "layers_per_stage": [4, 4, 4, 4]}
+    one, whole = step_time(_big({"dp": 1}), A100, FREE), step_time(_big({"dp": 1}, skip_dead_rows=False), A100, FREE)
+    assert one.matrix < whole.matrix
+    # the slowest stage has only whole layers, of the rows without the last clean block
+    split = step_time(_big(grid), A100, FREE)
+    assert split.matrix == pytest.approx(whole.matrix / 4 * (4096 - 16) / 4096, rel=1e-3)
 
 
 def test_data_parallel_time_is_bytes_over_the_ring() -> None:

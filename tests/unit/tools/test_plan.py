@@ -21,9 +21,7 @@ def config(tmp_path: Path) -> str:
     return str(tmp_path / "config.yaml")
 
 
-def test_a_plan_names_the_best_the_others_and_the_assumptions(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_names_the_best_the_others_and_the_assumptions(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config, "--gpus", "4", "--gpu", "a100-80g", "--tokens", "1e9"]) == 0
     out = capsys.readouterr().out
     for part in ("plans fit", "Parts of the first:", "Why the other grids lose", "Assumptions:", "312 TFLOP/s", "days"):
@@ -34,12 +32,16 @@ def test_json_holds_memory_and_time_by_part(config: str, capsys: pytest.CaptureF
     assert main([config, "--gpus", "2", "--gpu", "h200", "--format", "json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     best = tree["plans"][0]
-    assert best["time_seconds"]["total"] == pytest.approx(sum(v for k, v in best["time_seconds"].items() if k != "total"))
+    assert best["time_seconds"]["total"] == pytest.approx(
+        sum(v for k, v in best["time_seconds"].items() if k != "total")
+    )
     assert best["memory_bytes"]["peak"] > best["memory_bytes"]["parameters"] > 0
     assert best["against_the_best"] == "best"
 
 
-def test_overrides_and_a_cluster_file_are_taken(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_and_a_cluster_file_are_taken(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("gpus_per_node: 2\ninter_node_gb_per_second: 1\n")
     arguments = [config, "train.global_batch_size=16", "--gpus", "4", "--gpu", "a100-80g", "--cluster", str(cluster)]
@@ -61,9 +63,7 @@ def test_calibration_moves_the_prediction_to_the_measured_runs(
     assert same["time_seconds"]["total"] == pytest.approx(2.0, rel=0.15)
 
 
-def test_a_run_without_steps_cannot_calibrate(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_steps_cannot_calibrate(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     young = write_run(tmp_path / "young", [start_record(0.0, 1)])
     assert main([config, "--gpus", "1", "--gpu", "a100-80g", "--calibrate", str(young)]) == 2
     assert "has no step recorded to calibrate on" in capsys.readouterr().err

@@ -28,8 +28,10 @@ def test_figures_of_a_run_are_the_hand_computed_ones() -> None:
     masked = mu * 32
     minimum = 3 * (2 * 60 * lin + 60 * kv + masked * (lin - kv))
     minimum += 3 * ((2 * (32 * 36 - 128) + mu * 32 * 18) * pair + masked * logit)
-    # the engine: last clean block dropped, all rows in the last layer, flash backward, logits of the masked rows on 64 ids
-    executed = 3 * 3 * 60 * lin + 3.5 * 3 * (32 * 36 - 128) * pair + 3 * 0.4 * 32 * 2 * 32 * 64
+    # the engine: last clean block dropped; in the last layer k, v of all rows, attention of the noisy stream, the rest of
+    # masked rows (0.4); flash backward; logits of masked rows on 64 ids
+    executed = 3 * (2 * 60 * lin + 60 * kv + 0.4 * 32 * (lin - kv)) + 3 * 0.4 * 32 * 2 * 32 * 64
+    executed += 3.5 * (2 * (32 * 36 - 128) + 32 * 18) * pair
     assert got.data_tokens_per_second == 8 * 32 / 0.5
     assert got.data_tokens_per_second_per_device == 8 * 32 / 0.5 / 2
     assert got.model_tflops_per_second == pytest.approx(8 * convention / 0.5 / 2 / 1e12, rel=1e-12)

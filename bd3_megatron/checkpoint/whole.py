@@ -1,0 +1,90 @@
+"""Write a checkpoint of kind "whole": weights only, parameter by parameter, from one process.
+
+Decides: what an imported model, or an average of checkpoints, looks like to those who load checkpoints. Such a
+checkpoint loads on any grid without a universal form; moments start at zero and the average starts at the weights.
+Costs: the largest tensor; files of at most SHARD_BYTES.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.files import check_space, stream_safetensors, sync_folder, write_bytes
+from bd3_megatron.checkpoint.layout import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    TEMPORARY_PREFIX,
+    WEIGHTS_DIR,
+    FileRecord,
+    Manifest,
+    digest_bytes,
+    manifest_bytes,
+)
+from bd3_megatron.errors import CheckpointError
+
+SHARD_BYTES = 4 * 2**30
+
+
+def write_whole(
+    out: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], produce: Callable[[str], Tensor]
+) -> Manifest:
+    """Write and publish.
+
+    Args:
+        out: the checkpoint's folder; must not exist.
+        manifest: without files; its kind is set here.
+        shapes: of every parameter, by global name, padding rows included.
+        produce: makes one whole parameter; stored as fp32.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        CheckpointError: `out` exists, or the disk is too small.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    temporary = out.with_name(f"{TEMPORARY_PREFIX}{out.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        files = _write_weights(temporary, shapes, produce)
+        complete = replace(manifest, kind="whole", files=files)
+        content = manifest_bytes(complete)
+        write_bytes(temporary / MANIFEST, content)
+        write_bytes(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n".encode())
+        sync_folder(temporary / WEIGHTS_DIR)
+        sync_folder(temporary)
+        temporary.rename(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return complete
+
+
+def _write_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], produce: Callable[[str], Tensor]
+) -> dict[str, FileRecord]:
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (torch.float32, shape)
+        filled += size
+    files = {}
+    for number, specs in enumerate(shards):
+        name = f"{WEIGHTS_DIR}/part-{number:05d}.safetensors"
+        files[name] = stream_safetensors(folder / name, specs, lambda key: produce(key).float(), {})
+    return files

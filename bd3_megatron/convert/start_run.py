@@ -1,0 +1,191 @@
+"""The first checkpoint of a run from somebody's weights: an exported folder of ours, or Qwen3, Llama, SDAR.
+
+Decides: what is written is step 0 of the run, kind "whole", under the run's own configuration; `bd3 train CONFIG` then
+finds it like any other checkpoint and starts from it on any grid. The model section must say what the source is.
+The proof compares logits: of the source's plain tensors, and of the checkpoint's parallel tensors.
+Refuses: a model section that differs from the source (with the values to put there), a run that has begun.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.describe import software_versions, source_commit
+from bd3_megatron.checkpoint.layout import Manifest, candidates, step_name
+from bd3_megatron.checkpoint.read import open_checkpoint
+from bd3_megatron.checkpoint.whole import write_whole
+from bd3_megatron.config.load import to_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.folder import model_type_of
+from bd3_megatron.convert.from_ar import MODEL_TYPES, ArSource, MaskInit, describe_as_bd3, read_ar_folder
+from bd3_megatron.convert.from_checkpoint import block_size_at, checked_difference
+from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_source import FolderSource, PlainSource
+from bd3_megatron.convert.stream import checked_shapes
+from bd3_megatron.errors import ConversionError
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.sampling.folder import MODEL_TYPE, read_config
+
+FIELDS = {
+    "style": "style",
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "intermediate_size": "ffn_width",
+    "qk_norm": "qk_norm",
+    "tie_word_embeddings": "tie_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+    "rope_theta": "rope_base",
+}
+"""BD3Config's fields, and what our ModelConfig calls them."""
+KEYS = {"kv_heads": "num_kv_heads", "head_width": "head_dim", "ffn_width": "ffn_hidden_size"}
+"""Derived properties of ModelConfig, and the keys a file sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartReport:
+    """What was written, for people."""
+
+    path: Path
+    model_type: str
+    num_parameters: int
+    max_logit_difference: float
+
+
+def start_run(
+    folder: Path, config: Config, *, vocab_size: int, mask_id: int | None, mask_init: MaskInit = "mean"
+) -> StartReport:
+    """Write step 0 of a run from a folder's weights.
+
+    Args:
+        folder: exported by us, or a Qwen3, Qwen2.5, Llama or SDAR folder.
+        config: the run to come.
+        vocab_size: V of the run (of its data, or model.vocab_size), mask id included.
+        mask_id: of the run; None for objective ar.
+        mask_init: how the mask's row is made of a model that has none.
+
+    Raises:
+        ConversionError, CheckpointError: see the module.
+    """
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    if candidates(checkpoints):
+        raise ConversionError(f"{checkpoints} holds checkpoints already; name a new run.dir, or remove them first.")
+    described, source, origin = open_source(folder, config, vocab_size=vocab_size, mask_id=mask_id, mask_init=mask_init)
+    refuse_other_shape(described, config)
+    table = NameTable(config.model, vocab_size)
+    plain_shapes = checked_shapes(source, described)
+    shapes = _parallel_shapes(table, plain_shapes)
+
+    def produce(name: str) -> Tensor:
+        return table.to_parallel(name, {plain: source.tensor(plain).float() for plain in table.plain_names(name)})
+
+    path = checkpoints / step_name(0)
+    write_whole(path, _manifest(config, vocab_size, mask_id, origin), shapes, produce)
+    return StartReport(
+        path=path,
+        model_type=str(origin["model_type"]),
+        num_parameters=sum(math.prod(shape) for shape in plain_shapes.values()),
+        max_logit_difference=_prove(path, config, source, described),
+    )
+
+
+def open_source(
+    folder: Path, config: Config, *, vocab_size: int, mask_id: int | None, mask_init: MaskInit
+) -> tuple[BD3Config, PlainSource, dict[str, object]]:
+    """Configuration and tensors of a folder as the run will have them, and where they came from."""
+    model_type = model_type_of(folder)
+    if model_type == MODEL_TYPE:
+        described = read_config(folder)
+        if (described.vocab_size, described.mask_token_id) != (vocab_size, mask_id):
+            raise ConversionError(
+                f"{folder} has {described.vocab_size} ids and mask {described.mask_token_id}, the run's data has {vocab_size} "
+                f"and {mask_id}; prepare the data with the folder's tokenizer."
+            )
+        origin: dict[str, object] = {"model_type": MODEL_TYPE, "logit_alignment": described.logit_alignment}
+        return described, FolderSource(folder), origin
+    if model_type not in MODEL_TYPES:
+        raise ConversionError(
+            f"{folder} holds model_type={model_type!r}; this starts from {', '.join((MODEL_TYPE, *MODEL_TYPES))}."
+        )
+    foreign = read_ar_folder(folder)
+    described = describe_as_bd3(
+        foreign,
+        vocab_size=vocab_size,
+        mask_id=mask_id,
+        block_size=block_size_at(config, 0),
+        length=config.data.seq_len,
+        objective=config.diffusion.objective,
+    )
+    keep = foreign.mask_id is not None and foreign.mask_id == mask_id
+    source = ArSource(foreign, described, mask_init="keep" if keep else mask_init, seed=config.run.seed)
+    return (
+        described,
+        source,
+        {
+            "model_type": foreign.model_type,
+            "logit_alignment": foreign.logit_alignment,
+            "mask_row": "kept" if keep else mask_init,
+        },
+    )
+
+
+def refuse_other_shape(described: BD3Config, config: Config) -> None:
+    """Refuse a model section that does not describe the source.
+
+    Raises:
+        ConversionError: lists every key with the value to set.
+    """
+    wrong = []
+    for theirs, ours in FIELDS.items():
+        wanted, given = getattr(described, theirs), getattr(config.model, ours)
+        if wanted != given:
+            wrong.append(f"model.{KEYS.get(ours, ours)}={wanted} (is {given})")
+    if wrong:
+        raise ConversionError(f"the model section does not describe the source; set {', '.join(wrong)}.")
+
+
+def _parallel_shapes(table: NameTable, plain: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name in table.parallel_names():
+        with torch.device("meta"):
+            parts = {key: torch.empty(plain[key]) for key in table.plain_names(name)}
+        shapes[name] = tuple(table.to_parallel(name, parts).shape)
+    return shapes
+
+
+def _manifest(config: Config, vocab_size: int, mask_id: int | None, origin: dict[str, object]) -> Manifest:
+    return Manifest(
+        step=0,
+        samples_consumed=0,
+        grid={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
+        zero_stage=1,
+        world_size=1,
+        config=to_tree(config),
+        git_commit=source_commit(),
+        seeds={"run": config.run.seed},
+        vocab_size=vocab_size,
+        mask_id=mask_id,
+        train_state={},
+        software=software_versions(),
+        origin=origin,
+    )
+
+
+def _prove(path: Path, config: Config, source: PlainSource, described: BD3Config) -> float:
+    span = proof_span(described.objective, described.block_size)
+    noisy_BL = random_tokens(described.vocab_size, NUM_BLOCKS * span)
+    clean_BL = (
+        random_tokens(described.vocab_size, NUM_BLOCKS * span, seed=2) if described.objective == "block" else None
+    )
+    there = plain_logits(source, described, noisy_BL, clean_BL, span=span)
+    reader = open_checkpoint(path)
+    here = parallel_logits(reader.tensor, config.model, noisy_BL, clean_BL, span=span, vocab_size=described.vocab_size)
+    return checked_difference(there, here, "the checkpoint and its source")

@@ -1,0 +1,99 @@
+"""Generated text measured: a judge's perplexity against entropy, over decoding rules and temperatures.
+
+Decides: a setting's point on the frontier is (judge's perplexity, entropy, forwards a token), never one of them alone.
+All settings start from the same prompts and seed. The samples of a setting do not depend on the others.
+Refuses: what the sampler refuses. Draws nothing (a picture is the report's business).
+Costs: num_samples x num_tokens tokens of the sampler and of the judge for every setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bd3_megatron.errors import TokenizerError
+from bd3_megatron.evaluate.judge import Judge
+from bd3_megatron.evaluate.tables import Column
+from bd3_megatron.evaluate.text_statistics import text_statistics
+from bd3_megatron.sampling.generate import Sampler
+
+COLUMNS = (
+    Column("rule", "rule"),
+    Column("temperature", "temperature", "g"),
+    Column("perplexity", "judge ppl", ".2f"),
+    Column("perplexity_stderr", "+-", ".2f"),
+    Column("entropy_nats", "entropy", ".3f"),
+    Column("forwards_per_token", "forwards/token", ".3f"),
+    Column("distinct_2", "distinct-2", ".3f"),
+    Column("length_median_tokens", "median length", ".0f"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What every setting is asked for."""
+
+    num_samples: int = 32
+    num_tokens: int = 128
+    seed: int = 0
+    batch_size: int = 16
+    prompts: Sequence[str] = ("",)
+    """Texts to continue, in turn; an empty one starts from BOS."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Decoding options that all settings share."""
+
+
+def measure(sampler: Sampler, judge: Judge | None, request: GenerationRequest, **options: Any) -> dict[str, Any]:
+    """One point: sample under some decoding options and measure.
+
+    Args:
+        sampler: with a tokenizer, where there is a judge.
+        judge: None leaves its columns out.
+        request: see there.
+        options: fields of DecodingOptions that make this setting.
+
+    Returns:
+        rule, temperature and the other options; perplexity, perplexity_stderr, corpus_perplexity;
+        forwards_per_token; everything of `text_statistics`; texts (a few, for reading).
+
+    Raises:
+        TokenizerError: a judge was given, but the folder has no tokenizer to make texts with.
+        SamplingError: options or prompts that cannot be served.
+        DataError: no text is long enough to judge.
+    """
+    if judge is not None and sampler.tokenizer is None:
+        raise TokenizerError(
+            "the model's folder has no tokenizer, so its samples are no text to judge; copy its files there."
+        )
+    asked = {**request.options, **options}
+    prompts = [request.prompts[i % len(request.prompts)] for i in range(request.num_samples)]
+    results = sampler.generate(
+        prompts, num_tokens=request.num_tokens, seed=request.seed, batch_size=request.batch_size, **asked
+    )
+    num_tokens = sum(len(result.tokens) for result in results)
+    point: dict[str, Any] = {"rule": asked.get("rule", "first_hitting"), "temperature": asked.get("temperature", 1.0)}
+    point |= asked
+    texts = [result.text or "" for result in results]
+    if judge is not None:
+        verdict = judge.judge_all(texts)
+        point |= {
+            "perplexity": verdict.perplexity,
+            "perplexity_stderr": verdict.stderr,
+            "corpus_perplexity": verdict.corpus_perplexity,
+        }
+    # forwards that served each sample: a batch's own count would depend on the batch size
+    point["forwards_per_token"] = sum(result.num_forwards for result in results) / max(1, num_tokens)
+    return point | text_statistics([result.tokens for result in results]) | {"texts": texts[:3]}
+
+
+def frontier(
+    sampler: Sampler, judge: Judge | None, request: GenerationRequest, settings: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """`measure` for every setting, in order."""
+    return [measure(sampler, judge, request, **setting) for setting in settings]
+
+
+def grid_of(rules: Sequence[str], temperatures: Sequence[float]) -> list[dict[str, Any]]:
+    """Every rule at every temperature."""
+    return [{"rule": rule, "temperature": temperature} for rule in rules for temperature in temperatures]

@@ -1,0 +1,169 @@
+"""A judge: an autoregressive language model of transformers, from a local folder, that scores texts.
+
+Decides: texts, not tokens, are judged: every text is tokenised anew by the judge's own tokenizer, so the judge's
+vocabulary is its own affair. Long texts are scored in windows of the judge's length that move by half of it, each token
+once with at least half a window before it. End tokens are no targets. Both follow the official metrics.py (windows of
+1024, stride 512), as does the mean: perplexity of each text, then the mean over texts.
+Refuses: folders that hold no causal language model or no tokenizer; never downloads.
+Source: metrics.py of kuleshov-group/bd3lms, record_generative_perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bd3_megatron.errors import CheckpointError, DataError, TokenizerError
+from bd3_megatron.hf.modeling_bd3 import BD3ForCausalLM
+from bd3_megatron.sampling.folder import MODEL_TYPE, read_json
+from bd3_megatron.sampling.text import TOKENIZER_FILES
+
+MAX_WINDOW = 1024
+"""Tokens in sight of a judge at once, where it could take more."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge says of one text."""
+
+    nll_nats: float
+    num_tokens: int
+    """Targets: all tokens but the first and end tokens."""
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean; None where nothing was a target."""
+        return math.exp(min(self.nll_nats / self.num_tokens, 700.0)) if self.num_tokens else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of many texts."""
+
+    perplexity: float
+    """Mean over texts of each text's perplexity, as the paper's tables have it."""
+    stderr: float | None
+    """Of that mean; None with one text."""
+    corpus_perplexity: float
+    """exp of the mean over all tokens."""
+    num_texts: int
+    """Texts with at least one target."""
+
+
+class Judge:
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: in eval mode; returns `.logits` that predict the next token.
+        tokenizer: of transformers.
+        window: most tokens in sight.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, window: int) -> None:
+        self.model, self.tokenizer, self.window = model, tokenizer, window
+
+    @staticmethod
+    def load(folder: Path | str, *, device: torch.device | None = None) -> Judge:
+        """Open a local folder: a model of transformers, or one of ours with the autoregressive objective.
+
+        Raises:
+            CheckpointError: no causal language model there.
+            TokenizerError: no tokenizer there.
+        """
+        from transformers import AutoModelForCausalLM
+
+        path = Path(folder)
+        described = read_json(path / "config.json")
+        ours = described.get("model_type") == MODEL_TYPE
+        if ours and described.get("objective") != "ar":
+            raise CheckpointError(
+                f"{path} predicts blocks, so it gives no likelihood of the next token; judge with an autoregressive model."
+            )
+        try:
+            # our own class, not the folder's copy of it: no code of a folder is run
+            kind = BD3ForCausalLM if ours else AutoModelForCausalLM
+            model = kind.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} holds no causal language model ({_line(error)}); give a judge's folder."
+            ) from None
+        tokenizer = open_tokenizer(path)
+        if tokenizer is None:
+            raise TokenizerError(f"{path} holds no tokenizer; copy the judge's into it.")
+        longest = described.get("max_position_embeddings") or described.get("n_positions") or MAX_WINDOW
+        return Judge(model.to(device).eval(), tokenizer, window=min(int(str(longest)), MAX_WINDOW))
+
+    def judge(self, text: str) -> Judgement:
+        """Score one text; an empty one has no target."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        total, count = 0.0, 0
+        for nll_T, target_T in self._windows(torch.tensor(ids, dtype=torch.int64)):
+            counts_T = target_T != (self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else -1)
+            total += float(nll_T.double()[counts_T].sum())
+            count += int(counts_T.sum())
+        return Judgement(total, count)
+
+    def judge_all(self, texts: Sequence[str]) -> Verdict:
+        """Score texts.
+
+        Raises:
+            DataError: no text has two tokens.
+        """
+        found = [one for one in map(self.judge, texts) if one.num_tokens]
+        if not found:
+            raise DataError(f"none of {len(texts)} texts has a token to judge; generate longer ones.")
+        each = [one.perplexity for one in found if one.perplexity is not None]
+        centre = mean(each)
+        spread = math.sqrt(sum((x - centre) ** 2 for x in each) / (len(each) - 1)) if len(each) > 1 else None
+        total = sum(one.nll_nats for one in found) / sum(one.num_tokens for one in found)
+        return Verdict(
+            perplexity=centre,
+            stderr=None if spread is None else spread / math.sqrt(len(each)),
+            corpus_perplexity=math.exp(min(total, 700.0)),
+            num_texts=len(found),
+        )
+
+    @torch.inference_mode()
+    def _windows(self, ids_L: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(NLL, target) of every token but the first, window by window; on the CPU."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        scored, start = 1, 0
+        device = next(self.model.parameters()).device
+        while scored < len(ids_L):
+            stop = min(start + self.window, len(ids_L))
+            logits_LV = self.model(input_ids=ids_L[None, start:stop].to(device)).logits[0].float().cpu()
+            target_T = ids_L[scored:stop]
+            rows_TV = logits_LV[scored - 1 - start : stop - 1 - start]
+            parts.append((F.cross_entropy(rows_TV, target_T, reduction="none"), target_T))
+            scored, start = stop, start + max(1, self.window // 2)
+        return parts
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder for transformers, or None where it has none; no code of the folder is run.
+
+    Raises:
+        TokenizerError: there are files, but they cannot be loaded.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    # for a model type that transformers does not know, AutoTokenizer would ask on stdin whether to run the folder's code
+    opener = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        return opener.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({_line(error)}); copy it again.") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

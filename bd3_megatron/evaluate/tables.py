@@ -1,0 +1,53 @@
+"""One table, three forms: aligned text, Markdown, JSON. Knows nothing of what is in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FORMS = ("text", "markdown", "json")
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key of the rows, its heading, and how its numbers are written."""
+
+    key: str
+    heading: str
+    form: str = ""
+    """Python's format specification for numbers; "" for str()."""
+
+
+def render(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], form: str) -> str:
+    """The table as text; JSON holds all keys of the rows, unrounded, with null for what is not finite.
+
+    Args:
+        columns: what is shown, in order (JSON shows everything).
+        rows: by key; missing or None is shown as a dash.
+        form: one of FORMS.
+    """
+    if form == "json":
+        return json.dumps([{key: _finite(value) for key, value in row.items()} for row in rows], indent=2)
+    cells = [
+        [column.heading for column in columns],
+        *([_cell(row.get(c.key), c.form) for c in columns] for row in rows),
+    ]
+    if form == "markdown":
+        head, *body = (f"| {' | '.join(line)} |" for line in cells)
+        return "\n".join([head, f"|{'---|' * len(columns)}", *body])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: Value, form: str) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, str) else format(value, form)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

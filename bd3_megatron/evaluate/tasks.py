@@ -1,0 +1,129 @@
+"""The three tasks of `bd3 evaluate`, from parsed options to printed lines. Only rank 0 prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bd3_megatron.compat.device import collective_backend, cuda_is_there, rank_device
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.errors import BackendError, ConfigError
+from bd3_megatron.evaluate import generative, zero_shot
+from bd3_megatron.evaluate.judge import Judge, open_tokenizer
+from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, open_split
+from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings
+from bd3_megatron.evaluate.tables import render
+from bd3_megatron.sampling.generate import Sampler
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def joined(options: argparse.Namespace) -> Iterator[Work]:
+    """This process's part of the work; inside, the processes that torchrun started are one group."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = device_of(options)
+    if ranks > 1:
+        torch.distributed.init_process_group(collective_backend(device), rank=rank, world_size=ranks)
+    try:
+        yield Work(device=device, batch_size=options.batch_size, rank=rank, ranks=ranks)
+    finally:
+        if ranks > 1:
+            torch.distributed.destroy_process_group()
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        BackendError: it is unknown, or not there.
+    """
+    if options.device == "cpu":
+        return torch.device("cpu")
+    if options.device not in (None, "cuda"):
+        raise BackendError(f"--device {options.device} is not known; use cpu or cuda.")
+    if options.device == "cuda" and not cuda_is_there():
+        raise BackendError("--device cuda was asked for and no CUDA device is visible; use --device cpu.")
+    return rank_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def print_perplexity(options: argparse.Namespace, settings: ScoreSettings, work: Work) -> int:
+    """`--data`."""
+    folder = Path(options.folder)
+    model, config = load_model(folder, device=work.device, dtype=_dtype(options))
+    dataset = open_split(Path(options.data), folder, config, split=options.split, packing=options.packing)
+    result = evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)
+    if work.rank == 0:
+        print(json.dumps(result.as_dict()) if options.format == "json" else result.sentence())
+        if options.official and options.format != "json":
+            note = "official conventions: one draw of t in [1e-3, 1], first token of a sequence not counted"
+            print(note, file=sys.stderr)
+    return 0
+
+
+def print_zero_shot(options: argparse.Namespace, settings: ScoreSettings, work: Work) -> int:
+    """`--zero-shot`; the exit code is 1 where no set could be had."""
+    folder = Path(options.folder)
+    recipes = Path(options.recipes) if options.recipes else ROOT / "configs" / "data"
+    if not recipes.is_dir():
+        raise ConfigError(f"{recipes} holds no recipes; give --recipes DIR (configs/data of a checkout).")
+    model, config = load_model(folder, device=work.device, dtype=_dtype(options))
+
+    def score(dataset: TokenDataset) -> Estimate:
+        return evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)
+
+    rows = zero_shot.zero_shot(
+        options.sets or list(zero_shot.SETS),
+        score,
+        recipes=recipes,
+        work=Path(options.zero_shot),
+        tokenizer_folder=folder,
+        seq_len=config.max_position_embeddings,
+        local=named_paths(options.local),
+    )
+    if work.rank == 0:
+        print(render(zero_shot.COLUMNS, [row.as_dict() for row in rows], options.format))
+    return 0 if any(row.estimate is not None for row in rows) else 1
+
+
+def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
+    """{"ptb": Path("a.txt")} from ["ptb=a.txt"].
+
+    Raises:
+        ConfigError: a pair without "=".
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--local {pair!r} names no file; write SET=FILE.")
+    return {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}
+
+
+def print_frontier(options: argparse.Namespace) -> int:
+    """`--frontier`, in one process."""
+    device = device_of(options)
+    folder = Path(options.folder)
+    model, config = load_model(folder, device=device, dtype=_dtype(options))
+    sampler = Sampler(model, config, open_tokenizer(folder))
+    judge = None if options.judge is None else Judge.load(options.judge, device=device)
+    shared = {"top_p": options.top_p} | ({} if options.steps is None else {"steps": options.steps})
+    request = generative.GenerationRequest(
+        num_samples=options.num_samples,
+        num_tokens=options.num_tokens,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        options=shared,
+    )
+    points = generative.frontier(sampler, judge, request, generative.grid_of(options.rules, options.temperatures))
+    print(render(generative.COLUMNS, points, options.format))
+    return 0
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype | None:
+    return None if options.dtype is None else getattr(torch, options.dtype)

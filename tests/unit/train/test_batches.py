@@ -1,0 +1,139 @@
+"""A step's batch is a function of (seed, samples consumed): however it is cut, resumed or counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.diffusion.corrupt import NoisyBatch
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.diffusion.objective import loss_sums, next_token_targets
+from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
+from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
+from bd3_megatron.train.plan import RunPlan
+from tests.unit.model.cost_cases import case
+from tests.unit.parallel.places import place
+from tests.unit.train.samples import LENGTH, WORDS, Samples, rows_by_place
+
+MASK_ID = WORDS
+SPLITS = [(dp, size) for dp in (1, 2, 4, 8) for size in (1, 2, 4, 8) if 8 % (dp * size) == 0]
+"""(data-parallel ranks, micro-batch size) of a global batch of 8; what is left is gradient accumulation."""
+
+
+def layout_of(config: Config, block_size: int) -> PairLayout:
+    return pair_layout(length=LENGTH, block_size=block_size, objective=config.diffusion.objective)
+
+
+def held(config: Config, source: Samples, *, dp: int = 1, first: int = 0, steps: int = 3, block_size: int = 4) -> Any:
+    """Everything the data-parallel ranks hold over some steps, by sample and place, and (tokens, masked) a step."""
+    plan, layout = RunPlan(config), layout_of(config, block_size)
+    tokens: dict[Any, Any] = {}
+    noise: dict[Any, Any] = {}
+    counts = {step: [0, 0] for step in range(first, first + steps)}
+    for dp_rank in range(dp):
+        topology = place(dp=dp, dp_rank=dp_rank)
+        batches = StepBatches(source, plan, topology, first_step=first, mask_id=MASK_ID, num_workers=0)
+        for step in counts:
+            batch = batches.next(step, layout, Interval(0.2, 0.9))
+            share = BatchShare(
+                global_batch_size=plan.batch_size(step),
+                micro_batch_size=config.train.micro_batch_size,
+                dp=dp,
+                dp_rank=dp_rank,
+            )
+            for micro, index_B in zip(batch.micro_batches, share.step(plan.samples_before(step)), strict=True):
+                found = rows_by_place(micro, index_B, layout)
+                assert not found[0].keys() & tokens.keys(), "a sample was given to two ranks"
+                tokens |= found[0]
+                noise |= found[1]
+            counts[step][0] += batch.token_count
+            counts[step][1] += batch.masked_count
+    return tokens, noise, counts
+
+
+@pytest.mark.parametrize("diffusion", [{}, {"resample": True}, {"noise_schedule": "cosine"}, {"objective": "ar"}], ids=str)
+def test_a_sample_is_the_same_for_every_split(diffusion: dict[str, Any]) -> None:
+    block_size = 1 if "objective" in diffusion else 4
+    expected = held(case(diffusion={"block_size": 4, **diffusion}), Samples(), block_size=block_size)
+    assert {key[0] for key in expected[0]} == set(range(24))
+    for dp, size in SPLITS:
+        config = case(diffusion={"block_size": 4, **diffusion}, train={"micro_batch_size": size})
+        assert held(config, Samples(), dp=dp, block_size=block_size) == expected
+
+
+def test_loader_processes_change_nothing() -> None:
+    config, layout = case(), layout_of(case(), 4)
+    made = []
+    for workers in (0, 2):
+        batches = StepBatches(Samples(), RunPlan(config), place(), first_step=1, mask_id=MASK_ID, num_workers=workers)
+        batch = batches.next(1, layout, Interval())
+        made.append([rows_by_place(micro, torch.tensor([n]), layout) for n, micro in enumerate(batch.micro_batches)])
+    assert made[0] == made[1]
+
+
+def test_a_resumed_run_goes_on_with_the_same_batches() -> None:
+    config = case(train={"warmup_batch_size": 2, "batch_warmup_steps": 4, "global_batch_size": 8})
+    tokens, noise, counts = held(config, Samples(), steps=7)
+    for first in (1, 3, 4):
+        later = held(config, Samples(), first=first, steps=7 - first)
+        assert later[0].items() <= tokens.items() and later[1].items() <= noise.items()
+        assert later[2] == {step: counts[step] for step in range(first, 7)}
+    assert {key[0] for key in tokens} == set(range(RunPlan(config).samples_before(7)))
+
+
+def test_a_row_that_comes_again_is_masked_otherwise() -> None:
+    config = case(train={"global_batch_size": 8})
+    tokens, _, _ = held(config, Samples(num_rows=8), steps=2)
+    clean = [{k[2]: v for k, v in tokens.items() if k[:2] == (sample, "clean")} for sample in (3, 11)]
+    noisy = [{k[2]: v for k, v in tokens.items() if k[:2] == (sample, "noisy")} for sample in (3, 11)]
+    assert clean[0] == clean[1] and noisy[0] != noisy[1]
+
+
+def noise_of(block_size: int = 4) -> Noise:
+    return Noise(seed=1, mask_id=MASK_ID, group_size=8, block_size=block_size, interval=Interval())
+
+
+def noisy_of(source: Samples, config: Config) -> NoisyBatch:
+    return noise_of().corrupt(source.batch_for(torch.arange(8)), config.diffusion)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "diffusion", [{}, {"never_mask_first": True}, {"never_mask_first": True, "count_all_tokens": True}], ids=str
+)
+def test_counts_are_those_of_the_objective(padded: bool, diffusion: dict[str, Any]) -> None:
+    config, source = case(diffusion=diffusion), Samples(padded=padded)
+    _, tokens, masked = make_micro_batch(
+        source.batch_for(torch.arange(8)), noise_of(), config.diffusion, layout_of(config, 4)
+    )
+    noisy = noisy_of(source, config)
+    expected = loss_sums(torch.zeros(8, LENGTH), noisy, count_all_tokens=config.diffusion.count_all_tokens)
+    assert tokens == expected.token_count and masked == noisy.is_masked_BL.sum()
+
+
+def test_rows_with_loss_are_the_masked_ones() -> None:
+    config = case()
+    layout = layout_of(config, 4)
+    clean = Samples().batch_for(torch.arange(8))
+    batch, _, _ = make_micro_batch(clean, noise_of(), config.diffusion, layout)
+    noisy = noisy_of(Samples(), config)
+    _, found = rows_by_place(batch, torch.arange(8), layout)
+    assert found.keys() == {tuple(place) for place in noisy.is_masked_BL.nonzero().tolist()}
+    for (sample, position), (target, weight, level, block) in found.items():
+        assert target == clean.tokens_BL[sample, position] and block == position // 4
+        assert weight == noisy.weight_BL[sample, position] > 0
+        assert level == noisy.t_BK[sample, position // 4].float()
+
+
+def test_the_ar_baseline_counts_its_predictions() -> None:
+    config = case(kind="ar")
+    clean = Samples(padded=True).batch_for(torch.arange(8))
+    batch, tokens, with_loss = make_micro_batch(clean, None, config.diffusion, layout_of(config, 1))
+    target_BL, is_predicted_BL = next_token_targets(clean.tokens_BL, None, clean.is_padding_BL)
+    assert tokens == with_loss == is_predicted_BL.sum() == len(batch.loss_row_R)
+    _, found = rows_by_place(batch, torch.arange(8), layout_of(config, 1))
+    assert all(found[tuple(p)][0] == target_BL[tuple(p)] for p in is_predicted_BL.nonzero().tolist())
