@@ -142,6 +142,11 @@ def _check_diffusion(config: Config) -> None:
     for interval in (diffusion.interval, *(p.interval for p in diffusion.phases)):
         if interval is not None:
             _check_interval(*interval)
+    if diffusion.views > 1 and seq_len in block_sizes(config):
+        raise ConfigError(
+            f"diffusion.views={diffusion.views} with block_size={seq_len}, the whole sequence: there is no clean half to "
+            "share; use views=1."
+        )
     if diffusion.objective == "ar" and (diffusion.phases or diffusion.views != 1):
         raise ConfigError("objective=ar has no noise; remove diffusion.phases and diffusion.views.")
     for number, phase in enumerate(diffusion.phases):

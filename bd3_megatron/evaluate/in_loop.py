@@ -116,8 +116,7 @@ def _share_sums(sums: ScoreSums, topology: Topology) -> None:
 def _rows_of(model: ParallelModel, block_size: int) -> Iterator[None]:
     """Inside, the model has the rows of this block size."""
     before = model.sight.layout
-    if before.block_size != block_size:
-        model.enter_phase(block_size)
+    model.enter_phase(block_size, views=1)
     try:
         yield
     finally:

@@ -46,7 +46,8 @@ class ParallelModel:
             topology=topology,
             skip_dead_rows=config.train.skip_dead_rows,
         )
-        self.sight = Sight(self._layout_of(block_sizes(config)[0]), attend)
+        self._views = config.diffusion.views
+        self.sight = Sight(self._layout_of(block_sizes(config)[0], self._views), attend)
         self.config: TransformerConfig = transformer_config(
             config.model, topology, dtype=dtype, recompute=config.train.recompute
         )
@@ -75,9 +76,14 @@ class ParallelModel:
     def chunks(self) -> list[BD3Model]:
         return self.root.local_chunks()
 
-    def enter_phase(self, block_size: int) -> None:
-        """Change the block size for all layers; only between steps."""
-        self.sight.layout = self._layout_of(block_size)
+    def enter_phase(self, block_size: int, *, views: int | None = None) -> None:
+        """Change the rows for all layers; only between steps.
+
+        Args:
+            block_size: S from now on.
+            views: noisy copies; None: as many as training has.
+        """
+        self.sight.layout = self._layout_of(block_size, self._views if views is None else views)
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

@@ -88,10 +88,20 @@ class CoreAttention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
         q, k, v = (t.transpose(0, 1) for t in (query, key, value))
-        split = self.sight.layout.num_noisy
-        noisy = Stream(q[:, :split], k[:, :split], v[:, :split]) if split else None
+        split, views = self.sight.layout.num_noisy, self.sight.layout.views
         clean = None
         if self.sight.layout.num_clean:
             k_clean, v_clean = gather_clean(k[:, split:], v[:, split:], self.cp_group)
             clean = Stream(q[:, split:], k_clean, v_clean)
-        return self.sight.attend(noisy, clean, visibility, scale=self.scale)
+        if not split:
+            return self.sight.attend(None, clean, visibility, scale=self.scale)
+        parts = [t[:, :split].chunk(views, dim=1) for t in (q, k, v)]
+        noisy = [Stream(*view) for view in zip(*parts, strict=True)]
+        out, out_clean = self.sight.attend(noisy[0], clean, visibility, scale=self.scale)
+        if views == 1 or clean is None:
+            return out, out_clean
+        # further views have no clean queries of their own: they bring their noisy rows to the same clean keys
+        keys_only = Stream(clean.q_BLNH[:, :0], clean.k_BLGH, clean.v_BLGH)
+        sight = replace(visibility, clean_rows=())
+        outs = [out, *(self.sight.attend(view, keys_only, sight, scale=self.scale)[0] for view in noisy[1:])]
+        return torch.cat([one for one in outs if one is not None], dim=1), out_clean

@@ -6,6 +6,7 @@ it. So the number of loss rows is known without asking the device, and no stage 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,39 +54,39 @@ class PairBatch:
         return replace(self, **moved)
 
 
-def pair_batch(clean: CleanBatch, noisy: NoisyBatch | None, layout: PairLayout) -> PairBatch:
+def pair_batch(clean: CleanBatch, noisy: NoisyBatch | Sequence[NoisyBatch] | None, layout: PairLayout) -> PairBatch:
     """The micro-batch of block diffusion, or with `noisy` None of the autoregressive baseline.
 
     Args:
         clean: whole sequences [B, L].
-        noisy: their corruption, equal on every rank that holds the same samples.
+        noisy: their corruption, one a view, equal on every rank that holds the same samples.
         layout: this rank's rows.
     """
     tokens_BL = clean.tokens_BL
-    if noisy is None:
+    views = [noisy] if isinstance(noisy, NoisyBatch) else list(noisy or ())
+    if not views:
         target_BL, is_loss_BL = next_token_targets(tokens_BL, clean.document_id_BL, clean.is_padding_BL)
-        weight_BL = torch.ones(tokens_BL.shape, dtype=torch.float32)
-        level_BL = weight_BL
-        noisy_BL = tokens_BL
+        ones_BL = torch.ones(tokens_BL.shape, dtype=torch.float32)
+        is_loss, target, weight, level = [is_loss_BL], [target_BL], [ones_BL], [ones_BL]
     else:
-        is_loss_BL, target_BL = noisy.is_masked_BL, tokens_BL
-        weight_BL, noisy_BL = noisy.weight_BL, noisy.noisy_BL
-        level_BL = per_token(noisy.t_BK.to(torch.float32), layout.length)
-    is_loss_PB = layout.loss_rows(is_loss_BL).t()
+        is_loss, target = [view.is_masked_BL for view in views], [tokens_BL] * len(views)
+        weight = [view.weight_BL for view in views]
+        level = [per_token(view.t_BK.to(torch.float32), layout.length) for view in views]
+    is_loss_PB = layout.loss_rows(is_loss).t()
     rows = is_loss_PB.flatten().nonzero()[:, 0]
 
-    def at_loss_rows(value_BL: Tensor) -> Tensor:
+    def at_loss_rows(value_BL: Sequence[Tensor]) -> Tensor:
         return layout.loss_rows(value_BL).t().flatten()[rows]
 
     block_P = layout.visibility().block_of(layout.position_P)[: is_loss_PB.shape[0]]
     return PairBatch(
-        token_BP=layout.rows_of(noisy_BL, tokens_BL),
+        token_BP=layout.rows_of([view.noisy_BL for view in views], tokens_BL),
         position_PB=_positions(clean, layout),
         document_id_BL=clean.document_id_BL,
         loss_row_R=rows,
-        target_R=at_loss_rows(target_BL),
-        weight_R=at_loss_rows(weight_BL).to(torch.float32),
-        level_R=at_loss_rows(level_BL).to(torch.float32),
+        target_R=at_loss_rows(target),
+        weight_R=at_loss_rows(weight).to(torch.float32),
+        level_R=at_loss_rows(level).to(torch.float32),
         block_R=block_P[rows // tokens_BL.shape[0]],
         num_blocks=layout.length // layout.block_size,
     )
@@ -94,4 +95,4 @@ def pair_batch(clean: CleanBatch, noisy: NoisyBatch | None, layout: PairLayout) 
 def _positions(clean: CleanBatch, layout: PairLayout) -> Tensor:
     if clean.position_BL is None:
         return layout.position_P
-    return layout.rows_of(clean.position_BL, clean.position_BL).t().contiguous()
+    return layout.rows_of([clean.position_BL] * layout.views, clean.position_BL).t().contiguous()

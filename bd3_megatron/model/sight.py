@@ -18,8 +18,8 @@ class Sight:
     attend: Attend
 
 
-LayoutOf = Callable[[int], PairLayout]
-"""Block size -> this rank's rows; the phases of a curriculum differ in nothing else."""
+LayoutOf = Callable[[int, int], PairLayout]
+"""(block size, views) -> this rank's rows; the phases of a curriculum differ in nothing else."""
 
 
 def layout_function(*, length: int, objective: str, topology: Topology, skip_dead_rows: bool) -> LayoutOf:
@@ -32,9 +32,9 @@ def layout_function(*, length: int, objective: str, topology: Topology, skip_dea
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
 
-    def layout_of(block_size: int) -> PairLayout:
+    def layout_of(block_size: int, views: int) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
-        divides = not topology.sequence_parallel or (2 * length - block_size) % topology.tp == 0
+        divides = not topology.sequence_parallel or ((views + 1) * length - block_size) % topology.tp == 0
         return pair_layout(
             length=length,
             block_size=block_size,
@@ -42,6 +42,7 @@ def layout_function(*, length: int, objective: str, topology: Topology, skip_dea
             cp=topology.cp,
             cp_rank=topology.cp_rank,
             drop_last_clean=skip_dead_rows and divides,
+            views=views,
         )
 
     return layout_of

@@ -4,6 +4,7 @@ Decides: the order of rows on a rank is [its noisy rows; its clean rows], each i
 cuts *both* streams alike into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r: a row's work grows linearly with
 its position in both streams, so this is exactly balanced. Masked diffusion (S = L) has no clean rows, the AR baseline
 no noisy ones. The last clean block is seen by no row that carries loss, so it may be dropped.
+Several noisy views may share one clean half: then the noisy rows are [view 0; view 1; ...], each of the same positions.
 Sequence parallelism cuts the rows of a rank further, contiguously, inside megatron; nothing here depends on it, except
 that tp must divide the number of rows.
 Source: performance.md of the design notes; zigzag as in ring attention for causal models.
@@ -11,6 +12,7 @@ Source: performance.md of the design notes; zigzag as in ring attention for caus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,10 +32,13 @@ class PairLayout:
     noisy_rows: Rows
     clean_rows: Rows
     clean_key_rows: Rows
+    views: int = 1
+    """Noisy copies of the same positions; each sees itself and the one clean half."""
 
     @cached_property
     def num_noisy(self) -> int:
-        return num_rows(self.noisy_rows)
+        """Noisy rows of all views."""
+        return self.views * num_rows(self.noisy_rows)
 
     @cached_property
     def num_clean(self) -> int:
@@ -52,7 +57,7 @@ class PairLayout:
     @cached_property
     def position_P(self) -> Tensor:
         """Position in [0, L) of every row: int64 [P], 0..L-1 twice on a rank that holds everything."""
-        return torch.cat([positions(self.noisy_rows), positions(self.clean_rows)])
+        return torch.cat([positions(self.noisy_rows).repeat(self.views), positions(self.clean_rows)])
 
     def visibility(self, document_id_BL: Tensor | None = None) -> Visibility:
         """The rule of sight over these rows; documents are those of the whole sequences, [B, L]."""
@@ -60,19 +65,26 @@ class PairLayout:
             self.block_size, self.length, self.noisy_rows, self.clean_rows, self.clean_key_rows, document_id_BL
         )
 
-    def rows_of(self, noisy_BL: Tensor, clean_BL: Tensor) -> Tensor:
-        """Tokens (or anything [B, L]) of this rank's rows, from the whole sequences: [B, P]."""
-        parts = [noisy_BL[:, a:b] for a, b in self.noisy_rows] + [clean_BL[:, a:b] for a, b in self.clean_rows]
-        return torch.cat(parts, dim=1)
+    def rows_of(self, noisy_BL: Sequence[Tensor], clean_BL: Tensor) -> Tensor:
+        """Tokens (or anything [B, L]) of this rank's rows, from each view's and the clean whole sequences: [B, P]."""
+        noisy = [view[:, a:b] for view in noisy_BL for a, b in self.noisy_rows]
+        return torch.cat([*noisy, *(clean_BL[:, a:b] for a, b in self.clean_rows)], dim=1)
 
-    def loss_rows(self, value_BL: Tensor) -> Tensor:
-        """Anything [B, L] at the rows that carry the loss here: [B, noisy rows] (clean rows for the AR baseline)."""
+    def loss_rows(self, value_BL: Sequence[Tensor]) -> Tensor:
+        """Each view's [B, L] at the rows that carry the loss here: [B, noisy rows] (clean rows for the AR baseline)."""
         rows = self.noisy_rows or self.clean_rows
-        return torch.cat([value_BL[:, a:b] for a, b in rows], dim=1)
+        return torch.cat([view[:, a:b] for view in value_BL for a, b in rows], dim=1)
 
 
 def pair_layout(
-    *, length: int, block_size: int, objective: str, cp: int = 1, cp_rank: int = 0, drop_last_clean: bool = True
+    *,
+    length: int,
+    block_size: int,
+    objective: str,
+    cp: int = 1,
+    cp_rank: int = 0,
+    drop_last_clean: bool = True,
+    views: int = 1,
 ) -> PairLayout:
     """The layout of one context-parallel rank.
 
@@ -82,6 +94,7 @@ def pair_layout(
         objective: "block" or "ar".
         cp, cp_rank: context-parallel size and this rank in it.
         drop_last_clean: leave out the last clean block where nothing is cut (cp = 1).
+        views: noisy copies that share the clean half (1 where there is no clean half to share).
 
     Raises:
         GridError: L / (2 cp) is not a multiple of S.
@@ -94,9 +107,9 @@ def pair_layout(
         return PairLayout(length, block_size, ((0, length),), (), ())
     rows = _zigzag(length, block_size, cp, cp_rank)
     if cp > 1:
-        return PairLayout(length, block_size, rows, rows, ((0, length),))
+        return PairLayout(length, block_size, rows, rows, ((0, length),), views)
     clean: Rows = ((0, length - block_size),) if drop_last_clean else rows
-    return PairLayout(length, block_size, rows, clean, clean)
+    return PairLayout(length, block_size, rows, clean, clean, views)
 
 
 def _zigzag(length: int, block_size: int, cp: int, cp_rank: int) -> Rows:

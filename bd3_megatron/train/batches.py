@@ -7,7 +7,7 @@ another. Clean rows are read ahead by the loader's processes; noise is drawn her
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from bd3_megatron.diffusion.objective import next_token_targets
 from bd3_megatron.model.pair_batch import PairBatch, pair_batch
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.rng import Purpose, generator_seed
 from bd3_megatron.train.plan import RunPlan
 
 
@@ -35,6 +36,10 @@ class Noise:
     """Samples that share noise strata: the global batch."""
     block_size: int
     interval: Interval
+
+    def of_view(self, view: int) -> Noise:
+        """The noise of one of several noisy copies; that of view 0 is the noise of a run without views."""
+        return self if view == 0 else replace(self, seed=generator_seed(self.seed, Purpose.VIEW, f"view {view}"))
 
     def corrupt(self, clean: CleanBatch, config: DiffusionConfig) -> NoisyBatch:
         """The noisy copy of some samples; equal wherever it is computed."""
@@ -75,11 +80,12 @@ def make_micro_batch(
         has_loss_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)[1]
         count = int(has_loss_BL.sum())
         return pair_batch(clean, None, layout), count, count
-    noisy = noise.corrupt(clean, config)
-    counted = noisy.countable_BL
+    views = [noise.of_view(view).corrupt(clean, config) for view in range(layout.views)]
+    counted = views[0].countable_BL
     if config.count_all_tokens:
         counted = torch.ones_like(counted) if clean.is_padding_BL is None else ~clean.is_padding_BL
-    return pair_batch(clean, noisy, layout), int(counted.sum()), int(noisy.is_masked_BL.sum())
+    masked = sum(int(view.is_masked_BL.sum()) for view in views)
+    return pair_batch(clean, views, layout), layout.views * int(counted.sum()), masked
 
 
 class StepBatches:

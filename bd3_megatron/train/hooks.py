@@ -63,8 +63,8 @@ def search(trainer: Trainer) -> None:
     if trainer.data.valid is None or trainer.config.diffusion.objective == "ar":
         return
     place = trainer.plan.place(trainer.state.step)
-    if place.phase.block_size != trainer.engine.model.sight.layout.block_size:
-        trainer.engine.model.enter_phase(place.phase.block_size)
+    # one noisy copy is what the search scores; the next step takes the training rows up again
+    trainer.engine.model.enter_phase(place.phase.block_size, views=1)
     with trainer.timeline.span("evaluation"):
         choice = search_interval(
             trainer.engine,

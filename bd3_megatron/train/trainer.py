@@ -93,8 +93,7 @@ class Trainer:
         state = self.state
         place = self.plan.place(state.step)
         self.timeline.start_step(state.step + 1)
-        if place.phase.block_size != self.engine.model.sight.layout.block_size:
-            self.engine.model.enter_phase(place.phase.block_size)
+        self.engine.model.enter_phase(place.phase.block_size)
         if self.config.model.dropout > 0:
             seed_dropout(self.config.run.seed, state.step, self.topology)
         with self.timeline.span("data_wait"):
@@ -171,6 +170,7 @@ class Trainer:
             "noise/interval_beta": interval.beta,
             "noise/interval_omega": interval.omega,
             "noise/block_size": place.phase.block_size,
+            "noise/views": self.engine.model.sight.layout.views,
             **self._speed(times, sums, num_samples),
             **times,
             "time": time.time(),

@@ -204,9 +204,12 @@ def plain_loss(model: PlainBD3, config: Config, clean: CleanBatch) -> Tensor:
         target_BL, has_loss_BL = next_token_targets(tokens_BL, documents_BL)
         nll_BL = next_token_nll(model(tokens_BL, None, documents_BL), target_BL)
         return nll_BL[has_loss_BL].sum() / has_loss_BL.sum()
-    noisy = noise.corrupt(clean, config.diffusion)
-    nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=MASK_ID)
-    return (nll_BL * noisy.weight_BL)[noisy.is_masked_BL].sum() / noisy.countable_BL.sum()
+    losses = []
+    for view in range(config.diffusion.views):
+        noisy = noise.of_view(view).corrupt(clean, config.diffusion)
+        nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=MASK_ID)
+        losses.append((nll_BL * noisy.weight_BL)[noisy.is_masked_BL].sum() / noisy.countable_BL.sum())
+    return torch.stack(losses).mean()
 
 
 def plain_model(config: Config) -> PlainBD3:

@@ -4,12 +4,13 @@ model's on every grid. A covering subset here; `tests/run.sh --matrix` walks all
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from bd3_megatron.config.schema import Config
+from bd3_megatron.config.schema import Config, DiffusionConfig
 from tests import tolerances
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import Outcome, job_config, join_ranks, plain_job, rank_job
@@ -36,11 +37,9 @@ COVERING: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @functools.cache
-def plain(style: str, tied: bool, documents: bool, layers: int, kv_heads: int, objective: str, block: int) -> Outcome:
-    config = job_config(
-        style, tied=tied, layers=layers, kv_heads=kv_heads, diffusion={"objective": objective, "block_size": block}
-    )
-    return plain_job(config, documents=documents)
+def plain(style: str, tied: bool, documents: bool, layers: int, kv_heads: int, diffusion: DiffusionConfig) -> Outcome:
+    config = job_config(style, tied=tied, layers=layers, kv_heads=kv_heads)
+    return plain_job(replace(config, diffusion=diffusion), documents=documents)
 
 
 def check(config: Config, *, documents: bool = False) -> None:
@@ -52,8 +51,7 @@ def check(config: Config, *, documents: bool = False) -> None:
         documents,
         model.num_layers,
         model.kv_heads,
-        diffusion.objective,
-        diffusion.block_size,
+        diffusion,
     )
     found = join_ranks(config, run_ranks(rank_job(config, documents=documents), config.parallel))
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=tolerances.GRID_LOSS)
@@ -86,6 +84,11 @@ def test_the_ar_baseline_equals_the_plain_model(parallel: dict[str, Any]) -> Non
 @pytest.mark.parametrize(("block", "parallel"), [(32, {"tp": 2}), (1, {"pp": 2}), (8, {"cp": 2})], ids=str)
 def test_the_ends_of_the_block_size_equal_the_plain_model(block: int, parallel: dict[str, Any]) -> None:
     check(job_config("paper", parallel=parallel, diffusion={"block_size": block}))
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 2}, {"cp": 2}], ids=str)
+def test_views_that_share_a_clean_pass_equal_separate_passes(parallel: dict[str, Any]) -> None:
+    check(job_config("modern", tied=True, parallel=parallel, diffusion={"views": 3}), documents=True)
 
 
 def test_the_structured_backend_changes_nothing() -> None:

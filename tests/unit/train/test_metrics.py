@@ -29,7 +29,7 @@ def test_block_sums_are_those_of_the_objective(cp: int) -> None:
     for cp_rank in range(cp):
         layout = pair_layout(length=LENGTH, block_size=4, objective="block", cp=cp, cp_rank=cp_rank)
         batch, _, _ = make_micro_batch(clean, NOISE, diffusion, layout)
-        log = describe(batch, layout.loss_rows(nll_BL).t().flatten()[batch.loss_row_R])
+        log = describe(batch, layout.loss_rows([nll_BL]).t().flatten()[batch.loss_row_R])
         assert torch.equal(log["weighted_nll_B"], log["weighted_nll_BK"].sum(1))
         found += log["weighted_nll_BK"]
         bins += log["bins"]
