@@ -23,6 +23,8 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import DataError
 
 Record = Mapping[str, Any]
+STEP_KEYS = ("loss/train_nats_per_token", "time/step_seconds")
+"""A record with one of these is of a training step (a GPU may not yet have timed the step when it is written)."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _attempts(records: Sequence[Record]) -> list[Attempt]:
             if start is not None or steps:
                 attempts.append(Attempt(start, steps))
             start, steps = record, []
-        elif "step" in record and "time/step_seconds" in record:
+        elif "step" in record and not record.keys().isdisjoint(STEP_KEYS):
             steps.append(record)
     return [*attempts, Attempt(start, steps)] if start is not None or steps else attempts
 

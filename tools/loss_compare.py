@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Compare the loss curves of runs: equal loss is what "the grid does not matter" means.
+
+    tools/loss_compare.py RUN RUN [RUN ...] [--tolerance 1e-5] [--svg FILE]
+
+Reads metrics.jsonl of each run folder, takes the steps all of them have logged, and prints for every run the largest
+absolute and the mean difference of its training loss from the first run's, in nats per token. Exit code 1 when a run is
+further away than the tolerance. Torch-free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.train.run_record import read_run
+from bd3_megatron.train.svg_chart import Line, line_chart
+
+KEY = "loss/train_nats_per_token"
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step -> training loss of a run.
+
+    Raises:
+        DataError: no such run, or it has logged no loss yet.
+    """
+    found = {r["step"]: float(r[KEY]) for r in read_run(folder).steps if r.get(KEY) is not None}
+    if not found:
+        raise DataError(f"'{folder}' has logged no {KEY} yet; wait for its first steps.")
+    return found
+
+
+def compare(runs: dict[str, dict[int, float]]) -> list[tuple[str, int, float, float]]:
+    """(name, common steps, largest and mean absolute difference from the first run) of every run.
+
+    Raises:
+        DataError: the runs have no step in common.
+    """
+    common = sorted(set.intersection(*(set(run) for run in runs.values())))
+    if not common:
+        raise DataError(f"the runs {', '.join(runs)} have no logged step in common; log the same steps in both.")
+    first = next(iter(runs.values()))
+    rows = []
+    for name, run in runs.items():
+        gaps = [abs(run[step] - first[step]) for step in common]
+        rows.append((name, len(common), max(gaps), sum(gaps) / len(gaps)))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 0 when all are within the tolerance, 1 when not, 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="nats per token (default 1e-5)")
+    parser.add_argument("--svg", type=Path, help="also draw the curves")
+    options = parser.parse_args(argv)
+    try:
+        runs = {name: losses(Path(name)) for name in options.runs}
+        rows = compare(runs)
+    except BD3Error as error:
+        print(f"loss_compare: error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{'run':40} {'steps':>6} {'largest':>10} {'mean':>10}")
+    for name, steps, largest, mean in rows:
+        print(f"{name:40} {steps:6} {largest:10.2e} {mean:10.2e}")
+    if options.svg is not None:
+        lines = [Line(name, sorted(run.items())) for name, run in runs.items()]
+        options.svg.write_text(line_chart("Training loss", "step", "nats per token", lines), encoding="utf-8")
+    return int(max(row[2] for row in rows) > options.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
