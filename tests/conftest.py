@@ -6,7 +6,9 @@ Refuses: warnings (see .pytest.ini), GPU tests where no device is visible (skipp
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import resource
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,18 @@ def clean_environment() -> Mapping[str, str]:
     """This process's environment without any job's variables, one thread a process, no hub, no tracker."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+@pytest.fixture(scope="session")
+def cpu_seconds() -> Callable[..., tuple[float, subprocess.CompletedProcess[str]]]:
+    """Run a command and say what it cost in processor seconds: unlike the clock's, they do not grow with the machine's load."""
+
+    def measure(
+        command: Sequence[str | Path], env: Mapping[str, str], cwd: Path
+    ) -> tuple[float, subprocess.CompletedProcess[str]]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+    return measure

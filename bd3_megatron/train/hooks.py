@@ -62,6 +62,8 @@ def search(trainer: Trainer) -> None:
     """Choose the interval of the phase that the next step is in; resumed runs find it in the train state."""
     if trainer.data.valid is None or trainer.config.diffusion.objective == "ar":
         return
+    if not trainer.plan.is_searched(trainer.state.step):
+        return
     place = trainer.plan.place(trainer.state.step)
     # one noisy copy is what the search scores; the next step takes the training rows up again
     trainer.engine.model.enter_phase(place.phase.block_size, views=1)

@@ -9,6 +9,7 @@ takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +80,25 @@ class RunPlan:
     def place(self, step: int) -> Place:
         """Where the update that leaves state `step` stands."""
         return self.curriculum.phase_at(step)
+
+    def is_searched(self, step: int) -> bool:
+        """Whether a search may choose the interval of that update: not where its phase names one."""
+        phases = self.config.diffusion.phases
+        return not phases or phases[self.place(step).number].interval is None
+
+    def interval(self, step: int, found: Mapping[int, tuple[float, float]]) -> Interval:
+        """Noise interval of that update: the configured one, or what a search found for its block size.
+
+        Args:
+            step: updates made so far.
+            found: block size -> searched interval.
+        """
+        phase = self.place(step).phase
+        return (
+            Interval(*found[phase.block_size])
+            if self.is_searched(step) and phase.block_size in found
+            else phase.interval
+        )
 
     def lr(self, step: int) -> float:
         """Learning rate of that update."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bd3_megatron.diffusion.noise_level import Interval
-
 
 @dataclass
 class TrainState:
@@ -17,7 +15,7 @@ class TrainState:
     samples_consumed: int = 0
     """Samples of the data order that are used up; skipped batches count."""
     intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Block size -> searched interval; block sizes not searched use the configured one."""
+    """Block size -> searched interval (beta, omega)."""
     skipped_steps: int = 0
     """Updates left out so far (non-finite gradients, loss spikes)."""
     recent_losses: list[float] = field(default_factory=list)
@@ -26,11 +24,6 @@ class TrainState:
     """The checkpoint a spike last sent the run back to; a second spike behind it is skipped, or a run could circle."""
     wandb_id: str | None = None
     """The tracker's run id, kept across restarts."""
-
-    def interval(self, block_size: int, configured: Interval) -> Interval:
-        """The interval in force at a block size."""
-        found = self.intervals.get(block_size)
-        return configured if found is None else Interval(*found)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""

@@ -1,7 +1,8 @@
 """Stopping on request: a signal sets a flag, the ranks agree on it at a step boundary.
 
 Decides: SIGTERM and SIGUSR1 mean "finish the step, save, stop" (preemption sends the one, a time limit the other); the
-second signal ends the process at once, and the previous checkpoint stays as it is. Nothing is done inside the handler:
+second signal ends the process at once, and the previous checkpoint stays as it is. Signals less than DOUBLED_SECONDS
+apart are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver theirs twice. Nothing is done inside the handler:
 saving there would interrupt a collective. A rank may be told before another, so one element is reduced every step.
 """
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+DOUBLED_SECONDS = 1.0
 REASONS = ("none", "signal", "file", "deadline")
 
 
@@ -30,7 +32,7 @@ class StopRequest:
 
     def __init__(self, *, stop_file: Path | None = None, deadline: float | None = None) -> None:
         self._stop_file, self._deadline = stop_file, deadline
-        self._signalled = False
+        self._signalled_at: float | None = None
 
     def install(self) -> None:
         """Take over the stop signals of this process."""
@@ -38,9 +40,10 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        now = time.monotonic()
+        if self._signalled_at is not None and now - self._signalled_at > DOUBLED_SECONDS:
             os._exit(128 + number)
-        self._signalled = True
+        self._signalled_at = self._signalled_at or now
 
     def agreed(self, device: torch.device) -> str | None:
         """The reason why some rank was asked to stop, or None; equal on every rank. Collective."""
@@ -50,7 +53,7 @@ class StopRequest:
         return REASONS[code] if code else None
 
     def _own_reason(self) -> int:
-        if self._signalled:
+        if self._signalled_at is not None:
             return 1
         if self._stop_file is not None and self._stop_file.exists():
             return 2

@@ -97,7 +97,7 @@ class Trainer:
         if self.config.model.dropout > 0:
             seed_dropout(self.config.run.seed, state.step, self.topology)
         with self.timeline.span("data_wait"):
-            interval = state.interval(place.phase.block_size, place.phase.interval)
+            interval = self.plan.interval(state.step, state.intervals)
             batch = batches.next(state.step, self.engine.model.sight.layout, interval)
             tokens = self._global_count(batch)
         num_samples, lr = self.plan.batch_size(state.step), self.plan.lr(state.step)
@@ -158,7 +158,7 @@ class Trainer:
 
     def _step_record(self, sums: StepSums, result: StepResult, *, num_samples: int, lr: float) -> dict[str, Any]:
         state, place = self.state, self.plan.place(self.state.step - 1)
-        interval = state.interval(place.phase.block_size, place.phase.interval)
+        interval = self.plan.interval(state.step - 1, state.intervals)
         times = time_metrics(self.timeline.finished())
         return {
             "step": state.step,
@@ -182,7 +182,7 @@ class Trainer:
         if "time/step_seconds" not in times:
             return {}
         place = self.plan.place(self.state.step - 1)
-        interval = self.state.interval(place.phase.block_size, place.phase.interval)
+        interval = self.plan.interval(self.state.step - 1, self.state.intervals)
         return figures(
             self.config,
             times["time/step_seconds"],

