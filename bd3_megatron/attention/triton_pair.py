@@ -4,7 +4,8 @@ Decides: tile sizes, which streams a launch holds, and how a visibility becomes 
 forward kernel for the pair, one backward kernel per query stream, one per key stream. Executes whole tiles only at the
 edge of what a row sees.
 Serves every visibility with contiguous documents, grouped queries without repeating keys, any strides.
-Refuses machines without CUDA and Triton, head sizes that are no power of two from 16 to 128, and fp64.
+Refuses machines without CUDA and Triton, head sizes that are no power of two from 16 to 128, and fp64. fp32 is for the
+interpreter: on CUDA it is refused, because exact fp32 products take minutes to compile.
 NOT MEASURED on a GPU: Triton's interpreter agrees with the judge on the CPU, nothing more is known. `select` holds it
 against the judge on the machine at start-up and takes it only if it is right and the fastest.
 Source: arXiv 2307.08691 (flash attention 2); the shared prefix loop is the project's own.
@@ -73,6 +74,8 @@ def refuse(request: AttentionRequest) -> str | None:
     """Why these kernels cannot serve the request, or None."""
     if request.device_type != "cuda":
         return f"the triton backend needs a CUDA device, not {request.device_type!r}; use structured."
+    if request.dtype == torch.float32:
+        return "the triton backend compiles for minutes in fp32; use bfloat16 or float16, or structured."
     return _refusal(request.dtype, request.head_dim)
 
 

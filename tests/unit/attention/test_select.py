@@ -27,7 +27,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of a machine with a Hopper GPU and every optional package; no kernel runs."""
     monkeypatch.setattr("bd3_megatron.attention.partial.capability", lambda: (9, 0))
     monkeypatch.setattr("bd3_megatron.attention.flex.capability", lambda: (9, 0))
-    monkeypatch.setattr("bd3_megatron.attention.flex.find_spec", lambda name: object())
+    for room in ("flex", "triton_pair"):
+        monkeypatch.setattr(f"bd3_megatron.attention.{room}.find_spec", lambda name: object())
 
 
 def label_of(attend: Attend) -> str:
@@ -94,6 +95,18 @@ def test_a_deterministic_run_gets_no_kernel_that_is_not() -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_a_kernel_that_fails_on_the_real_shape_is_passed_over() -> None:
+    def measure(attend: Attend, request: AttentionRequest) -> float:
+        if label_of(attend) != "flex/TRITON":
+            raise ValueError("no plan for this shape")
+        return 1.0
+
+    assert choose("auto", CUDA, measure=measure, judge=lambda *_: 0.0).label == "flex/TRITON"
+    with pytest.raises(BackendError, match="structured/cudnn fails on this machine: no plan for this shape"):
+        choose("structured", CUDA, measure=measure, judge=lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_not_a_number_is_wrong() -> None:
     with pytest.raises(BackendError, match="differs from the dense judge by nan"):
         choose("flex", CUDA, measure=lambda *_: 1.0, judge=lambda *_: float("nan"))
@@ -115,6 +128,13 @@ def test_the_probe_finds_structured_right_and_a_wrong_backend_wrong(changes: dic
 def test_the_probe_times_forward_and_backward() -> None:
     assert probe.measure_seconds(structured.attend, replace(CPU, length=32)) > 0
     assert probe.measure_seconds(structured.attend, replace(CPU, length=32, needs_grad=False)) > 0
+
+
+@pytest.mark.usefixtures("hopper")
+def test_kernels_of_our_own_are_taken_only_if_right() -> None:
+    fast = {"measure": lambda attend, _: 0.5 if label_of(attend) == "triton" else 1.0}
+    assert choose("auto", CUDA, **fast, judge=lambda *_: 0.5).label == "triton"
+    assert choose("auto", CUDA, **fast, judge=lambda attend, _: 2.0 * (label_of(attend) == "triton")).label != "triton"
 
 
 def test_every_backend_of_the_table_can_be_asked_for() -> None:
