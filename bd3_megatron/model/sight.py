@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ def layout_function(*, length: int, objective: str, topology: Topology, skip_dea
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
 
+    @functools.cache
     def layout_of(block_size: int, views: int) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
         divides = not topology.sequence_parallel or ((views + 1) * length - block_size) % topology.tp == 0
