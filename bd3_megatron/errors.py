@@ -127,3 +127,9 @@ class LeakError(BD3Error):
     """A noisy block sees what it must not, or does not see what it must; the table of offenders is in the message."""
 
     exit_code = 3
+
+
+class NodeFailure(BD3Error):
+    """A node of the job that is broken, slow or unlike the others; names it. Another attempt elsewhere may succeed."""
+
+    exit_code = 1

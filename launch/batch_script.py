@@ -116,6 +116,8 @@ def _values(profile: ClusterProfile, job: Job) -> list[str]:
         f"chained={int(job.chained)}",
         f"exclude_bad={int(job.exclude_bad)}",
         f"max_attempts={job.max_attempts}",
+        f"signal_lead_seconds={profile.signal_lead_seconds}",
+        f"excluded={shlex.quote(profile.exclude or '')}",
         f"python={shlex.quote(job.python)}",
         f"srun_options=({' '.join(map(shlex.quote, _srun_options(profile)))})",
         f"wrapper=({' '.join(map(shlex.quote, _wrapper(profile)))})",

@@ -1,13 +1,15 @@
 """Turn a run's checkpoint into a Hugging Face folder: `python tools/convert_checkpoint.py RUN --out FOLDER`.
 
-One process, no GPU, no process group; memory for the largest tensor and a little. A thin door over
-convert/from_checkpoint; imports late, so that --help is quick.
+One process, no GPU, no process group; memory for the largest tensor and a little. With `--layout sdar` or `qwen3` the
+folder is what SGLang and LMDeploy serve; RUN may then also be a folder exported before. A thin door over
+convert/from_checkpoint and convert/sdar; imports late, so that --help is quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -16,36 +18,69 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def new_parser() -> argparse.ArgumentParser:
     """The arguments of this tool."""
     parser = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face folder, and prove it.")
-    parser.add_argument("place", type=Path, help="a run's folder, or one checkpoint of it")
+    parser.add_argument(
+        "place", type=Path, help="a run's folder, one checkpoint of it, or (with --layout) an exported folder"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
+    parser.add_argument("--layout", choices=("bd3", "sdar", "qwen3"), default="bd3", help="whose names and fields")
+    parser.add_argument("--remap-mask", action="store_true", help="sdar: move the mask to the id its engines assume")
+    parser.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     parsed = new_parser().parse_args(arguments)
-    import torch
-
-    from bd3_megatron.convert.from_checkpoint import convert_checkpoint
     from bd3_megatron.errors import BD3Error
 
-    def warn(text: str) -> None:
-        print(text, file=sys.stderr)
-
     try:
-        report = convert_checkpoint(
-            parsed.place, parsed.out, raw=parsed.raw, dtype=getattr(torch, DTYPES[parsed.dtype]), warn=warn
-        )
+        lines = convert(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
     except BD3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{report.out}: {report.which} weights of {report.source}, {report.num_parameters / 1e6:.2f} M parameters")
-    print(f"  logits of the folder and of the checkpoint differ by at most {report.max_logit_difference:.2e}")
-    for note in report.notes:
-        print(f"  {note}")
+    print("\n  ".join(lines))
     return 0
+
+
+def convert(parsed: argparse.Namespace) -> list[str]:
+    """Write our own folder; returns what to say."""
+    import torch
+
+    from bd3_megatron.convert.from_checkpoint import convert_checkpoint
+
+    report = convert_checkpoint(
+        parsed.place,
+        parsed.out,
+        raw=parsed.raw,
+        dtype=getattr(torch, DTYPES[parsed.dtype]),
+        licence=parsed.license,
+        warn=lambda text: print(text, file=sys.stderr),
+    )
+    return [
+        f"{report.out}: {report.which} weights of {report.source}, {report.num_parameters / 1e6:.2f} M parameters",
+        f"logits of the folder and of the checkpoint differ by at most {report.max_logit_difference:.2e}",
+        *report.notes,
+    ]
+
+
+def convert_layout(parsed: argparse.Namespace) -> list[str]:
+    """Write another engine's folder, by way of ours where the source is a run; returns what to say."""
+    import torch
+
+    from bd3_megatron.convert.folder import model_type_of
+    from bd3_megatron.convert.sdar import export_layout
+    from bd3_megatron.sampling.folder import MODEL_TYPE
+
+    dtype = getattr(torch, DTYPES[parsed.dtype])
+    with tempfile.TemporaryDirectory(prefix=f".{parsed.out.name}.", dir=parsed.out.resolve().parent) as between:
+        folder, lines = parsed.place, []
+        if model_type_of(folder) != MODEL_TYPE:
+            folder = Path(between) / "bd3"
+            lines = convert(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
+        remarks = export_layout(folder, parsed.out, parsed.layout, remap_mask=parsed.remap_mask, dtype=dtype)
+    return [f"{parsed.out}: {parsed.layout} layout of {parsed.place}", *lines, *remarks]
 
 
 if __name__ == "__main__":

@@ -168,5 +168,5 @@ def _fill(engine: ZeroEngine, manifest: Manifest, source: Source, kinds: list[st
     counters = manifest.engine
     engine.engine.skipped_steps = int(counters.get("skipped_steps", 0))
     engine.engine.global_steps = int(counters.get("global_steps", 0))
-    if engine.ema is not None and "ema" in kinds:
-        engine.ema.num_updates = int(counters["ema_updates"])
+    if engine.ema is not None:
+        engine.ema.num_updates = int(counters.get("ema_updates") or 0)

@@ -21,7 +21,6 @@ from bd3_megatron.checkpoint.files import tensor_bytes, write_safetensors, write
 from bd3_megatron.checkpoint.layout import STATE_DIR, FileRecord, ema_name
 from bd3_megatron.checkpoint.pieces import MOMENTS, owned_pieces, shard_shapes
 from bd3_megatron.checkpoint.universal_info import universal_info
-from bd3_megatron.compat.device import synchronize
 
 if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -114,7 +113,8 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
     if copied:
         copies: dict[int, Tensor] = {}
         states, averages = _copy(states, copies), _copy(averages, copies)
-        synchronize(engine.model.topology.device)
+        if engine.model.topology.device.type != "cpu":
+            torch.accelerator.synchronize(engine.model.topology.device)
     else:
         averages = {name: tensor.cpu() for name, tensor in averages.items()}
     rank = engine.model.topology.rank

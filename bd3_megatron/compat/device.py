@@ -48,3 +48,11 @@ def limit_cpu_threads() -> None:
     """One intra-op thread a rank unless OMP_NUM_THREADS says otherwise: ranks on one CPU must not fight for its cores."""
     if not cuda_is_there():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def occupied_fraction(device: torch.device) -> float:
+    """Part of a GPU's memory that is in use, by whomever, 0 to 1; on CPU 0, for memory there is shared by design."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return 1.0 - free / total

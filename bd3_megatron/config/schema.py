@@ -103,7 +103,7 @@ class PhaseConfig:
     tokens: int | None = None
     """Length in clean tokens, instead of steps."""
     interval: tuple[float, float] | None = None
-    """Clipped noise interval of this phase; None: diffusion.interval."""
+    """Clipped noise interval of this phase, which no search changes; None: diffusion.interval, or what a search finds."""
     lr_start: float = 1.0
     """Factor on the learning rate at the phase's first update."""
     lr_end: float = 1.0

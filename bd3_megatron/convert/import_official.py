@@ -29,6 +29,7 @@ from bd3_megatron.convert.official_source import OfficialSource, read_source
 from bd3_megatron.convert.to_hf import is_tokenizer_file, write_folder
 from bd3_megatron.errors import ConversionError, TokenizerError, check_multiple
 from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.sampling.text import load_tokenizer
 
 OFFICIAL_TYPE = "bd3lm"
 
@@ -86,12 +87,9 @@ def _tokenizer_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
     """mask, bos and eos ids of a tokenizer folder; empty without one."""
     if tokenizer_dir is None:
         return {}
-    from transformers import AutoTokenizer  # a second of import, wanted only where there is a tokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-    except Exception as error:  # noqa: BLE001 - transformers raises many kinds here
-        raise TokenizerError(f"tokenizer in {tokenizer_dir} cannot be loaded ({error}); give its folder.") from None
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if tokenizer is None:
+        raise TokenizerError(f"{tokenizer_dir} holds no tokenizer files; give the tokenizer's folder.")
     return {
         "mask_id": tokenizer.mask_token_id,
         "bos_id": tokenizer.bos_token_id,

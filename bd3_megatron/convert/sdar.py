@@ -6,7 +6,7 @@ another mask id the export is refused, or (remap) the mask's rows move there, th
 in between, which no token uses, are named in generation_config's suppress_tokens.
 Refuses: the paper's style, models without norms on queries and keys (SDAR), shifted logits (SDAR).
 Does not write SDAR's modelling files: they are not ours. SGLang, LMDeploy and JetEngine need none.
-Source: ../JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py.
+Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Costs: `datasets` writes an Arrow copy of local text-like files to its cache; `s
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -152,6 +153,8 @@ class HubDataset:
         path = Path(self.path)
         if _looks_local(self.path) and not path.exists():
             raise DataError(f"dataset {self.path} does not exist; give a file, a folder or a hub name.")
+        if path.suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
+            raise DataError(f"dataset {self.path} is compressed by zstd; pip install zstandard, or unpack it.")
         try:
             if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
                 return _saved(path, self.split)

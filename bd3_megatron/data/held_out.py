@@ -8,6 +8,8 @@ Source: Weyl sequences with the golden ratio and the square root of 2, in 64-bit
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from bd3_megatron.errors import ConfigError
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -30,7 +32,18 @@ def is_held_out(part: int, document: int, fraction: float) -> bool:
 
     Args:
         part: number of its part, from 0.
-        document: its number inside the part, from 0.
+        document: its number inside the part, from 0, white space not counted (`placed`).
         fraction: in [0, 0.5].
     """
     return (document * _GOLDEN + part * _ROOT_TWO) % _MODULUS < int(fraction * _MODULUS)
+
+
+def placed(texts: Iterable[str]) -> Iterator[tuple[int | None, str]]:
+    """Documents with their number among those that hold more than white space; None for those that do not."""
+    place = 0
+    for text in texts:
+        if text.strip():
+            yield place, text
+            place += 1
+        else:
+            yield None, text

@@ -8,12 +8,12 @@ Costs: at most about a megabyte of text is inside the tokenizer at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bd3_megatron.data.detokenizers import Rule, apply_rules, detokenizer
 from bd3_megatron.data.files import disk_errors, read_json, write_json
-from bd3_megatron.data.held_out import is_held_out
+from bd3_megatron.data.held_out import is_held_out, placed
 from bd3_megatron.data.part_pool import Progress, Report
 from bd3_megatron.data.shards import ShardRecord, ShardWriter, token_dtype
 from bd3_megatron.data.sources import Part, Source
@@ -71,11 +71,11 @@ class TokenPartMaker:
     work_folder: Path
     valid_fraction: float
     detokenizer: str
-    _tokenizer: list[Tokenizer] = field(default_factory=list)
+    _tokenizer: Tokenizer | None = None
     _rules: tuple[Rule, ...] = ()
 
     def open(self) -> None:
-        self._tokenizer = [load_tokenizer(self.tokenizer_folder)]
+        self._tokenizer = load_tokenizer(self.tokenizer_folder)
         self._rules = detokenizer(self.detokenizer)
 
     def make(self, task: PartTask, report: Report) -> PartRecord:
@@ -103,7 +103,7 @@ class TokenPartMaker:
         splits = [task.split]
         if task.split == "train" and self.valid_fraction > 0:
             splits.append("valid")
-        dtype = token_dtype(self._tokenizer[0].vocab_size)
+        dtype = token_dtype(self._opened().vocab_size)
         writers = {}
         for split in splits:
             (self.data_folder / split).mkdir(exist_ok=True)
@@ -114,9 +114,9 @@ class TokenPartMaker:
         num_empty = 0
         weight_left = float(task.part.weight)
         for texts in self._batches(task):
-            kept = [(place, text) for place, text in texts if text.strip()]
+            kept = [(place, text) for place, text in texts if place is not None]
             num_empty += len(texts) - len(kept)
-            encoded = self._tokenizer[0].encode_batch([text for _, text in kept])
+            encoded = self._opened().encode_batch([text for _, text in kept])
             for split, writer in writers.items():
                 writer.add(
                     [
@@ -125,23 +125,27 @@ class TokenPartMaker:
                         if self._split_of(task, place) == split and len(tokens)
                     ]
                 )
-            # Parts of text weigh bytes, so characters are a fair measure; what is left over is reported at the end.
-            weight = min(float(sum(len(text) for _, text in texts)), weight_left) if task.part.stop else 0.0
+            weight = min(_weight_of(task.part, [text for _, text in texts]), weight_left)
             weight_left -= weight
             report(Progress(documents=len(kept), tokens=sum(map(len, encoded)), weight=weight))
         report(Progress(weight=weight_left))
         return num_empty
+
+    def _opened(self) -> Tokenizer:
+        assert self._tokenizer is not None  # open() comes first
+        return self._tokenizer
 
     def _split_of(self, task: PartTask, place: int) -> str:
         if task.split == "train" and is_held_out(task.part.number, place, self.valid_fraction):
             return "valid"
         return task.split
 
-    def _batches(self, task: PartTask) -> Iterator[list[tuple[int, str]]]:
-        batch: list[tuple[int, str]] = []
+    def _batches(self, task: PartTask) -> Iterator[list[tuple[int | None, str]]]:
+        """Cleaned documents with their places, about a megabyte at a time."""
+        batch: list[tuple[int | None, str]] = []
         size = 0
-        for place, text in enumerate(self.sources[task.split].documents(task.part)):
-            text = apply_rules(self._rules, text)
+        texts = self.sources[task.split].documents(task.part)
+        for place, text in placed(apply_rules(self._rules, text) for text in texts):
             batch.append((place, text))
             size += len(text)
             if size >= _BATCH_CHARACTERS:
@@ -149,6 +153,14 @@ class TokenPartMaker:
                 batch, size = [], 0
         if batch:
             yield batch
+
+
+def _weight_of(part: Part, texts: list[str]) -> float:
+    """Share of a part's weight that these documents make up; what is left over is reported when the part is done."""
+    if not part.stop:
+        return 0.0
+    # Parts of text weigh bytes, of which characters are a fair measure; parts of a table weigh rows.
+    return float(sum(map(len, texts)) if part.items else len(texts))
 
 
 def _record_path(folder: Path, task: PartTask) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, Protocol
@@ -136,6 +137,7 @@ def _work(maker: PartMaker, connection: Connection) -> None:
             result = maker.make(task, lambda progress: connection.send(("progress", progress)))
             connection.send(("result", result))
     except BD3Error as error:
-        connection.send(("error", error))
+        with suppress(OSError):  # the parent may be the one that died
+            connection.send(("error", error))
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return

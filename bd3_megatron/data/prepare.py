@@ -306,7 +306,8 @@ def _headers(request: PrepareRequest, tokenizer: Tokenizer, records: list[PartRe
             special_ids=tokenizer.special,
             tokenizer_fingerprint=tokenizer.fingerprint,
             shards=shards,
-            source=request.sources[origin].describe() | {"detokenizer": request.detokenizer, "valid_fraction": held_out},
+            source=request.sources[origin].describe()
+            | {"detokenizer": request.detokenizer, "valid_fraction": held_out},
             num_empty_documents=empty,
             packing=dict(request.packing.get(split, {})),
         )

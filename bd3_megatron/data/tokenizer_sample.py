@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bd3_megatron.data.detokenizers import apply_rules, detokenizer
-from bd3_megatron.data.held_out import is_held_out
+from bd3_megatron.data.held_out import is_held_out, placed
 from bd3_megatron.data.sources import Source
 
 
@@ -22,11 +22,10 @@ def sample_documents(source: Source, num_bytes: int, valid_fraction: float, deto
     rules = detokenizer(detokenizer_name)
     for part in parts:
         budget = max(num_bytes // len(parts), 1)
-        for place, text in enumerate(source.documents(part)):
-            if is_held_out(part.number, place, valid_fraction):
+        for place, text in placed(apply_rules(rules, text) for text in source.documents(part)):
+            if place is None or is_held_out(part.number, place, valid_fraction):
                 continue
-            text = apply_rules(rules, text)[:budget]
-            yield text
+            yield text[:budget]
             budget -= len(text)
             if budget <= 0:
                 break

@@ -29,6 +29,7 @@ from bd3_megatron.data.tokenizer import META_FILE, load_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
 from bd3_megatron.errors import CheckpointError, DataError
+from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import (
     Estimate,
     HeldOut,
@@ -148,6 +149,13 @@ def evaluate_plain(
     Raises:
         RangeError: nothing to score, or a request the model cannot serve.
     """
+    return estimate(*score_plain(model, dataset, settings, work, mask_id=mask_id))
+
+
+def score_plain(
+    model: PlainBD3, dataset: HeldOut, settings: ScoreSettings, work: Work, *, mask_id: int | None
+) -> tuple[NoisePlan, ScoreSums]:
+    """The plan and the complete sums of all rows, as `estimate` and `sequence_scores` take them; arguments as above."""
     shape = model.model.shape
     plan = settings.plan(objective=shape.objective, block_size=shape.block_size, mask_id=mask_id)
     table = score_table(plan, num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
@@ -161,7 +169,7 @@ def evaluate_plain(
         sums.put_sums(share, weighted_sums(model, clean, noisy, work.device, mask_id=mask_id))
     if work.ranks > 1:
         dist.all_reduce(sums.both_2R)
-    return estimate(plan, sums)
+    return plan, sums
 
 
 @torch.inference_mode()

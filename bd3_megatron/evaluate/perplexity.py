@@ -27,8 +27,6 @@ from bd3_megatron.evaluate.noise_plan import EVALUATION_SEED, NoisePlan, noise_p
 
 PROBE_SEQUENCES = 64
 """Sequences drawn a second time when one draw was asked for."""
-NORMAL_95 = 1.959964
-"""Half-width of a 95 % interval in standard errors."""
 
 
 class HeldOut(Protocol):
@@ -229,27 +227,66 @@ def estimate(plan: NoisePlan, sums: ScoreSums) -> Estimate:
     Raises:
         RangeError: no token was counted.
     """
-    table, (sum_R, count_R) = sums.table, sums.both_2R.cpu()
-    num_sequences, draws = len(table.row_id_N), plan.draws
-    scored = num_sequences * draws
-    sum_ND, count_N = sum_R[:scored].view(-1, draws), count_R[:scored].view(-1, draws)[:, 0]
-    score_N, total = sum_ND.mean(dim=1), float(count_N.sum())
+    scores = sequence_scores(plan, sums)
+    score_N, total = scores.score_N, float(scores.count_N.sum())
     if total == 0:
         raise RangeError("no token was counted; the sequences hold padding only.")
     nll = float(score_N.sum()) / total
     return Estimate(
         nll_nats_per_token=nll,
-        stderr_noise=0.0 if plan.is_exact else math.sqrt(_noise_variance(plan, sum_R, table)) / total,
-        stderr_text=_text_error(score_N, count_N, nll),
-        num_sequences=num_sequences,
+        stderr_noise=0.0 if plan.is_exact else math.sqrt(_noise_variance(plan, sums)) / total,
+        stderr_text=_text_error(score_N, scores.count_N, nll),
+        num_sequences=len(score_N),
         num_tokens=round(total),
-        draws=draws,
+        draws=plan.draws,
         is_exact=plan.is_exact,
     )
 
 
-def _noise_variance(plan: NoisePlan, sum_R: Tensor, table: ScoreTable) -> float:
+@dataclass(frozen=True)
+class SequenceScores:
+    """What each sequence adds to the result: for comparing models on the same text."""
+
+    score_N: Tensor
+    """float64: mean over draws of the weighted NLL, nats."""
+    count_N: Tensor
+    """float64: counted tokens."""
+
+
+def sequence_scores(plan: NoisePlan, sums: ScoreSums) -> SequenceScores:
+    """The scores of every sequence, from the complete sums of all rows."""
+    size, (sum_R, count_R) = len(sums.table.row_id_N), sums.both_2R.cpu()
+    scored = size * plan.draws
+    return SequenceScores(
+        sum_R[:scored].view(size, plan.draws).mean(dim=1), count_R[:scored].view(size, plan.draws)[:, 0]
+    )
+
+
+def paired_difference(first: SequenceScores, second: SequenceScores) -> tuple[float, float | None]:
+    """How much worse `first` is, sequence by sequence: what texts are hard for both cancels.
+
+    Args:
+        first, second: over the same sequences with the same counts.
+
+    Returns:
+        (nats per token, standard error over text and noise; None with one sequence).
+
+    Raises:
+        RangeError: the sequences or counts are not the same.
+    """
+    if not torch.equal(first.count_N, second.count_N):
+        raise RangeError(
+            f"{len(first.count_N)} and {len(second.count_N)} sequences do not count the same tokens, so they cannot be "
+            "paired; score both with the same num_sequences and exclude_first=True."
+        )
+    difference_N = first.score_N - second.score_N
+    mean = float(difference_N.sum() / first.count_N.sum())
+    return mean, _text_error(difference_N, first.count_N, mean)
+
+
+def _noise_variance(plan: NoisePlan, sums: ScoreSums) -> float:
     """Variance of the sum of scores over noise alone, from replicates of one sequence."""
+    table, sum_R = sums.table, sums.both_2R[0].cpu()
     num_sequences, draws = len(table.row_id_N), plan.draws
     first_N = sum_R[: num_sequences * draws].view(num_sequences, draws)
     if draws > 1:

@@ -1,4 +1,4 @@
-"""One table, three forms: aligned text, Markdown, JSON. Knows nothing of what is in it."""
+"""One table, three forms: aligned text, Markdown, JSON. Knows nothing of what is in it. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+NORMAL_95 = 1.959964
+"""Half-width of a 95 % interval in standard errors."""
 FORMS = ("text", "markdown", "json")
 Value = str | int | float | None
 

@@ -19,8 +19,8 @@ from bd3_megatron.data.prepare import prepare
 from bd3_megatron.data.recipe import load_recipe
 from bd3_megatron.data.sources import TEXT_SUFFIXES, Source, TextFiles
 from bd3_megatron.errors import ConfigError, DataError, TokenizerError, either
-from bd3_megatron.evaluate.perplexity import NORMAL_95, Estimate
-from bd3_megatron.evaluate.tables import Column
+from bd3_megatron.evaluate.perplexity import Estimate
+from bd3_megatron.evaluate.tables import NORMAL_95, Column
 
 SETS = {
     "ptb": "ptb.yaml",

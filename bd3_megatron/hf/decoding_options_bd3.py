@@ -38,7 +38,7 @@ class DecodingOptions:
     rule: str = "first_hitting"
     """see RULES"""
     steps: int | None = None
-    """forwards or time steps a block, for ancestral and top_k_static; None = the block size"""
+    """time steps (ancestral) or forwards a block (top_k_static; the most for confidence_threshold); None = S"""
     threshold: float = 0.9
     """probability above which confidence_threshold reveals a candidate, in [0, 1]"""
     entropy_bound: float = 0.1
@@ -61,16 +61,21 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         check_name("rule", self.rule, RULES)
         check_name("window", self.window, WINDOWS)
-        check_range("seed", self.seed, 0 <= self.seed <= MAX_SEED, "0 to 2^48 - 1")
-        check_range("steps", self.steps, self.steps is None or self.steps >= 1, "1 or more")
-        check_range("threshold", self.threshold, 0 <= self.threshold <= 1, "0 to 1")
-        check_range("entropy_bound", self.entropy_bound, self.entropy_bound >= 0, "0 nats or more")
+        check_range("seed", self.seed, "0 to 2^48 - 1", is_inside=0 <= self.seed <= MAX_SEED)
+        check_range("steps", self.steps, "1 or more", is_inside=self.steps is None or self.steps >= 1)
+        check_range("threshold", self.threshold, "0 to 1", is_inside=0 <= self.threshold <= 1)
+        check_range("entropy_bound", self.entropy_bound, "0 nats or more", is_inside=self.entropy_bound >= 0)
         is_temperature = 0 <= self.temperature <= MAX_TEMPERATURE
-        check_range("temperature", self.temperature, is_temperature, f"0 (greedy) to {MAX_TEMPERATURE:g}")
-        check_range("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        check_range("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
-        check_range("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and less than 1")
-        check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0 (1 = off)")
+        check_range("temperature", self.temperature, f"0 (greedy) to {MAX_TEMPERATURE:g}", is_inside=is_temperature)
+        check_range("top_p", self.top_p, "more than 0 and at most 1", is_inside=0 < self.top_p <= 1)
+        check_range("top_k", self.top_k, "0 (all tokens) or more", is_inside=self.top_k >= 0)
+        check_range("min_p", self.min_p, "at least 0 and less than 1", is_inside=0 <= self.min_p < 1)
+        check_range(
+            "repetition_penalty",
+            self.repetition_penalty,
+            "more than 0 (1 = off)",
+            is_inside=self.repetition_penalty > 0,
+        )
 
     def new_rule(self, block_size: int) -> DecodingRule:
         """The decoding rule of these options."""
@@ -93,7 +98,9 @@ RULES: dict[str, Callable[[DecodingOptions, int], DecodingRule]] = {
     "left_to_right": lambda options, block_size: LeftToRight(),
     "ancestral": lambda options, block_size: Ancestral(options.steps or block_size),
     "top_k_static": lambda options, block_size: StaticTopK(options.steps or block_size),
-    "confidence_threshold": lambda options, block_size: ConfidenceThreshold(options.threshold),
+    "confidence_threshold": lambda options, block_size: ConfidenceThreshold(
+        options.threshold, -(-block_size // (options.steps or block_size))
+    ),
     "entropy_bounded": lambda options, block_size: EntropyBounded(options.entropy_bound),
 }
 
@@ -104,7 +111,7 @@ def check_name(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
 
 
-def check_range(name: str, value: object, is_inside: bool, law: str) -> None:
+def check_range(name: str, value: object, law: str, *, is_inside: bool) -> None:
     """Refuse a number outside its range."""
     if not is_inside:
         raise ValueError(f"{name}={value} is out of range; use {law}.")

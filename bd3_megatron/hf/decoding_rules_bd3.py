@@ -10,7 +10,8 @@ to know whether the block is finished. Each rule states whether its text follows
   ancestral             T time steps; each position's step is uniform          exact as T grows: the positions of one
                                                                                step are drawn independently
   top_k_static          T forwards, the most confident candidates of each      approximate
-  confidence_threshold  every candidate above a threshold, at least one        approximate
+  confidence_threshold  every candidate above a threshold, at least one (or    approximate
+                        the share of top_k_static, where steps are given)
   entropy_bounded       the most certain candidates within a budget of         approximate; the budget bounds the error
                         entropy, at least one
 Source: first-hitting, Zheng et al. 2024 (arXiv 2409.02908); low-confidence static and dynamic remasking as in SDAR and
@@ -173,31 +174,32 @@ class StaticTopK:
 
 
 class ThresholdBlock:
-    """A block that reveals what it trusts, and at least its best candidate."""
+    """A block that reveals what it trusts, and at least its best candidates."""
 
     num_forwards: int | None = None
 
-    def __init__(self, is_masked_BS: Tensor, threshold: float) -> None:
-        self._rows, self._threshold = all_rows(is_masked_BS), threshold
+    def __init__(self, is_masked_BS: Tensor, threshold: float, at_least: int) -> None:
+        self._rows, self._threshold, self._at_least = all_rows(is_masked_BS), threshold, at_least
 
     def wanted(self, forward: int) -> Wanted:
         return Wanted(self._rows, None, None)
 
     def reveal(self, forward: int, choice: Choice, undecided_BR: Tensor) -> Tensor:
         confidence_BR = choice.confidence_BR.masked_fill(~undecided_BR, -1.0)
-        is_best_BR = ranks(confidence_BR) == 0
+        is_best_BR = ranks(confidence_BR) < self._at_least
         return (is_best_BR | (confidence_BR > self._threshold)) & undecided_BR
 
 
 @dataclass(frozen=True)
 class ConfidenceThreshold:
-    """Every candidate whose probability exceeds the threshold, and at least one a forward."""
+    """Every candidate whose probability exceeds the threshold, and at least `at_least` a forward."""
 
     threshold: float
+    at_least: int = 1
     exactness: str = "approximate: candidates above the threshold are drawn independently"
 
     def begin(self, is_masked_BS: Tensor, order_BS: Tensor) -> BlockRule:
-        return ThresholdBlock(is_masked_BS, self.threshold)
+        return ThresholdBlock(is_masked_BS, self.threshold, self.at_least)
 
 
 class EntropyBlock:

@@ -7,6 +7,7 @@ a sample in --out, which appears whole or not at all. Imports torch only when it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from bd3_megatron.errors import SamplingError
 
 if TYPE_CHECKING:
-    from bd3_megatron.sampling.generate import Sampler, SampleResult
+    from bd3_megatron.sampling.generate import Sampler
+    from bd3_megatron.sampling.request import SampleResult
 
 # Flags that are fields of DecodingOptions, which checks them and owns their defaults.
 OPTION_FLAGS: dict[str, tuple[type, str]] = {
     "rule": (str, "first_hitting (exact, default), left_to_right, ancestral, top_k_static, confidence_threshold, "
              "entropy_bounded"),
-    "steps": (int, "forwards a block for ancestral and top_k_static (default: the block size)"),
+    "steps": (int, "forwards a block, at most, except for first_hitting and left_to_right (default: S)"),
     "threshold": (float, "probability above which confidence_threshold reveals (default 0.9)"),
     "entropy_bound": (float, "nats a forward for entropy_bounded (default 0.1)"),
     "temperature": (float, "0 = greedy (default 1)"),
@@ -187,4 +189,5 @@ def write_jsonl(path: Path, results: list[SampleResult], seed: int) -> None:
     except OSError as error:
         raise SamplingError(f"{path} cannot be written ({error}); give a path in a folder you may write to.") from None
     finally:
-        staging.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staging.unlink()

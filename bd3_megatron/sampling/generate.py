@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,21 @@ import torch
 
 from bd3_megatron.errors import CheckpointError, SamplingError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
-from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
 from bd3_megatron.hf.draws_bd3 import sample_keys
 from bd3_megatron.hf.forward_bd3 import EagerForward, Forward, ReplayedForward, record_graph
 from bd3_megatron.hf.generation_bd3 import BlockEvent, Decoder, Observer, Request, check_request
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.sampling.figures import RunFigures, weight_bytes
 from bd3_megatron.sampling.folder import read_config, read_weights
+from bd3_megatron.sampling.request import (
+    Prompt,
+    SampleResult,
+    StreamedBlock,
+    as_prompts,
+    as_sampling_errors,
+    check_count,
+    new_options,
+)
 from bd3_megatron.sampling.text import (
     StopStrings,
     TextStream,
@@ -38,50 +44,8 @@ from bd3_megatron.sampling.text import (
     load_tokenizer,
 )
 
-Prompt = str | Sequence[int]
 DEFAULT_BATCH_SIZE = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """One finished text."""
-
-    tokens: list[int]
-    """new tokens only; of an infilled text, all of it"""
-    text: str | None
-    """what the new tokens add to the prompt, without special tokens and stop string; None without a tokenizer"""
-    prompt_tokens: list[int]
-    prompt_index: int
-    """which prompt of the request"""
-    sample_index: int
-    """which of its samples"""
-    num_forwards: int
-    """forwards this text took part in until it was finished"""
-    seconds: float
-    """from the start of its batch until it was finished"""
-    stop_reason: str
-    """"length", "eos" or "string" """
-
-
-@dataclass(frozen=True)
-class StreamedBlock:
-    """A block of a text, as soon as it is decided."""
-
-    tokens: list[int]
-    text: str | None
-    """None without a tokenizer; a character cut by the block's end comes with the next block"""
-    stop_reason: str | None
-    """set on the last block"""
-
-
-@contextmanager
-def as_sampling_errors() -> Iterator[None]:
-    """The engine travels without the house's errors; its sentences become ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise SamplingError(str(error)) from None
 
 
 class Sampler:
@@ -180,8 +144,8 @@ class Sampler:
         Raises:
             SamplingError: a prompt, option or number that cannot be served exactly as asked.
         """
-        _check_count("num_tokens", num_tokens)
-        _check_count("num_samples", num_samples)
+        check_count("num_tokens", num_tokens)
+        check_count("num_samples", num_samples)
         given = [
             encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
             for prompt in as_prompts(prompts)
@@ -242,7 +206,7 @@ class Sampler:
 
         A stop string is found when it is complete: a part of it may have been streamed with an earlier block.
         """
-        _check_count("num_tokens", num_tokens)
+        check_count("num_tokens", num_tokens)
         given = encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
         work = _Work(self, seed, 1, tuple(stop_strings), observer, None, options)
         text = TextStream(self.tokenizer, given) if self.tokenizer is not None else None
@@ -282,7 +246,7 @@ class _Work:
         on_finished: Callable[[SampleResult], None] | None,
         options: dict[str, Any],
     ) -> None:
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if stop_strings and sampler.tokenizer is None:
             raise SamplingError("stop strings were given, but the folder has no tokenizer; stop at length or EOS.")
         if not all(stop_strings):
@@ -371,38 +335,3 @@ class _Work:
         if self._on_finished is not None:
             self._on_finished(result)
         return result
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list.
-
-    Raises:
-        SamplingError: there is none.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    if not listed:
-        raise SamplingError("no prompts were given; give at least one (an empty string starts from BOS).")
-    return listed  # type: ignore[return-value]
-
-
-def new_options(seed: int, options: dict[str, Any]) -> DecodingOptions:
-    """Checked decoding options.
-
-    Raises:
-        SamplingError: an unknown option, or one outside its range.
-    """
-    known = sorted(DecodingOptions.__dataclass_fields__)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise SamplingError(f"unknown option {', '.join(unknown)}; use {', '.join(known)}.")
-    with as_sampling_errors():
-        return DecodingOptions(seed=seed, **options)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise SamplingError(f"{name}={value} is out of range; use 1 or more.")

@@ -20,7 +20,12 @@ UNFINISHED_CHARACTER = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """What the sampler needs of a transformers tokenizer."""
+    """What the house needs of a transformers tokenizer."""
+
+    mask_token_id: int | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -31,14 +36,17 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The folder's tokenizer; None where it has no tokenizer files.
 
     Raises:
-        TokenizerError: there are files, but they cannot be loaded.
+        TokenizerError: there are files, but they cannot be loaded without running code.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # a second of import, wanted only where there is a tokenizer
+    from transformers import AutoTokenizer, PretrainedConfig  # a second of import, wanted only for a tokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # With a configuration in hand transformers does not read the folder's, whose remote code it would ask about.
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=PretrainedConfig(), trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds here
         raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({error}); export the folder again.") from None
     return tokenizer

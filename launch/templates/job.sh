@@ -8,9 +8,11 @@ config=$job_folder/config.${SLURM_ARRAY_TASK_ID:-0}.yaml
 attempt=${SLURM_RESTART_COUNT:-0}
 logs=$run_dir/logs/$SLURM_JOB_ID.$attempt
 status=$run_dir/status.json
-attempts=$run_dir/logs/$SLURM_JOB_NAME.attempts
+# of this submission, whose jobs and attempts share one folder
+attempts=$job_folder/attempts.${SLURM_ARRAY_TASK_ID:-0}
+gave_up=$job_folder/gave_up.${SLURM_ARRAY_TASK_ID:-0}
+bad_nodes=$job_folder/bad_nodes
 mkdir -p "$logs" || exit 1
-rm -f "$status"
 cd "$job_folder/code" || exit 1
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID attempt $attempt: $*"; }
@@ -18,6 +20,16 @@ say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID attempt $attempt: $*"; }
 value_of() { # $1: key of status.json, a text or a number
     sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\)\"\{0,1\}.*/\1/p" "$status" 2>/dev/null | head -n 1
 }
+
+if [ "$chained" = 1 ] && [ "$(value_of status)" = finished ] && [ "$status" -nt "$job_folder/job.sh" ]; then
+    say "an earlier job of the chain has finished the run"
+    exit 0
+fi
+if [ "$chained" = 1 ] && [ -e "$gave_up" ]; then
+    say "an earlier job of the chain gave up: $(cat "$gave_up")"
+    exit 1
+fi
+rm -f "$status"
 
 # the first node by name where names resolve, else by its address
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -28,6 +40,15 @@ fi
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 12000))
 export MASTER_ADDR MASTER_PORT PYTHONPATH="$job_folder/code" PYTHONUNBUFFERED=1
 export BD3_ATTEMPT=$attempt BD3_LOGS=$logs
+if [ "$exclude_bad" = 1 ]; then
+    export BD3_BAD_NODES=$bad_nodes
+fi
+# signals come when SLURM looks at its clock, up to 60 s early; the ranks look at theirs every step
+limit=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e 2>/dev/null | head -n 1)
+# without a limit there is no date; an empty one would mean midnight
+if limit=$(date -d "${limit:-none}" +%s 2>/dev/null); then
+    export BD3_DEADLINE=$((limit - signal_lead_seconds))
+fi
 
 command=(${wrapper[@]+"${wrapper[@]}"} "$python")
 if [ "$launcher" = torchrun ]; then
@@ -71,6 +92,9 @@ while :; do
     code=$?
     kill -0 "$step" 2>/dev/null || break
 done
+# a signal may have ended the last wait although srun had ended too; bash still knows srun's own code
+wait "$step"
+code=$?
 wait "$mirror"
 
 state=$(value_of status)
@@ -82,6 +106,12 @@ if [ "$state" = finished ]; then
     exit 0
 fi
 
+give_up() { # $1: why
+    say "gives up: $1; see $logs"
+    echo "$1" >"$gave_up.new" && mv "$gave_up.new" "$gave_up"
+    exit 1
+}
+
 requeue() {
     if [ "$chained" = 1 ]; then
         say "the next job of the chain continues"
@@ -90,12 +120,15 @@ requeue() {
     # SLURM ends this script with TERM before the next line runs
     trap '' TERM
     say "requeues itself"
-    scontrol requeue "$SLURM_JOB_ID"
-    if [ "$exclude_bad" = 1 ] && [ -s "$run_dir/bad_nodes" ]; then
+    # the controller may be restarting
+    for _ in $(seq 30); do
+        scontrol requeue "$SLURM_JOB_ID" && break
+        sleep 10
+    done
+    if [ "$exclude_bad" = 1 ] && [ -s "$bad_nodes" ]; then
         # a running job cannot exclude nodes for itself; one that waits in the queue can
-        scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$run_dir/bad_nodes" | paste -sd ,)"
+        scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$({ echo "$excluded"; cat "$bad_nodes"; } | sed '/^$/d' | sort -u | paste -sd ,)"
     fi
-    sleep 60
     exit "$1"
 }
 
@@ -103,8 +136,18 @@ if [ "$stopped_by" = TERM ]; then
     # scancel, or a preemption after which SLURM itself requeues
     exit "$code"
 fi
-if [ "$state" = stopped ] && [ "$code" = 0 ]; then
+if [ "$state" = stopped ] && [ "$reason" = file ]; then
+    say "stops because train.stop_file asked for it; submit again to continue"
+    exit 0
+fi
+# written after the checkpoint is whole; torchrun returns 1 after every signal, so the code says nothing
+if [ "$state" = stopped ]; then
     requeue 0
+fi
+
+if [ "$state" = failed ]; then
+    # rank 0 says so of a mistake in the input, which no other attempt would mend
+    give_up "${reason:-the input cannot be run}"
 fi
 
 # attempts without progress: "<newest checkpoint after the last failed attempt> <failures there>"
@@ -121,7 +164,6 @@ else
 fi
 echo "$progress $failures" >"$attempts.new" && mv "$attempts.new" "$attempts"
 if [ "$failures" -ge "$max_attempts" ]; then
-    say "gives up: $failures attempts in a row failed without a new checkpoint (newest: $progress)${reason:+ ($reason)}; see $logs"
-    exit 1
+    give_up "$failures attempts in a row failed without a new checkpoint (newest: $progress)"
 fi
 requeue 1

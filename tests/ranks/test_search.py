@@ -28,12 +28,10 @@ from tests.unit.train.samples import LENGTH, Samples
 
 NUM_ROWS, STEP = 45, 40
 GRIDS: list[tuple[dict[str, Any], int]] = [
-    ({}, 1),
-    ({"dp": 2}, 4),
     ({"tp": 2, "sequence_parallel": True}, 2),
     ({"pp": 2, "vpp": 2}, 1),
     ({"pp": 2, "cp": 2}, 2),
-    ({"dp": 2, "zero_stage": 3}, 2),
+    ({"dp": 2, "zero_stage": 3}, 4),
 ]
 
 

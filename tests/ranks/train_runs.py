@@ -40,7 +40,7 @@ def train_config(data: Path, run_dir: Path, **sections: Any) -> Config:
         "run": {"dir": str(run_dir)},
         "model": {
             "style": "modern",
-            "num_layers": 4,
+            "num_layers": 2,
             "hidden_size": 32,
             "num_heads": 4,
             "num_kv_heads": 2,
@@ -55,6 +55,7 @@ def train_config(data: Path, run_dir: Path, **sections: Any) -> Config:
         "checkpoint": {"every_steps": 0},
         "log": {"every_steps": 1},
         "throughput": {"peak_tflops": 1.0},
+        "watch": {"leak_check": False},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}

@@ -62,17 +62,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return harness.parse(parser, arguments)
 
 
-def new_model(options: argparse.Namespace, block_size: int, *, length: int = LENGTH) -> PlainBD3:
-    """A random model in the paper's style."""
+def new_model(
+    options: argparse.Namespace, block_size: int, *, length: int = LENGTH, vocab_size: int = VOCAB_SIZE
+) -> PlainBD3:
+    """A random model in the paper's style; the mask token is the last."""
     config = BD3Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         style="paper",
         num_hidden_layers=options.layers,
         hidden_size=options.hidden_size,
         num_attention_heads=options.heads,
         max_position_embeddings=length,
         block_size=block_size,
-        mask_token_id=VOCAB_SIZE - 1,
+        mask_token_id=vocab_size - 1,
     )
     model = PlainBD3(config).to(device=options.device, dtype=getattr(torch, options.dtype))
     return model.eval().requires_grad_(False)
@@ -83,13 +85,14 @@ def new_decoder(model: PlainBD3, *, window: str = "recomputed", with_graphs: boo
     forward: Forward = EagerForward(model.model, model.lm_head)
     if with_graphs:
         forward = ReplayedForward(model.model, model.lm_head, record_graph)
-    return Decoder(model.model, model.lm_head, DecodingOptions(window=window), mask_id=VOCAB_SIZE - 1, forward=forward)
+    mask_id = model.model.shape.vocab_size - 1
+    return Decoder(model.model, model.lm_head, DecodingOptions(window=window), mask_id=mask_id, forward=forward)
 
 
-def request(num_given: int, num_tokens: int, key: int) -> Request:
+def request(num_given: int, num_tokens: int, key: int, *, vocab_size: int = VOCAB_SIZE) -> Request:
     """A prompt of arbitrary tokens."""
     generator = torch.Generator().manual_seed(key)
-    given = torch.randint(VOCAB_SIZE - 1, (num_given,), generator=generator)
+    given = torch.randint(vocab_size - 1, (num_given,), generator=generator)
     return Request(tuple(given.tolist()), num_tokens, key)
 
 
@@ -172,9 +175,9 @@ def long_text(options: argparse.Namespace) -> str:
     tiny = argparse.Namespace(**{**vars(options), "hidden_size": 32, "heads": 2, "layers": 2})
     rows: list[list[object]] = []
     for window in ("recomputed", "evicted"):
-        decoder = new_decoder(new_model(tiny, 16, length=64), window=window)
+        decoder = new_decoder(new_model(tiny, 16, length=64, vocab_size=512), window=window)
         start, count, early_kib = time.perf_counter(), 0, 0
-        for event in decoder.run([request(1, options.long, 1)]):
+        for event in decoder.run([request(1, options.long, 1, vocab_size=512)]):
             count += len(event.tokens)
             if early_kib == 0 and count >= options.long // 100:
                 early_kib = peak_kib()

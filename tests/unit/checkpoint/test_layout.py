@@ -98,7 +98,14 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_are_tried_from_the_newest(tmp_path: Path) -> None:
-    for name in ("step_00000009", "step_123456789", "step_00000010.replaced", "step_00000010", ".tmp_step_00000011", "x"):
+    for name in (
+        "step_00000009",
+        "step_123456789",
+        "step_00000010.replaced",
+        "step_00000010",
+        ".tmp_step_00000011",
+        "x",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000012").write_text("a file")
     assert [p.name for p in candidates(tmp_path)] == [

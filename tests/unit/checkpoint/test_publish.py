@@ -68,10 +68,14 @@ def test_a_rank_that_failed_or_is_late_spoils_the_save_only(checkpoints: Path) -
     manifest = read_manifest(checkpoints / step_name(2))
     temporary = checkpoints / ".tmp_step_00000003"
     temporary.mkdir()
-    with pytest.raises(CheckpointError, match="rank 0 did not finish writing .* in 0 s; earlier checkpoints are intact"):
+    with pytest.raises(
+        CheckpointError, match="rank 0 did not finish writing .* in 0 s; earlier checkpoints are intact"
+    ):
         publish(temporary, manifest, timeout_seconds=0.0)
     (temporary / "rank_00000.json").write_text('{"error": "OSError: disk full"}')
-    with pytest.raises(CheckpointError, match=r"rank 0 could not write .*\(OSError: disk full\); earlier ones are intact"):
+    with pytest.raises(
+        CheckpointError, match=r"rank 0 could not write .*\(OSError: disk full\); earlier ones are intact"
+    ):
         publish(temporary, manifest, timeout_seconds=0.0)
     found = newest_valid(checkpoints)
     assert found is not None and found[1].step == 2

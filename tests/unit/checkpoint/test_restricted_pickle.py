@@ -31,7 +31,9 @@ class Hostile:
 def test_a_hostile_file_raises_and_does_nothing(wrapped: str, tmp_path: Path) -> None:
     proof, path = tmp_path / "executed", tmp_path / "state.pt"
     hostile = Hostile(proof)
-    content = {"alone": hostile, "nested": {"a": [hostile]}, "beside tensors": {"t": torch.ones(3), "h": hostile}}[wrapped]
+    content = {"alone": hostile, "nested": {"a": [hostile]}, "beside tensors": {"t": torch.ones(3), "h": hostile}}[
+        wrapped
+    ]
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="holds more than plain data and was not opened"):
         open_pt(path)

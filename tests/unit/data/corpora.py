@@ -21,9 +21,11 @@ AWKWARD = (
     "plain words, and some more of them.",
     "  leading, double  and   triple spaces, trailing  ",
     "tabs\tand\nnew\r\nlines\n\n\n   indented\n",
-    "emoji \U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467 CJK \u4f60\u597d\u4e16\u754c kana \u3042 accents \u00e9 e\u0301 \u00df",
+    "emoji \U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "CJK \u4f60\u597d\u4e16\u754c kana \u3042 accents \u00e9 e\u0301 \u00df",
     "control \x00\x01\x07\x1b\x7f\x85 and odd spaces \u00a0\u2003\u3000\u2028\ufeff",
-    "SentencePiece's own sign \u2581 and bytes <0x41><0xE2> and <s> </s> <unk> <pad> <mask> <|mask|> [MASK]",
+    "SentencePiece's own sign \u2581 and bytes <0x41><0xE2>",
+    "and <s> </s> <unk> <pad> <mask> <|mask|> [MASK]",
     "private \ue000 last \U0010ffff high \U0001f9ff",
     "",
     " ",
@@ -31,8 +33,8 @@ AWKWARD = (
 )
 
 WORDS = (
-    "the of and a to in is was he for it with as his on be at by had not are but from or have an they which one you were "
-    "all her she there would their we him been has when who will no more if out so said what up its about than into them"
+    "the of and a to in is was he for it with as his on be at by had not are but from or have an they which one you "
+    "were all her she there would their we him been has when who will no more if out so said what up its about than into them"
 ).split()
 
 

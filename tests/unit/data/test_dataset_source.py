@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -136,9 +137,22 @@ def test_datasets_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         RowFilter(column="text", matches="(")
 
 
+def test_zstd_is_read_where_its_package_is_and_asked_for_where_not(tmp_path: Path) -> None:
+    content = jsonl(tmp_path / "rows.jsonl", ROWS[:2]).read_bytes()
+    # A zstd frame of one uncompressed block, by RFC 8878: magic, single segment with one size byte, last raw block.
+    frame = b"\x28\xb5\x2f\xfd\x20" + bytes([len(content)]) + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "rows.jsonl.zst").write_bytes(frame)
+    source = HubDataset(path=str(tmp_path / "rows.jsonl.zst"))
+    if importlib.util.find_spec("zstandard") is None:
+        with pytest.raises(DataError, match="is compressed by zstd; pip install zstandard, or unpack it"):
+            texts_of(source)
+    else:
+        assert texts_of(source) == [row["text"] for row in ROWS[:2]]
+
+
 def test_a_changed_file_is_another_source(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl")
-    before = HubDataset(path=str(path)).describe()
-    assert HubDataset(path=str(path)).describe() == before and json.dumps(before)
+    before = HubDataset(path=str(path)).identity()
+    assert HubDataset(path=str(path)).identity() == before and json.dumps(before)
     jsonl(path, ROWS[:20])
-    assert HubDataset(path=str(path)).describe() != before
+    assert HubDataset(path=str(path)).identity() != before

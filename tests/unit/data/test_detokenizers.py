@@ -12,7 +12,7 @@ CASES = [
     ("wikitext", " = Title = \n It was 1 @,@ 000 @.@ 5 well @-@ known .", " = Title =\nIt was 1,000.5 well-known ."),
     ("wikitext", 'the dog \'s ( big ) [ red ] { old } " bone " , and ; so : it ! is ? end . More', None),
     ("ptb", "mr. <unk> is n't N N the company 's $ N \\/ # N the dogs ' N", None),
-    ("lm1b", "He said , \" go ( now ) \" : it 's $ 5 / day ! http : / / x . y .", None),
+    ("lm1b", 'He said , " go ( now ) " : it \'s $ 5 / day ! http : / / x . y .', None),
     ("lambada", "  \u201cHi,\u201d she said. \n", '\n"Hi," she said.'),
     ("scientific_papers", "a @-@ b ( c ) 's $ 5 / day ?", None),
 ]
@@ -23,7 +23,7 @@ def published(name: str, text: str) -> str:
     by_hand = {
         "wikitext": 'the dog\'s (big) [red] {old} "bone", and; so: it! is? end. More',
         "ptb": "mr. ? isn't 1 1 the company's $1 / #1 the dogs' N",
-        "lm1b": "He said, \"go (now)\": it's $5/day! http://x . y.",
+        "lm1b": 'He said, "go (now)": it\'s $5/day! http://x . y.',
         "scientific_papers": "a-b (c)'s $5/day?",
     }
     return by_hand[name]

@@ -67,12 +67,16 @@ def test_random_datasets_mixtures_and_batches_neither_repeat_nor_skip(tmp_path: 
     for trial in range(12):
         sources = chosen.randint(1, 3)
         paths = [
-            write_split(tmp_path / f"{trial}-{s}", [documents(chosen.randint(1, 20), seed=s, longest=chosen.randint(9, 90))])
+            write_split(
+                tmp_path / f"{trial}-{s}", [documents(chosen.randint(1, 20), seed=s, longest=chosen.randint(9, 90))]
+            )
             for s in range(sources)
         ]
         mode = chosen.choice(["wrap", "isolated", "pad"])
         weights = [float(chosen.randint(1, 4)) for _ in paths]
-        dataset = TokenDataset.open(paths, seq_len=8, packing=mode, block_size=2, mixture=Mixture.of(weights), seed=trial)
+        dataset = TokenDataset.open(
+            paths, seq_len=8, packing=mode, block_size=2, mixture=Mixture.of(weights), seed=trial
+        )
         consumed, collected = 0, {}
         for _ in range(4):
             dp, mbs, m = chosen.randint(1, 3), chosen.randint(1, 3), chosen.randint(1, 2)
@@ -170,7 +174,11 @@ def test_indices_are_taken_as_the_formula_says() -> None:
     [
         ({"global_batch_size": 10, "micro_batch_size": 3}, ConfigError, "global_batch_size=10 is not a multiple of"),
         ({"global_batch_size": 8, "micro_batch_size": 0}, ConfigError, "micro_batch_size=0 is empty"),
-        ({"global_batch_size": 8, "micro_batch_size": 1, "dp": 2, "dp_rank": 2}, GridError, r"dp_rank=2 is outside \[0, 2\)"),
+        (
+            {"global_batch_size": 8, "micro_batch_size": 1, "dp": 2, "dp_rank": 2},
+            GridError,
+            r"dp_rank=2 is outside \[0, 2\)",
+        ),
     ],
 )
 def test_shares_that_do_not_fill_the_batch_are_refused(share: dict, kind: type, sentence: str) -> None:

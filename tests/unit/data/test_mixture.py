@@ -50,7 +50,8 @@ def test_stages_carry_counts_over_so_that_no_row_is_repeated_or_skipped() -> Non
     for _ in range(20):
         starts = sorted(chosen.sample(range(1, 200), k=chosen.randint(0, 3)))
         stages = [
-            Stage(start=s, weights=tuple(float(chosen.randint(0, 4)) + (k == 0) for k in range(3))) for s in [0, *starts]
+            Stage(start=s, weights=tuple(float(chosen.randint(0, 4)) + (k == 0) for k in range(3)))
+            for s in [0, *starts]
         ]
         mixture = Mixture(stages)
         source, count = mixture.locate(np.arange(300))
@@ -87,7 +88,10 @@ def test_the_chairman_keeps_every_prefix_within_one() -> None:
         ([], "a mixture begins at index 0"),
         ([Stage(start=5, weights=(1.0,))], "a mixture begins at index 0"),
         ([Stage(start=0, weights=(1.0,)), Stage(start=0, weights=(1.0,))], "stage at 0 does not come after 0; sort"),
-        ([Stage(start=0, weights=(1.0,)), Stage(start=3, weights=(1.0, 2.0))], "has 2 weights for 1 sources; give one each"),
+        (
+            [Stage(start=0, weights=(1.0,)), Stage(start=3, weights=(1.0, 2.0))],
+            "has 2 weights for 1 sources; give one each",
+        ),
         ([Stage(start=0, weights=(1.0, -1.0))], r"weights \[1.0, -1.0\] are not all 0 or more"),
         ([Stage(start=0, weights=(0.0, 0.0))], "with one positive; mend them"),
         ([Stage(start=0, weights=(1.0, float("nan")))], "are not all 0 or more"),

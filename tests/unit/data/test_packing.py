@@ -95,7 +95,8 @@ def test_wrap_loses_less_than_one_row_of_the_whole_split(tmp_path: Path) -> None
 
 def test_rows_do_not_depend_on_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:
     rows = PackedRows(
-        ShardFolder(write_split(tmp_path, [documents(40, seed=3)])), PackingRule(seq_len=8, mode="isolated", block_size=4)
+        ShardFolder(write_split(tmp_path, [documents(40, seed=3)])),
+        PackingRule(seq_len=8, mode="isolated", block_size=4),
     )
     whole = rows.read(np.arange(rows.num_rows))
     order = np.random.default_rng(0).permutation(rows.num_rows)
@@ -131,7 +132,10 @@ def test_a_split_shorter_than_one_row_is_refused(tmp_path: Path) -> None:
         ({"seq_len": 2, "wrap_special": True}, "seq_len=2 holds no text; use 3 or more"),
         ({"seq_len": 8, "mode": "pad", "wrap_special": True}, "wrap_special=True needs packing=wrap, not pad"),
         ({"seq_len": 8, "mode": "isolated"}, "block_size is None; give a divisor of seq_len"),
-        ({"seq_len": 10, "mode": "isolated", "block_size": 4}, "seq_len=10 is not a multiple of block_size=4; use 8 or 12"),
+        (
+            {"seq_len": 10, "mode": "isolated", "block_size": 4},
+            "seq_len=10 is not a multiple of block_size=4; use 8 or 12",
+        ),
     ],
 )
 def test_rules_that_cannot_be_are_refused(options: dict, sentence: str) -> None:

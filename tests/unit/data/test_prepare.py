@@ -63,15 +63,19 @@ def test_the_text_is_all_there_once_and_the_folder_is_complete(text: Path, tmp_p
 
 def test_the_result_does_not_depend_on_the_number_of_workers(text: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
-        prepare(request(text, tmp_path / str(workers), tokenizer="sentencepiece-bpe", vocab_size=380), num_workers=workers)
+        prepare(
+            request(text, tmp_path / str(workers), tokenizer="sentencepiece-bpe", vocab_size=380), num_workers=workers
+        )
     assert content_of(tmp_path / "1") == content_of(tmp_path / "3")
 
 
 def test_a_second_run_finds_the_folder_and_another_request_is_refused(text: Path, tmp_path: Path) -> None:
     first = prepare(request(text, tmp_path / "out"))
+    (tmp_path / ".out.partial" / "work").mkdir(parents=True)  # as after a kill between publishing and tidying
     before = content_of(tmp_path / "out")
     again = prepare(request(text, tmp_path / "out"))
     assert again.was_there and again.num_tokens == first.num_tokens and content_of(tmp_path / "out") == before
+    assert not (tmp_path / ".out.partial").exists()
     with pytest.raises(ConfigError, match="was prepared from other text or settings; name a new folder or remove it"):
         prepare(request(text, tmp_path / "out", valid_fraction=0.1))
     (tmp_path / "mine").mkdir()
@@ -251,6 +255,13 @@ def test_splits_may_have_sources_of_their_own(text: Path, tmp_path: Path) -> Non
     assert ShardFolder(tmp_path / "out" / "valid").packing_rule == packing["valid"]
     assert ShardFolder(tmp_path / "out" / "train").packing_rule == {}
     assert made.num_documents["valid"] == 2
+
+
+def test_white_space_before_the_text_takes_no_place_among_the_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\none\n\n \n\ntwo")
+    source = TextFiles(paths=(str(tmp_path / "a.txt"),))
+    made = prepare(PrepareRequest(out=tmp_path / "out", sources={"train": source}))
+    assert made.num_documents == {"train": 1, "valid": 1}
 
 
 def test_documents_of_white_space_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -78,9 +78,18 @@ def test_filters_travel_from_the_recipe(tmp_path: Path) -> None:
         ("about: x\nsources: {train: {}}", "source train names 0 of text, builtin, dataset; name exactly one"),
         ("about: x\nsources: {train: {text: a, builtin: b}}", "source train names 2 of text, builtin, dataset"),
         ("about: x\nsources: {train: {text: a, colum: b}}", "unknown key colum; did you mean column?"),
-        ("about: x\nsources: {train: {dataset: a, filters: [{equals: b}]}}", "a filter of source train names no column"),
-        ("about: x\nsources: {train: {dataset: a, filters: [{column: b}]}}", "filter on b compares nothing; give equals"),
-        ("about: x\nsources: {}\npacking: {train: {append_bos: true}}", "unknown key append_bos; did you mean append_eos?"),
+        (
+            "about: x\nsources: {train: {dataset: a, filters: [{equals: b}]}}",
+            "a filter of source train names no column",
+        ),
+        (
+            "about: x\nsources: {train: {dataset: a, filters: [{column: b}]}}",
+            "filter on b compares nothing; give equals",
+        ),
+        (
+            "about: x\nsources: {}\npacking: {train: {append_bos: true}}",
+            "unknown key append_bos; did you mean append_eos?",
+        ),
         ("about: x\nsources: {}\ndetokenizer: brown", "detokenizer=brown is not known"),
     ],
 )

@@ -61,7 +61,9 @@ def test_a_writer_leaves_nothing_where_there_is_nothing_or_it_is_abandoned(tmp_p
 def test_truncated_and_overlong_files_are_refused_when_opened(split: Path, name: str) -> None:
     content = (split / name).read_bytes()
     (split / name).write_bytes(content[:-1])
-    with pytest.raises(DataError, match=f"{name} is truncated: {len(content) - 1} bytes, the header says {len(content)}"):
+    with pytest.raises(
+        DataError, match=f"{name} is truncated: {len(content) - 1} bytes, the header says {len(content)}"
+    ):
         ShardFolder(split)
     (split / name).write_bytes(content + b"x")
     with pytest.raises(DataError, match=f"{name} is too long"):
@@ -117,7 +119,9 @@ def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
     with pytest.raises(DataError, match="header.json is damaged .no JSON object"):
         ShardFolder(split)
     (split / "header.json").unlink()
-    with pytest.raises(DataError, match=r"header.json cannot be read \(No such file or directory\); prepare the data again"):
+    with pytest.raises(
+        DataError, match=r"header.json cannot be read \(No such file or directory\); prepare the data again"
+    ):
         ShardFolder(split)
     with pytest.raises(DataError, match="nowhere does not exist; give a folder made by tools/prepare_data.py"):
         ShardFolder(split / "nowhere")
@@ -126,7 +130,9 @@ def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
 def test_shards_of_another_tokenizer_are_refused(split: Path) -> None:
     opened = ShardFolder(split)
     check_tokenizer(opened, BYTES.fingerprint)
-    with pytest.raises(TokenizerError, match="was made by tokenizer .* not by ffffffffffff; use the tokenizer folder beside"):
+    with pytest.raises(
+        TokenizerError, match="was made by tokenizer .* not by ffffffffffff; use the tokenizer folder beside"
+    ):
         check_tokenizer(opened, "f" * 64)
 
 
@@ -148,5 +154,8 @@ def test_files_appear_whole(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("new")
     publish(tmp_path / "t", tmp_path / "a.json")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
-    with pytest.raises(DataError, match="reading it failed .Is a directory.; do better"), disk_errors("reading it", "do better"):
+    with (
+        pytest.raises(DataError, match="reading it failed .Is a directory.; do better"),
+        disk_errors("reading it", "do better"),
+    ):
         tmp_path.read_text()

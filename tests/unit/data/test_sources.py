@@ -58,7 +58,13 @@ def test_lines_are_each_read_once_however_the_file_is_cut(tmp_path: Path, part_b
 
 
 def test_whole_files_are_documents_and_folders_are_read_in_order(tmp_path: Path) -> None:
-    for name, text in (("b.txt", "second\n\nfile"), ("a.md", "first"), ("c/d.rst", "third"), ("e.bin", "no"), ("f.txt", "")):
+    for name, text in (
+        ("b.txt", "second\n\nfile"),
+        ("a.md", "first"),
+        ("c/d.rst", "third"),
+        ("e.bin", "no"),
+        ("f.txt", ""),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     for part_bytes in (1, 12, 10**6):
@@ -123,7 +129,7 @@ def test_the_builtin_corpus_is_english_and_repeats() -> None:
     assert not [i for i in items if "test" in Path(i).parts or "site-packages" in i]
     topics = list(builtin_documents("topics"))
     assert len(topics) > 50 and sum(map(len, topics)) > 300_000
-    assert "The \"assert\" statement" in topics[0] + topics[1]
+    assert 'The "assert" statement' in topics[0] + topics[1]
     module = next(iter(builtin_documents("argparse.py")))
     assert module.startswith("argparse\n\nCommand-line parsing library") and "argparse.ArgumentParser" in module
     assert builtin_items("python-topics") == ["topics"]

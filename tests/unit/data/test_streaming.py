@@ -33,7 +33,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text").mkdir()
     for number, count in enumerate((40, 25, 33)):
         rows = [
-            {"text": f"{number}.{i} " + "word " * chosen.choice([0, 1, 2, 5, 30]), "keep": i % 7 != 0} for i in range(count)
+            {"text": f"{number}.{i} " + "word " * chosen.choice([0, 1, 2, 5, 30]), "keep": i % 7 != 0}
+            for i in range(count)
         ]
         rows[3]["text"] = "  "
         (tmp_path / "text" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -118,7 +119,9 @@ def test_a_lane_without_shuffling_is_its_files_packed_in_order(corpus: Path) -> 
     rule = PackingRule(seq_len=16)
     lane = Lane(plan(corpus, rule, num_lanes=1, shuffle_rows=1), 0)
     read = [
-        row["text"] for n in range(3) for row in map(json.loads, (corpus / "text" / f"{n}.jsonl").read_text().splitlines())
+        row["text"]
+        for n in range(3)
+        for row in map(json.loads, (corpus / "text" / f"{n}.jsonl").read_text().splitlines())
         if row["keep"] and row["text"].strip()
     ]
     stream = [token for text in read for token in [*text.encode(), SPECIAL.eos]]
@@ -173,7 +176,9 @@ def test_streams_that_cannot_be_are_refused(corpus: Path) -> None:
         plan(corpus, shuffle_rows=0)
     stream = plan(corpus)
     _, state = batches_of(stream, ONE, 0, 8)
-    with pytest.raises(DataError, match="the saved stream state has num_lanes=2, the run has 3; resume with num_lanes=2"):
+    with pytest.raises(
+        DataError, match="the saved stream state has num_lanes=2, the run has 3; resume with num_lanes=2"
+    ):
         StreamLoader(stream, lambda: ONE.step(0), state={**state, "num_lanes": 2})
     with pytest.raises(DataError, match=r"lane 0 stands at row \d+ and was asked for row 0; resume the stream"):
         batches_of(stream, ONE, 0, 1, state=state)

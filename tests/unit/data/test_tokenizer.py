@@ -62,7 +62,9 @@ def noise_texts(num_texts: int, seed: int) -> list[str]:
             start = chosen.randrange(len(plain) - 50)
             return plain[start : start + chosen.randint(1, 40)]
         if kind < 0.8:
-            return chosen.choice([*AWKWARD, "  ", "\n\n", "\t", "\u2581", "<s>", "<0x0A>", "aaaa"]) * chosen.randint(1, 2)
+            return chosen.choice([*AWKWARD, "  ", "\n\n", "\t", "\u2581", "<s>", "<0x0A>", "aaaa"]) * chosen.randint(
+                1, 2
+            )
         return chr(chosen.choice([chosen.randrange(0xD800), chosen.randrange(0xE000, 0x110000)]))
 
     return ["".join(piece() for _ in range(chosen.randint(1, 8))) for _ in range(num_texts)]
@@ -130,7 +132,12 @@ def test_fingerprints_differ(made: dict[str, Tokenizer]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_may_leave_special_tokens_out(made: dict[str, Tokenizer], name: str) -> None:
     tokenizer = made[name]
-    ids = [tokenizer.special.bos, *tokenizer.encode("some words").tolist(), tokenizer.special.eos, tokenizer.special.mask]
+    ids = [
+        tokenizer.special.bos,
+        *tokenizer.encode("some words").tolist(),
+        tokenizer.special.eos,
+        tokenizer.special.mask,
+    ]
     assert tokenizer.decode(ids, skip_special=True) == "some words"
     whole = tokenizer.decode(ids)
     assert whole != "some words" and "some words" in whole
@@ -157,7 +164,13 @@ def test_bert_like_tokenizers_lend_their_own_tokens(tmp_path: Path) -> None:
     built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     built.add_special_tokens(words[:5])
     built.save(str(tmp_path / "tokenizer.json"))
-    named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    named = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+    }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = open_tokenizer(tmp_path)

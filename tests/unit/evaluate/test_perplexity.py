@@ -14,17 +14,19 @@ import torch
 
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.noise_plan import CountDrawn, noise_plan
-from bd3_megatron.evaluate.offline import Work, evaluate_plain
+from bd3_megatron.evaluate.offline import Work, evaluate_plain, score_plain
 from bd3_megatron.evaluate.perplexity import (
-    NORMAL_95,
     PROBE_SEQUENCES,
     Estimate,
     ScoreSettings,
     ScoreSums,
     deal,
     estimate,
+    paired_difference,
     score_table,
+    sequence_scores,
 )
+from bd3_megatron.evaluate.tables import NORMAL_95
 from tests import tolerances
 from tests.unit.evaluate.tiny import (
     LENGTH,
@@ -224,3 +226,17 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         noise_plan(objective="block", block_size=16, mask_id=MASK_ID, exact=True)
     with pytest.raises(RangeError, match="without mask_id cannot be scored"):
         noise_plan(objective="block", block_size=4, mask_id=None)
+
+
+def test_a_paired_difference_is_sharper_than_two_errors() -> None:
+    rows, settings = random_rows(60), ScoreSettings(exact=True, exclude_first=True)
+    scored = [score_plain(tiny_model(size), rows, settings, WORK, mask_id=MASK_ID) for size in (2, 4)]
+    first, second = (sequence_scores(*one) for one in scored)
+    mean, error = paired_difference(first, second)
+    apart = [estimate(*one) for one in scored]
+    assert mean == pytest.approx(apart[0].nll_nats_per_token - apart[1].nll_nats_per_token)
+    assert error is not None and error < math.hypot(*(one.stderr_text or 0.0 for one in apart))
+    assert paired_difference(first, first) == (0.0, 0.0)
+    other = sequence_scores(*score_plain(tiny_model(2), rows, ScoreSettings(exact=True), WORK, mask_id=MASK_ID))
+    with pytest.raises(RangeError, match="do not count the same tokens, so they cannot be paired"):
+        paired_difference(first, other)

@@ -21,12 +21,14 @@ MASK_ID = 3
 LENGTH = 8
 
 
-def tiny_model(block_size: int = 4, *, objective: str = "block", length: int = LENGTH, vocab: int = VOCAB) -> PlainBD3:
+def tiny_model(
+    block_size: int = 4, *, objective: str = "block", length: int = LENGTH, vocab: int = VOCAB, layers: int = 1
+) -> PlainBD3:
     """Weights large enough that tokens, masks and order matter."""
     model = PlainBD3(
         BD3Config(
             vocab_size=vocab,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             hidden_size=8,
             num_attention_heads=2,
             intermediate_size=16,

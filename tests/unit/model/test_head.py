@@ -39,9 +39,9 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
 
 
 def test_what_may_not_be_predicted_gets_no_gradient() -> None:
-    _, _, grads = solved(head_problem(vocab_size=21, never=7))
+    _, _, grads = solved(head_problem(vocab_size=21, never=20))
     for grad in grads[1:]:
-        assert not grad[21:].any() and not grad[7].any() and grad[8].any()
+        assert not grad[20:].any() and grad[:20].any(dim=-1).all()
 
 
 def test_bf16_keeps_its_sums_in_fp32() -> None:

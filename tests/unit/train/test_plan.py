@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
+from bd3_megatron.diffusion.curriculum import llada2_wsd, paper_two_phase
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.errors import ConfigError, GridError
 from bd3_megatron.train.plan import RunPlan
 from tests.unit.model.cost_cases import case
 
 LENGTH = 32
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def config_of(train: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -112,6 +116,17 @@ def test_without_phases_the_run_is_one_phase() -> None:
     assert RunPlan(config_of({"steps": 5}, diffusion={"objective": "ar"})).place(0).phase.block_size == 1
 
 
+def test_a_search_chooses_only_where_the_phase_names_no_interval() -> None:
+    phases = [{"block_size": 32, "steps": 2, "interval": [1e-3, 1.0]}, {"block_size": 8, "steps": 2}, {"block_size": 32}]
+    plan = RunPlan(config_of({"steps": 6}, diffusion={"phases": phases, "interval": [0.45, 0.95]}))
+    assert [plan.is_searched(step) for step in (0, 2, 4)] == [False, True, True]
+    assert [plan.interval(step, {}) for step in (0, 2)] == [Interval(), Interval(0.45, 0.95)]
+    found = {32: (0.1, 0.9), 8: (0.3, 0.8)}
+    assert [plan.interval(step, found) for step in (0, 2, 4)] == [Interval(), Interval(0.3, 0.8), Interval(0.1, 0.9)]
+    alone = RunPlan(config_of({"steps": 6}, diffusion={"block_size": 8, "interval": [0.45, 0.95]}))
+    assert alone.is_searched(0) and alone.interval(0, found) == Interval(0.3, 0.8)
+
+
 def test_the_rate_is_the_runs_times_the_phases() -> None:
     phases = [{"block_size": 8, "steps": 4, "lr_start": 0.5, "lr_end": 0.5}, {"block_size": 4, "lr_warmup_steps": 2}]
     optim = {"lr": 1.0, "warmup_steps": 2}
@@ -123,3 +138,22 @@ def test_a_curriculum_that_ends_before_the_run_is_refused() -> None:
     plan = RunPlan(config_of({"steps": 9}, diffusion={"phases": [{"block_size": 4, "steps": 8}]}))
     with pytest.raises(ConfigError, match=r"^The phases end at step 8 but the run has 9 steps; shorten the run or"):
         plan.place(0)
+
+
+def test_the_shipped_curricula_are_the_recipes() -> None:
+    paper = RunPlan(load_config(CONFIGS / "curriculum_paper_two_phase.yaml"))
+    recipe = paper_two_phase(128, 4, Interval(0.45, 0.95), first_steps=1700, second_steps=300, warmup_steps=50)
+    assert [(p.block_size, p.interval, p.lr) for p in paper.curriculum.phases] == [
+        (p.block_size, p.interval, p.lr) for p in recipe
+    ]
+    assert paper.curriculum.seams() == (0, 1700) and paper.place(1999).num_steps == 300
+    wsd = RunPlan(load_config(CONFIGS / "curriculum_llada2_wsd.yaml"))
+    assert wsd.curriculum.phases == llada2_wsd(128, warmup_phase_steps=200, stable_steps=1000, decay_steps=400)
+    assert [wsd.is_searched(seam) for seam in wsd.curriculum.seams()] == [False, True, True, False, True]
+
+
+def test_the_papers_own_phases_are_not_searched_away() -> None:
+    for name in ("owt_110m_b8", "lm1b_110m_b8"):
+        plan = RunPlan(load_config(CONFIGS / f"{name}.yaml"))
+        assert (plan.is_searched(0), plan.is_searched(850_000)) == (False, True)
+        assert plan.interval(850_000, {}) == Interval(0.45, 0.95)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.train.state import TrainState
 
 
@@ -18,9 +17,3 @@ def test_the_state_survives_json() -> None:
     )
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
     assert TrainState.from_json(json.loads(json.dumps(TrainState().to_json()))) == TrainState()
-
-
-def test_a_searched_interval_goes_before_the_configured_one() -> None:
-    state = TrainState(intervals={4: (0.45, 0.95)})
-    assert state.interval(4, Interval()) == Interval(0.45, 0.95)
-    assert state.interval(8, Interval(0.3, 0.8)) == Interval(0.3, 0.8)

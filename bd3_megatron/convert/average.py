@@ -1,0 +1,113 @@
+"""The mean of several checkpoints of one run: the last k, the best k by held-out loss, or those that are named.
+
+Decides: weights are added in float64 parameter by parameter, and the result is a checkpoint of kind "whole" that every
+tool reads like any other. Which ones are best is read from the run's own record. Refuses: checkpoints of different
+models, fewer than asked for, and records without evaluations.
+Source: LAWA / checkpoint merging as in LLaDA2 (arXiv 2512.15745), which averages the k checkpoints of lowest loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.layout import Manifest, candidates, read_manifest
+from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
+from bd3_megatron.checkpoint.verify import problem_of, verify
+from bd3_megatron.checkpoint.whole import write_whole
+from bd3_megatron.errors import CheckpointError
+
+LOSS = "eval/nll_nats_per_token"
+
+
+def last_checkpoints(run_dir: Path, count: int, *, warn: Callable[[str], None] | None = None) -> list[Path]:
+    """The newest `count` complete checkpoints of a run, newest first.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    return _first(complete_checkpoints(run_dir, warn=warn), count, run_dir)
+
+
+def best_checkpoints(run_dir: Path, count: int, *, warn: Callable[[str], None] | None = None) -> list[Path]:
+    """The `count` complete checkpoints whose step was evaluated best, best first.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    losses = evaluated_losses(run_dir / "metrics.jsonl")
+    evaluated = [(losses.get(read_manifest(path).step), path) for path in complete_checkpoints(run_dir, warn=warn)]
+    ranked = sorted((loss, str(path)) for loss, path in evaluated if loss is not None)
+    return _first([Path(path) for _, path in ranked], count, run_dir)
+
+
+def complete_checkpoints(run_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[Path]:
+    """Every checkpoint of a run whose files are as they were written, newest first."""
+    found = []
+    for path in candidates(run_dir / "checkpoints"):
+        problem = problem_of(path)
+        if problem is None:
+            found.append(path)
+        elif warn is not None:
+            warn(f"skips checkpoint {path.name}: {problem}")
+    return found
+
+
+def evaluated_losses(metrics: Path) -> dict[int, float]:
+    """Held-out loss, nats per token, of every step that was evaluated."""
+    losses: dict[int, float] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get(LOSS), int | float):
+            losses[int(record["step"])] = float(record[LOSS])
+    return losses
+
+
+def average(paths: Sequence[Path], out: Path, *, raw: bool = False) -> Manifest:
+    """Write the mean of checkpoints as a checkpoint.
+
+    Args:
+        paths: two or more, of one model; the first one's manifest is kept, with the origin added.
+        out: the checkpoint's folder; must not exist.
+        raw: average trained weights in place of their moving averages.
+
+    Raises:
+        CheckpointError: fewer than two, damaged, or of different models.
+    """
+    if len(paths) < 2:
+        raise CheckpointError(f"{len(paths)} checkpoint is nothing to average; name two or more.")
+    manifests = [verify(path) for path in paths]
+    readers = [open_checkpoint(path) for path in paths]
+    which = "model" if raw or any("ema" not in reader.kinds() for reader in readers) else "ema"
+    shapes = {name: readers[0].shape(name) for name in readers[0].names()}
+    for reader in readers[1:]:
+        if {name: reader.shape(name) for name in reader.names()} != shapes:
+            raise CheckpointError(
+                f"{reader.folder} and {readers[0].folder} are of different models; average one run's."
+            )
+    newest = max(manifests, key=lambda manifest: manifest.step)
+    origin = {"averaged_steps": [manifest.step for manifest in manifests], "weights": which}
+    single = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
+    described = replace(newest, grid=single, zero_stage=1, world_size=1, engine={}, origin=origin, files={})
+    return write_whole(out, described, shapes, lambda name: _mean(readers, name, which))
+
+
+def _mean(readers: Sequence[CheckpointReader], name: str, which: str) -> Tensor:
+    total = readers[0].tensor(name, which).double()
+    for reader in readers[1:]:
+        total += reader.tensor(name, which)
+    return (total / len(readers)).to(torch.float32)
+
+
+def _first(paths: list[Path], count: int, run_dir: Path) -> list[Path]:
+    if len(paths) < count:
+        raise CheckpointError(f"{run_dir} has {len(paths)} such checkpoints, {count} were asked for; ask for fewer.")
+    return paths[:count]

@@ -1,0 +1,94 @@
+"""What the sampler is asked and what it answers: prompts, options, results; and the sentences for bad requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bd3_megatron.errors import SamplingError
+from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One finished text."""
+
+    tokens: list[int]
+    """new tokens only; of an infilled text, all of it"""
+    text: str | None
+    """what the new tokens add to the prompt, without special tokens and stop string; None without a tokenizer"""
+    prompt_tokens: list[int]
+    prompt_index: int
+    """which prompt of the request"""
+    sample_index: int
+    """which of its samples"""
+    num_forwards: int
+    """forwards this text took part in until it was finished"""
+    seconds: float
+    """from the start of its batch until it was finished"""
+    stop_reason: str
+    """"length", "eos" or "string" """
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """A block of a text, as soon as it is decided."""
+
+    tokens: list[int]
+    text: str | None
+    """None without a tokenizer; a character cut by the block's end comes with the next block"""
+    stop_reason: str | None
+    """set on the last block"""
+
+
+@contextmanager
+def as_sampling_errors() -> Iterator[None]:
+    """The engine travels without the house's errors; its sentences become ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise SamplingError(str(error)) from None
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list.
+
+    Raises:
+        SamplingError: there is none.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    if not listed:
+        raise SamplingError("no prompts were given; give at least one (an empty string starts from BOS).")
+    return listed  # type: ignore[return-value]
+
+
+def new_options(seed: int, options: dict[str, Any]) -> DecodingOptions:
+    """Checked decoding options.
+
+    Raises:
+        SamplingError: an unknown option, or one outside its range.
+    """
+    known = sorted(DecodingOptions.__dataclass_fields__)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise SamplingError(f"unknown option {', '.join(unknown)}; use {', '.join(known)}.")
+    with as_sampling_errors():
+        return DecodingOptions(seed=seed, **options)
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse a number of things below 1.
+
+    Raises:
+        SamplingError: value, law and remedy.
+    """
+    if value < 1:
+        raise SamplingError(f"{name}={value} is out of range; use 1 or more.")

@@ -1,0 +1,44 @@
+"""Training through the shipped batch script on a real SLURM: the same losses as at home, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.integration.slurm_client import DEBUG, Slurm, last_step, losses, status
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 60
+"""Enough that a signal at step 2 finds the run at work."""
+START_SECONDS = 240.0
+"""Importing and joining on a busy machine."""
+
+
+def overrides(tokens: Path) -> list[str]:
+    fixed = ["watch.leak_check=false", "throughput.peak_tflops=1.0", "checkpoint.every_steps=20"]
+    return [f"data.path={tokens}", f"train.steps={STEPS}", *fixed]
+
+
+def test_two_nodes_told_to_stop_requeue_and_end_with_the_losses_of_a_local_run(
+    slurm: Slurm, tmp_path: Path, byte_tokens: Path, clean_environment: Mapping[str, str]
+) -> None:
+    run = tmp_path / "run"
+    job = slurm.train("--nodes", "2", *overrides(byte_tokens), profile=slurm.profile(sys.executable))
+    slurm.until(lambda: last_step(run) >= 2, job, START_SECONDS)
+    slurm.lab.run("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.until(lambda: int(slurm.job(job)["Restarts"]) == 1, job)
+    stopped = last_step(run)
+    assert status(run) | {"time": 0} == {"status": "stopped", "reason": "signal", "step": stopped, "time": 0}
+    assert slurm.wait(job, START_SECONDS)["JobState"] == "COMPLETED", slurm.log(job)
+    assert status(run)["status"] == "finished" and "requeues itself" in slurm.log(job)
+
+    home = [f"run.dir={tmp_path}/home", "parallel.dp=2", *overrides(byte_tokens)]
+    local = [sys.executable, "-m", "bd3_megatron.cli", "train", str(DEBUG), *home]
+    subprocess.run(local, env=dict(clean_environment), check=True, capture_output=True, timeout=280)
+    assert losses(run) == losses(tmp_path / "home")
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1)), "none lost, none repeated"

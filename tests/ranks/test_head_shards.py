@@ -1,0 +1,41 @@
+"""The vocabulary-parallel head equals plain cross entropy over the whole table, also where a rank has only padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bd3_megatron.config.schema import ParallelConfig
+from bd3_megatron.model.head import VocabShard, weighted_nll
+from bd3_megatron.parallel.topology import Topology
+from tests import tolerances
+from tests.ranks.harness import run_ranks
+from tests.unit.model.heads import head_problem
+
+
+@pytest.mark.parametrize(("tp", "vocab_size"), [(2, 21), (4, 17)])
+def test_shards_of_the_table_give_one_loss(tp: int, vocab_size: int) -> None:
+    # with 17 ids of 24 rows the last of four ranks holds nothing but padding
+    problem = head_problem(vocab_size=vocab_size, never=vocab_size - 1)
+    problem.target_R.remainder_(vocab_size - 1)
+
+    def on_rank(topology: Topology) -> Any:
+        size = 24 // tp
+        rows = slice(topology.tp_rank * size, (topology.tp_rank + 1) * size)
+        inputs = [problem.hidden_RD, problem.weight_VD[rows], problem.bias_V[rows]]
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        shard = VocabShard(rows.start, vocab_size, vocab_size - 1, topology.groups.tp)
+        total, nll_R = weighted_nll(*inputs, problem.target_R, problem.row_weight_R, shard=shard)
+        total.backward()
+        return nll_R, [t.grad for t in inputs]
+
+    nll_R, grads = problem.answer()
+    found = run_ranks(on_rank, ParallelConfig(tp=tp))
+    for rank_nll_R, _ in found:
+        assert torch.allclose(rank_nll_R, nll_R, rtol=0, atol=tolerances.EXACT_FP64)
+    # the hidden states' gradient is partial over ranks, the table's is cut
+    together = [sum(g[0] for _, g in found), torch.cat([g[1] for _, g in found]), torch.cat([g[2] for _, g in found])]
+    for part, expected in zip(together, grads, strict=True):
+        assert torch.allclose(part, expected, rtol=0, atol=tolerances.EXACT_FP64 * 10)

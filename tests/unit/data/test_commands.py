@@ -1,0 +1,128 @@
+"""tools/prepare_data.py and tools/inspect_shards.py as people call them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from bd3_megatron.data.shards import ShardFolder
+from tests.unit.data.corpora import english
+from tools import inspect_shards, prepare_data
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(english(900, 1))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return prepare_data.main([*map(str, arguments), "--quiet"])
+
+
+def test_text_is_prepared_and_found_again(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("--text", text, "--out", out, "--valid-fraction", 0.1) == 0
+    assert f"{out} prepared: train" in capsys.readouterr().out
+    assert run("--text", text, "--out", out, "--valid-fraction", 0.1) == 0
+    assert "was prepared before" in capsys.readouterr().out
+    assert ShardFolder(out / "train", verify=True).vocab_size == 260
+
+
+def test_a_vocabulary_is_trained_of_the_size_asked_for(text: Path, tmp_path: Path) -> None:
+    options = ("--tokenizer", "sentencepiece", "--vocab-size", 380, "--documents", "line")
+    assert run("--text", text, "--out", tmp_path / "out", *options) == 0
+    assert ShardFolder(tmp_path / "out" / "train").vocab_size == 380
+    # A prepared folder's tokenizer serves another corpus.
+    again = ("--tokenizer", tmp_path / "out" / "tokenizer", "--valid-fraction", 0)
+    assert run("--text", text, "--out", tmp_path / "other", *again) == 0
+    headers = [ShardFolder(tmp_path / name / "train").header for name in ("out", "other")]
+    assert headers[0].tokenizer_fingerprint == headers[1].tokenizer_fingerprint
+
+
+def test_the_other_sources_are_reached(tmp_path: Path) -> None:
+    assert run("--builtin", "python-topics", "--out", tmp_path / "a") == 0
+    assert ShardFolder(tmp_path / "a" / "train").num_tokens > 300_000
+    (tmp_path / "r.yaml").write_text(f"about: r\nsources:\n  train: {{text: {tmp_path}/t.txt, documents: line}}\n")
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    assert run("--recipe", tmp_path / "r.yaml", "--out", tmp_path / "b", "--valid-fraction", 0.5) == 0
+    assert ShardFolder(tmp_path / "b" / "valid").num_documents == 1
+
+
+def test_every_mistake_is_one_line_and_leaves_nothing(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--text", tmp_path / "gone.txt"), "does not exist"),
+        (("--text", tmp_path / "empty.txt"), "is empty"),
+        (("--text", tmp_path / "latin.txt"), "is not UTF-8 at byte 3"),
+        (("--builtin", "c-docs"), "built-in corpus c-docs is not known"),
+        (("--dataset", "./none.jsonl"), "dataset ./none.jsonl does not exist"),
+        (("--recipe", tmp_path / "none.yaml"), "cannot be read"),
+        ((), "one source is read and none was given"),
+        (("--text", text, "--builtin", "python-docs"), "--text and --builtin was given; use one of"),
+        (("--text", text, "--tokenizer", "./none"), "tokenizer ./none does not exist"),
+        (("--text", text, "--tokenizer", "sentencepiece", "--vocab-size", 100), "vocab_size=100 leaves no room"),
+        (("--text", text, "--workers", 0), "num_workers=0 does no work"),
+        (("--text", text, "--valid-fraction", 2), "valid_fraction=2.0 is outside"),
+    ]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for arguments, sentence in cases:
+        assert run(*arguments, "--out", tmp_path / "out") == 2, arguments
+        shown = capsys.readouterr()
+        lines = [line for line in shown.err.splitlines() if not line.startswith("training")]
+        assert len(lines) == 1 and lines[0].startswith("error: ") and sentence in lines[0], shown.err
+        assert shown.out == "" and sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("tool", ["prepare_data.py", "inspect_shards.py"])
+def test_help_answers_at_once_and_without_torch(tool: str, root: Path, clean_environment: Mapping[str, str]) -> None:
+    command = [sys.executable, "-X", "importtime", str(root / "tools" / tool), "--help"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=dict(clean_environment), capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert done.stdout.startswith("usage:")
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "datasets", "numpy", "tokenizers"}
+
+
+def test_inspection_prints_header_statistics_and_samples(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("--text", text, "--out", out, "--valid-fraction", 0.1) == 0
+    capsys.readouterr()
+    assert inspect_shards.main([str(out), "--verify", "--samples", "1"]) == 0
+    shown = capsys.readouterr().out
+    for sentence in ("tokens", "documents", "lengths", "mask 259", "verified     1 shards are sound", "document 0: '"):
+        assert shown.count(sentence) >= 2, sentence
+    assert inspect_shards.main([str(out / "train"), "--samples", "0"]) == 0
+    assert "document 0" not in capsys.readouterr().out
+
+
+def test_inspection_finds_damage(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("--text", text, "--out", out, "--valid-fraction", 0.1) == 0
+    capsys.readouterr()
+    shard = out / "train" / "part-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
+    assert inspect_shards.main([str(out)]) == 0
+    assert inspect_shards.main([str(out), "--verify"]) == 2
+    assert "part-00000.bin is damaged (checksum differs from the header)" in capsys.readouterr().err
+    header = json.loads((out / "train" / "header.json").read_text())
+    (out / "train" / "header.json").write_text(json.dumps(header | {"tokenizer_fingerprint": "0" * 64}))
+    assert inspect_shards.main([str(out)]) == 2
+    assert "was made by tokenizer 000000000000" in capsys.readouterr().err
+    assert inspect_shards.main([str(tmp_path)]) == 2
+    assert inspect_shards.main([str(tmp_path / "none")]) == 2
+    assert "none holds no token shards; give a folder made by tools/prepare_data.py" in capsys.readouterr().err

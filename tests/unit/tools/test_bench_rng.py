@@ -1,0 +1,38 @@
+"""The noise benchmark runs, names what it timed, and says what it did not measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bd3_megatron.parallel.topology import leave
+from tools.bench import rng
+
+SMALL = "--rows 4 --length 64 --block 4 --layers 1 --hidden 32 --heads 2 --vocab 64 --repeats 2".split()
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    leave()
+    assert not dist.is_initialized()
+
+
+def test_a_note_is_left(tmp_path: Path) -> None:
+    assert rng.main([*SMALL, "--results", str(tmp_path)]) == 0
+    note = (tmp_path / "rng.md").read_text("utf-8")
+    assert "noise against a step of 1 layers, h32, S4, V64, cpu" in note and "[4, 64]" in note
+    for name in ("levels", "levels and masks", rng.TOTAL):
+        assert f"| {name} | " in note
+    assert f"| {rng.STEP} | " in note and "| 100.00 % |" in note
+    assert "the step was timed at 1 rows and taken 4 / 1 times. On GPU: not measured." in note
+
+
+def test_shares_are_medians_of_rounds() -> None:
+    assert rng.share([1.0, 2.0, 30.0], [100.0, 100.0, 100.0]) == "2.00 %"

@@ -1,0 +1,104 @@
+"""What is measured of the trained models: likelihood on the same held-out text, variance by interval, frontier.
+
+Decides: the first token of a sequence is given to all models, since the AR model cannot predict it; blocks of up to
+MAX_EXACT tokens are scored by enumeration, larger ones by draws. The variance of an interval is that of one block's loss
+in nats per token over held-out blocks and noise: what the search minimises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.diffusion.corrupt import corrupt
+from bd3_megatron.diffusion.noise_level import Interval, noise_levels
+from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
+from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of
+from bd3_megatron.evaluate.judge import Judge, open_tokenizer
+from bd3_megatron.evaluate.offline import Work, load_model, score_plain
+from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, SequenceScores, estimate, sequence_scores
+from bd3_megatron.hf.plain_bd3 import PlainBD3
+from bd3_megatron.sampling.generate import Sampler
+from tools.mini.runs import Job
+from tools.mini.variants import SEQ_LEN, Size
+
+MAX_EXACT = 4
+INTERVALS = ((1e-3, 0.5), (0.3, 0.8), (0.5, 1.0), (1e-3, 1.0))
+"""Of the paper's variance table."""
+VARIANCE_SEED = 7
+CPU = torch.device("cpu")
+
+
+def likelihood(job: Job, dataset: TokenDataset, size: Size) -> tuple[Estimate, SequenceScores]:
+    """Perplexity of one model, and the scores of each sequence."""
+    model, config = load_model(job.folder, device=CPU)
+    is_small = config.objective == "block" and config.block_size <= MAX_EXACT
+    settings = ScoreSettings(num_sequences=size.num_sequences, draws=size.draws, exact=is_small, exclude_first=True)
+    scored = score_plain(model, dataset, settings, Work(batch_size=32), mask_id=config.mask_token_id)
+    return estimate(*scored), sequence_scores(*scored)
+
+
+def interval_variances(job: Job, dataset: TokenDataset, num_sequences: int) -> list[float]:
+    """Variance of one block's loss under each of INTERVALS, nats squared."""
+    model, config = load_model(job.folder, device=CPU)
+    index_B = torch.arange(min(num_sequences, dataset.num_rows))
+    found = []
+    for beta, omega in INTERVALS:
+        losses = [
+            _block_losses(model, dataset, part, Interval(beta, omega), config.mask_token_id)
+            for part in index_B.split(32)
+        ]
+        found.append(float(torch.cat(losses).var()))
+    return found
+
+
+@torch.inference_mode()
+def _block_losses(
+    model: PlainBD3, dataset: TokenDataset, index_B: Tensor, interval: Interval, mask_id: int | None
+) -> Tensor:
+    """One draw's loss of every block: [blocks], nats per token."""
+    assert mask_id is not None  # block-diffusion models have one
+    clean = dataset.batch_for(index_B)
+    blocks = SEQ_LEN // model.model.shape.block_size
+    t_BK = noise_levels(VARIANCE_SEED, index_B, num_blocks=blocks, interval=interval, group_size=len(index_B))
+    noisy = corrupt(
+        clean.tokens_BL,
+        t_BK,
+        index_B=index_B,
+        seed=VARIANCE_SEED,
+        mask_id=mask_id,
+        schedule=noise_schedule("loglinear"),
+    )
+    nll_BL = masked_token_nll(model(noisy.noisy_BL, clean.tokens_BL), clean.tokens_BL, mask_id=mask_id)
+    return block_losses(nll_BL, noisy).flatten()
+
+
+def frontiers(
+    jobs: Sequence[Job], judge_folder: Path, tokenizer_folder: Path, *, num_samples: int, temperatures: Sequence[float]
+) -> dict[str, list[dict[str, Any]]]:
+    """Points of every model's frontier, by label.
+
+    Args:
+        jobs: models to sample from.
+        judge_folder: an exported autoregressive model.
+        tokenizer_folder: of the data.
+        num_samples: texts a point.
+        temperatures: of the points.
+    """
+    judge, tokenizer = Judge.load(judge_folder), open_tokenizer(tokenizer_folder)
+    request = GenerationRequest(num_samples=num_samples, num_tokens=SEQ_LEN - 1, batch_size=num_samples)
+    points = {}
+    for job in jobs:
+        model, config = load_model(job.folder, device=CPU)
+        special = tokenizer.bos_token_id
+        config.bos_token_id = special if config.bos_token_id is None else config.bos_token_id
+        points[job.variant.label] = frontier(
+            Sampler(model, config, tokenizer), judge, request, grid_of(["first_hitting"], temperatures)
+        )
+    return points

@@ -1,0 +1,264 @@
+"""The paper in miniature: AR, S = 1, 4, 8, 16 and MDLM on one small corpus, at equal tokens and parameters.
+
+    python tools/reproduce_mini.py --quick            # one seed, no frontier: about ten minutes on two cores
+    python tools/reproduce_mini.py                    # three seeds and the generative frontier: hours
+    python tools/reproduce_mini.py --text book.txt
+
+Trains by the two-phase recipe, scores the same held-out text with standard errors, prints which orderings of the paper it
+reproduces and which not, with the numbers, and writes OUT/results.md, results.json and report.html. Run again, it goes on
+where it stopped. The text is cut into bytes, so perplexity is per byte. What is trained stands in tools/mini/variants.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.errors import BD3Error, RangeError
+from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, Size, base_tree
+
+BUILTIN = "builtin:python-docs"
+TEMPERATURES = (0.6, 0.8, 1.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the miniature; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        reproduce(options, size_of(options), Path(options.out))
+    except BD3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    found = argparse.ArgumentParser(description="The paper in miniature.")
+    found.add_argument("--quick", action="store_true", help="one seed, few steps, no frontier")
+    found.add_argument("--out", default="runs/mini", help="folder of runs and results (default: runs/mini)")
+    found.add_argument(
+        "--text", nargs="+", default=[BUILTIN], metavar="FILE", help="corpus (default: the quickstart's)"
+    )
+    found.add_argument("--steps", type=int, help="updates of every model")
+    found.add_argument("--seeds", type=int, nargs="+", help="seeds")
+    found.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="models (the trunk is always trained)")
+    found.add_argument("--num-sequences", type=int, help="held-out sequences scored")
+    found.add_argument("--jobs", type=int, default=2, help="runs at once, a core each (default: 2)")
+    return found
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    """How much to do.
+
+    Raises:
+        RangeError: numbers that leave nothing to do.
+    """
+    size = QUICK if options.quick else WHOLE
+    steps = options.steps or size.steps
+    if steps < 10 or options.jobs < 1 or (options.num_sequences is not None and options.num_sequences < 2):
+        raise RangeError("the miniature needs --steps 10 or more, --jobs 1 or more and --num-sequences 2 or more.")
+    chosen = size.variants if options.variants is None else tuple(dict.fromkeys([*options.variants, TRUNK]))
+    return dataclasses.replace(
+        size,
+        steps=steps,
+        branch_step=steps * size.branch_step // size.steps,
+        seeds=tuple(options.seeds) if options.seeds else size.seeds,
+        variants=tuple(name for name in VARIANTS if name in chosen),
+        num_sequences=options.num_sequences or size.num_sequences,
+    )
+
+
+def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
+    """Prepare, train, measure, write.
+
+    Raises:
+        BD3Error: text that cannot be read, a run that failed.
+    """
+    import yaml
+
+    from bd3_megatron.data.prepare import PrepareRequest, prepare
+    from bd3_megatron.data.sources import text_source
+    from tools.mini.runs import Runner, jobs_of
+
+    out.mkdir(parents=True, exist_ok=True)
+    source = text_source(options.text)
+    prepare(PrepareRequest(out=out / "data", sources={"train": source}, tokenizer="bytes", valid_fraction=0.05))
+    config = out / "config.yaml"
+    config.write_text(yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False), encoding="utf-8")
+    jobs = jobs_of(size, out)
+    Runner(size, config, options.jobs, say).run(jobs)
+    sections = measured(size, jobs, out)
+    markdown = as_markdown(sections)
+    (out / "results.json").write_text(json.dumps(sections, indent=2), encoding="utf-8")
+    (out / "results.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
+    write_report(size, out)
+
+
+def measured(size: Size, jobs: Sequence[Any], out: Path) -> list[dict[str, Any]]:
+    """The sections of the result: perplexity, verdicts, variance, and in the whole form the frontier."""
+    from bd3_megatron.data.loader import TokenDataset
+    from tools.mini.measure import INTERVALS, interval_variances, likelihood
+    from tools.mini.variants import SEQ_LEN
+    from tools.mini.verdicts import verdicts
+
+    dataset = TokenDataset.open(out / "data" / "valid", seq_len=SEQ_LEN, shuffle=False)
+    found, scores = {}, {}
+    for job in jobs:
+        key = (job.variant.name, job.seed)
+        found[key], scores[key] = likelihood(job, dataset, size)
+        say(f"{job.variant.label}, seed {job.seed}: {found[key].sentence()}")
+    by_interval = [
+        [job.variant.label, *(f"{value:.3f}" for value in interval_variances(job, dataset, size.num_sequences))]
+        for job in jobs
+        if job.variant.name in ("s4", "s8", "s16", TRUNK) and job.seed == size.seeds[0]
+    ]
+    said = verdicts(scores, size.seeds)
+    counts = {word: sum(one.word.startswith(word) for one in said) for word in ("reproduced", "not", "undecided")}
+    sections = [
+        {
+            "title": "The paper in miniature: held-out perplexity",
+            "text": [_what(size, dataset)],
+            "columns": ["model", "perplexity", "nats per token", "noise error", "text error", "interval at the end"],
+            "rows": [_row(name, found, jobs, size) for name in size.variants],
+        },
+        {
+            "title": "Orderings of the paper",
+            "text": [
+                f"{counts['reproduced']} reproduced, {counts['not']} not reproduced, {counts['undecided']} undecided.",
+                "Differences are in nats per token, paired over sequences, mean over seeds; +- is one standard error.",
+            ],
+            "columns": ["paper", "difference", "in perplexity", "here"],
+            "rows": [one.cells() for one in said],
+        },
+        {
+            "title": "Variance of one block's loss by noise interval (nats squared)",
+            "text": ["Measured on each trained model; the paper's table 2 trains a model for each interval."],
+            "columns": ["model", *(f"U[{0 if low < 0.01 else low:g}, {high:g}]" for low, high in INTERVALS)],
+            "rows": by_interval,
+        },
+    ]
+    return [*sections, _frontier(size, jobs, out)] if size.with_frontier and "ar" in size.variants else sections
+
+
+def _what(size: Size, dataset: Any) -> str:
+    from tools.mini.variants import SEQ_LEN
+
+    tokens = size.steps * size.global_batch_size * SEQ_LEN
+    return (
+        f"{tokens / 1e6:.2f}M bytes of training a model ({size.steps} updates; blocks from update {size.branch_step} on), "
+        f"{len(size.seeds)} seed{'s' if len(size.seeds) > 1 else ''}, {min(size.num_sequences, dataset.num_rows)} held-out "
+        f"sequences of {SEQ_LEN} bytes, the first byte given. Perplexity is per byte, an upper bound for S > 1."
+    )
+
+
+def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: Size) -> list[str]:
+    each = [found[name, seed] for seed in size.seeds]
+    nll = mean(one.nll_nats_per_token for one in each)
+    noise = math.sqrt(sum(one.stderr_noise**2 for one in each)) / len(each)
+    text = mean(one.stderr_text or 0.0 for one in each)
+    folder = next(job.folder for job in jobs if job.variant.name == name)
+    return [
+        VARIANTS[name].label,
+        f"{math.exp(nll):.3f}",
+        f"{nll:.4f}",
+        f"{noise:.4f}",
+        f"{text:.4f}",
+        _last_interval(folder),
+    ]
+
+
+def _last_interval(folder: Path) -> str:
+    from bd3_megatron.train.run_record import read_run
+
+    run = read_run(folder)
+    low, high = run.latest("noise/interval_beta"), run.latest("noise/interval_omega")
+    return "-" if low is None or run.config.diffusion.objective == "ar" else f"[{low:g}, {high:g}]"
+
+
+def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> dict[str, Any]:
+    """Judged by the AR model of the last seed; texts of the first seed's models."""
+    from bd3_megatron.convert.from_checkpoint import convert_checkpoint
+    from tools.mini.measure import frontiers
+
+    judge = next(job for job in jobs if job.variant.name == "ar" and job.seed == size.seeds[-1])
+    convert_checkpoint(judge.folder, out / "judge")
+    sampled = [j for j in jobs if j.seed == size.seeds[0] and j.variant.name in ("ar", "s4", "s8", "s16", TRUNK)]
+    points = frontiers(sampled, out / "judge", out / "data" / "tokenizer", num_samples=32, temperatures=TEMPERATURES)
+    series = [
+        {
+            "name": label,
+            "points": [[p["entropy_nats"], p["perplexity"]] for p in found],
+            "labels": [f"T={p['temperature']:g}" for p in found],
+        }
+        for label, found in points.items()
+    ]
+    chart = {"title": "judge's perplexity against entropy", "x": "entropy (nats)", "y": "judge's perplexity per byte"}
+    return {
+        "title": "Generative frontier",
+        "text": ["Judged by the AR model of another seed; either axis alone can be gamed. First-hitting decoding."],
+        "columns": ["model", "temperature", "judge's perplexity", "error", "entropy", "forwards a token", "distinct-2"],
+        "rows": [
+            [
+                label,
+                f"{p['temperature']:g}",
+                f"{p['perplexity']:.2f}",
+                f"{p['perplexity_stderr'] or 0:.2f}",
+                f"{p['entropy_nats']:.3f}",
+                f"{p['forwards_per_token']:.2f}",
+                f"{p['distinct_2'] or 0:.3f}",
+            ]
+            for label, found in points.items()
+            for p in found
+        ],
+        "charts": [chart | {"scatter": True, "log_y": True, "series": series}],
+    }
+
+
+def as_markdown(sections: Sequence[dict[str, Any]]) -> str:
+    """The sections for reading and for the record."""
+    lines: list[str] = []
+    for one in sections:
+        lines += [f"## {one['title']}", "", *one["text"], "", f"| {' | '.join(one['columns'])} |"]
+        lines += [f"|{'---|' * len(one['columns'])}", *(f"| {' | '.join(row)} |" for row in one["rows"]), ""]
+    return "\n".join(lines)
+
+
+def write_report(size: Size, out: Path) -> None:
+    """OUT/report.html over the first seed's runs."""
+    from tools.report import main as report
+
+    runs = [str(out / f"seed{size.seeds[0]}" / name) for name in size.variants]
+    report(
+        [
+            *runs,
+            "-o",
+            str(out / "report.html"),
+            "--results",
+            str(out / "results.json"),
+            "--title",
+            "The paper in miniature",
+        ]
+    )
+
+
+def say(sentence: str) -> None:
+    """A line of progress."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

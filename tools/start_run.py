@@ -1,0 +1,57 @@
+"""Start a run from somebody's weights: `python tools/start_run.py FOLDER CONFIG [section.key=value ...]`.
+
+FOLDER is a Qwen3, Llama or SDAR folder, or one exported by us. Prepares the run's data where CONFIG names text, writes
+step 0 of the run and proves it; `bd3 train CONFIG` then starts from there on any grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """The arguments of this tool."""
+    parser = argparse.ArgumentParser(description="Write step 0 of a run from a Hugging Face folder's weights.")
+    parser.add_argument("folder", type=Path, help="Qwen3, Llama or SDAR folder, or an exported folder")
+    parser.add_argument("config", help="YAML file of the run to come")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for bd3 train")
+    parser.add_argument(
+        "--mask-init",
+        choices=("mean", "noise", "keep"),
+        default="mean",
+        help="the mask token's row: mean of the others, drawn like them, or as the source has it",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    parsed = new_parser().parse_args(arguments)
+    from bd3_megatron.config.load import load_config
+    from bd3_megatron.config.validate import validate
+    from bd3_megatron.convert.start_run import start_run
+    from bd3_megatron.data.shards import read_header
+    from bd3_megatron.errors import BD3Error
+    from bd3_megatron.train.dataset import data_folder, prepare_text
+
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        validate(config)
+        prepare_text(config, print)
+        header = read_header(data_folder(config) / "train")
+        mask_id = header.special_ids.mask if config.diffusion.objective == "block" else None
+        size = config.model.vocab_size or header.vocab_size
+        report = start_run(parsed.folder, config, vocab_size=size, mask_id=mask_id, mask_init=parsed.mask_init)
+    except BD3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{report.path}: {report.num_parameters / 1e6:.2f} M parameters of a {report.model_type} folder")
+    print(f"  logits of the folder and of the checkpoint differ by at most {report.max_logit_difference:.2e}")
+    print(f"  next: bd3 train {' '.join([parsed.config, *parsed.overrides])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
