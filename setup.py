@@ -48,6 +48,8 @@ setup(
         "PyYAML>=6.0",
         "tqdm>=4.66",
         "numpy>=1.26",
+        # .jsonl.zst corpora
+        "zstandard>=0.22",
     ],
     extras_require={
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],

@@ -117,6 +117,8 @@ def stream_safetensors(
             if tensor.numel():
                 # numpy has no bfloat16: the bytes are written, whatever they mean
                 hashing.write(tensor.flatten().view(torch.uint8).numpy())
+            # the next one is made without this one beside it
+            del tensor
         _sync(file)
     return hashing.record()
 

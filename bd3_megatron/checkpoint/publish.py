@@ -121,7 +121,7 @@ def sweep(folder: Path) -> None:
 
 
 def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Delete checkpoints that need not be kept; never `newest` nor anything of a later step.
+    """Delete checkpoints that need not be kept, and universal forms of older ones; never `newest` nor a later step.
 
     Args:
         newest: the checkpoint just published.
@@ -131,16 +131,21 @@ def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[P
     Returns:
         What was deleted.
     """
-    if keep_last == 0:
-        return []
     current = step_of(newest.name)
     assert current is not None
-    found = {step_of(p.name): p for p in newest.parent.iterdir() if p.is_dir() and not p.name.endswith(REPLACED_SUFFIX)}
+    folders = [path for path in newest.parent.iterdir() if path.is_dir()]
+    for path in folders:
+        step = step_of(path.name.removesuffix(UNIVERSAL_SUFFIX))
+        if path.name.endswith(UNIVERSAL_SUFFIX) and step is not None and step < current:
+            # a form is for starting from its checkpoint, and nobody starts from there now
+            _delete(path)
+    if keep_last == 0:
+        return []
+    found = {step_of(path.name): path for path in folders if not path.name.endswith(REPLACED_SUFFIX)}
     older = sorted((step for step in found if step is not None and step <= current), reverse=True)
     gone = [s for s in older[keep_last:] if not (keep_every_steps and s % keep_every_steps == 0)]
     for step in gone:
         _delete(found[step])
-        _delete(found[step].with_name(found[step].name + UNIVERSAL_SUFFIX))
     return [found[step] for step in gone]
 
 

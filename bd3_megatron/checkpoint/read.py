@@ -24,10 +24,12 @@ from torch import Tensor
 from bd3_megatron.checkpoint.layout import STATE_DIR, WEIGHTS_DIR, Manifest, ema_name, inside, rank_name, read_manifest
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.errors import CheckpointError
-from bd3_megatron.model.partition import partition_of, unshard
+from bd3_megatron.model.partition import Partition, partition_of
 
-RELEASE_BYTES = 2**28
+RELEASE_BYTES = 2**27
 """Mapped files are closed after this much was read through them, so that their pages do not count as this process's."""
+READ_ELEMENTS = 2**24
+"""Elements copied at a time."""
 KIND_OF = {"model": "fp32", "fp32": "fp32", "ema": "ema", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """What a caller may ask for, and what it is called in files."""
 
@@ -101,41 +103,52 @@ class ShardedReader:
         """
         kind = checked_kind(which, self._kinds, self.folder)
         partition = partition_of(name, gated=self._gated)
-        ranks = range(self.manifest.grid["tp"] if partition.dim is not None else 1)
-        return unshard([self._shard(name, kind, tp_rank) for tp_rank in ranks], partition)
+        tp = 1 if partition.dim is None else self.manifest.grid["tp"]
+        whole = torch.empty(self.shape(name), dtype=torch.float32)
+        for tp_rank in range(tp):
+            targets = views_of_shard(whole, partition, (tp_rank, tp))
+            if len(targets) == 1 and targets[0].is_contiguous():
+                # cut along rows: straight into place
+                self._fill_shard(targets[0].view(-1), name, kind, tp_rank)
+                continue
+            shard = torch.empty(self._find(name).shape, dtype=torch.float32)
+            self._fill_shard(shard.view(-1), name, kind, tp_rank)
+            parts = shard.chunk(partition.strides, dim=partition.dim or 0)
+            for target, part in zip(targets, parts, strict=True):
+                target.copy_(part)
+        return whole
 
     def close(self) -> None:
         """Let go of every mapped file."""
         self._open.clear()
         self._read_bytes = 0
 
-    def _shard(self, name: str, kind: str, tp_rank: int) -> Tensor:
-        stored = self._find(name)
-        mine = [piece for piece in stored.pieces if piece.tp_rank == tp_rank]
+    def _fill_shard(self, flat: Tensor, name: str, kind: str, tp_rank: int) -> None:
+        """Put the elements of one tensor-parallel rank's shard, flattened, into `flat`."""
+        mine = [piece for piece in self._find(name).pieces if piece.tp_rank == tp_rank]
         first_stage = min((piece.pp_rank for piece in mine), default=0)
         pieces = sorted((p for p in mine if p.pp_rank == first_stage), key=lambda piece: piece.offset)
-        flat = torch.empty(math.prod(stored.shape), dtype=torch.float32)
         filled = 0
         for piece in pieces:
-            if piece.offset != filled:
+            if piece.offset != filled or piece.offset + piece.numel > flat.numel():
                 break
-            flat[filled : filled + piece.numel] = self._elements(piece, kind)
-            filled += piece.numel
+            for start in range(0, piece.numel, READ_ELEMENTS):
+                count = min(READ_ELEMENTS, piece.numel - start)
+                flat[filled : filled + count] = self._elements(piece, kind, (start, start + count))
+                filled += count
         if filled != flat.numel():
             raise CheckpointError(
                 f"{self.folder}: '{name}' has {filled} of {flat.numel()} elements on tp rank {tp_rank}; use another checkpoint."
             )
-        return flat.view(stored.shape)
 
-    def _elements(self, piece: StoredPiece, kind: str) -> Tensor:
+    def _elements(self, piece: StoredPiece, kind: str, part: tuple[int, int]) -> Tensor:
         if self._read_bytes > RELEASE_BYTES:
             self.close()
-        self._read_bytes += 4 * piece.numel
-        start, end = piece.start, piece.start + piece.numel
+        start, end = piece.start + part[0], piece.start + part[1]
+        self._read_bytes += 4 * (end - start)
         if kind == "ema":
             return self._averages(piece.rank).get_slice(f"shard.{piece.index}")[start:end]
-        flat = flat_groups(self._state(piece.rank), self._stage[piece.rank], kind)[piece.index]
-        return flat[start:end]
+        return flat_groups(self._state(piece.rank), self._stage[piece.rank], kind)[piece.index][start:end]
 
     def _state(self, rank: int) -> Any:
         path = inside(self.folder, f"{STATE_DIR}/{self._state_file[rank]}")
@@ -229,6 +242,15 @@ def tensors(reader: CheckpointReader, which: str = "model") -> Iterator[tuple[st
         yield name, reader.tensor(name, which)
 
 
+def views_of_shard(whole: Tensor, partition: Partition, place: tuple[int, int]) -> list[Tensor]:
+    """Where tensor-parallel rank `place[0]` of `place[1]` belongs in the whole tensor: one view a stacked part."""
+    if partition.dim is None:
+        return [whole]
+    rank, size = place
+    parts = whole.chunk(partition.strides, dim=partition.dim)
+    return [part.chunk(size, dim=partition.dim)[rank] for part in parts]
+
+
 def flat_groups(state: Any, stage: int, kind: str) -> list[Tensor]:
     """DeepSpeed's flat tensors of one rank's optimizer file, one an owned partition.
 
@@ -238,9 +260,12 @@ def flat_groups(state: Any, stage: int, kind: str) -> list[Tensor]:
         kind: fp32, exp_avg or exp_avg_sq.
     """
     if kind == "fp32":
-        return list(state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"])
+        # DeepSpeed's master weights are leaves that want gradients; what is read is data
+        return [
+            flat.detach() for flat in state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        ]
     moments = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
-    return [moments[index][kind] for index in sorted(moments)]
+    return [moments[index][kind].detach() for index in sorted(moments)]
 
 
 def read_sidecar(folder: Path, rank: int) -> dict[str, Any]:

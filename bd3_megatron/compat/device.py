@@ -56,3 +56,10 @@ def occupied_fraction(device: torch.device) -> float:
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
     return 1.0 - free / total
+
+
+def release_memory(device: torch.device) -> None:
+    """Give unused cached memory of a GPU back, and count its peak anew; nothing on CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -167,6 +167,7 @@ class ArSource:
         self._seed = seed
         self._folder = FolderSource(source.folder)
         self._names = self._usable_names()
+        self._last = ("", torch.empty(0))
 
     def names(self) -> list[str]:
         """As PlainSource."""
@@ -179,8 +180,16 @@ class ArSource:
 
     def tensor(self, name: str) -> Tensor:
         """As PlainSource."""
-        stored = self._folder.tensor(name)
-        return self._resized(stored, name) if name in (EMBEDDING, HEAD) else stored
+        if name not in (EMBEDDING, HEAD):
+            return self._folder.tensor(name)
+        if self._last[0] != name:
+            self._last = ("", torch.empty(0))
+            self._last = (name, self._resized(self._folder.tensor(name), name))
+        return self._last[1]
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """As PlainSource; a table is kept until the other one is asked for."""
+        return self.tensor(name)[start:end]
 
     def _usable_names(self) -> list[str]:
         tied = self._config.tie_word_embeddings

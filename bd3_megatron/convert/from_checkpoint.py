@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def convert_checkpoint(
     }
     card = model_card(described, config, manifest, licence=licence, run_dir=path.parent.parent, **facts)
     stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype, card=card)
+    source.release()
     difference = prove(reader, which, config, FolderSource(out), described, dtype=dtype)
     return ConversionReport(
         out=out,
@@ -151,10 +153,15 @@ def prove(
     noisy_BL = random_tokens(vocab_size, NUM_BLOCKS * span)
     clean_BL = random_tokens(vocab_size, NUM_BLOCKS * span, seed=2) if described.objective == "block" else None
 
-    def produce(name: str) -> Tensor:
-        return reader.tensor(name, which).to(dtype).float()
-
-    there = parallel_logits(produce, config.model, noisy_BL, clean_BL, span=span, vocab_size=vocab_size)
+    there = parallel_logits(
+        partial(reader.tensor, which=which),
+        config.model,
+        noisy_BL,
+        clean_BL,
+        span=span,
+        vocab_size=vocab_size,
+        rounded_to=dtype,
+    )
     here = plain_logits(folder, described, noisy_BL, clean_BL, span=span)
     return checked_difference(there, here, "the written folder and the checkpoint")
 

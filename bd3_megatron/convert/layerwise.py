@@ -36,7 +36,12 @@ NUM_SEQUENCES = 2
 NUM_BLOCKS = 3
 LONGEST_SPAN = 16
 
+TABLE_ROWS = 8192
+"""Rows of the vocabulary that are in memory at a time, beside what the source itself holds."""
+EMBED_TOKENS = "model.embed_tokens.weight"
+
 Produce = Callable[[str], Tensor]
+Rows = Callable[[int, int], Tensor]
 
 
 def random_tokens(vocab_size: int, length: int, *, seed: int = SEED) -> Tensor:
@@ -71,14 +76,33 @@ def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
         return grouped_attention(q_BQNH, k_BRGH.transpose(1, 2), v_BRGH.transpose(1, 2), sees_BRR)
 
-    x_BRD = source.tensor("model.embed_tokens.weight")[ids_BR].float()
+    x_BRD = _looked_up(partial(source.rows, EMBED_TOKENS), source.shape(EMBED_TOKENS)[0], ids_BR)
     for index in range(shape.num_hidden_layers):
         layer = _loaded(partial(Layer, shape, index), source, f"model.layers.{index}.")
         x_BRD = layer(x_BRD, rotary, attend)
     x_BLD = _loaded(partial(new_norm, shape), source, "model.norm.")(x_BRD[:, :length])
-    head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    bias = source.tensor("lm_head.bias").float() if shape.style == "paper" else None
-    return F.linear(x_BLD, source.tensor(head).float(), bias)
+    head = EMBED_TOKENS if shape.tie_word_embeddings else "lm_head.weight"
+    logits = _scored(partial(source.rows, head), shape.vocab_size, x_BLD)
+    return logits + source.tensor("lm_head.bias").float() if shape.style == "paper" else logits
+
+
+def _looked_up(rows: Rows, num_rows: int, ids_BR: Tensor) -> Tensor:
+    """Rows of a table by id, fp32, reading a part of the table at a time."""
+    parts = []
+    for start in range(0, num_rows, TABLE_ROWS):
+        end = min(start + TABLE_ROWS, num_rows)
+        wanted = (ids_BR >= start) & (ids_BR < end)
+        parts.append((wanted, rows(start, end)[ids_BR[wanted] - start].float()))
+    x_BRD = torch.empty(*ids_BR.shape, parts[0][1].shape[-1])
+    for wanted, found in parts:
+        x_BRD[wanted] = found
+    return x_BRD
+
+
+def _scored(rows: Rows, num_rows: int, x_BLD: Tensor) -> Tensor:
+    """x times the transposed table, reading a part of the table at a time."""
+    ends = range(TABLE_ROWS, num_rows + TABLE_ROWS, TABLE_ROWS)
+    return torch.cat([x_BLD @ rows(end - TABLE_ROWS, min(end, num_rows)).float().T for end in ends], dim=-1)
 
 
 def _loaded(make: Callable[[], nn.Module], source: PlainSource, prefix: str) -> nn.Module:
@@ -91,17 +115,29 @@ def _loaded(make: Callable[[], nn.Module], source: PlainSource, prefix: str) -> 
 
 @torch.no_grad()
 def parallel_logits(
-    produce: Produce, model: ModelConfig, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int, vocab_size: int
+    produce: Produce,
+    model: ModelConfig,
+    noisy_BL: Tensor,
+    clean_BL: Tensor | None,
+    *,
+    span: int,
+    vocab_size: int,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
     """Raw logits [B, L, V], fp32, of the parallel model whose whole tensors `produce` makes.
 
     Args:
-        produce: whole tensor of a global parameter name.
+        produce: whole tensor of a global parameter name, fp32.
         model: shapes and style.
         noisy_BL, clean_BL: as in `plain_logits`.
         span: tokens of a block.
         vocab_size: V; padding rows are cut off.
+        rounded_to: weights are rounded to this before they are used, as a written folder's were.
     """
+
+    def weight(name: str) -> Tensor:
+        return produce(name).to(rounded_to).float()
+
     length = noisy_BL.shape[1]
     ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
     position_R = torch.arange(length).repeat(ids_BR.shape[1] // length)
@@ -110,17 +146,16 @@ def parallel_logits(
     sees_RR = sees(
         q_is_noisy=is_noisy_R[:, None], q_block=block_R[:, None], k_is_noisy=is_noisy_R[None], k_block=block_R[None]
     )
-    x_BRD = produce(EMBEDDING)[ids_BR]
+    x_BRD = produce(EMBEDDING)[ids_BR].to(rounded_to).float()
     for layer in range(model.num_layers):
         prefix = f"decoder.layers.{layer}."
-        u_BRD = _norm(x_BRD, produce, prefix + "input_layernorm", model)
-        x_BRD = x_BRD + _attention(u_BRD, produce, prefix + "self_attention.", model, (position_R, sees_RR))
-        x_BRD = x_BRD + _mlp(
-            _norm(x_BRD, produce, prefix + "pre_mlp_layernorm", model), produce, prefix + "mlp.", model
-        )
-    x_BLD = _norm(x_BRD[:, :length], produce, "decoder.final_layernorm", model)
-    logits = x_BLD @ produce(EMBEDDING if model.tie_embeddings else HEAD_WEIGHT)[:vocab_size].T
-    return logits + produce(HEAD_BIAS)[:vocab_size] if model.style == "paper" else logits
+        u_BRD = _norm(x_BRD, weight, prefix + "input_layernorm", model)
+        x_BRD = x_BRD + _attention(u_BRD, weight, prefix + "self_attention.", model, (position_R, sees_RR))
+        x_BRD = x_BRD + _mlp(_norm(x_BRD, weight, prefix + "pre_mlp_layernorm", model), weight, prefix + "mlp.", model)
+    x_BLD = _norm(x_BRD[:, :length], weight, "decoder.final_layernorm", model)
+    table_VD = produce(EMBEDDING if model.tie_embeddings else HEAD_WEIGHT)
+    logits = _scored(lambda start, end: table_VD[start:end].to(rounded_to), vocab_size, x_BLD)
+    return logits + weight(HEAD_BIAS)[:vocab_size] if model.style == "paper" else logits
 
 
 def _norm(x: Tensor, produce: Produce, name: str, model: ModelConfig) -> Tensor:

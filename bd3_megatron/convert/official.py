@@ -11,6 +11,7 @@ Source: kuleshov-group/bd3lms models/dit.py (DDiTBlock, DDitFinalLayer, Timestep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -59,8 +60,8 @@ def num_layers(state: Mapping[str, Tensor]) -> int:
     Raises:
         ConversionError: none is found, or their numbers have gaps.
     """
-    prefix = "backbone.blocks."
-    found = {int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)}
+    numbers = (re.match(r"backbone\.blocks\.(\d+)\.", name) for name in state)
+    found = {int(number[1]) for number in numbers if number is not None}
     if not found or found != set(range(len(found))):
         raise ConversionError(
             f"official state has layers {sorted(found)}; expected backbone.blocks.0, 1, 2, ... without gaps: "

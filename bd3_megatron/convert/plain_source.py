@@ -34,6 +34,9 @@ class PlainSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor, whole, on the CPU, as stored."""
 
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Some rows of a table, as `tensor(name)[start:end]`, without the others where that can be."""
+
 
 class CheckpointSource:
     """A checkpoint's weights under plain names.
@@ -76,6 +79,14 @@ class CheckpointSource:
             self._last = (parallel, self._table.to_plain(parallel, self.reader.tensor(parallel, self._which)))
         return self._last[1][name]
 
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """As PlainSource; the whole is kept until another tensor is asked for."""
+        return self.tensor(name)[start:end]
+
+    def release(self) -> None:
+        """Let go of the tensor last asked for."""
+        self._last = ("", {})
+
 
 class FolderSource:
     """The tensors of a Hugging Face folder (one safetensors file, or shards with their index).
@@ -104,6 +115,11 @@ class FolderSource:
         """As PlainSource."""
         with self._opened(name) as opened:
             return opened.get_tensor(name)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """As PlainSource."""
+        with self._opened(name) as opened:
+            return opened.get_slice(name)[start:end]
 
     def _opened(self, name: str) -> Any:
         if name not in self._file_of:

@@ -164,8 +164,14 @@ class ZeroEngine:
         self.model.root.eval()
         with torch.no_grad():
             if self.stage == 3:
-                return [self.describe(batch, self.engine(batch)[1]) for batch in batches]
+                return [self._evaluate_gathered(batch) for batch in batches]
             return self.pipeline.run(batches, loss_scale=1.0, forward_only=True)
+
+    def _evaluate_gathered(self, batch: PairBatch) -> MicroLog:
+        log = self.describe(batch, self.engine(batch)[1])
+        # without a backward ZeRO-3 keeps what it gathered: all weights on every rank, and stale ones after a swap
+        self.engine.optimizer.empty_partition_cache()
+        return log
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -60,7 +60,9 @@ def weighted_nll(
         respect to hidden_RD is partial: this rank's ids only.
     """
     # inside a Function, needs_input_grad says True even under no_grad: evaluation would pay for gradients
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_RD, weight_VD, bias_V))
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden_RD, weight_VD, bias_V)
+    )
     return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard, needs_grad)
 
 

@@ -151,6 +151,8 @@ class Sampler:
             for prompt in as_prompts(prompts)
             for _ in range(num_samples)
         ]
+        if any(self.config.mask_token_id in ids for ids in given):
+            raise SamplingError("a prompt holds the mask token; use infill to fill masks, or leave it out.")
         places = [(index // num_samples, index % num_samples) for index in range(len(given))]
         work = _Work(self, seed, batch_size, tuple(stop_strings), observer, on_finished, options)
         return work.run(given, places, num_tokens)

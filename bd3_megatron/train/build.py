@@ -29,11 +29,13 @@ from bd3_megatron.train.doctor import BLOCKS_BEFORE_TRAINING, diagnose, streams_
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
 from bd3_megatron.train.metrics import describe
 from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.preflight import preflight
 from bd3_megatron.train.resume import resume
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.stop import StopRequest
 from bd3_megatron.train.throughput import PeakTflops, measure_cpu_peak_tflops, peak_of
 from bd3_megatron.train.trainer import Trainer
+from bd3_megatron.train.watchdog import Watchdog
 
 CPU_PEAK_SECONDS = 0.5
 
@@ -52,6 +54,8 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     topology = join(config.parallel, rank=rank, world_size=world_size, device=device)
     run_dir = Path(config.run.dir)
     say = _say if rank == 0 else _silent
+    if config.watch.preflight:
+        preflight(config, topology, say)
     data = prepare_and_open(config, rank=rank, say=say)
     # from here on the configuration says what runs
     config = replace_field(config, "parallel.dp", topology.dp)
@@ -86,6 +90,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
         state=state,
         saver=Saver(engine, run_dir / "checkpoints", asynchronous=config.checkpoint.asynchronous, warn=say),
         stop=stop,
+        watchdog=Watchdog(config.watch, run_dir, rank=rank, world_size=world_size),
         peak=device_peak(config, topology),
         loggers=_loggers(config, plan, state) if rank == 0 else None,
     )

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from bd3_megatron.checkpoint.layout import candidates
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.shards import HEADER_FILE
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.errors import ConfigError, TokenizerError
@@ -53,6 +55,9 @@ def prepare_text(config: Config, say: Callable[[str], None]) -> None:
     data = config.data
     if data.path is not None or data.mixture:
         return
+    # a run that has begun reads what it began with, though the text may be gone or Python's own have changed
+    if (data_folder(config) / "train" / HEADER_FILE).is_file() and candidates(Path(config.run.dir) / "checkpoints"):
+        return
     if not data.text:
         raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
     request = PrepareRequest(
@@ -80,7 +85,7 @@ def open_data(config: Config) -> RunData:
         config, [Path(p) / "train" for p in weights] or [folder / "train"], tuple(weights.values()), shuffle=None
     )
     valid_folder = folder / "valid"
-    valid = _open(config, [valid_folder], (), shuffle=False) if (valid_folder / "header.json").exists() else None
+    valid = _open(config, [valid_folder], (), shuffle=False) if (valid_folder / HEADER_FILE).exists() else None
     given = config.model.vocab_size
     if given is not None and given < train.vocab_size:
         raise TokenizerError(

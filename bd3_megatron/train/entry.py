@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from bd3_megatron.config.schema import Config
+from bd3_megatron.errors import BD3Error
 from bd3_megatron.parallel.topology import leave
 from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.status import write_status
 
 
 def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int:
@@ -18,7 +21,13 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int
     Raises:
         BD3Error: what cannot run, as one sentence; the caller prints it.
     """
-    trainer = build_trainer(config, rank=rank, world_size=world_size, local_rank=local_rank)
+    try:
+        trainer = build_trainer(config, rank=rank, world_size=world_size, local_rank=local_rank)
+    except BD3Error as error:
+        # a batch script must not try a mistake in the input again
+        if rank == 0 and error.exit_code == BD3Error.exit_code:
+            write_status(Path(config.run.dir), "failed", reason=str(error), step=0)
+        raise
     reason = trainer.run()
     if rank == 0:
         done = f"{trainer.state.step} of {trainer.plan.total_steps} steps"

@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 
 from bd3_megatron import __version__
-from bd3_megatron.compat.device import device_name, occupied_fraction
+from bd3_megatron.compat.device import device_name, occupied_fraction, release_memory
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import LaunchError, NodeFailure
 from bd3_megatron.model.cost import parameter_count
 from bd3_megatron.parallel.topology import Topology
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
-PRODUCT_SIZE = {"cpu": 256, "cuda": 8192}
+PRODUCT_SIZE = {"cpu": 256, "cuda": 4096}
 PRODUCT_REPEATS = 5
 PRODUCT_TOLERANCE = 1e-9
 """Relative, in fp64: (A B) r against A (B r); a wrong bit in a product is many orders larger."""
@@ -65,7 +65,7 @@ class RankReport:
     """Part of the device's memory that is in use before training."""
     clock: float = 0.0
     unseen_ranks: tuple[int, ...] = ()
-    """Ranks whose file in the run folder this rank does not see."""
+    """Ranks whose file in the run folder this rank does not see: rank 0 looks for all, the others for rank 0's."""
     bandwidth: dict[str, float] = field(default_factory=dict)
     """Axis -> bytes/s of its all-reduce."""
 
@@ -119,6 +119,8 @@ def examine(run_dir: Path, topology: Topology) -> RankReport:
     seconds, right = time_product(device)
     wrong, bandwidth = check_sums(topology)
     unseen = meet_in_folder(run_dir, topology)
+    # training's peak of memory must not be this examination's
+    release_memory(device)
     dist.barrier()
     return RankReport(
         rank=topology.rank,
@@ -192,26 +194,36 @@ def check_sums(topology: Topology) -> tuple[tuple[str, ...], dict[str, float]]:
 
 
 def meet_in_folder(run_dir: Path, topology: Topology) -> tuple[int, ...]:
-    """Every rank writes a file into the run folder and looks for rank 0's, rank 0 for everyone's. Collective.
+    """Rank 0 makes a folder in the run's; all write a file there and look for rank 0's, rank 0 for everyone's. Collective.
 
     Returns:
-        Ranks whose file this rank does not see; itself where it could not write.
+        Ranks whose file this rank does not see; rank 0 also where this rank could not write.
     """
     names: list[Any] = [f".preflight.{os.getpid()}.{time.time_ns()}"]
     dist.broadcast_object_list(names, src=0, device=topology.device)
-    folder, unseen = run_dir / names[0], ()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / str(topology.rank)).touch()
-    except OSError:
-        unseen = (topology.rank,)
+    folder = run_dir / names[0]
+    if topology.rank == 0:
+        _write_into(folder, 0)
     dist.barrier()
-    wanted = range(topology.world_size) if topology.rank == 0 else (0,)
-    unseen += tuple(rank for rank in _unseen(folder, wanted) if rank not in unseen)
+    unseen = _unseen(folder, [0])
+    if topology.rank != 0 and not unseen and not _write_into(folder, topology.rank):
+        unseen = [0]
     dist.barrier()
-    if unseen or topology.rank == 0:
+    if topology.rank == 0:
+        # one that could not write says so itself
+        unseen = unseen or _unseen(folder, range(topology.world_size))
         shutil.rmtree(folder, ignore_errors=True)
-    return unseen
+    return tuple(unseen)
+
+
+def _write_into(folder: Path, rank: int) -> bool:
+    try:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        (folder / str(rank)).touch()
+    except OSError:
+        return False
+    return True
 
 
 def _unseen(folder: Path, wanted: Sequence[int]) -> list[int]:
@@ -233,16 +245,15 @@ def judge(reports: Sequence[RankReport], *, device_type: str) -> list[Finding]:
     """
     findings = [*_odd_versions(reports), *_slow(reports, SLOW_FACTOR.get(device_type, SLOW_FACTOR["cpu"]))]
     clock = statistics.median(r.clock for r in reports)
+    strangers = {s for r in reports if r.unseen_ranks for s in (r.unseen_ranks if r.rank == 0 else (r.rank,))}
     for r in reports:
         where = f"rank {r.rank} on node {r.node}"
         faults = []
         if not r.product_is_right:
             faults.append("computes a wrong matrix product")
         faults += [f"gets a wrong sum from the all-reduce over {axis}" for axis in r.wrong_axes]
-        if r.unseen_ranks:
-            faults.append(
-                f"does not see what rank {', '.join(map(str, r.unseen_ranks))} wrote into the run folder, which all must share"
-            )
+        if r.rank in strangers:
+            faults.append("does not share the run folder with rank 0, or cannot write there")
         if r.occupied > OCCUPIED_LIMIT:
             faults.append(f"finds {100 * r.occupied:.0f} % of its device's memory in use before training")
         findings += [Finding(node=r.node, sentence=f"{where} {fault}", kind="fault") for fault in faults]
@@ -271,10 +282,9 @@ def _odd_versions(reports: Sequence[RankReport]) -> list[Finding]:
 def _slow(reports: Sequence[RankReport], factor: float) -> list[Finding]:
     found = []
     for r in reports:
-        neighbours = [o.product_seconds for o in reports if o.node == r.node]
-        # of two ranks nobody knows which is the odd one, of two nodes' ranks the job's median does
-        peers = neighbours if len(neighbours) > 2 else [o.product_seconds for o in reports]
-        usual = min(statistics.median_low(peers), statistics.median_low([o.product_seconds for o in reports]) * factor)
+        # the node's median finds one slow device in a box, the job's a box that is slow as a whole
+        node = statistics.median_low([o.product_seconds for o in reports if o.node == r.node])
+        usual = min(node, statistics.median_low([o.product_seconds for o in reports]))
         if r.product_seconds > factor * usual:
             times = f"{1e3 * r.product_seconds:.1f} ms against {1e3 * usual:.1f} ms"
             sentence = f"rank {r.rank} on node {r.node} is slow: a matrix product takes {times}"

@@ -2,8 +2,9 @@
 
 Decides: SIGTERM and SIGUSR1 mean "finish the step, save, stop" (preemption sends the one, a time limit the other); the
 second signal ends the process at once, and the previous checkpoint stays as it is. Signals less than DOUBLED_SECONDS
-apart are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver theirs twice. Nothing is done inside the handler:
-saving there would interrupt a collective. A rank may be told before another, so one element is reduced every step.
+apart are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver theirs twice. Nothing
+is done inside the handler: saving there would interrupt a collective. A rank may be told before another, so one element
+is reduced every step.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ between steps, on all ranks alike.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +30,11 @@ from bd3_megatron.train.metrics import StepSums, reduce_step
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.status import write_status
 from bd3_megatron.train.stop import StopRequest
 from bd3_megatron.train.throughput import PeakTflops, figures
 from bd3_megatron.train.timeline import Timeline, device_event_factory, profiled, time_metrics
+from bd3_megatron.train.watchdog import Watchdog, straggler_metrics
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Trainer:
     state: TrainState
     saver: Saver
     stop: StopRequest
+    watchdog: Watchdog
     peak: PeakTflops
     loggers: Loggers | None
     """On rank 0; None elsewhere."""
@@ -60,23 +61,31 @@ class Trainer:
         Returns:
             "finished", or why it stopped early: "signal", "file" or "deadline".
         """
-        state, total = self.state, self.plan.total_steps
+        state = self.state
         self._record_start()
-        if state.step >= total:
+        if state.step >= self.plan.total_steps:
             return self._end("finished")
         if self.config.evaluate.at_start_and_end and state.step == 0:
             hooks.evaluate(self)
+        with self.watchdog.watching(state.step):
+            reason = self._loop()
+        return self._end(reason)
+
+    def _loop(self) -> str:
         batches = self._batches()
-        while self.state.step < total:
+        # asked anew: going back to a checkpoint uses up samples, and so shortens a budget of tokens
+        while self.state.step < self.plan.total_steps:
             vetoed = self._step(batches)
+            self.watchdog.step_done(self.state.step)
             reason = self.stop.agreed(self.topology.device)
             if vetoed and self.config.train.spike_action == "rollback" and hooks.roll_back(self):
                 batches = self._batches()
                 continue
             hooks.after_step(self, stopping=reason is not None)
-            if reason is not None and self.state.step < total:
-                return self._end(reason)
-        return self._end("finished")
+            self.watchdog.alive(self.state.step)
+            if reason is not None and self.state.step < self.plan.total_steps:
+                return reason
+        return "finished"
 
     def _batches(self) -> StepBatches:
         return StepBatches(
@@ -143,8 +152,10 @@ class Trainer:
 
     def _record_step(self, batch: StepBatch, result: StepResult, *, num_samples: int, lr: float) -> None:
         sums = self._sums(result.logs, batch, num_samples)
+        times = time_metrics(self.timeline.finished())
+        times |= straggler_metrics(times, self.topology.device)
         if self.loggers is not None:
-            record = self._step_record(sums, result, num_samples=num_samples, lr=lr)
+            record = self._step_record(sums, result, times, num_samples=num_samples, lr=lr)
             self.loggers.write(record | {"event": "loss_spike"} if result.vetoed else record)
 
     def _sums(self, logs: list[MicroLog], batch: StepBatch, num_samples: int) -> StepSums:
@@ -156,10 +167,11 @@ class Trainer:
             masked_count=batch.masked_count,
         )
 
-    def _step_record(self, sums: StepSums, result: StepResult, *, num_samples: int, lr: float) -> dict[str, Any]:
+    def _step_record(
+        self, sums: StepSums, result: StepResult, times: dict[str, float], *, num_samples: int, lr: float
+    ) -> dict[str, Any]:
         state, place = self.state, self.plan.place(self.state.step - 1)
         interval = self.plan.interval(state.step - 1, state.intervals)
-        times = time_metrics(self.timeline.finished())
         return {
             "step": state.step,
             "tokens": state.samples_consumed * self.config.data.seq_len,
@@ -214,15 +226,11 @@ class Trainer:
         """Say how the run ended, in status.json too, by which a batch script decides whether to go on."""
         hooks.finish(self)
         if self.loggers is not None:
-            status = {
-                "status": "finished" if reason == "finished" else "stopped",
-                "reason": reason,
-                "step": self.state.step,
-                "time": time.time(),
-            }
-            path = Path(self.config.run.dir) / "status.json"
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_status(
+                Path(self.config.run.dir),
+                "finished" if reason == "finished" else "stopped",
+                reason=reason,
+                step=self.state.step,
+            )
             self.loggers.close()
         return reason

@@ -18,7 +18,7 @@ cd "$job_folder/code" || exit 1
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID attempt $attempt: $*"; }
 
 value_of() { # $1: key of status.json, a text or a number
-    sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\)\"\{0,1\}.*/\1/p" "$status" 2>/dev/null | head -n 1
+    sed -n -e "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/p" -e "s/.*\"$1\": *\([0-9]*\)[,}].*/\1/p" "$status" 2>/dev/null | head -n 1
 }
 
 if [ "$chained" = 1 ] && [ "$(value_of status)" = finished ] && [ "$status" -nt "$job_folder/job.sh" ]; then

@@ -43,7 +43,7 @@ def test_every_step_trains_in_its_phase(folder: Path) -> None:
     assert [line["optim/lr"] for line in steps] == pytest.approx([1e-3, 1e-3, 5e-4, 1e-3, 1e-3, 5e-4])
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"pp": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=str)
 def test_a_curriculum_is_the_same_on_every_grid(folder: Path, parallel: dict[str, Any]) -> None:
     name = "-".join(parallel)
     train(run(folder, name, **parallel))

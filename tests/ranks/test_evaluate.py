@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.select import BACKENDS
-from bd3_megatron.config.schema import Config
+from bd3_megatron.config.schema import Config, ParallelConfig
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -140,3 +140,17 @@ def test_exact_objectives_agree(objective: str, grid: dict[str, int]) -> None:
     diffusion = {"objective": objective, "block_size": 1, "interval": [1.0, 1.0]}
     result = check(job_config(layers=2, parallel=grid, diffusion=diffusion))
     assert result.stderr_noise == 0.0 and result.is_exact
+
+
+def test_processes_that_split_the_sequences_of_a_folder_agree_with_one() -> None:
+    config = job_config(layers=2, evaluate={"draws": 2})
+    plain, text = plain_model(config).eval(), Text(padded=True)
+
+    def alone(topology: Topology) -> Estimate:
+        work = Work(batch_size=2, rank=topology.rank, ranks=topology.world_size)
+        return evaluate_plain(plain, text, settings_of(config), work, mask_id=MASK_ID)
+
+    found = run_ranks(alone, ParallelConfig(dp=3))
+    expected = evaluate_plain(plain, text, settings_of(config), Work(), mask_id=MASK_ID)
+    assert found[0] == found[1] == found[2] and found[0].num_tokens == expected.num_tokens
+    assert found[0].nll_nats_per_token == pytest.approx(expected.nll_nats_per_token, abs=tolerances.EVALUATION)

@@ -30,7 +30,9 @@ STEPS, FIRST = 2, 3
 
 def on_rank(parallel: dict[str, Any], micro: int, *, resample: bool) -> Any:
     config = job_config(
-        parallel=parallel, train={"micro_batch_size": micro, "steps": 9}, diffusion={"block_size": 4, "resample": resample}
+        parallel=parallel,
+        train={"micro_batch_size": micro, "steps": 9},
+        diffusion={"block_size": 4, "resample": resample},
     )
     interval = Interval(0.3, 0.8)
 

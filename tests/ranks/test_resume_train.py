@@ -48,12 +48,8 @@ def train_in_parts(configs: list[Config], stops: tuple[int, ...]) -> list[dict[s
     return train(configs[-1])
 
 
-@pytest.mark.parametrize(
-    ("parallel", "stops"), [({}, STOPS), ({"tp": 2, "sequence_parallel": True}, (5,))], ids=str
-)
-def test_a_resumed_run_is_the_uninterrupted_one(
-    folder: Path, parallel: dict[str, Any], stops: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("parallel", "stops"), [({}, STOPS), ({"tp": 2, "sequence_parallel": True}, (5,))], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, parallel: dict[str, Any], stops: tuple[int, ...]) -> None:
     label = "-".join(parallel)
     whole = train(run(folder, f"whole{label}", dropout=0.1, **parallel))
     parts = train_in_parts([run(folder, f"parts{label}", dropout=0.1, **parallel)] * (len(stops) + 1), stops)
@@ -71,7 +67,9 @@ def test_a_run_may_go_on_with_another_grid(folder: Path) -> None:
     grids: list[dict[str, Any]] = [{"dp": 2}, {"pp": 2}]
     train_in_parts([run(folder, "moving", **grid) for grid in grids], (5,))
     assert losses(folder / "moving") == pytest.approx(losses(folder / "steady"), rel=tolerances.GRID_LOSSES_LATER)
-    intervals = [[line["search/interval_beta"] for line in record(folder / n, prefix="search")] for n in ("steady", "moving")]
+    intervals = [
+        [line["search/interval_beta"] for line in record(folder / n, prefix="search")] for n in ("steady", "moving")
+    ]
     assert intervals[0] == intervals[1] and len(intervals[0]) == 3
 
 

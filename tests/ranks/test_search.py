@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
+from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
 from bd3_megatron.train.metrics import describe
@@ -41,13 +43,23 @@ def search_config(parallel: dict[str, Any], micro: int, **diffusion: Any) -> Con
     return job_config(parallel=parallel, train={"micro_batch_size": micro}, diffusion=diffusion)
 
 
-def on_grid(config: Config) -> list[Choice]:
-    def on_rank(topology: Topology) -> Choice:
+def on_grid(config: Config) -> list[tuple[Choice, int]]:
+    """What every rank found, and how many rows it ran."""
+
+    def on_rank(topology: Topology) -> tuple[Choice, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=torch.float32)
         engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32, describe=describe)
+        rows, evaluate = [], engine.evaluate
+
+        def counted(batches: Sequence[PairBatch]) -> Any:
+            rows.extend(batch.batch_size for batch in batches)
+            return evaluate(batches)
+
+        engine.evaluate = counted  # type: ignore[method-assign]
         size = config.diffusion.block_size
-        return search_interval(engine, topology, Samples(NUM_ROWS), config, block_size=size, step=STEP)
+        choice = search_interval(engine, topology, Samples(NUM_ROWS), config, block_size=size, step=STEP)
+        return choice, sum(rows)
 
     return run_ranks(on_rank, config.parallel)
 
@@ -61,9 +73,7 @@ def variances(block_size: int) -> dict[Interval, float]:
     intervals = candidates(block_size, config.diffusion.search_widths)
     found: dict[Interval, float] = {}
     for drawn_from in passes(intervals):
-        t_BK = noise_levels(
-            seed, clean.index_B, num_blocks=LENGTH // block_size, interval=drawn_from, group_size=BATCH
-        )
+        t_BK = noise_levels(seed, clean.index_B, num_blocks=LENGTH // block_size, interval=drawn_from, group_size=BATCH)
         noisy = corrupt(
             clean.tokens_BL,
             t_BK,
@@ -83,9 +93,12 @@ def variances(block_size: int) -> dict[Interval, float]:
 @pytest.mark.parametrize(("parallel", "micro"), GRIDS, ids=str)
 def test_the_search_is_the_same_on_every_grid(parallel: dict[str, Any], micro: int) -> None:
     expected = variances(4)
-    choices = on_grid(search_config(parallel, micro))
-    assert len(set(choices)) == 1, "every rank must go on with the same interval"
-    choice = choices[0]
+    found = on_grid(search_config(parallel, micro))
+    choice, rows = found[0]
+    assert set(found) == {(choice, rows)}, "every rank must go on with the same interval"
+    # each row once, whatever the number of candidates; what fills up the last round is less than a round
+    dp, pp = parallel.get("dp", 1), parallel.get("pp", 1)
+    assert NUM_ROWS <= rows * dp < NUM_ROWS + dp * pp * micro
     assert choice.interval == min(expected, key=lambda i: expected[i]) != FULL
     assert choice.num_candidates == len(expected) == 17
     assert choice.variance == pytest.approx(expected[choice.interval], rel=tolerances.SEARCH_VARIANCE)
@@ -94,7 +107,8 @@ def test_the_search_is_the_same_on_every_grid(parallel: dict[str, Any], micro: i
 
 def test_at_block_size_one_full_masking_is_a_pass_of_its_own() -> None:
     expected = variances(1)
-    choice = on_grid(search_config({"pp": 2}, 1, block_size=1))[0]
+    choice, rows = on_grid(search_config({"pp": 2}, 1, block_size=1))[0]
+    assert rows == 2 * (NUM_ROWS + 1)
     assert choice.num_candidates == 2
     assert choice.interval == Interval(1.0, 1.0)
     assert choice.variance == pytest.approx(expected[Interval(1.0, 1.0)], rel=tolerances.SEARCH_VARIANCE)
@@ -103,7 +117,7 @@ def test_at_block_size_one_full_masking_is_a_pass_of_its_own() -> None:
 
 def test_with_resampling_the_search_is_the_same_on_every_grid() -> None:
     grids = [search_config({}, 1, resample=True), search_config({"tp": 2, "dp": 2}, 2, resample=True)]
-    one, other = (on_grid(config)[0] for config in grids)
+    one, other = (on_grid(config)[0][0] for config in grids)
     assert one.interval == other.interval
     assert one.variance == pytest.approx(other.variance, rel=tolerances.SEARCH_VARIANCE)
     # conditioned masks are another estimator than free ones

@@ -101,4 +101,3 @@ def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss."""
     key = "loss/train_nats_per_token"
     return {line["step"]: line[key] for line in record(run_dir, prefix=key)}
-

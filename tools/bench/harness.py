@@ -35,11 +35,16 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     """Parse, and keep what was given (without the place of the results) for the note."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    if "--results" in given:
-        at = given.index("--results")
-        del given[at : at + 2]
-    options.given = " ".join(given)
+    options.given = " ".join(without_results(given))
     return options
+
+
+def without_results(given: Sequence[str]) -> list[str]:
+    """Arguments as a note shows them: where the note itself goes is nobody's business."""
+    if "--results" not in given:
+        return list(given)
+    at = list(given).index("--results")
+    return [*given[:at], *given[at + 2 :]]
 
 
 def interleave(contestants: Mapping[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:

@@ -30,6 +30,8 @@ from tools.bench.step import make_problem, shipped
 
 STEP = "training step"
 TOTAL = "micro-batch: levels, masks, loss rows"
+TARGET = 0.02
+"""Of a training step."""
 SHAPE = {"layers": 2, "hidden": 768, "heads": 12, "kv-heads": 0, "ffn": 0, "length": 2048, "block": 16, "vocab": 50258}
 
 
@@ -45,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = harness.table((f"[{options.rows}, {options.length}]", "ms", "of a step"), rows)
     times = f"{options.rows} / {options.step_rows}"
     note = f"attention {label}; the step was timed at {options.step_rows} rows and taken {times} times."
+    limit = TARGET * options.rows * options.length / statistics.median(seconds[TOTAL])
+    note += (
+        f" Noise stays below {100 * TARGET:g} % of a step on devices that make fewer than {limit:,.0f} data tokens/s."
+    )
     if options.device == "cpu":
         note += " On GPU: not measured."
     shape = f"{options.layers} layers, h{options.hidden}, S{options.block}, V{options.vocab}"
@@ -92,7 +98,7 @@ def draws(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
 def share(seconds: Sequence[float], step: Sequence[float]) -> str:
     """Median over rounds of the part of a step."""
-    return f"{100 * statistics.median(s / whole for s, whole in zip(seconds, step, strict=True)):.2f} %"
+    return f"{100 * statistics.median(s / whole for s, whole in zip(seconds, step, strict=True)):.3g} %"
 
 
 if __name__ == "__main__":

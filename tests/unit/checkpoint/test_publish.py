@@ -24,11 +24,18 @@ def with_steps(folder: Path, *steps: int) -> Path:
 
 def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
     with_steps(tmp_path, 10, 20, 30, 40, 50, 60)
-    (tmp_path / "step_00000010.universal").mkdir()
+    for step in (10, 20, 50):
+        (tmp_path / f"{step_name(step)}.universal").mkdir()
     gone = delete_old(tmp_path / step_name(50), keep_last=2, keep_every_steps=20)
     assert [p.name for p in gone] == [step_name(30), step_name(10)]
     # 60 is of an abandoned future: not counted, not touched
-    assert folders(tmp_path) == [step_name(s) for s in (20, 40, 50, 60)]
+    assert folders(tmp_path) == [
+        step_name(20),
+        step_name(40),
+        step_name(50),
+        f"{step_name(50)}.universal",
+        step_name(60),
+    ]
 
 
 def test_none_is_deleted_without_a_limit_and_never_the_last(tmp_path: Path) -> None:

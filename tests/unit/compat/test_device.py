@@ -24,10 +24,6 @@ def test_a_rank_is_the_cpu() -> None:
     assert device.collective_backend(torch.device("cuda", 0)) == "nccl"
 
 
-def test_waiting_for_the_cpu_is_nothing() -> None:
-    device.synchronize(CPU)
-
-
 def test_a_rank_takes_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:

@@ -27,9 +27,13 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_unrelated_apex_is_named_and_left_alone(packages: Path) -> None:
     (packages / "apex/__init__.py").write_text("def main(): ...\n")
     assert optional.find("apex") is None
-    sentence = "the installed `apex` is not NVIDIA Apex (the package index has an unrelated project of that name); ignored"
+    sentence = (
+        "the installed `apex` is not NVIDIA Apex (the package index has an unrelated project of that name); ignored"
+    )
     assert optional.report()["apex"] == sentence
-    with pytest.raises(ConfigError, match=r"^apex was asked for, but the installed `apex` is not NVIDIA Apex .*`auto`\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^apex was asked for, but the installed `apex` is not NVIDIA Apex .*`auto`\.$"
+    ):
         optional.require("apex")
 
 

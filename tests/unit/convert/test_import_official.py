@@ -19,6 +19,8 @@ from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.errors import CheckpointError, ConversionError, TokenizerError
 from tests.unit.hf.models import tiny_config, tiny_model
 from tests.unit.sampling.folders import write_tokenizer
+from tools import export_official as export_tool
+from tools import import_official as import_tool
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 HF_FOLDER, LIGHTNING = GOLDEN / "hf_tiny_bs4", GOLDEN / "official_lightning_tiny_bs4.ckpt"
@@ -172,6 +174,18 @@ def test_the_autoregressive_baseline_keeps_its_objective(tmp_path: Path) -> None
     import_official(tmp_path / "source", tmp_path / "out")
     config, _ = read_folder(tmp_path / "out")
     assert (config.objective, config.block_size) == ("ar", 1)
+
+
+def test_the_tools_report_in_lines_and_fail_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert import_tool.main([str(LIGHTNING), "--out", str(ours)]) == 0
+    assert "took the moving average of the weights (EMA)" in capsys.readouterr().out
+    assert export_tool.main([str(ours), "--out", str(theirs)]) == 0
+    assert "0.16 M parameters" in capsys.readouterr().out
+    assert export_tool.main([str(theirs), "--out", str(tmp_path / "more")]) == 2
+    assert import_tool.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "more")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "expected 'bd3'" in error and "does not exist" in error
 
 
 def test_models_that_the_official_class_cannot_hold_are_not_exported(tmp_path: Path) -> None:

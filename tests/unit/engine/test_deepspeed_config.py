@@ -11,7 +11,9 @@ from bd3_megatron.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_conf
 from tests.unit.model.cost_cases import case
 
 
-def tree_of(dtype: torch.dtype = torch.float32, num_parameters: int = 10**9, **sections: dict[str, Any]) -> dict[str, Any]:
+def tree_of(
+    dtype: torch.dtype = torch.float32, num_parameters: int = 10**9, **sections: dict[str, Any]
+) -> dict[str, Any]:
     return deepspeed_config(case(**sections), num_micro_batches=4, dtype=dtype, num_parameters=num_parameters)
 
 

@@ -10,6 +10,7 @@ from bd3_megatron.errors import (
     ConfigError,
     GridError,
     LeakError,
+    NodeFailure,
     RankFailure,
     ShapeError,
     check_divides,
@@ -20,8 +21,8 @@ from bd3_megatron.errors import (
 )
 
 
-def test_every_error_is_a_users_mistake_with_exit_code_2_except_the_named_two() -> None:
-    others = {RankFailure: 1, LeakError: 3}
+def test_every_error_is_a_users_mistake_with_exit_code_2_except_the_named_few() -> None:
+    others = {RankFailure: 1, NodeFailure: 1, LeakError: 3}
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, BD3Error)]
     assert len(kinds) >= 12
     for kind in kinds:

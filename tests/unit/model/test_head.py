@@ -11,7 +11,9 @@ from tests import tolerances
 from tests.unit.model.heads import HeadProblem, head_problem
 
 
-def solved(problem: HeadProblem, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def solved(
+    problem: HeadProblem, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     tensors = (problem.hidden_RD, problem.weight_VD, problem.bias_V)
     inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
     shard = VocabShard(0, problem.vocab_size, problem.never, None)
@@ -33,7 +35,9 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     expected_nll_R, expected_grads = problem.answer()
     total, nll_R, grads = solved(problem)
     assert torch.allclose(nll_R, expected_nll_R, rtol=0, atol=tolerances.EXACT_FP64)
-    assert total.item() == pytest.approx((expected_nll_R * problem.row_weight_R).sum().item(), abs=tolerances.EXACT_FP64 * 100)
+    assert total.item() == pytest.approx(
+        (expected_nll_R * problem.row_weight_R).sum().item(), abs=tolerances.EXACT_FP64 * 100
+    )
     for found, expected in zip(grads, expected_grads, strict=True):
         assert torch.allclose(found, expected, rtol=0, atol=tolerances.EXACT_FP64 * 10)
 

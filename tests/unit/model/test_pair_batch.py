@@ -78,5 +78,9 @@ def test_a_moved_batch_is_the_same_batch() -> None:
     batch = made(pair_layout(length=L, block_size=S, objective="block"), clean_batch())
     moved = batch.to(torch.device("cpu"))
     for name, value in vars(batch).items():
-        same = torch.equal(value, getattr(moved, name)) if isinstance(value, torch.Tensor) else value == getattr(moved, name)
+        same = (
+            torch.equal(value, getattr(moved, name))
+            if isinstance(value, torch.Tensor)
+            else value == getattr(moved, name)
+        )
         assert same, name

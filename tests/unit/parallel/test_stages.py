@@ -40,14 +40,18 @@ def test_without_other_work_stages_differ_by_one_layer_at_most() -> None:
 
 def test_interleaved_chunks_are_equal() -> None:
     assert split_layers(12, 4, interleaved=True, head_layers=5.0) == (3, 3, 3, 3)
-    with pytest.raises(GridError, match=r"^pp x vpp = 4 does not divide num_layers=10; interleaved chunks are of equal"):
+    with pytest.raises(
+        GridError, match=r"^pp x vpp = 4 does not divide num_layers=10; interleaved chunks are of equal"
+    ):
         split_layers(10, 4, interleaved=True)
 
 
 def test_a_given_split_is_taken_as_it_is() -> None:
     assert split_layers(10, 3, given=(2, 7, 1), head_layers=5.0) == (2, 7, 1)
     for given in ((5, 5), (2, 7, 2)):
-        with pytest.raises(GridError, match=r"does not split num_layers=10 over 3 stages; give 3 numbers that add up to 10"):
+        with pytest.raises(
+            GridError, match=r"does not split num_layers=10 over 3 stages; give 3 numbers that add up to 10"
+        ):
             split_layers(10, 3, given=given)
 
 

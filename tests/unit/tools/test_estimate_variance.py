@@ -13,6 +13,7 @@ import torch
 from bd3_megatron.diffusion.interval_search import FULL
 from tests.ranks.train_runs import train, train_config, write_data
 from tools import estimate_variance
+from tools.variance import measure
 
 SMALL = ["--batches", "2", "--gradient-batches", "2", "--batch-rows", "8"]
 
@@ -55,8 +56,8 @@ def test_block_size_one_has_two_candidates(folder: Path, capsys: pytest.CaptureF
 
 
 def test_a_variance_is_that_of_the_draws(folder: Path) -> None:
-    subject = estimate_variance.open_subject(folder / "S4", 8)
-    found = estimate_variance.measure_one(subject, "loglinear", FULL, 2, 3)
+    subject = measure.open_subject(folder / "S4", 8)
+    found = measure.measure_one(subject, "loglinear", FULL, 2, 3)
     losses, grads = [], []
     for number in range(3):
         loss_BK, _, _ = subject.losses(range(8 * number, 8 * number + 8), FULL, "loglinear", seed=1)

@@ -55,7 +55,9 @@ def held(config: Config, source: Samples, *, dp: int = 1, first: int = 0, steps:
     return tokens, noise, counts
 
 
-@pytest.mark.parametrize("diffusion", [{}, {"resample": True}, {"noise_schedule": "cosine"}, {"objective": "ar"}], ids=str)
+@pytest.mark.parametrize(
+    "diffusion", [{}, {"resample": True}, {"noise_schedule": "cosine"}, {"objective": "ar"}], ids=str
+)
 def test_a_sample_is_the_same_for_every_split(diffusion: dict[str, Any]) -> None:
     block_size = 1 if "objective" in diffusion else 4
     expected = held(case(diffusion={"block_size": 4, **diffusion}), Samples(), block_size=block_size)

@@ -34,7 +34,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "mdlm": {"kind": "mdlm"},
     "S = 1": {"kind": "s1"},
     "S = 8": {"diffusion": {"block_size": 8}},
-    "curriculum": {"diffusion": {"phases": [{"block_size": 8, "steps": 1}, {"block_size": 32, "steps": 1}, {"block_size": 2}]}},
+    "curriculum": {
+        "diffusion": {"phases": [{"block_size": 8, "steps": 1}, {"block_size": 32, "steps": 1}, {"block_size": 2}]}
+    },
 }
 
 
@@ -165,7 +167,13 @@ def test_offences_are_per_pair_of_blocks() -> None:
     layout = pair_layout(length=16, block_size=4, objective="block")
     found = examine(planted(change), layout, None, dtype=torch.float32, device=CPU)
     # in two layers what block k - 2 is reaches block k through block k - 1
-    assert {(o.query_block, o.source_block) for o in found if o.source == "noisy"} == {(1, 0), (2, 1), (2, 0), (3, 2), (3, 1)}
+    assert {(o.query_block, o.source_block) for o in found if o.source == "noisy"} == {
+        (1, 0),
+        (2, 1),
+        (2, 0),
+        (3, 2),
+        (3, 1),
+    }
 
 
 def test_example_documents_are_whole_blocks() -> None:

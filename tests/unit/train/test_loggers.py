@@ -166,7 +166,11 @@ def test_the_tracker_is_told_numbers_under_one_run_id(tmp_path: Path, monkeypatc
     mirror.close()
     assert fake.logged == [(4, {"loss": 2.0}), "finished"]
     assert (fake.asked["id"], fake.asked["resume"], fake.asked["mode"]) == ("0a1b", "allow", "offline")
-    assert (fake.asked["project"], fake.asked["name"], fake.asked["tags"]) == ("project", "seven", ["attempt from step 3"])
+    assert (fake.asked["project"], fake.asked["name"], fake.asked["tags"]) == (
+        "project",
+        "seven",
+        ["attempt from step 3"],
+    )
     assert fake.asked["config"] == to_tree(config)
 
 

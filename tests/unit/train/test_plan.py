@@ -59,13 +59,21 @@ def test_the_batch_does_not_depend_on_the_grid() -> None:
 @pytest.mark.parametrize(
     ("train", "parallel", "sentence"),
     [
-        ({"warmup_batch_size": 6}, {"dp": 4}, r"^warmup_batch_size=6 is not a multiple of dp x micro_batch_size=4; use 4"),
+        (
+            {"warmup_batch_size": 6},
+            {"dp": 4},
+            r"^warmup_batch_size=6 is not a multiple of dp x micro_batch_size=4; use 4",
+        ),
         (
             {"warmup_batch_size": 2, "micro_batch_size": 1},
             {"pp": 4, "vpp": 2},
             r"^warmup_batch_size=2 is not a multiple of dp x micro_batch_size x pp \(interleaved schedule\)=4; use 4\.$",
         ),
-        ({"warmup_batch_size": 32}, {}, r"^warmup_batch_size=32 is outside \[1, 16\], the global batch size; use one inside"),
+        (
+            {"warmup_batch_size": 32},
+            {},
+            r"^warmup_batch_size=32 is outside \[1, 16\], the global batch size; use one inside",
+        ),
         ({"warmup_batch_size": 0}, {}, r"^warmup_batch_size=0 is outside \[1, 16\]"),
     ],
 )
@@ -117,7 +125,11 @@ def test_without_phases_the_run_is_one_phase() -> None:
 
 
 def test_a_search_chooses_only_where_the_phase_names_no_interval() -> None:
-    phases = [{"block_size": 32, "steps": 2, "interval": [1e-3, 1.0]}, {"block_size": 8, "steps": 2}, {"block_size": 32}]
+    phases = [
+        {"block_size": 32, "steps": 2, "interval": [1e-3, 1.0]},
+        {"block_size": 8, "steps": 2},
+        {"block_size": 32},
+    ]
     plan = RunPlan(config_of({"steps": 6}, diffusion={"phases": phases, "interval": [0.45, 0.95]}))
     assert [plan.is_searched(step) for step in (0, 2, 4)] == [False, True, True]
     assert [plan.interval(step, {}) for step in (0, 2)] == [Interval(), Interval(0.45, 0.95)]

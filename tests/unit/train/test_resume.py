@@ -58,7 +58,9 @@ def test_what_changes_learning_is_refused_by_name(change: dict[str, Any], listed
 
 
 def test_all_changes_are_listed_at_once() -> None:
-    sentence = r"optim\.lr was .*; optim\.weight_decay was 0\.0 and is 0\.1; .* on the command line, as optim\.lr=VALUE\.$"
+    sentence = (
+        r"optim\.lr was .*; optim\.weight_decay was 0\.0 and is 0\.1; .* on the command line, as optim\.lr=VALUE\.$"
+    )
     with pytest.raises(ConfigError, match=sentence):
         refuse_changes(case(), case(optim={"lr": 1e-2, "weight_decay": 0.1}))
 
@@ -86,7 +88,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path: Pa
         (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
         (tmp_path / f"checkpoints/step_{step:08d}/manifest.json").write_text("{")
     said: list[str] = []
-    with pytest.raises(CheckpointError, match=r"^all 2 checkpoints in '.*' are damaged; restore one, or remove the folder"):
+    with pytest.raises(
+        CheckpointError, match=r"^all 2 checkpoints in '.*' are damaged; restore one, or remove the folder"
+    ):
         resume(no_engine(), tmp_path, case(), said.append)
     assert [sentence.split(":")[0] for sentence in said] == [
         "skips checkpoint step_00000020",

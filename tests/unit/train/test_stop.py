@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bd3_megatron.train.stop import STOP_SIGNALS, StopRequest
+from bd3_megatron.train.stop import DOUBLED_SECONDS, STOP_SIGNALS, StopRequest
 
 CPU = torch.device("cpu")
 
@@ -57,13 +58,24 @@ def test_a_deadline_stops_the_run(alone: None) -> None:
     assert StopRequest(deadline=1e12).agreed(CPU) is None
 
 
-def test_the_second_signal_ends_the_process() -> None:
+def told_twice(seconds_apart: float) -> int:
+    """Exit code of a process that gets a second signal that much later."""
     pid = os.fork()
     if pid == 0:
         stop = StopRequest()
         stop.install()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        at = time.monotonic()
+        time.monotonic = lambda: at + seconds_apart
         signal.raise_signal(signal.SIGTERM)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_the_second_signal_ends_the_process() -> None:
+    assert told_twice(DOUBLED_SECONDS + 0.1) == 128 + signal.SIGTERM
+
+
+def test_a_signal_delivered_twice_is_one_request() -> None:
+    assert told_twice(DOUBLED_SECONDS / 2) == 0

@@ -1,0 +1,76 @@
+"""A rank that does not come to a collective is named, with its line of code, and every rank ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bd3_megatron.config.schema import ParallelConfig, WatchConfig
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.stop import StopRequest
+from bd3_megatron.train.watchdog import Watchdog, straggler_metrics
+from tests.ranks.harness import run_ranks
+
+LIMIT_SECONDS = 2.0
+
+
+def watched(folder: Path, topology: Topology) -> Watchdog:
+    os.environ["SLURMD_NODENAME"] = f"node{topology.rank}"
+    watch = WatchConfig(hang_factor=1.0, hang_seconds=LIMIT_SECONDS)
+    return Watchdog(watch, folder, rank=topology.rank, world_size=topology.world_size)
+
+
+def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(tmp_path: Path) -> None:
+    def on_rank(topology: Topology) -> None:
+        watchdog = watched(tmp_path, topology)
+        with watchdog.watching(0):
+            for step in range(1, 4):
+                if step == 3 and topology.rank == 1:
+                    threading.Event().wait()
+                StopRequest().agreed(topology.device)
+                watchdog.step_done(step)
+
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="rank"):
+        run_ranks(on_rank, ParallelConfig(dp=3))
+    assert time.monotonic() - started < 60
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert found["status"] == "hung" and found["step"] == 2
+    assert "after step 2 (limit 2 s): rank 1 (node node1) is in no collective" in found["reason"]
+    assert found["reason"].endswith("the others wait in all_reduce")
+    stacks = [(tmp_path / f"logs/hang/rank-{rank}.txt").read_text() for rank in range(3)]
+    assert "wait" in stacks[1] and all("in agreed" in stacks[rank] for rank in (0, 2))
+
+
+def test_a_stopped_rank_is_named_by_its_silence(tmp_path: Path) -> None:
+    def on_rank(topology: Topology) -> None:
+        (tmp_path / f"pid-{topology.rank}").write_text(str(os.getpid()))
+        watchdog = watched(tmp_path, topology)
+        with watchdog.watching(0):
+            if topology.rank == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            dist.barrier()
+
+    with pytest.raises(AssertionError, match="did not end in time: \\[0\\]"):
+        run_ranks(on_rank, ParallelConfig(dp=2), timeout=40)
+    assert "rank 0 does not answer any more" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_the_slowest_rank_is_in_the_record() -> None:
+    def on_rank(topology: Topology) -> tuple[dict[str, float], dict[str, float]]:
+        own = {"time/forward_seconds": 1.0 + topology.rank, "time/backward_seconds": 1.0}
+        device = torch.device("cpu")
+        return straggler_metrics(own, device), straggler_metrics(own if topology.rank else {}, device)
+
+    assert (
+        run_ranks(on_rank, ParallelConfig(dp=3))
+        == [({"time/slowest_rank": 2, "time/slowest_over_median": 4.0 / 3.0}, {})] * 3
+    )

@@ -1,0 +1,270 @@
+"""Measures what tools/estimate_variance.py reports; see there for what is measured and how."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.checkpoint.read import open_checkpoint
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
+from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_source import CheckpointSource
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.diffusion.corrupt import corrupt
+from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes, score
+from bd3_megatron.diffusion.noise_level import Interval, noise_levels
+from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
+from bd3_megatron.errors import BD3Error, DataError, LaunchError
+from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.train.dataset import data_folder, open_data
+from bd3_megatron.train.svg_chart import Line, line_chart
+from tools.bench import harness
+
+MODULE = "tools.estimate_variance"
+SCORE_SEED, SEARCH_SEED = 1, 2
+OTHER_SCHEDULES = ("cosine", "square", "sqrt", "log")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One trained model and what it is measured on."""
+
+    model: PlainBD3
+    rows: TokenDataset
+    """Held out, in their own order."""
+    mask_id: int
+    block_size: int
+    length: int
+    step: int
+    batch_rows: int
+    never_mask_first: bool
+
+    def losses(
+        self, numbers: range, drawn_from: Interval, schedule: str, *, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(block losses, noise levels, whether a block has tokens) of some held-out rows, [B, K]; strata are a batch's."""
+        clean = self.rows.batch_for(torch.arange(numbers.start, numbers.stop))
+        t_BK = noise_levels(
+            seed,
+            clean.index_B,
+            num_blocks=self.length // self.block_size,
+            interval=drawn_from,
+            group_size=self.batch_rows,
+        )
+        noisy = corrupt(
+            clean.tokens_BL,
+            t_BK,
+            index_B=clean.index_B,
+            seed=seed,
+            mask_id=self.mask_id,
+            schedule=noise_schedule(schedule),
+            never_mask_first=self.never_mask_first,
+            is_padding_BL=clean.is_padding_BL,
+        )
+        logits_BLV = self.model(noisy.noisy_BL, noisy.clean_BL, clean.document_id_BL)
+        nll_BL = masked_token_nll(logits_BLV, noisy.clean_BL, mask_id=self.mask_id)
+        return block_losses(nll_BL, noisy), t_BK, noisy.countable_BL.unflatten(1, (-1, self.block_size)).any(dim=2)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured of one way to draw noise."""
+
+    schedule: str
+    interval: Interval
+    loss: float
+    """Mean of block losses, nats per token; a bound on the model's NLL only over the full interval."""
+    loss_variance: float
+    gradient_variance: float
+
+    @property
+    def name(self) -> str:
+        """For the table: the schedule, and the interval where it is clipped."""
+        kind = "linear" if self.schedule == "loglinear" else self.schedule
+        shown = f"[{self.interval.beta:g}, {self.interval.omega:g}]"
+        return kind if self.interval == FULL else f"clipped {shown}" if kind == "linear" else f"{kind} {shown}"
+
+
+def _train(options: argparse.Namespace) -> list[Path]:
+    """One short run for each block size, in folders of their own, on one copy of the data."""
+    places: list[Path] = []
+    for size in options.block_size:
+        place = options.out / f"S{size}"
+        overrides = [f"run.dir={place}", f"diffusion.block_size={size}", f"train.steps={options.steps}", *options.set]
+        if places and (places[0] / "data").is_dir():
+            overrides.append(f"data.path={places[0] / 'data'}")
+        command = [sys.executable, "-m", "bd3_megatron.cli", "train", options.train, *overrides]
+        code = subprocess.run(command).returncode
+        if code:
+            raise LaunchError(f"training at block_size={size} ended with exit code {code}; see its own words above.")
+        places.append(place)
+    return places
+
+
+def open_subject(place: Path, batch_rows: int) -> Subject:
+    """The newest checkpoint of a run with its held-out rows.
+
+    Raises:
+        CheckpointError: there is none.
+        DataError: an autoregressive run, or no held-out rows.
+    """
+    reader = open_checkpoint(find_checkpoint(place))
+    config, manifest = config_from_tree(reader.manifest.config), reader.manifest
+    if config.diffusion.objective == "ar" or manifest.mask_id is None:
+        raise DataError(f"'{place}' is an autoregressive run, which draws no noise; give a block-diffusion run.")
+    data = open_data(config)
+    if data.valid is None:
+        raise DataError(f"'{data_folder(config)}' holds no held-out rows; prepare it with a valid split.")
+    described, _ = describe_model(config, manifest, data_folder(config))
+    which = "ema" if "ema" in reader.kinds() else "model"
+    source = CheckpointSource(reader, NameTable(config.model, manifest.vocab_size), which)
+    return Subject(
+        model=plain_model(described, {name: source.tensor(name).clone() for name in source.names()}),
+        rows=data.valid,
+        mask_id=manifest.mask_id,
+        block_size=described.block_size,
+        length=config.data.seq_len,
+        step=manifest.step,
+        batch_rows=min(batch_rows, data.valid.num_rows),
+        never_mask_first=config.diffusion.never_mask_first,
+    )
+
+
+def measure(subject: Subject, *, batches: int, gradient_batches: int) -> list[Finding]:
+    """Every candidate interval under the linear schedule, then the other schedules over the full interval."""
+    ways = [("loglinear", interval) for interval in candidates(subject.block_size)]
+    if subject.block_size > 1:
+        ways += [(schedule, FULL) for schedule in OTHER_SCHEDULES]
+    return [measure_one(subject, schedule, i, batches, gradient_batches) for schedule, i in ways]
+
+
+def measure_one(subject: Subject, schedule: str, interval: Interval, batches: int, gradient_batches: int) -> Finding:
+    """One way to draw noise, on `batches` batches for losses and `gradient_batches` for gradients."""
+    losses = []
+    with torch.no_grad():
+        for numbers in _batches(subject, batches):
+            loss_BK, _, is_counted_BK = subject.losses(numbers, interval, schedule, seed=SCORE_SEED)
+            losses.append(loss_BK[is_counted_BK].double())
+    together = torch.cat(losses)
+    gradient = _gradient_variance(subject, schedule, interval, gradient_batches)
+    return Finding(schedule, interval, together.mean().item(), together.var().item(), gradient)
+
+
+def _gradient_variance(subject: Subject, schedule: str, interval: Interval, batches: int) -> float:
+    """Trace of the covariance of one batch's gradient; nan for fewer than two batches."""
+    parameters = list(subject.model.parameters())
+    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    squares = 0.0
+    for numbers in _batches(subject, batches):
+        loss_BK, _, is_counted_BK = subject.losses(numbers, interval, schedule, seed=SCORE_SEED)
+        grads = torch.autograd.grad(loss_BK[is_counted_BK].mean(), parameters)
+        for whole, grad in zip(total, grads, strict=True):
+            whole += grad
+            squares += grad.double().square().sum().item()
+    if batches < 2:
+        return float("nan")
+    mean_square = sum((whole / batches).square().sum().item() for whole in total)
+    return (squares - batches * mean_square) / (batches - 1)
+
+
+def search(subject: Subject, *, batches: int) -> Interval:
+    """What the interval search chooses, from passes of its own on rows behind the measured ones."""
+    intervals = candidates(subject.block_size)
+    moments = Moments.none(len(intervals))
+    with torch.no_grad():
+        for drawn_from in passes(intervals):
+            for numbers in _batches(subject, batches, first=batches):
+                loss_BK, t_BK, is_counted_BK = subject.losses(numbers, drawn_from, "loglinear", seed=SEARCH_SEED)
+                found = score(loss_BK, t_BK, intervals=intervals, drawn_from=drawn_from, is_counted_BK=is_counted_BK)
+                moments = moments.merge(found)
+    return intervals[choose(intervals, moments)]
+
+
+def _batches(subject: Subject, batches: int, *, first: int = 0) -> Iterator[range]:
+    """Numbers of rows; beyond the held-out ones they come again, with other noise."""
+    for number in range(first, first + batches):
+        yield range(number * subject.batch_rows, (number + 1) * subject.batch_rows)
+
+
+def as_markdown(subject: Subject, findings: Sequence[Finding], chosen: Interval, options: argparse.Namespace) -> str:
+    """A table of what people compare, and a line on what the search found."""
+    linear = findings[0]
+    clipped = [f for f in findings if f.schedule == "loglinear"]
+    best = min(clipped, key=lambda f: f.loss_variance)
+    picked = next(f for f in clipped if f.interval == chosen)
+    shown = {FULL, FULL_MASKING, Interval(0.45, 0.95), Interval(0.3, 0.8), best.interval, chosen}
+    rows = [
+        [f.name, f"{f.loss:.3f}", *_against(f.loss_variance, linear.loss_variance)]
+        + [*_against(f.gradient_variance, linear.gradient_variance)]
+        for f in findings
+        if f.schedule != "loglinear" or f.interval in shown
+    ]
+    header = ["noise", "loss", "variance of a block's loss", "linear / it", "variance of a gradient", "linear / it"]
+    excess = 100 * (picked.loss_variance / best.loss_variance - 1)
+    blocks = options.batches * subject.batch_rows * (subject.length // subject.block_size)
+    return "\n\n".join(
+        [
+            f"S = {subject.block_size}, L = {subject.length}, after {subject.step} steps; {blocks} blocks, "
+            f"{options.gradient_batches} gradients of {subject.batch_rows} rows; {len(clipped)} candidate intervals",
+            harness.table(header, rows),
+            f"The search chose {picked.name}, whose variance is {excess:.1f} % above that of the best candidate, {best.name}.",
+        ]
+    )
+
+
+def _against(variance: float, linear: float) -> tuple[str, str]:
+    return f"{variance:.4g}", f"{linear / variance:.2f}x" if variance else "-"
+
+
+def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, str]:
+    """{file name: SVG} of both variances by interval, a line for each width of the candidates."""
+    charts = {}
+    for what, unit in (("loss", "nats²"), ("gradient", "nats²")):
+        by_width: dict[str, list[tuple[float, float]]] = {}
+        for finding in findings:
+            interval, value = finding.interval, getattr(finding, f"{what}_variance")
+            if finding.schedule == "loglinear" and value == value:
+                beta = 0.0 if interval.beta == FULL.beta else interval.beta
+                by_width.setdefault(f"width {interval.omega - beta:.1f}", []).append((beta, value))
+        title = f"Variance of a {'block' if what == 'loss' else 'batch'}'s {what}, S = {subject.block_size}"
+        lines = [Line(name, sorted(points)) for name, points in sorted(by_width.items())]
+        charts[f"variance_of_{what}_s{subject.block_size}"] = line_chart(
+            title, "start of the noise interval", f"variance, {unit}", lines
+        )
+    return charts
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, plot; returns the exit code."""
+    torch.set_num_threads(options.threads)
+    try:
+        places = _train(options) if options.train is not None else options.runs
+        if not places:
+            raise DataError("no run was named; give a run's folder, or --train CONFIG to make one.")
+        bodies: list[str] = []
+        charts: dict[str, str] = {}
+        for place in places:
+            subject = open_subject(place, options.batch_rows)
+            findings = measure(subject, batches=options.batches, gradient_batches=options.gradient_batches)
+            chosen = search(subject, batches=options.batches)
+            bodies.append(as_markdown(subject, findings, chosen, options))
+            charts |= as_charts(subject, findings)
+    except BD3Error as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    title = "variance of losses and gradients by noise interval and block size"
+    harness.report(MODULE, title, "\n\n".join(bodies), options)
+    folder = options.plots or options.results
+    for name, svg in charts.items() if options.plots or not options.no_note else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.svg").write_text(svg, "utf-8")
+    return 0
