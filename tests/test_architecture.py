@@ -221,11 +221,15 @@ def test_public_functions_take_few_positional_arguments_and_no_bare_booleans(shi
         for function in functions(source.tree):
             arguments = [a for a in (*function.args.posonlyargs, *function.args.args) if a.arg not in ("self", "cls")]
             # a GPU kernel takes pointers and strides one by one: Triton knows no structures
-            is_kernel = any(dotted(d.func if isinstance(d, ast.Call) else d) == "triton.jit" for d in function.decorator_list)
+            is_kernel = any(
+                dotted(d.func if isinstance(d, ast.Call) else d) == "triton.jit" for d in function.decorator_list
+            )
             if is_kernel or function.name.startswith("_") or function.name in FOREIGN_SIGNATURES:
                 continue
             if len(arguments) > POSITIONAL_ARGUMENTS:
-                wrong.append(f"{source.path}:{function.lineno} {function.name} takes {len(arguments)} positional arguments")
+                wrong.append(
+                    f"{source.path}:{function.lineno} {function.name} takes {len(arguments)} positional arguments"
+                )
             booleans = [a.arg for a in arguments if isinstance(a.annotation, ast.Name) and a.annotation.id == "bool"]
             if booleans:
                 wrong.append(f"{source.path}:{function.lineno} {function.name} takes positional booleans {booleans}")

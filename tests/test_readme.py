@@ -20,7 +20,21 @@ from bd3_megatron.config.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SHELL = {"cd", "export", "source", "git", "tail", "cat", "less", "ls", "squeue", "scancel", "sbatch", "tensorboard", "wandb"}
+SHELL = {
+    "cd",
+    "export",
+    "source",
+    "git",
+    "tail",
+    "cat",
+    "less",
+    "ls",
+    "squeue",
+    "scancel",
+    "sbatch",
+    "tensorboard",
+    "wandb",
+}
 """Programs that are not ours and need no proof."""
 
 

@@ -9,7 +9,9 @@ CHAIN_RULE = 1e-6  # block size 1 against the same model's own chain rule
 GRID_LOSS = 1e-6  # relative; fp32 sums in another order on another grid, losses of about 4
 GRID_NORM = 2e-6  # relative; a sum of squares over all parameters, in another order
 GRID_GRADIENT = 5e-6  # relative to the tensor's largest gradient; fp32, a few hundred terms in another order
-GRID_PARAMETERS = 1e-5  # after 5 AdamW steps at lr 1e-3: Adam divides by sqrt(v), which magnifies rounding of small gradients
+GRID_PARAMETERS = (
+    1e-5  # after 5 AdamW steps at lr 1e-3: Adam divides by sqrt(v), which magnifies rounding of small gradients
+)
 SPLIT_LOSS = 1e-7  # relative; per-sample sums are fp64 and in one order, but products of another batch round in fp32
 EVALUATION = 1e-5  # one perplexity computed by fp32 forwards in another order (nats per token)
 FAST_PATH_FP64 = 1e-12  # a fast attention path against the judge, outputs and gradients: the same sums in another order
@@ -17,8 +19,11 @@ FAST_PATH_FP32 = 1e-5  # the same in fp32, relative to the largest value of the 
 FAST_PATH_BF16 = 2e-2  # the same in bf16, relative: inputs, probabilities and partial sums carry 8 bits
 RESUMED = 1e-5  # losses and gradient norms (about 4) of 5 steps after a change of grid: fp32 sums in another order
 SEARCH_VARIANCE = 1e-5  # relative; variance of some hundred block losses whose fp32 forwards round in another order
-GRID_LOSSES_LATER = 1e-5  # relative; losses of the first ten steps at lr 1e-3: the parameters have drifted apart by up to GRID_PARAMETERS
-CACHED_FP64 = 1e-12  # the decoding engine against the training-mask forward: the same rows with other neighbours in a product
+# relative; losses of the first ten steps at lr 1e-3: the parameters have drifted apart by up to GRID_PARAMETERS
+GRID_LOSSES_LATER = 1e-5
+CACHED_FP64 = (
+    1e-12  # the decoding engine against the training-mask forward: the same rows with other neighbours in a product
+)
 CACHED_FP32 = 1e-5  # the same in fp32, logits of order 1
 ROTATED_FAR = 1e-6  # fp32 attention scores of one distance, near and 10^5 positions away: fp32 tables of exact angles
 FOREIGN_LOGITS = 1e-5  # logits of one model in transformers and here, fp32: sums in another order

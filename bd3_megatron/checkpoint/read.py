@@ -11,7 +11,6 @@ RELEASE_BYTES).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

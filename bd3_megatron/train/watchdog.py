@@ -90,7 +90,7 @@ class Watchdog:
             yield
             return
         self._ended.clear()
-        for name in (f"rank-{self._rank}.txt", f"rank-{self._rank}.json"):
+        for name in (f"rank-{self._rank}.txt", f"rank-{self._rank}.json", "verdict.txt"):
             # of an earlier run in this folder
             (self._folder / name).unlink(missing_ok=True)
         self.alive(step)
@@ -130,8 +130,7 @@ class Watchdog:
                 f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
             )
             print(f"bd3: error: {sentence}; stacks of all ranks in {self._folder}", file=sys.stderr, flush=True)
-            if own.rank == min(word.rank for word in words):
-                write_status(self._run_dir, "hung", reason=sentence, step=self._step)
+            self._publish(sentence, is_author=own.rank == min(word.rank for word in words))
         finally:
             os._exit(HUNG)
 
@@ -148,6 +147,16 @@ class Watchdog:
         partial.replace(folder / f"rank-{self._rank}.json")
         return word
 
+    def _publish(self, sentence: str, *, is_author: bool) -> None:
+        verdict = self._folder / "verdict.txt"
+        if is_author:
+            write_status(self._run_dir, "hung", reason=sentence, step=self._step)
+            verdict.write_text(sentence + "\n", encoding="utf-8")
+        # the first rank to end has the others killed, the author among them
+        deadline = time.monotonic() + WORDS_SECONDS
+        while not verdict.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def _words(self) -> list[Word]:
         # limits follow each rank's own median, so the others may be a little later
         deadline = time.monotonic() + max(WORDS_SECONDS, 0.1 * self.limit_seconds)
@@ -159,10 +168,10 @@ class Watchdog:
 
 
 def where(frame: FrameType | None) -> tuple[str, str]:
-    """The collective (or wait for a device) that a stack is in, and the innermost line of ours."""
+    """The collective, or the function that waits for a device, that a stack is in, and the innermost line of ours."""
     collective, place = OUTSIDE, "unknown"
     if frame is not None and any(w in linecache.getline(frame.f_code.co_filename, frame.f_lineno) for w in WAITS):
-        collective = f"a wait in {frame.f_code.co_name}"
+        collective = frame.f_code.co_name
     ours = f"{os.sep}bd3_megatron{os.sep}"
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name

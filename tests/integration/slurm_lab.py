@@ -51,7 +51,8 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_min_interval=100000,bf_interval=5,batch_sched_delay=1,sched_interval=5
-ReturnToService=2
+# a node taken down stays down, one that was lost comes back by itself
+ReturnToService=1
 SlurmctldTimeout=30
 # how soon a dead node is noticed; less flaps on a busy machine
 SlurmdTimeout=15

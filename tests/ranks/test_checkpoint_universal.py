@@ -34,7 +34,7 @@ def made_by_deepspeed(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("style", ["modern", "paper"])
+@pytest.mark.parametrize("style", ["modern", pytest.param("paper", marks=pytest.mark.matrix)])
 def test_it_equals_what_deepspeeds_converter_makes(style: str, tmp_path: Path) -> None:
     config = tiny(tp=2, pp=2, style=style)
 

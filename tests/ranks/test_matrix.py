@@ -30,7 +30,9 @@ MODELS: list[tuple[str, bool, bool]] = [
     for documents in (False, True)
 ]
 """(style, tied, packed documents)."""
-HEADER = "| tp | sp | pp | vpp | cp | dp | zero | loss, relative | gradient, relative | parameters after 5 steps | s |\n"
+HEADER = (
+    "| tp | sp | pp | vpp | cp | dp | zero | loss, relative | gradient, relative | parameters after 5 steps | s |\n"
+)
 
 
 def grid_config(style: str, tied: bool, parallel: dict[str, Any]) -> Config:

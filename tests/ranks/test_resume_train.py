@@ -35,7 +35,7 @@ def run(root: Path, name: str, *, dropout: float = 0.0, **parallel: Any) -> Conf
         root / name,
         diffusion={"phases": PHASES, "search_every_steps": 2, "search_batches": 1, "search_widths": [0.5]},
         train={"steps": STEPS, "warmup_batch_size": 2, "batch_warmup_steps": 4},
-        evaluate={"every_steps": 3, "num_sequences": 8, "at_start_and_end": True},
+        evaluate={"every_steps": 3, "num_sequences": 4},
         model={"dropout": dropout},
         parallel=parallel,
     )

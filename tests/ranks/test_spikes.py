@@ -12,12 +12,19 @@ from tests.ranks.train_runs import train, train_config, write_data
 STEPS = 24
 
 
-def spiky(tmp_path: Path, name: str, action: str, **parallel: int) -> list[dict[str, Any]]:
+def spiky(
+    tmp_path: Path, name: str, action: str, *, tokens: int | None = None, **parallel: int
+) -> list[dict[str, Any]]:
     """A run that hardly learns, so that its losses scatter about one mean and some stand 4 % above it."""
     config = train_config(
         tmp_path / "data",
         tmp_path / name,
-        train={"steps": STEPS, "spike_factor": 1.04, "spike_action": action},
+        train={
+            "steps": STEPS if tokens is None else None,
+            "tokens": tokens,
+            "spike_factor": 1.04,
+            "spike_action": action,
+        },
         optim={"lr": 1e-9},
         checkpoint={"every_steps": 6, "keep_last": 0},
         parallel=parallel,
@@ -50,3 +57,11 @@ def test_a_rollback_goes_on_behind_the_batch(tmp_path: Path) -> None:
     # every sample seen on the way counts once, those before a rollback too
     lost = sum(r["from_step"] - r["step"] for r in rollbacks)
     assert records[-1]["tokens"] == (STEPS + lost) * 8 * 32
+
+
+def test_a_rollback_uses_up_a_budget_of_tokens(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    records = spiky(tmp_path, "run", "rollback", tokens=STEPS * 8 * 32)
+    lost = sum(r["from_step"] - r["step"] for r in records if r.get("event") == "rollback")
+    assert lost and records[-1]["step"] == STEPS - lost
+    assert records[-1]["tokens"] == STEPS * 8 * 32

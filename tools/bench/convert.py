@@ -5,7 +5,7 @@
 
 Decides: the checkpoint is written offline, rank by rank, in the layout of DeepSpeed's ZeRO-1 files with our sidecars and
 averages. The conversion is the tool as a command of its own; its peak is the largest resident size the kernel saw,
-mapped file pages included. Refuses: a peak above --limit GiB (exit code 1).
+mapped file pages included. TMPDIR says where the 10 GB go. Refuses: a peak above --limit GiB (exit code 1).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make, convert, report."""
     options = _options(arguments)
     config = load_config(options.config)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         began = time.perf_counter()
         path = write_random_checkpoint(folder / "checkpoints", config, vocab_size=options.vocab)
@@ -211,10 +211,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "configs/1b3.yaml"), help="whose model (default 1.3B)")
     parser.add_argument("--vocab", type=int, default=50258, help="ids, mask included")
     parser.add_argument("--limit", type=float, default=6.0, help="GiB that the conversion may take")
-    parser.add_argument("--scratch", type=Path, help="folder for the checkpoint and the results")
     harness.add_arguments(parser, repeats=1)
-    options = harness.parse(parser, arguments)
-    return options
+    return harness.parse(parser, arguments)
 
 
 if __name__ == "__main__":

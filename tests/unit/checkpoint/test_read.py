@@ -65,9 +65,9 @@ def test_a_hole_is_seen(checkpoints: Path) -> None:
 
 def test_reading_imports_no_engine() -> None:
     code = (
-        "import sys; import bd3_megatron.checkpoint.read, bd3_megatron.checkpoint.verify, bd3_megatron.convert.start_run; "
-        "import bd3_megatron.convert.average; "
-        "print([m for m in ('deepspeed', 'megatron', 'datasets') if m in sys.modules])"
+        "import sys; import bd3_megatron.checkpoint.read, bd3_megatron.checkpoint.verify, bd3_megatron.checkpoint.compare; "
+        "import bd3_megatron.checkpoint.universal, bd3_megatron.checkpoint.whole, bd3_megatron.checkpoint.describe; "
+        "print([m for m in ('deepspeed', 'megatron', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -62,7 +62,7 @@ def test_a_wait_for_a_device_is_told_by_its_line(tmp_path: Path) -> None:
     class Told:
         item = staticmethod(sys._getframe)
 
-    assert where(space["agreed"](Told))[0] == "a wait in agreed"  # type: ignore[operator]
+    assert where(space["agreed"](Told))[0] == "agreed"  # type: ignore[operator]
 
 
 def test_the_limit_is_the_larger_of_the_floor_and_a_multiple_of_the_median(tmp_path: Path) -> None:

@@ -49,8 +49,6 @@ def steady_run(folder: Path, devices: int, *, seconds: float = 2.0, batch: int =
     records = [start_record(1000.0, devices, tp=1, pp=1, vpp=1, cp=1, dp=devices)]
     for number in range(1, 5):
         slow = 1.5 if number == 1 else 1.0
-        records.append(
-            step_record(10 * number, 1000.0 + 25 * number, seconds * slow, tokens_per_second=rate / slow)
-        )
+        records.append(step_record(10 * number, 1000.0 + 25 * number, seconds * slow, tokens_per_second=rate / slow))
     train = {"steps": 40, "global_batch_size": batch}
     return write_run(folder, records, train=train, parallel={"dp": devices}, **sections)
