@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bd3_megatron.sampling.packed_linear import PackedLinear
+
 COPY_BYTES = 64 * 2**20
 COPY_REPEATS = 4
 
@@ -63,6 +65,7 @@ def weight_bytes(stack: nn.Module, lm_head: nn.Module, token_table: torch.Tensor
     """Bytes of the weights that every forward reads; a tied output table counts, since the head reads it whole."""
     weights = {id(p): p for p in (*stack.parameters(), *lm_head.parameters())}
     total = sum(p.numel() * p.element_size() for p in weights.values())
+    total += sum(m.num_bytes for part in (stack, lm_head) for m in part.modules() if isinstance(m, PackedLinear))
     is_tied = any(p is token_table for p in lm_head.parameters())
     return total if is_tied else total - token_table.numel() * token_table.element_size()
 

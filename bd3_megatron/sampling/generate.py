@@ -25,6 +25,7 @@ from bd3_megatron.hf.generation_bd3 import BlockEvent, Decoder, Observer, Reques
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.sampling.figures import RunFigures, weight_bytes
 from bd3_megatron.sampling.folder import read_config, read_weights
+from bd3_megatron.sampling.packed_linear import pack_linear_layers
 from bd3_megatron.sampling.request import (
     Prompt,
     SampleResult,
@@ -109,7 +110,9 @@ class Sampler:
             ) from None
         if device is None:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        return Sampler(model.to(device=device, dtype=wanted), config, load_tokenizer(path), with_graphs=with_graphs)
+        model = model.to(device=device, dtype=wanted)
+        pack_linear_layers(model, is_tied=config.tie_word_embeddings)
+        return Sampler(model, config, load_tokenizer(path), with_graphs=with_graphs)
 
     def generate(
         self,
