@@ -147,6 +147,9 @@ def _add_arguments_of(module: str) -> Callable[[argparse.ArgumentParser], None]:
 
 def _run_of(module: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
+        from bd3_megatron.train.quiet import drop_known_warnings
+
+        drop_known_warnings()
         return importlib.import_module(module).run(options)
 
     return run

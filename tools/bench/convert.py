@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tools.bench.convert"
 TP, PP = 2, 2
 STEP = 1000
+POLL_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,13 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def convert(path: Path, out: Path, dtype: str) -> tuple[float, float]:
     """Run the tool; wall seconds and peak resident GiB of its process."""
     tool = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), str(path), "--out", str(out), "--dtype", dtype]
-    began = time.perf_counter()
+    began, peak_bytes = time.perf_counter(), 0
     child = subprocess.Popen(tool, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    # the mark only rises, so the last reading is the peak; wait4's own figure would begin at this process's size
+    while child.poll() is None:
+        peak_bytes = max(peak_bytes, _high_water_bytes(child.pid))
+        time.sleep(POLL_SECONDS)
     if child.returncode != 0:
         raise SystemExit(f"the conversion failed with exit code {child.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20
+    return time.perf_counter() - began, peak_bytes / 2**30
+
+
+def _high_water_bytes(pid: int) -> int:
+    """Largest resident size of a process so far (VmHWM); 0 when it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def whole_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
