@@ -54,7 +54,7 @@ def first_run(grid: Grid, folder: Path, **shape: Any) -> list[tuple[float, float
         save(engine, folder, step=2, samples_consumed=8, config=config, train_state={})
         return steps(engine, 2, 9)
 
-    return run_ranks(on_rank, config.parallel)[0]
+    return run_ranks(on_rank, config.parallel, timeout=300.0)[0]
 
 
 def hop(grid: Grid, folder: Path, first: int, count: int, **shape: Any) -> list[tuple[float, float]]:
@@ -71,7 +71,7 @@ def hop(grid: Grid, folder: Path, first: int, count: int, **shape: Any) -> list[
         save(engine, folder, step=first + count, samples_consumed=0, config=config, train_state={})
         return record
 
-    return run_ranks(on_rank, config.parallel)[0]
+    return run_ranks(on_rank, config.parallel, timeout=300.0)[0]
 
 
 def differing(first: Path, second: Path) -> list[str]:
