@@ -171,6 +171,8 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage; 0 means 1, because DeepSpeed's own stage 0 gets the gradient norm wrong."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
+    overlap_grad_reduce: bool = True
+    """Sum gradients over data-parallel ranks during the last backward (ZeRO 1, bf16); off: all at its end."""
     layers_per_stage: tuple[int, ...] = ()
     """Layers of each pipeline stage; empty: balanced, with embedding and head counted as layers' work."""
     collective_timeout_seconds: int = 600
@@ -201,7 +203,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPU, fp32 on CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward: attention only (selective) or whole layers (full)."""
+    """Computed again in the backward, not kept: norms, attention and MLP activation (selective), whole layers (full)."""
+    recompute_layers: int | None = None
+    """So many first layers of each pipeline stage (of each chunk where interleaved) do so; None: all."""
     skip_dead_rows: bool = True
     """Compute only what the loss can see; off computes every row of every layer, for debugging."""
     spike_factor: float = 0.0

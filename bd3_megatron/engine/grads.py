@@ -2,8 +2,9 @@
 
 Three sums, each over one named group: norm weights under sequence parallelism (each tp rank saw its own rows), q and k
 norm weights under tensor parallelism (each tp rank saw its own heads), and a tied table's two copies (first and last
-stage). The data-parallel mean is DeepSpeed's. With ZeRO 2 and 3, gradients leave during the backward, so the first two
-sums become hooks on the parameters; tied copies need pp > 1, which those stages do not run with.
+stage). The data-parallel mean is taken elsewhere: in overlapped_reduction, or by DeepSpeed. With ZeRO 2 and 3, gradients
+leave during the backward, so the first two sums become hooks on the parameters; tied copies need pp > 1, which those
+stages do not run with.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def needs_tensor_sum(name: str, parameter: nn.Parameter, topology: Topology) -> 
 
 def finish_gradients(root: Root, topology: Topology) -> None:
     """Make the accumulated gradients whole over tp and over tied copies, in place. Entry: partial; exit: summed."""
-    partial = [p for name, p in root.named_parameters() if needs_tensor_sum(name, p, topology)]
+    partial = _partial_over_tp(root, topology)
     grads = [grad for grad in map(local_grad, partial) if grad is not None]
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -46,13 +47,28 @@ def finish_gradients(root: Root, topology: Topology) -> None:
     _sum_tied(root, topology)
 
 
-def _sum_tied(root: Root, topology: Topology) -> None:
+def late_parameters(root: Root, topology: Topology) -> list[nn.Parameter]:
+    """Those whose gradients `finish_gradients` completes; all others are whole over tp and pp after the last backward."""
+    table = _tied_copy(root, topology)
+    return _partial_over_tp(root, topology) + ([] if table is None else [table])
+
+
+def _partial_over_tp(root: Root, topology: Topology) -> list[nn.Parameter]:
+    return [p for name, p in root.named_parameters() if needs_tensor_sum(name, p, topology)]
+
+
+def _tied_copy(root: Root, topology: Topology) -> nn.Parameter | None:
+    """This rank's copy of a table that another stage holds too."""
     if topology.embedding_group is None or not root.local_chunks()[0].shape.tie_embeddings:
-        return
+        return None
     if not (topology.is_first_stage or topology.is_last_stage):
-        return
-    table = dict(root.named_parameters())[EMBEDDING]
-    grad = local_grad(table)
+        return None
+    return dict(root.named_parameters())[EMBEDDING]
+
+
+def _sum_tied(root: Root, topology: Topology) -> None:
+    table = _tied_copy(root, topology)
+    grad = None if table is None else local_grad(table)
     if grad is not None:
         dist.all_reduce(grad, group=topology.embedding_group)
 

@@ -1,7 +1,8 @@
 """The optimizer step: DeepSpeed ZeRO over megatron's groups. The only owner of deepspeed.initialize.
 
-Decides: which of two paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks and `engine.step()` reduces,
-clips, steps and gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients
+Decides: which of two paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks, gradients are summed over
+the data-parallel ranks (during the last backward where `overlapped_reduction` can), and `engine.step()` clips, steps and
+gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients
 as they appear. The loss is a sum; it is scaled by shard_size / tokens because DeepSpeed averages over dp x cp ranks.
 Keeps its own counters: DeepSpeed's do not advance when the schedule runs outside of it.
 """
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from bd3_megatron.compat import deepspeed as deepspeed_compat
 from bd3_megatron.compat import optional
 from bd3_megatron.config.schema import Config, OptimConfig
-from bd3_megatron.engine.deepspeed_config import deepspeed_config, effective_stage
+from bd3_megatron.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_config, effective_stage
 from bd3_megatron.engine.ema import Ema
-from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients
+from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients, late_parameters
+from bd3_megatron.engine.overlapped_reduction import OverlappedReduction
 from bd3_megatron.engine.param_groups import param_groups
 from bd3_megatron.engine.pipeline import MicroLog, Pipeline, Span, no_span
 from bd3_megatron.model.bd3_model import LossOutput
@@ -30,6 +32,9 @@ from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import DeepSpeedMpu
 
 Veto = Callable[[list[MicroLog]], bool]
+
+MIN_BUCKETS = 16
+"""Into at least so many buckets gradients are cut for their reduction."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,20 @@ class ZeroEngine:
             mpu=DeepSpeedMpu(topology),
             dist_init_required=False,
         )[0]
+        self.reduction = self._overlapped_reduction(config)
         self.ema = Ema(self.owned(), config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+
+    def _overlapped_reduction(self, config: Config) -> OverlappedReduction | None:
+        optimizer, topology = self.engine.optimizer, self.model.topology
+        flat_fp32 = hasattr(optimizer, "fp32_groups_gradients_flat")
+        if not (config.parallel.overlap_grad_reduce and flat_fp32 and topology.shard_size > 1):
+            return None
+        self.engine.enable_backward_allreduce = False
+        late = late_parameters(self.model.root, topology)
+        size = sum(p.numel() for p in self.model.root.parameters())
+        # enough buckets that the first leave early, however small the model
+        bucket = min(BUCKET_ELEMENTS, max(1, size // MIN_BUCKETS))
+        return OverlappedReduction(optimizer, late, topology.shard_group, bucket)
 
     def owned(self) -> list[Tensor]:
         """The fp32 partitions this rank owns, as DeepSpeed's optimizer of the current mode names them."""
@@ -122,7 +140,12 @@ class ZeroEngine:
             group["lr"] = lr
         self.model.root.train()
         if self.stage == 1:
+            if self.reduction is not None:
+                self.reduction.begin(len(batches))
             logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
+            if self.reduction is not None:
+                with span("communication_dp"):
+                    self.reduction.finish()
             if veto is not None and veto(logs):
                 self._drop_gradients()
                 return StepResult(logs, float("nan"), applied=False, vetoed=True)

@@ -1,0 +1,143 @@
+"""Data-parallel gradients that leave in buckets while the last backward of a step still runs (ZeRO 1, bf16 weights).
+
+DeepSpeed's BF16_Optimizer keeps one flat fp32 buffer of gradients a parameter group and sums it over the data-parallel
+ranks after the last backward, all at once. Here the buffer is cut into buckets, last parameters first, and a bucket's
+all-reduce starts, in place and without waiting, when the last of its parameters has seen as many gradients as the step
+has micro-batches. `finish` starts what is left, waits, and divides: the time inside it is the part nothing hid.
+Decides: buckets start in one fixed order on every rank, whatever order gradients come in, because ranks that started two
+sums in different orders would add the wrong ones. Gradients that are first summed over another axis (norms under
+sequence parallelism, q and k norms, a tied table in a pipeline) are late: their buckets start in `finish`.
+Refuses: a parameter with more gradients than micro-batches, whose bucket would have left too early (an internal error).
+Costs: no memory and no copy; the same bytes as DeepSpeed's own sum, and bit for bit the same result on two ranks (gloo
+and NCCL may add three or more ranks in another order when buckets are cut differently).
+Not there: fp32 weights and offloaded optimizers, where DeepSpeed's own reduction at the end stays in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass
+class _Bucket:
+    """Neighbouring parameters of one flat buffer."""
+
+    flat: Tensor
+    """Their gradients, a view [n] fp32."""
+    members: int
+    late: bool
+    waiting: int = 0
+    """Members whose last gradient of the step has not come."""
+
+
+@dataclass
+class OverlappedReduction:
+    """The data-parallel sum of one engine.
+
+    Args:
+        optimizer: DeepSpeed's BF16_Optimizer with immediate_grad_update, whose hooks fill the buffers before ours run.
+        late: parameters whose gradients another sum must complete after the last backward.
+        group: ranks to sum over (data and context parallel).
+        bucket_elements: a bucket is closed when it holds at least so many.
+    """
+
+    optimizer: Any
+    late: Collection[nn.Parameter]
+    group: Any
+    bucket_elements: int
+    buckets: list[_Bucket] = field(init=False)
+    _bucket_of: dict[nn.Parameter, int] = field(init=False, default_factory=dict)
+    _seen: dict[nn.Parameter, int] = field(init=False, default_factory=dict)
+    _expected: int = field(init=False, default=0)
+    _next: int = field(init=False, default=0)
+    _works: list[Any] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.buckets = []
+        late = {id(parameter) for parameter in self.late}
+        for parameters, grads, flat in self._groups():
+            self._cut(parameters, grads, flat, late)
+        # late ones last, so that none of the early ones waits behind them
+        order = sorted(range(len(self.buckets)), key=lambda number: self.buckets[number].late)
+        place = {number: rank for rank, number in enumerate(order)}
+        self.buckets = [self.buckets[number] for number in order]
+        self._bucket_of = {parameter: place[number] for parameter, number in self._bucket_of.items()}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _groups(self) -> Iterator[tuple[list[nn.Parameter], list[Tensor], Tensor]]:
+        held = self.optimizer
+        yield from zip(held.bf16_groups, held.fp32_groups_gradients, held.fp32_groups_gradients_flat, strict=True)
+
+    def _cut(self, parameters: list[nn.Parameter], grads: list[Tensor], flat: Tensor, late: set[int]) -> None:
+        """Append the buckets of one flat buffer, its end first: there the backward begins."""
+        stop = None
+        members: list[nn.Parameter] = []
+        for number in reversed(range(len(parameters))):
+            parameter = parameters[number]
+            start = grads[number].storage_offset() - flat.storage_offset()
+            stop = stop if stop is not None else start + grads[number].numel()
+            members.append(parameter)
+            is_late = id(parameter) in late
+            same_kind_follows = number > 0 and (id(parameters[number - 1]) in late) == is_late
+            if same_kind_follows and stop - start < self.bucket_elements:
+                continue
+            self._bucket_of |= dict.fromkeys(members, len(self.buckets))
+            self.buckets.append(_Bucket(flat[start:stop], len(members), is_late))
+            stop, members = None, []
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Before the first forward of a step whose parameters will each see this many gradients."""
+        self._expected, self._next, self._works = num_micro_batches, 0, []
+        self._seen = dict.fromkeys(self._bucket_of, 0)
+        for bucket in self.buckets:
+            bucket.waiting = bucket.members
+
+    def _arrived(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        seen = self._seen[parameter] = self._seen.get(parameter, 0) + 1
+        if seen != self._expected:
+            return
+        self.buckets[self._bucket_of[parameter]].waiting -= 1
+        while self._next < len(self.buckets) and self._may_start(self.buckets[self._next]):
+            self._start()
+
+    @staticmethod
+    def _may_start(bucket: _Bucket) -> bool:
+        return bucket.waiting == 0 and not bucket.late
+
+    def _start(self) -> None:
+        flat = self.buckets[self._next].flat
+        self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+        self._next += 1
+
+    @property
+    def num_started(self) -> int:
+        """Buckets under way or done in this step."""
+        return self._next
+
+    def finish(self) -> None:
+        """After the last backward and after the sums over other axes: every gradient is the mean over the group.
+
+        Raises:
+            RuntimeError: a parameter saw more gradients than the step has micro-batches.
+        """
+        while self._next < len(self.buckets):
+            self._start()
+        for work in self._works:
+            work.wait()
+        self._works = []
+        most = max(self._seen.values(), default=0)
+        if most > self._expected:
+            raise RuntimeError(
+                f"a parameter saw {most} gradients in a step of {self._expected} micro-batches, so its sum over the "
+                "data-parallel ranks may have left too early; set parallel.overlap_grad_reduce=false"
+            )
+        share = 1.0 / dist.get_world_size(self.group)
+        for bucket in self.buckets:
+            bucket.flat.mul_(share)
