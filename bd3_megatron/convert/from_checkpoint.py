@@ -26,6 +26,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.model_card import model_card
 from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.stream import stream_folder
 from bd3_megatron.data.shards import read_header
@@ -198,25 +199,14 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
             notes.append(f"ids of special tokens are unknown: {error}")
     else:
         notes.append("the run's data was not found; begin, end and padding ids are left out")
-    described = BD3Config(
+    described = plain_config(
+        model,
         vocab_size=manifest.vocab_size,
-        style=model.style,
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_width,
-        intermediate_size=model.ffn_width,
-        qk_norm=model.qk_norm,
-        tie_word_embeddings=model.tie_embeddings,
-        layer_norm_eps=model.layer_norm_eps,
-        rope_theta=model.rope_base,
-        max_position_embeddings=config.data.seq_len,
+        seq_len=config.data.seq_len,
         block_size=block_size_at(config, manifest.step),
-        mask_token_id=manifest.mask_id,
+        mask_id=manifest.mask_id,
         objective=config.diffusion.objective,
-        initializer_range=model.init_std,
-        **ids,
+        special_ids=ids,
     )
     return described, notes
 

@@ -17,12 +17,12 @@ from bd3_megatron.attention.select import BACKENDS
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
 from bd3_megatron.engine.grads import local_grad
 from bd3_megatron.engine.zero_engine import ZeroEngine
-from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.init_weights import initial_value
@@ -216,23 +216,13 @@ def plain_model(config: Config) -> PlainBD3:
     """The plain model with the weights that every grid starts from."""
     shape = config.model
     plain = PlainBD3(
-        BD3Config(
+        plain_config(
+            shape,
             vocab_size=VOCAB,
-            style=shape.style,
-            num_hidden_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_width,
-            intermediate_size=shape.ffn_width,
-            qk_norm=shape.qk_norm,
-            tie_word_embeddings=shape.tie_embeddings,
-            layer_norm_eps=shape.layer_norm_eps,
-            rope_theta=shape.rope_base,
-            max_position_embeddings=LENGTH,
+            seq_len=LENGTH,
             block_size=config.diffusion.block_size,
+            mask_id=MASK_ID,
             objective=config.diffusion.objective,
-            mask_token_id=MASK_ID,
         )
     )
     table = NameTable(shape, VOCAB)

@@ -29,10 +29,10 @@ from bd3_megatron.compat.device import peak_memory_bytes, rank_device
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3, pair_sees
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.pair_batch import pair_batch
@@ -174,20 +174,9 @@ def naive_attention(
 def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
     """The plain model with the parallel model's weights."""
     shape, table = config.model, NameTable(config.model, vocab)
+    block_size = config.diffusion.block_size
     plain = PlainBD3(
-        BD3Config(
-            vocab_size=vocab,
-            style=shape.style,
-            num_hidden_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_width,
-            intermediate_size=shape.ffn_width,
-            max_position_embeddings=config.data.seq_len,
-            block_size=config.diffusion.block_size,
-            mask_token_id=vocab - 1,
-        )
+        plain_config(shape, vocab_size=vocab, seq_len=config.data.seq_len, block_size=block_size, mask_id=vocab - 1)
     )
     state: dict[str, Tensor] = {}
     for name, parameter in model.root.named_parameters():

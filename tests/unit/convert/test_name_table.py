@@ -11,6 +11,7 @@ import torch
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.to_hf import expected_shapes
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -30,21 +31,7 @@ MODELS = {
 
 
 def described(model: ModelConfig) -> BD3Config:
-    return BD3Config(
-        vocab_size=VOCAB,
-        style=model.style,
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_width,
-        intermediate_size=model.ffn_width,
-        qk_norm=model.qk_norm,
-        tie_word_embeddings=model.tie_embeddings,
-        max_position_embeddings=16,
-        block_size=4,
-        mask_token_id=VOCAB - 1,
-    )
+    return plain_config(model, vocab_size=VOCAB, seq_len=16, block_size=4, mask_id=VOCAB - 1)
 
 
 def random_plain(model: ModelConfig) -> dict[str, torch.Tensor]:

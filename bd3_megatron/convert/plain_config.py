@@ -1,0 +1,52 @@
+"""The plain model's configuration of a run's model: the one place where the two sets of names meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.hf.configuration_bd3 import BD3Config
+
+
+def plain_config(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    block_size: int,
+    mask_id: int | None,
+    objective: str = "block",
+    special_ids: Mapping[str, int | None] | None = None,
+) -> BD3Config:
+    """BD3Config of a model.
+
+    Args:
+        model: shape, as the run's configuration has it.
+        vocab_size: V, the mask included, without padding.
+        seq_len: L, trained length.
+        block_size: S.
+        mask_id: None where the model is autoregressive.
+        objective: "block" or "ar".
+        special_ids: bos_token_id, eos_token_id, pad_token_id, where known.
+    """
+    return BD3Config(
+        vocab_size=vocab_size,
+        style=model.style,
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_width,
+        intermediate_size=model.ffn_width,
+        qk_norm=model.qk_norm,
+        tie_word_embeddings=model.tie_embeddings,
+        layer_norm_eps=model.layer_norm_eps,
+        rope_theta=model.rope_base,
+        max_position_embeddings=seq_len,
+        block_size=block_size,
+        mask_token_id=mask_id,
+        objective=objective,
+        initializer_range=model.init_std,
+        **cast(dict[str, Any], special_ids or {}),
+    )
