@@ -2,7 +2,12 @@
 
 Decides: a token is masked when its uniform number lies below p(t) of its block; or, with resampling, when it is among
 the block's m smallest, m drawn so that the masked fraction lies inside the interval (see resample.py and its bias). The
-first position and padding may be exempt. Exemptions are applied after the draw and do not change any other token.
+first position may be exempt. The exemption is applied after the draw and does not change any other token.
+Padding is noised like text and carries no loss. Shown as it is, it would tell a noisy block where its document ends,
+which nobody tells the sampler; masked always, the end would show in the number of masks. Masked by its own draws, the
+pattern of masks says nothing, and what is learnt is the law of a token given what is visible and that it is no padding.
+No text token's draw depends on padding. Visible padding still helps its neighbours (as text to the right does), so
+perplexities of padded rows leave out the cost of the length: compare them among themselves only.
 At t = 1, which only Interval(1, 1) draws, everything is masked and the weight is 1 under every schedule: with blocks of
 one token the sum of losses is then the exact negative log-likelihood.
 The uniform number depends on the sample's place in the order of consumption, not on the dataset row (an epoch must not
@@ -32,11 +37,11 @@ class NoisyBatch:
     """Clean samples and one corrupted copy of each; all tensors on the clean tokens' device except t_BK."""
 
     noisy_BL: Tensor
-    """int64: the clean token, or mask_id where masked."""
+    """int64: the clean token, or mask_id where masked, masked padding included."""
     clean_BL: Tensor
     """int64."""
     is_masked_BL: Tensor
-    """bool: masked, so it carries a loss."""
+    """bool: a masked token of the text, so it carries a loss."""
     weight_BL: Tensor
     """float32 (or as asked): the loss weight of the block where masked, 0 elsewhere."""
     t_BK: Tensor
@@ -46,7 +51,7 @@ class NoisyBatch:
     countable_BL: Tensor
     """bool: the token may be masked, so it belongs in the mean."""
     is_padding_BL: Tensor | None = None
-    """bool: no token at all; None = there is none."""
+    """bool: no token of the text; None = there is none."""
 
     @property
     def block_size(self) -> int:
@@ -77,7 +82,7 @@ def corrupt(
         schedule: gives mask probability and loss weight at t.
         resample_to: condition every block's masked fraction on this interval; None: do not (unbiased).
         never_mask_first: keep position 0 visible and out of the mean (the paper's ignore_bos).
-        is_padding_BL: bool [B, L]; padding is never masked and never counted.
+        is_padding_BL: bool [B, L]; padding is masked by its own draws, without loss, and never counted.
         weight_dtype: of weight_BL.
 
     Returns:
@@ -99,7 +104,7 @@ def corrupt(
     is_masked_BL = drawn_BL & countable_BL
     weight_BL = per_token(weight_BK.to(device, weight_dtype), length)
     return NoisyBatch(
-        noisy_BL=clean_BL.masked_fill(is_masked_BL, mask_id),
+        noisy_BL=clean_BL.masked_fill(hidden(drawn_BL, is_masked_BL, is_padding_BL), mask_id),
         clean_BL=clean_BL,
         is_masked_BL=is_masked_BL,
         weight_BL=weight_BL * is_masked_BL,
@@ -108,6 +113,11 @@ def corrupt(
         countable_BL=countable_BL,
         is_padding_BL=is_padding_BL,
     )
+
+
+def hidden(drawn_BL: Tensor, is_masked_BL: Tensor, is_padding_BL: Tensor | None) -> Tensor:
+    """Where the model reads the mask token: masked text, and padding that the draw masked. bool [B, L]."""
+    return is_masked_BL if is_padding_BL is None else is_masked_BL | (drawn_BL & is_padding_BL)
 
 
 def per_token(per_block_BK: Tensor, length: int) -> Tensor:

@@ -138,7 +138,9 @@ def _noisy_document(
     )
     noisy = plan.noisy(clean, draw_D)
     assert noisy is not None  # only the autoregressive plan has none
-    return replace(noisy, noisy_BL=noisy.noisy_BL.masked_fill(~is_text_L, mask_id))
+    # what carries no loss is noised as padding is: here the given part is seen, and what is not written yet is not
+    seen_BL = torch.where(position_L < given, clean.tokens_BL, noisy.noisy_BL)
+    return replace(noisy, noisy_BL=seen_BL.masked_fill(~is_text_L, mask_id))
 
 
 class _BlockWalk:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
-from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt, per_token
+from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt, hidden, per_token
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import MIN_T, noise_schedule
 from bd3_megatron.diffusion.objective import next_token_targets
@@ -291,11 +291,11 @@ def count_law(block_size: int) -> Tensor:
 def _masked(
     clean: CleanBatch, drawn_BL: Tensor, weight_BL: Tensor, count_BK: Tensor, *, plan: CountDrawn | Enumerated
 ) -> NoisyBatch:
-    """The noisy copy under given patterns; exempt tokens stay, the others keep the pattern's weight."""
+    """The noisy copy under given patterns; an exempt first token stays, padding is hidden without weight (see corrupt)."""
     countable_BL = _countable(clean, exclude_first=plan.exclude_first)
     is_masked_BL = drawn_BL & countable_BL
     return NoisyBatch(
-        noisy_BL=clean.tokens_BL.masked_fill(is_masked_BL, plan.mask_id),
+        noisy_BL=clean.tokens_BL.masked_fill(hidden(drawn_BL, is_masked_BL, clean.is_padding_BL), plan.mask_id),
         clean_BL=clean.tokens_BL,
         is_masked_BL=is_masked_BL,
         weight_BL=weight_BL * is_masked_BL,

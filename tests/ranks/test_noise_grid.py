@@ -12,6 +12,7 @@ from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import StepBatches
+from bd3_megatron.train.dataset import IndexedRows
 from bd3_megatron.train.plan import RunPlan
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import MASK_ID, job_config
@@ -38,7 +39,7 @@ def on_rank(parallel: dict[str, Any], micro: int, *, resample: bool) -> Any:
 
     def run(topology: Topology) -> tuple[dict[Any, Any], dict[Any, Any], int]:
         plan = RunPlan(config)
-        batches = StepBatches(Samples(), plan, topology, first_step=FIRST, mask_id=MASK_ID, num_workers=0)
+        batches = StepBatches(IndexedRows(Samples()), plan, topology, first_step=FIRST, mask_id=MASK_ID, num_workers=0)
         # every row, also the dead ones that a rank without cp may leave out
         layout = pair_layout(
             length=config.data.seq_len,

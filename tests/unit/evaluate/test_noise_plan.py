@@ -60,6 +60,19 @@ def test_a_count_draw_masks_what_its_weight_says() -> None:
     assert torch.equal(noisy.t_BK * 4, masked_BK.double())
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_padding_is_hidden_as_text_is_and_weighs_nothing(exact: bool) -> None:
+    plan = noise_plan(objective="block", block_size=4, mask_id=9, draws=4, exact=exact)
+    rows, draw_B = clean(50), torch.arange(50) % 4
+    is_padding_BL = torch.arange(12).expand(50, -1) >= 6
+    padded = CleanBatch(tokens_BL=rows.tokens_BL, index_B=rows.index_B, is_padding_BL=is_padding_BL)
+    noisy, whole = plan.noisy(padded, draw_B), plan.noisy(rows, draw_B)
+    assert noisy is not None and whole is not None
+    assert torch.equal(noisy.noisy_BL, whole.noisy_BL)
+    assert torch.equal(noisy.weight_BL, whole.weight_BL * ~is_padding_BL)
+    assert torch.equal(noisy.is_masked_BL, whole.is_masked_BL & ~is_padding_BL)
+
+
 def test_a_replicate_uses_every_stratum_once() -> None:
     plan = LevelDrawn(block_size=4, mask_id=9, num_draws=6)
     rows = clean(1)
