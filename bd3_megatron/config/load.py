@@ -22,6 +22,10 @@ import yaml
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, either
 
+_WORDS: Mapping[type, str] = types.MappingProxyType(
+    {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file and apply overrides.
@@ -168,7 +172,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _typed(value, next(a for a in args if a is not type(None)), where)
+        return _typed_member(value, [a for a in args if a is not type(None)], where)
     if origin is typing.Literal:
         # types too: True == 1 and 1.0 == 1, but `zero_stage: true` is a slip
         if any(value == a and type(value) is type(a) for a in args):
@@ -195,6 +199,14 @@ def _typed_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ..
     return tuple(_typed(v, a, where) for v, a in zip(value, args, strict=True))
 
 
+def _typed_member(value: Any, members: list[Any], where: str) -> Any:
+    if len(members) == 1:
+        return _typed(value, members[0], where)
+    if type(value) in members:
+        return value
+    raise ConfigError(f"{where}={value!r} is none of {either(_WORDS[m] for m in members)}; give one of them.")
+
+
 def _typed_scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float:
         value = _number_from_text(value)
@@ -205,8 +217,7 @@ def _typed_scalar(value: Any, hint: type, where: str) -> Any:
     # bool is a subclass of int: `steps: true` must not read as 1
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{where}={value!r} is not {words[hint]}; give {words[hint]}.")
+    raise ConfigError(f"{where}={value!r} is not {_WORDS[hint]}; give {_WORDS[hint]}.")
 
 
 def _number_from_text(value: Any) -> Any:

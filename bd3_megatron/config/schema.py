@@ -71,9 +71,60 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    mixture: dict[str, float]
+    """Prepared folders with their weights in this stage; a folder that other stages name has weight 0 here."""
+    steps: int | None = None
+    """Length in optimizer steps; the last stage may leave both out and holds to the end."""
+    tokens: int | None = None
+    """Length in clean tokens, instead of steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    column: str
+    """Rows are kept whose column passes every comparison given."""
+    equals: str | int | float | bool | None = None
+    """Exactly this."""
+    one_of: tuple[str | int | float, ...] | None = None
+    """One of these."""
+    at_least: float | None = None
+    """Least number, or least number of characters of a text."""
+    at_most: float | None = None
+    """Greatest number, or greatest number of characters of a text."""
+    matches: str | None = None
+    """Regular expression found anywhere in the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    dataset: str
+    """Dataset file, folder or hub name, read as a stream and tokenised while training."""
+    name: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Split of the dataset."""
+    column: str = "text"
+    """Column that holds the text."""
+    data_files: str | None = None
+    """Pattern of files inside the dataset."""
+    revision: str | None = None
+    """Version on the hub; name one, or the stream may change under the run."""
+    filters: tuple[FilterConfig, ...] = ()
+    """Rows to keep."""
+    detokenizer: str = "none"
+    """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
+    lanes: int | None = None
+    """Shares the files are dealt to; sample i is of lane i mod lanes. None: one a file, at most 64."""
+    shuffle_rows: int = 256
+    """Rows of a lane permuted together; 1: none. A resumed run tokenises at most this many again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str | None = None
-    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); None: made from `text` under run.dir/data."""
+    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); None: made from `text` under run.dir/data.
+    With mixture, stages or stream it gives tokenizer and held-out rows only."""
     text: tuple[str, ...] = ()
     """Text files or folders to prepare when path is None; `builtin:python-docs` is text every Python has."""
     tokenizer: str = "bytes"
@@ -91,7 +142,21 @@ class DataConfig:
     shuffle: bool = True
     """Permute samples anew in every epoch (a stateless bijection of the sample number)."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Several prepared folders with their weights, instead of `path`."""
+    """Prepared folders with their weights, to train on instead of path's train/. Name new ones last when resuming."""
+    stages: tuple[StageConfig, ...] = ()
+    """Curriculum of mixtures, instead of `mixture`: all lengths in steps, or all in tokens."""
+    stream: StreamConfig | None = None
+    """Train on a stream that is too big to prepare, instead of path's train/."""
+
+    @property
+    def mixtures(self) -> tuple[StageConfig, ...]:
+        """The stages; one where there is no curriculum; none without a mixture."""
+        return self.stages or ((StageConfig(mixture=self.mixture),) if self.mixture else ())
+
+    @property
+    def mixed_folders(self) -> tuple[str, ...]:
+        """Folders of all mixtures in the order in which they are first named, which numbers the sources."""
+        return tuple(dict.fromkeys(folder for stage in self.mixtures for folder in stage.mixture))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ rule and the nearest legal values. Costs microseconds; imports no torch.
 from __future__ import annotations
 
 from bd3_megatron.config.schema import Config
+from bd3_megatron.config.validate_data import check_data
 from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either
 
 MIN_T = 1e-3
@@ -24,6 +25,7 @@ def validate(config: Config, *, world_size: int | None = None) -> None:
         ConfigError, GridError: one sentence with value, law and remedy.
     """
     _check_positive(config)
+    check_data(config.data)
     _check_model(config)
     _check_diffusion(config)
     check_grid(config, world_size=world_size)
@@ -262,6 +264,7 @@ def _check_train(config: Config, dp: int) -> None:
         dp * train.micro_batch_size,
         kind=GridError,
     )
+    _check_recompute(config)
     if train.spike_factor and (train.spike_factor <= 1 or config.parallel.zero_stage > 1):
         raise ConfigError(
             f"train.spike_factor={train.spike_factor} with zero_stage={config.parallel.zero_stage}: give a factor above 1 and "
@@ -271,6 +274,22 @@ def _check_train(config: Config, dp: int) -> None:
         raise ConfigError("train.warmup_batch_size and train.batch_warmup_steps belong together; give both or neither.")
     if train.warmup_batch_size is not None:
         _check_batch_warmup(config, train.warmup_batch_size, dp)
+
+
+def _check_recompute(config: Config) -> None:
+    kind, layers, most = config.train.recompute, config.train.recompute_layers, config.model.num_layers
+    if layers is None:
+        return
+    if kind == "none":
+        raise ConfigError(
+            f"train.recompute_layers={layers} with recompute=none recomputes nothing; set train.recompute to selective or "
+            "full, or leave recompute_layers unset."
+        )
+    if not 1 <= layers <= most:
+        raise ConfigError(
+            f"train.recompute_layers={layers} is outside [1, {most}], the layers of the model; give how many first layers of "
+            "each stage recompute, or leave it unset for all."
+        )
 
 
 def _check_batch_warmup(config: Config, first: int, dp: int) -> None:

@@ -228,6 +228,6 @@ def block_size_at(config: Config, step: int) -> int:
 
 def _data_dir(config: Config, checkpoint: Path) -> Path | None:
     """The prepared data, as the run names it or beside the run."""
-    named = [config.data.path, *config.data.mixture]
+    named = [config.data.path, *config.data.mixed_folders]
     near = [checkpoint.parent.parent / "data", Path(config.run.dir) / "data"]
     return next((p for p in [*(Path(n) for n in named if n is not None), *near] if (p / "train").is_dir()), None)

@@ -106,14 +106,17 @@ def model_card(
 
 
 def _data_names(config: Config) -> str:
-    named = [config.data.path, *config.data.mixture, *config.data.text]
-    return ", ".join(Path(name).name for name in named if name) or "unknown"
+    stream = config.data.stream
+    named = [*config.data.mixed_folders] if stream is None else [stream.dataset]
+    named = named or [name for name in (config.data.path, *config.data.text) if name]
+    return ", ".join(Path(name).name for name in named) or "unknown"
 
 
 def _without_paths(tree: dict[str, Any]) -> dict[str, Any]:
     """A published card tells nobody's folders."""
     run = {key: value for key, value in tree.get("run", {}).items() if key != "dir"}
-    data = {key: value for key, value in tree.get("data", {}).items() if key not in ("path", "text", "mixture")}
+    naming = ("path", "text", "mixture", "stages", "stream")
+    data = {key: value for key, value in tree.get("data", {}).items() if key not in naming}
     return {**tree, "run": run, "data": data}
 
 

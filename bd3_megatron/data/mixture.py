@@ -70,6 +70,8 @@ class Mixture:
         Returns:
             source int64 [B], and how many samples of that source came before: int64 [B].
         """
+        if self.num_sources == 1:
+            return np.zeros_like(index), index
         starts = np.asarray([stage.start for stage in self.stages], dtype=np.int64)
         stage_of = np.searchsorted(starts, index, side="right") - 1
         source, count = np.zeros_like(index), np.zeros_like(index)

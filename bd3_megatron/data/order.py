@@ -61,9 +61,12 @@ class EpochOrder:
         epoch, position = torch.div(count, self.num_rows, rounding_mode="floor"), count % self.num_rows
         if not self.shuffle:
             return position
-        rows = torch.empty_like(position)
         chunk = torch.div(position, _CHUNK_ROWS, rounding_mode="floor")
-        for key in sorted(set(zip(epoch.tolist(), chunk.tolist(), strict=True))):
+        keys = sorted(set(zip(epoch.tolist(), chunk.tolist(), strict=True)))
+        if len(keys) == 1:
+            return self._chunk(*keys[0])[position - keys[0][1] * _CHUNK_ROWS]
+        rows = torch.empty_like(position)
+        for key in keys:
             chosen = (epoch == key[0]) & (chunk == key[1])
             rows[chosen] = self._chunk(*key)[position[chosen] - key[1] * _CHUNK_ROWS]
         return rows

@@ -9,7 +9,7 @@ Decides, with E = 1 if an end token follows every document and 0 otherwise:
 All three are one rule: a document takes ceil((length + E) / a) * a places of a virtual stream, with a = 1, S or L, and
 rows are cut from the stream. Documents without tokens take no place at all.
 Refuses: sequence lengths or blocks that do not fit, special tokens with isolated rows, splits shorter than one row.
-Costs: a row is found by bisection and copied from the memory map (10 to 40 microseconds); `isolated` and `pad` read
+Costs: a row is found by bisection and copied from the memory map (10 to 50 microseconds); `isolated` and `pad` read
 all document ends once at the start (8 bytes a document).
 Source: wrap as in the official dataloader's _group_texts, without its loss of tokens.
 """
@@ -89,6 +89,11 @@ class PackedArrays(NamedTuple):
     is_padding_BL: NDArray[np.bool_] | None
     position_BL: Ints | None
 
+    def row(self, number: int) -> PackedArrays:
+        """One row, its arrays [L] being views."""
+        rest = [None if array is None else array[number] for array in self[1:]]
+        return PackedArrays(self.tokens_BL[number], *rest)
+
 
 @dataclass
 class _Layout:
@@ -153,15 +158,14 @@ class PackedRows:
         padding_BL = np.ones((size, length), dtype=np.bool_) if self.rule.pads else None
         document_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
         position_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
+        rows = PackedArrays(tokens_BL, document_BL, padding_BL, position_BL)
         for row, row_id in enumerate(row_ids.tolist()):
             if padding_BL is None:
                 self._fill_wrapped(payload_BL[row], row_id)
-                continue
-            self._fill_aligned(tokens_BL[row], padding_BL[row], row_id)
-            if document_BL is not None and position_BL is not None:
-                self._fill_documents(document_BL[row], position_BL[row], row_id)
+            else:
+                self._fill_aligned(rows.row(row), row_id)
         self._check_vocabulary(tokens_BL, row_ids)
-        return PackedArrays(tokens_BL, document_BL, padding_BL, position_BL)
+        return rows
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_layouts": {}}
@@ -187,39 +191,34 @@ class PackedRows:
                 written = end + 1
             span[written:] = tokens[source : source + len(span) - written]
 
-    def _fill_aligned(self, out: Ints, padding: NDArray[np.bool_], row_id: int) -> None:
+    def _fill_aligned(self, row: PackedArrays, row_id: int) -> None:
+        """Write a row of padded documents; its arrays [L] hold padding already. Documents are numbered from 0 in a row,
+        positions restart with each, and what is left behind the last shard counts as one more."""
+        number = end = 0
         for shard, start, stop, offset in self._spans(row_id):
-            layout = self._layout(shard)
-            tokens = self.shards.tokens(shard)
+            layout, end = self._layout(shard), offset + stop - start
             first = int(np.searchsorted(layout.places, start, side="right")) - 1
             last = int(np.searchsorted(layout.places, stop, side="left"))
-            for document in range(first, last):
-                place, begin = int(layout.places[document]), int(layout.starts[document])
-                skipped = max(start - place, 0)
-                at = offset + place + skipped - start
-                room = offset + min(int(layout.places[document + 1]), stop) - start - at
-                length = int(layout.starts[document + 1]) - begin
-                count = max(min(length - skipped, room), 0)
-                out[at : at + count] = tokens[begin + skipped : begin + skipped + count]
-                if self.rule.append_eos and 0 <= length - skipped < room:
-                    out[at + count] = self.shards.special.eos
-                    count += 1
-                padding[at : at + count] = False
-
-    def _fill_documents(self, document: Ints, position: Ints, row_id: int) -> None:
-        """Number the documents of a row from 0 and restart positions with each."""
-        cuts = [0]
-        end = 0
-        for shard, start, stop, offset in self._spans(row_id):
-            places = self._layout(shard).places
-            first, last = np.searchsorted(places, start, side="right"), np.searchsorted(places, stop, side="left")
-            cuts += [offset] * (offset > 0) + (places[first:last] - start + offset).tolist()
-            end = offset + stop - start
-        if end < len(document):
-            cuts.append(end)
-        for number, (begin, stop) in enumerate(zip(cuts, [*cuts[1:], len(document)], strict=True)):
-            document[begin:stop] = number
-            position[begin:stop] = np.arange(stop - begin)
+            edges = layout.places[first : last + 1].copy()
+            edges[0], edges[-1] = start, stop
+            of_place = np.repeat(np.arange(last - first), np.diff(edges))
+            place = np.arange(start, stop)
+            within = place - layout.places[first:last][of_place]
+            room = np.diff(layout.starts[first : last + 1])[of_place] - within
+            is_text = room > 0
+            span = row.tokens_BL[offset:end]
+            span[is_text] = self.shards.tokens(shard)[(layout.starts[first:last][of_place] + within)[is_text]]
+            if self.rule.append_eos:
+                span[room == 0] = self.shards.special.eos
+            if row.is_padding_BL is not None:
+                row.is_padding_BL[offset:end] = room <= -int(self.rule.append_eos)
+            if row.document_id_BL is not None and row.position_BL is not None:
+                row.document_id_BL[offset:end] = of_place + number
+                row.position_BL[offset:end] = place - edges[:-1][of_place]
+            number += last - first
+        if row.document_id_BL is not None and row.position_BL is not None:
+            row.document_id_BL[end:] = number
+            row.position_BL[end:] = np.arange(len(row.position_BL) - end)
 
     def _spans(self, row_id: int) -> list[tuple[int, int, int, int]]:
         """(shard, start, stop, offset in row) of the parts of a row, in the shards' virtual streams."""

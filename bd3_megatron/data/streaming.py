@@ -4,17 +4,20 @@ Decides: a stream's files are dealt to N lanes, N fixed by the plan; sample i is
 sample holds is therefore the same for every number of ranks, loader processes and restarts, as with shards; a rank opens
 only the lanes its samples touch. Loader processes share the lanes between them and each walks the rank's indices.
 The state to save is one small record a lane; records of different ranks are merged before they are saved.
-Refuses: a saved state of another plan, indices before it, streams without text, processes that died (by name).
+Loader processes end when their rank is gone.
+Refuses: a saved state of another stream or plan, indices before it, streams without text, processes that died (by name).
 Costs: tokenisation speed of the processes (about 1 million tokens/s each). A rank whose samples touch a lane without
 owning all its rows tokenises the others' rows too: let N be a multiple of dp * micro_batch_size where files allow.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import batch_of
 from bd3_megatron.data.packing import PackedArrays, PackingRule
 from bd3_megatron.data.stream_lane import Lane, LaneState, StreamPlan, lane_states
+from bd3_megatron.data.tokenizer import load_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 _MOST_LANES = 64
@@ -108,7 +112,8 @@ class StreamLoader:
         """
         self._plan, self._indices = plan, indices
         self._num_workers, self._prefetch, self._pin = num_workers, prefetch, pin_memory
-        self._states = _checked_states(plan, state)
+        self._identity = _identity(plan)
+        self._states = _checked_states(self._identity, state)
 
     def __iter__(self) -> Iterator[CleanBatch]:
         work = self._read_here() if self._num_workers == 0 else self._read_ahead()
@@ -119,8 +124,7 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's lanes stand after the last batch that was yielded; JSON."""
         return {
-            "num_lanes": self._plan.num_lanes,
-            "shuffle_rows": self._plan.shuffle_rows,
+            **self._identity,
             "lanes": {str(lane): state.as_dict() for lane, state in sorted(self._states.items())},
         }
 
@@ -187,7 +191,7 @@ class _Workers:
         for worker in range(self._size):
             ready = context.Queue(maxsize=prefetch)
             lanes = _Lanes(self._plan, self._states, range(worker, self._plan.num_lanes, self._size))
-            process = context.Process(target=_produce, args=(lanes, self._indices, ready), daemon=True)
+            process = context.Process(target=_produce, args=(lanes, self._indices, ready, os.getpid()), daemon=True)
             process.start()
             self._queues.append(ready)
             self._processes.append(process)
@@ -236,7 +240,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged | {"lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
 
 
-def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any) -> None:
+def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any, parent: int) -> None:
     import torch
 
     # The parent's threads do not exist here, and a pool of them would wait for ever.
@@ -244,20 +248,51 @@ def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any)
     try:
         for index_B in indices():
             rows, states = lanes.read(index_B)
-            if rows:
-                ready.put((rows, states))
+            if rows and not _handed_over(ready, (rows, states), parent):
+                return
     except BD3Error as error:
-        ready.put(error)
+        _handed_over(ready, error, parent)
 
 
-def _checked_states(plan: StreamPlan, state: Mapping[str, Any] | None) -> dict[int, LaneState]:
+def _handed_over(ready: Any, outcome: object, parent: int) -> bool:
+    """Wait for room in the queue; False when the parent is gone, which no full pipe would ever tell."""
+    while os.getppid() == parent:
+        try:
+            ready.put(outcome, timeout=_POLL_SECONDS)
+            return True
+        except queue.Full:
+            continue
+    ready.cancel_join_thread()
+    return False
+
+
+def _identity(plan: StreamPlan) -> dict[str, Any]:
+    """All that decides the rows but the place of the files, which may move: JSON."""
+    dataset = plan.dataset
+    stated = {
+        "num_lanes": plan.num_lanes,
+        "num_files": int(dataset.open().num_shards),
+        "shuffle_rows": plan.shuffle_rows,
+        **{name: getattr(dataset, name) for name in ("name", "split", "column", "data_files", "revision")},
+        "filters": [asdict(one) for one in dataset.filters],
+        "detokenizer": plan.detokenizer,
+        "seed": plan.seed,
+        "tokenizer": load_tokenizer(plan.tokenizer_folder).fingerprint,
+        **asdict(plan.rule),
+    }
+    # tuples become lists, as they do in a checkpoint
+    plain: dict[str, Any] = json.loads(json.dumps(stated))
+    return plain
+
+
+def _checked_states(identity: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[int, LaneState]:
     if state is None:
         return {}
-    for name in ("num_lanes", "shuffle_rows"):
-        if state[name] != getattr(plan, name):
+    for name, value in identity.items():
+        if state.get(name) != value:
             raise DataError(
-                f"the saved stream state has {name}={state[name]}, the run has {getattr(plan, name)}; "
-                f"resume with {name}={state[name]}."
+                f"the saved stream state has {name}={state.get(name)}, the run has {value}; "
+                f"resume with {name}={state.get(name)}."
             )
     return lane_states(state["lanes"])
 

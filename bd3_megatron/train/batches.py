@@ -1,19 +1,21 @@
 """From step number to this rank's micro-batches: clean rows, their noise, and the rows this rank holds.
 
 Decides: everything is a function of (seed, samples consumed), so resuming needs one integer and no rank waits for
-another. Clean rows are read ahead by the loader's processes; noise is drawn here, on the CPU.
+another. (Streams and mixtures remember a little more, see `dataset`.) Clean rows are read ahead by the loader's processes;
+noise is drawn here, on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from bd3_megatron.config.schema import DiffusionConfig
 from bd3_megatron.data.batch import CleanBatch
-from bd3_megatron.data.loader import BatchLoader, BatchSource
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
@@ -23,6 +25,7 @@ from bd3_megatron.model.pair_batch import PairBatch, pair_batch
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
+from bd3_megatron.train.dataset import DataState, TrainingRows, merged_state
 from bd3_megatron.train.plan import RunPlan
 
 
@@ -92,17 +95,45 @@ class StepBatches:
     """Iterates over this rank's part of the steps from `first_step` on."""
 
     def __init__(
-        self, source: BatchSource, plan: RunPlan, topology: Topology, *, first_step: int, mask_id: int, num_workers: int
+        self,
+        rows: TrainingRows,
+        plan: RunPlan,
+        topology: Topology,
+        *,
+        first_step: int,
+        mask_id: int,
+        num_workers: int,
+        saved: DataState | None = None,
     ) -> None:
+        """Begin to read.
+
+        Args:
+            rows: where clean rows come from.
+            plan: of this attempt.
+            topology: this rank's place.
+            first_step: updates made so far.
+            mask_id: of the tokenizer.
+            num_workers: loader processes.
+            saved: `data_state` of the run so far; None: it has none.
+        """
         self._plan, self._topology, self._mask_id = plan, topology, mask_id
-        self._loader = iter(
-            BatchLoader(
-                source,
-                self._indices(first_step),
-                num_workers=num_workers,
-                pin_memory=topology.device.type == "cuda",
-            )
+        self._reading = rows.read(
+            plan,
+            lambda: self._indices(first_step),
+            workers=num_workers,
+            pin=topology.device.type == "cuda",
+            saved=saved,
         )
+
+    def data_state(self) -> dict[str, Any]:
+        """What must be remembered of the data after the last step that was asked for. Collective over dp with a stream."""
+        mine = self._reading.state()
+        # only lanes differ between ranks
+        if "lanes" not in mine or self._topology.dp == 1:
+            return mine
+        states: list[Any] = [None] * self._topology.dp
+        dist.all_gather_object(states, mine, group=self._topology.groups.dp)
+        return merged_state(states)
 
     def _indices(self, first_step: int) -> Iterator[torch.Tensor]:
         for step in range(first_step, self._plan.total_steps):
@@ -135,7 +166,7 @@ class StepBatches:
                 interval=interval,
             )
         made = [
-            make_micro_batch(next(self._loader), noise, config.diffusion, layout)
+            make_micro_batch(next(self._reading.batches), noise, config.diffusion, layout)
             for _ in range(self._share(step).num_micro_batches)
         ]
         return StepBatch(

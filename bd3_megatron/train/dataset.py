@@ -1,48 +1,138 @@
 """The data of a run: opened where it is prepared, made under run.dir where the configuration names text.
 
-Rank 0 makes, the others wait; what is made appears whole or not at all, so a broken-off start leaves nothing behind.
+Decides: training rows come from shards (one prepared folder, or a mixture of several) or from a stream; tokenizer, packing
+rule and held-out rows come from a prepared folder in every case. Rank 0 makes, the others wait; what is made appears whole
+or not at all, so a broken-off start leaves nothing behind.
+Costs: with a stream every rank tokenises its own rows, and ranks of one replica (tp, pp, cp) do so alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import candidates
-from bd3_megatron.config.schema import Config
+from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
 from bd3_megatron.config.validate import block_sizes
-from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.dataset_source import HubDataset, RowFilter
+from bd3_megatron.data.loader import BatchLoader, BatchSource, TokenDataset
+from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
+from bd3_megatron.data.packing import PackingRule
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.shards import HEADER_FILE
+from bd3_megatron.data.shards import HEADER_FILE, TokenShards
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
+from bd3_megatron.data.stream_lane import StreamPlan
+from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
 from bd3_megatron.errors import ConfigError, TokenizerError
+from bd3_megatron.train.mixing import mixture_stages, stages_state
+from bd3_megatron.train.plan import RunPlan
+
+Indices = Callable[[], Iterator[Tensor]]
+"""Gives the int64 [B] indices of a rank's micro-batches, the same at every call."""
+DataState = Mapping[str, Any]
+"""JSON: what is remembered beside the number of samples consumed."""
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """Batches in order, and the state after the last one taken."""
+
+    batches: Iterator[CleanBatch]
+    state: Callable[[], dict[str, Any]]
+
+
+class TrainingRows(Protocol):
+    """Where training rows come from."""
+
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+        """Read the rows with these indices, from where the plan and the saved state say the run stands."""
+
+
+@dataclass(frozen=True)
+class IndexedRows:
+    """Rows that any process can read by index."""
+
+    source: BatchSource
+
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+        """As TrainingRows; nothing is remembered."""
+        return RowReading(iter(BatchLoader(self.source, indices(), num_workers=workers, pin_memory=pin)), dict)
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of prepared splits, mixed as the configuration says."""
+
+    dataset: TokenDataset
+    data: DataConfig
+
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+        """As TrainingRows; the mixture's stages are remembered.
+
+        Raises:
+            ConfigError: sources were taken away.
+        """
+        stages = mixture_stages(self.data, plan, saved)
+        reading = IndexedRows(self.dataset.mixed(Mixture(stages))).read(
+            plan, indices, workers=workers, pin=pin, saved=None
+        )
+        return RowReading(reading.batches, lambda: stages_state(stages))
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """Rows of a stream."""
+
+    stream: StreamPlan
+
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+        """As TrainingRows; where the lanes stand is remembered.
+
+        Raises:
+            ConfigError: the run has consumed samples, but not of a stream.
+            DataError: the saved state is another stream's.
+        """
+        lanes = saved if saved is not None and "lanes" in saved else None
+        if lanes is None and plan.origin_samples:
+            raise ConfigError(
+                f"data.stream is set and the checkpoint's {plan.origin_samples:,} samples were not read from a stream; "
+                "take up its weights in a new run with tools/start_run.py, or go on with prepared data."
+            )
+        loader = StreamLoader(self.stream, indices, num_workers=workers, pin_memory=pin, state=lanes)
+        return RowReading(iter(loader), loader.state_dict)
+
+
+def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a run from those of its data-parallel ranks, all after the same step."""
+    return merge_states(states) if "lanes" in states[0] else states[0]
 
 
 @dataclass(frozen=True)
 class RunData:
     """What the trainer reads and what the model must know of its ids."""
 
-    train: TokenDataset
+    train: TrainingRows
     valid: TokenDataset | None
     """Held-out rows in their own order; None where no split was held out."""
     tokenizer_folder: Path
     special: SpecialIds
-
-    @property
-    def vocab_size(self) -> int:
-        return self.train.vocab_size
+    vocab_size: int
 
 
 def data_folder(config: Config) -> Path:
-    """Where the run's prepared data lies or will lie (of a mixture: its first part)."""
+    """Where the run's prepared data lies or will lie: of a mixture without path, its first part."""
     if config.data.path is not None:
         return Path(config.data.path)
-    return Path(next(iter(config.data.mixture))) if config.data.mixture else Path(config.run.dir) / "data"
+    folders = config.data.mixed_folders
+    return Path(folders[0]) if folders else Path(config.run.dir) / "data"
 
 
 def prepare_text(config: Config, say: Callable[[str], None]) -> None:
@@ -53,7 +143,7 @@ def prepare_text(config: Config, say: Callable[[str], None]) -> None:
         DataError, TokenizerError: the text cannot be read or cut.
     """
     data = config.data
-    if data.path is not None or data.mixture:
+    if data.path is not None or data.mixtures:
         return
     # a run that has begun reads what it began with, though the text may be gone or Python's own have changed
     if (data_folder(config) / "train" / HEADER_FILE).is_file() and candidates(Path(config.run.dir) / "checkpoints"):
@@ -76,37 +166,81 @@ def open_data(config: Config) -> RunData:
     """Open the splits. Every rank does.
 
     Raises:
-        DataError: a split is missing or damaged.
+        DataError: a split is missing or damaged, or the stream cannot be opened.
         TokenizerError: the model's table is smaller than the tokenizer's vocabulary.
     """
     folder = data_folder(config)
-    weights = config.data.mixture
-    train = _open(
-        config, [Path(p) / "train" for p in weights] or [folder / "train"], tuple(weights.values()), shuffle=None
-    )
+    shards, train = _open_train(config, folder)
     valid_folder = folder / "valid"
-    valid = _open(config, [valid_folder], (), shuffle=False) if (valid_folder / HEADER_FILE).exists() else None
+    valid = _open(config, [valid_folder], shuffle=False) if (valid_folder / HEADER_FILE).exists() else None
     given = config.model.vocab_size
-    if given is not None and given < train.vocab_size:
+    if given is not None and given < shards.vocab_size:
         raise TokenizerError(
-            f"model.vocab_size={given} is smaller than the tokenizer's {train.vocab_size}; "
-            f"use {train.vocab_size} or more, or leave it unset."
+            f"model.vocab_size={given} is smaller than the tokenizer's {shards.vocab_size}; "
+            f"use {shards.vocab_size} or more, or leave it unset."
         )
-    return RunData(train, valid, folder / "tokenizer", train.sources[0].shards.special)
+    return RunData(train, valid, folder / "tokenizer", shards.special, shards.vocab_size)
 
 
-def _open(config: Config, paths: list[Path], weights: tuple[float, ...], *, shuffle: bool | None) -> TokenDataset:
-    sizes = block_sizes(config)
+def _open_train(config: Config, folder: Path) -> tuple[TokenShards, TrainingRows]:
+    if config.data.stream is not None:
+        shards = open_shards(folder / "train")
+        return shards, _open_stream(config, config.data.stream, folder / "tokenizer", shards.packing_rule)
+    # weights that cannot be mixed are refused here, before a model is built
+    Mixture(mixture_stages(config.data, RunPlan(config)))
+    paths = [Path(p) / "train" for p in config.data.mixed_folders] or [folder / "train"]
+    dataset = _open(config, paths, shuffle=config.data.shuffle)
+    return dataset.sources[0].shards, ShardRows(dataset, config.data)
+
+
+def _open(config: Config, paths: list[Path], *, shuffle: bool) -> TokenDataset:
     return TokenDataset.open(
         paths,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
-        # aligned to the largest block of the curriculum, documents are aligned to all that divide it
-        block_size=max(sizes),
-        mixture=Mixture.of(weights) if weights else None,
+        block_size=_aligned_block(config),
         seed=config.run.seed,
-        shuffle=config.data.shuffle if shuffle is None else shuffle,
+        shuffle=shuffle,
     )
+
+
+def _aligned_block(config: Config) -> int:
+    # aligned to the largest block of the curriculum, documents are aligned to all that divide it
+    return max(block_sizes(config))
+
+
+def _open_stream(
+    config: Config, stream: StreamConfig, tokenizer_folder: Path, recipe: Mapping[str, bool]
+) -> StreamRows:
+    """The stream's rows are laid out as those of the prepared folder are."""
+    data = config.data
+    dataset = HubDataset(
+        path=stream.dataset,
+        name=stream.name,
+        split=stream.split,
+        column=stream.column,
+        filters=tuple(RowFilter(**asdict(one)) for one in stream.filters),
+        streaming=True,
+        data_files=stream.data_files,
+        revision=stream.revision,
+    )
+    rule = PackingRule(
+        seq_len=data.seq_len,
+        mode=data.packing,
+        block_size=_aligned_block(config),
+        append_eos=recipe.get("append_eos", True),
+        wrap_special=recipe.get("wrap_special", False) and data.packing == "wrap",
+    )
+    plan = plan_stream(
+        dataset,
+        tokenizer_folder,
+        rule,
+        num_lanes=stream.lanes,
+        shuffle_rows=stream.shuffle_rows if data.shuffle else 1,
+        seed=config.run.seed,
+        detokenizer=stream.detokenizer,
+    )
+    return StreamRows(plan)
 
 
 def prepare_and_open(config: Config, *, rank: int, say: Callable[[str], None]) -> RunData:

@@ -115,6 +115,8 @@ def roll_back(trainer: Trainer) -> bool:
 def save_checkpoint(trainer: Trainer) -> None:
     """Save the state, published whole."""
     state = trainer.state
+    if trainer.batches is not None:
+        state.data = trainer.batches.data_state()
     with trainer.timeline.span("checkpoint"):
         trainer.saver.save(
             step=state.step,

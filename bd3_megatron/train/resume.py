@@ -29,6 +29,7 @@ FREE_KEYS = (
     "train.tokens",
     "train.micro_batch_size",
     "train.recompute",
+    "train.recompute_layers",
     "train.skip_dead_rows",
     "train.stop_file",
 )
@@ -79,7 +80,9 @@ def refuse_changes(saved: Config, config: Config) -> None:
 
 
 def _may_change(key: str, config: Config) -> bool:
-    return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or key in config.run.overridden
+    # of a nested value (a mixture's weight, a stream's split) the command line may name a part
+    named = any(name == key or name.startswith(f"{key}.") for name in config.run.overridden)
+    return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or named
 
 
 def _short(value: Any) -> str:

@@ -46,6 +46,7 @@ def test_a_valid_config_passes(file: Path) -> None:
         ["model.num_kv_heads=2", "model.qk_norm=true", "model.tie_embeddings=true"],
         ["train.steps=null", "train.tokens=1000000"],
         ["train.warmup_batch_size=4", "train.batch_warmup_steps=10"],
+        ["train.recompute=full", "train.recompute_layers=4"],
         ["diffusion.phases=[{block_size: 64, steps: 5}, {block_size: 4}]"],
     ],
 )
@@ -57,6 +58,16 @@ def test_legal_combinations_pass(file: Path, overrides: list[str]) -> None:
     ("overrides", "sentence"),
     [
         (["data.seq_len=65"], r"^seq_len=65 is not a multiple of block_size=4; use 64 or 68\.$"),
+        (
+            ["train.recompute_layers=2"],
+            r"^train\.recompute_layers=2 with recompute=none recomputes nothing; set train\.recompute to selective or full, "
+            r"or leave recompute_layers unset\.$",
+        ),
+        (
+            ["train.recompute=full", "train.recompute_layers=5"],
+            r"^train\.recompute_layers=5 is outside \[1, 4\], the layers of the model; give how many first layers of each "
+            r"stage recompute, or leave it unset for all\.$",
+        ),
         (["model.num_layers=0"], r"^model\.num_layers=0 is below 1; give a whole number of at least 1\.$"),
         (["parallel.dp=0"], r"^parallel\.dp=0 is below 1"),
         (["parallel.vpp=0"], r"^parallel\.vpp=0 is below 1"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bd3_megatron.data import streaming
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.packing import PackedRows, PackingRule
 from bd3_megatron.data.sampler import BatchShare
@@ -180,6 +181,11 @@ def test_streams_that_cannot_be_are_refused(corpus: Path) -> None:
         DataError, match="the saved stream state has num_lanes=2, the run has 3; resume with num_lanes=2"
     ):
         StreamLoader(stream, lambda: ONE.step(0), state={**state, "num_lanes": 2})
+    other = plan(corpus, PackingRule(seq_len=16, mode="isolated", block_size=8))
+    with pytest.raises(
+        DataError, match="the saved stream state has block_size=4, the run has 8; resume with block_size=4"
+    ):
+        StreamLoader(other, lambda: ONE.step(0), state=state)
     with pytest.raises(DataError, match=r"lane 0 stands at row \d+ and was asked for row 0; resume the stream"):
         batches_of(stream, ONE, 0, 1, state=state)
     for workers in (0, 1):
@@ -196,6 +202,46 @@ def test_streams_without_text_are_refused_instead_of_read_for_ever(corpus: Path)
         path.write_text('{"text": 3, "keep": true}\n')
     with pytest.raises(DataError, match="column text of .* holds no text; name another column"):
         batches_of(plan(corpus), ONE, 0, 1)
+
+
+def test_a_state_knows_its_stream_wherever_that_lies(corpus: Path) -> None:
+    _, state = batches_of(plan(corpus), ONE, 0, 2)
+    state = json.loads(json.dumps(state))
+    assert {"num_files", "split", "filters", "tokenizer", "seed"} <= state.keys()
+    (corpus / "text").rename(corpus / "moved")
+
+    def moved(**options: int) -> StreamPlan:
+        dataset = HubDataset(path=str(corpus / "moved"), filters=(RowFilter(column="keep", equals=True),))
+        return plan_stream(dataset, corpus / "tokenizer", RULE, shuffle_rows=8, seed=5, **options)
+
+    batches_of(moved(), ONE, 12, 1, state=state)
+    (corpus / "moved" / "2.jsonl").unlink()
+    with pytest.raises(DataError, match="the saved stream state has num_lanes=3, the run has 2"):
+        batches_of(moved(num_lanes=2), ONE, 12, 1, state=state)
+    with pytest.raises(
+        DataError, match="the saved stream state has num_files=3, the run has 2; resume with num_files=3"
+    ):
+        batches_of(moved(num_lanes=2), ONE, 12, 1, state={**state, "num_lanes": 2})
+
+
+def test_a_stream_process_ends_when_its_rank_is_gone(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import select
+    import signal
+
+    monkeypatch.setattr(streaming, "_POLL_SECONDS", 0.05)
+    # the pipe's other end closes when the last process that holds it is gone
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        loader = StreamLoader(plan(corpus), lambda: ONE.steps(0), num_workers=1, prefetch=2)
+        next(iter(loader))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writing)
+    os.waitpid(rank, 0)
+    ended, _, _ = select.select([reading], [], [], 60.0)
+    assert ended and os.read(reading, 1) == b""
+    os.close(reading)
 
 
 def test_a_killed_stream_process_is_reported(corpus: Path) -> None:

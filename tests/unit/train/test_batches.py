@@ -14,6 +14,7 @@ from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.objective import loss_sums, next_token_targets
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
+from bd3_megatron.train.dataset import IndexedRows
 from bd3_megatron.train.plan import RunPlan
 from tests.unit.model.cost_cases import case
 from tests.unit.parallel.places import place
@@ -36,7 +37,7 @@ def held(config: Config, source: Samples, *, dp: int = 1, first: int = 0, steps:
     counts = {step: [0, 0] for step in range(first, first + steps)}
     for dp_rank in range(dp):
         topology = place(dp=dp, dp_rank=dp_rank)
-        batches = StepBatches(source, plan, topology, first_step=first, mask_id=MASK_ID, num_workers=0)
+        batches = StepBatches(IndexedRows(source), plan, topology, first_step=first, mask_id=MASK_ID, num_workers=0)
         for step in counts:
             batch = batches.next(step, layout, Interval(0.2, 0.9))
             share = BatchShare(
@@ -71,7 +72,9 @@ def test_loader_processes_change_nothing() -> None:
     config, layout = case(), layout_of(case(), 4)
     made = []
     for workers in (0, 2):
-        batches = StepBatches(Samples(), RunPlan(config), place(), first_step=1, mask_id=MASK_ID, num_workers=workers)
+        batches = StepBatches(
+            IndexedRows(Samples()), RunPlan(config), place(), first_step=1, mask_id=MASK_ID, num_workers=workers
+        )
         batch = batches.next(1, layout, Interval())
         made.append([rows_by_place(micro, torch.tensor([n]), layout) for n, micro in enumerate(batch.micro_batches)])
     assert made[0] == made[1]

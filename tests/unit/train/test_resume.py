@@ -72,6 +72,13 @@ def test_what_is_named_on_the_command_line_may_change() -> None:
         refuse_changes(case(), replace_field(case(optim={"weight_decay": 0.1}), "run.overridden", ("optim.lr",)))
 
 
+def test_a_part_of_a_nested_value_may_be_named() -> None:
+    before, after = (case(data={"path": "d", "stream": {"dataset": name}}) for name in ("a", "b"))
+    refuse_changes(before, replace_field(after, "run.overridden", ("data.stream.dataset",)))
+    with pytest.raises(ConfigError, match=r"data\.stream was \{'dataset': 'a'.*name what you mean"):
+        refuse_changes(before, replace_field(after, "run.overridden", ("data.stre",)))
+
+
 def test_the_saved_configuration_is_no_change() -> None:
     config = case(diffusion={"phases": [{"block_size": 4, "interval": [0.3, 0.8]}]}, data={"text": ["a", "b"]})
     refuse_changes(config_from_tree(to_tree(config)), config)

@@ -1,0 +1,68 @@
+"""Rules of the data section: which source of training rows, mixtures and their stages, streams.
+
+Decides nothing about values; refuses what contradicts itself, each with the value, the rule and a remedy. Whether folders
+and datasets are there shows when they are opened. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bd3_megatron.config.schema import DataConfig, FilterConfig, StageConfig, StreamConfig
+from bd3_megatron.errors import ConfigError
+
+
+def check_data(data: DataConfig) -> None:
+    """Refuse a data section that cannot be read.
+
+    Raises:
+        ConfigError: one sentence with value, law and remedy.
+    """
+    given = {"mixture": data.mixture, "stages": data.stages, "stream": data.stream is not None}
+    named = [f"data.{key}" for key, value in given.items() if value]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} each say what to train on; keep one of them.")
+    if data.mixture:
+        _check_weights("data.mixture", data.mixture)
+    for number, stage in enumerate(data.stages):
+        _check_stage(f"data.stages[{number}]", stage, is_last=number == len(data.stages) - 1)
+    if any(s.steps is not None for s in data.stages) and any(s.tokens is not None for s in data.stages):
+        raise ConfigError("data.stages gives some lengths in steps and some in tokens; give all in one of them.")
+    if data.stream is not None:
+        _check_stream(data.stream)
+        if data.path is None and not data.text:
+            raise ConfigError(
+                "data.stream has neither data.path nor data.text, and tokenizer and held-out rows come from there; "
+                "prepare a part of the corpus with tools/prepare_data.py and name it as data.path."
+            )
+
+
+def _check_weights(where: str, weights: Mapping[str, float]) -> None:
+    for folder, weight in weights.items():
+        if weight < 0:
+            raise ConfigError(f"{where}.{folder}={weight} is negative; give a weight of 0 or more.")
+    if not any(weights.values()):
+        raise ConfigError(f"{where} has no positive weight; give at least one folder a weight above 0.")
+
+
+def _check_stage(where: str, stage: StageConfig, *, is_last: bool) -> None:
+    _check_weights(f"{where}.mixture", stage.mixture)
+    if stage.steps is not None and stage.tokens is not None:
+        raise ConfigError(f"{where} gives both steps={stage.steps} and tokens={stage.tokens}; give one.")
+    length = stage.tokens if stage.steps is None else stage.steps
+    if length is None and not is_last:
+        raise ConfigError(f"{where} gives neither steps nor tokens and is not the last; give one.")
+    if length is not None and length < 1:
+        raise ConfigError(f"{where} has a length of {length}; give 1 or more.")
+
+
+def _check_stream(stream: StreamConfig) -> None:
+    for name, value in (("lanes", stream.lanes), ("shuffle_rows", stream.shuffle_rows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"data.stream.{name}={value} is below 1; give a whole number of at least 1.")
+    for row_filter in stream.filters:
+        if row_filter == FilterConfig(column=row_filter.column):
+            raise ConfigError(
+                f"a filter of data.stream on {row_filter.column} compares nothing; "
+                "give equals, one_of, at_least, at_most or matches."
+            )

@@ -1,0 +1,80 @@
+"""Which mixture holds from which sample on: the configured stages, and what a run has already been through.
+
+Decides: stages are fixed in samples the moment they begin, and that history is saved with the run. What was consumed is
+therefore counted as it was consumed, whatever batch size, weights or stage lengths a resumed run has: every source goes on
+where it was. Lengths in tokens do not depend on the batch size; lengths in steps end where the plan has that step. A
+stage whose weights equal those before it begins nothing.
+Refuses: histories with more sources than are named now. Sources are known by their place: new ones come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bd3_megatron.config.schema import DataConfig
+from bd3_megatron.data.mixture import Stage
+from bd3_megatron.errors import ConfigError
+from bd3_megatron.train.plan import RunPlan
+
+Weights = tuple[float, ...]
+
+
+def mixture_stages(data: DataConfig, plan: RunPlan, saved: Mapping[str, Any] | None = None) -> list[Stage]:
+    """The stages of a run in samples: those that began before it stood where it stands, and what is to come.
+
+    Args:
+        data: names mixture or stages; without either there is one source.
+        plan: of this attempt; its origin is where the run stands.
+        saved: from `stages_state` of the attempt before; None: the run begins, or knows of none.
+
+    Raises:
+        ConfigError: sources were taken away.
+    """
+    consumed = plan.origin_samples
+    planned = _planned(data, plan)
+    num_sources = len(planned[0][1])
+    begun = [s for s in _read(saved, num_sources) if s.start < consumed]
+    current = [weights for start, weights in planned if start <= consumed][-1]
+    if not begun:
+        begun = [Stage(start=0, weights=current)]
+    stages = begun if begun[-1].weights == current else [*begun, Stage(start=consumed, weights=current)]
+    for start, weights in planned:
+        if start > consumed and weights != stages[-1].weights:
+            stages = [*stages, Stage(start=start, weights=weights)]
+    return stages
+
+
+def stages_state(stages: Sequence[Stage]) -> dict[str, Any]:
+    """What `mixture_stages` takes as `saved`; JSON."""
+    return {"stages": [{"start": stage.start, "weights": list(stage.weights)} for stage in stages]}
+
+
+def _planned(data: DataConfig, plan: RunPlan) -> list[tuple[int, Weights]]:
+    """(first sample, weights) of every configured stage; stages that began in earlier steps get the origin's sample."""
+    folders = data.mixed_folders
+    if not folders:
+        return [(0, (1.0,))]
+    planned: list[tuple[int, Weights]] = []
+    first_step = first_sample = 0
+    for stage in data.mixtures:
+        start = plan.samples_before(max(first_step, plan.origin_step)) if first_step else first_sample
+        planned.append((start, tuple(stage.mixture.get(folder, 0.0) for folder in folders)))
+        first_step += stage.steps or 0
+        first_sample += -(-(stage.tokens or 0) // data.seq_len)
+    return planned
+
+
+def _read(saved: Mapping[str, Any] | None, num_sources: int) -> list[Stage]:
+    stages = (saved or {}).get("stages", [])
+    for stage in stages:
+        before = len(stage["weights"])
+        if before > num_sources:
+            raise ConfigError(
+                f"the run has mixed {before} sources and the configuration names {num_sources}; name them all in their "
+                "order, with weight 0 for those no longer wanted."
+            )
+    return [
+        Stage(start=s["start"], weights=(*map(float, s["weights"]), *[0.0] * (num_sources - len(s["weights"]))))
+        for s in stages
+    ]
