@@ -15,6 +15,7 @@ import yaml
 
 from bd3_megatron.config.load import build
 from bd3_megatron.errors import ConfigError, LaunchError
+from bd3_megatron.model.plan_machines import ClusterFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,10 @@ class ClusterProfile:
     """Variables of every rank; they win over launch/env.py's table."""
     python: str | None = None
     """Interpreter on the nodes; None: the one that submits."""
+    planner_gpu: str | None = None
+    """Device as tools/plan.py names it (a100-80g, h100-sxm, ...); None: no speed is predicted."""
+    planner: ClusterFile = field(default_factory=ClusterFile)
+    """The planner's numbers for this cluster; peak_tflops is needed with planner_gpu."""
     container: ContainerProfile = field(default_factory=ContainerProfile)
     """Where the ranks run."""
     extra: tuple[str, ...] = ()

@@ -28,13 +28,11 @@ from bd3_megatron.config.load import load_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import BD3Error, GridError, LaunchError
-from bd3_megatron.model.cost import memory_per_device, parameter_count
 from launch.batch_script import Job, render
 from launch.cluster import ClusterProfile, check_cluster, load_cluster
 from launch.local import check_run_folder
+from launch.prediction import prediction_lines
 from launch.submission import with_absolute_paths, write_submission
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +193,7 @@ def _fitting_nodes(per_node: int, model_ranks: int) -> int:
 
 
 def plan_lines(submission: Submission) -> list[str]:
-    """What a person wants to know before the queue does: grid, memory, places."""
+    """What a person wants to know before the queue does: grid, memory, speed, places."""
     config, job, profile = submission.configs[0], submission.job, submission.profile
     parallel, ranks = config.parallel, job.nodes * profile.ranks
     dp = ranks // parallel.model_ranks
@@ -205,20 +203,13 @@ def plan_lines(submission: Submission) -> list[str]:
     lines = [
         f"job      {job.name} on partition {profile.partition}, limit {profile.time}{tasks}{chain}",
         f"grid     {job.nodes} nodes x {profile.ranks} ranks = {axes}, {job.launcher}",
-        f"memory   {_memory_line(replace_field(config, 'parallel.dp', dp))}",
+        *prediction_lines(replace_field(config, "parallel.dp", dp), profile),
         f"folder   {job.folder}",
         f"ranks    {Path(config.run.dir) / 'logs'}/JOB.ATTEMPT/rank-N.log",
     ]
     if parallel.tp > profile.ranks:
         lines.append(f"warning  tp={parallel.tp} spans nodes of {profile.ranks} ranks: its traffic leaves the node")
     return lines
-
-
-def _memory_line(config: Config) -> str:
-    if config.model.vocab_size is None:
-        return "not estimated: set model.vocab_size to have it estimated (the data's tokenizer decides it otherwise)"
-    memory = memory_per_device(config)
-    return f"{parameter_count(config) / 1e6:,.0f} M parameters, about {memory.peak / GIB:.1f} GiB a device at the peak"
 
 
 def submit(submission: Submission, typed: Sequence[str]) -> None:

@@ -11,13 +11,15 @@ import dataclasses
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bd3_megatron.config.load import dump_config, replace_field
 from bd3_megatron.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMIT_FILE = "COMMIT"
+"""Read by checkpoint.describe.source_commit where there is no .git."""
 SNAPSHOT = ("bd3_megatron", "launch", "tools", "setup.py")
 
 
@@ -36,13 +38,22 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         text=tuple(t if t.startswith("builtin:") else str(base / t) for t in data.text),
         # `bytes` and `sentencepiece` are names, unless a folder of that name is meant
         tokenizer=str(tokenizer) if tokenizer.is_dir() else data.tokenizer,
-        mixture={str(base / folder): weight for folder, weight in data.mixture.items()},
+        mixture=_absolute_keys(data.mixture, base),
+        stages=tuple(dataclasses.replace(s, mixture=_absolute_keys(s.mixture, base)) for s in data.stages),
+        # a hub name is none of the files here
+        stream=dataclasses.replace(data.stream, dataset=str(base / data.stream.dataset))
+        if data.stream is not None and (base / data.stream.dataset).exists()
+        else data.stream,
     )
     config = dataclasses.replace(config, data=absolute)
     config = replace_field(config, "run.dir", str(base / config.run.dir))
     if config.train.stop_file is not None:
         config = replace_field(config, "train.stop_file", str(base / config.train.stop_file))
     return config
+
+
+def _absolute_keys(weights: Mapping[str, float], base: Path) -> dict[str, float]:
+    return {str(base / folder): weight for folder, weight in weights.items()}
 
 
 def write_submission(folder: Path, configs: Sequence[Config], script: str, command: Sequence[str]) -> None:
@@ -61,7 +72,10 @@ def write_submission(folder: Path, configs: Sequence[Config], script: str, comma
         dump_config(config, building / f"config.{number}.yaml")
     (building / "job.sh").write_text(script, encoding="utf-8")
     copy_code(building / "code")
-    record = {"command": list(command), **git_state()}
+    state = git_state()
+    # the copy is no checkout, and checkpoints and trackers name the commit
+    (building / "code" / COMMIT_FILE).write_text(f"{state['git_commit'] or ''}\n", encoding="utf-8")
+    record = {"command": list(command), **state}
     (building / "job.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     building.rename(folder)
 

@@ -66,9 +66,12 @@ def software_versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The commit this package runs from, read from the checkout's files; None outside of a checkout."""
-    root = Path(__file__).resolve().parents[2] / ".git"
+    """The commit this package runs from: of the checkout, or as noted in a launcher's copy of one; None elsewhere."""
+    noted = Path(__file__).resolve().parents[2] / "COMMIT"
+    root = noted.with_name(".git")
     try:
+        if noted.is_file():
+            return noted.read_text().strip() or None
         head = (root / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.config.schema import Config
 
@@ -138,7 +139,7 @@ class WandbMirror:
             resume="allow",
             mode=config.log.wandb,
             dir=str(folder),
-            config=to_tree(config),
+            config={**to_tree(config), "git_commit": source_commit()},
         )
 
     def write(self, record: Values) -> None:

@@ -37,6 +37,15 @@ def test_the_commit_is_found(
     assert source_commit() == expected
 
 
+@pytest.mark.parametrize(("noted", "expected"), [(f"{COMMIT}\n", COMMIT), ("\n", None)])
+def test_a_launchers_copy_says_which_commit_it_is_of(
+    noted: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "room" / "describe.py"))
+    (tmp_path / "COMMIT").write_text(noted)
+    assert source_commit() == expected
+
+
 def test_without_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "room" / "describe.py"))
     assert source_commit() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -285,6 +286,18 @@ def test_relative_paths_become_absolute_once(config: Path) -> None:
     assert with_absolute_paths(absolute, Path("/other")) == absolute
 
 
+def test_folders_of_stages_and_a_local_stream_become_absolute_and_a_hub_name_does_not(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    stages = load_config(config, ["data.stages=[{mixture: {m: 1.0}, steps: 2}, {mixture: {n: 1.0}}]"])
+    assert with_absolute_paths(stages, Path("/base")).data.mixed_folders == ("/base/m", "/base/n")
+    for name, expected in (("corpus", str(tmp_path / "corpus")), ("someone/corpus", "someone/corpus")):
+        stream = load_config(config, [f"data.stream.dataset={name}"])
+        absolute = with_absolute_paths(stream, tmp_path).data.stream
+        assert absolute is not None and absolute.dataset == expected
+
+
 def test_the_snapshot_is_what_a_rank_imports(tmp_path: Path, clean_environment: Mapping[str, str]) -> None:
     copy_code(tmp_path / "code")
     code = "import bd3_megatron.cli as c, launch.env as e; print(c.__file__, e.__file__)"
@@ -304,7 +317,9 @@ def test_submission_hands_sbatch_what_it_wrote(
     folder = next((tmp_path / "run/slurm").iterdir())
     assert sorted(p.name for p in folder.iterdir()) == ["code", "config.0.yaml", "job.json", "job.sh"]
     assert load_config(folder / "config.0.yaml").train.steps == 3
-    assert json.loads((folder / "job.json").read_text())["command"][0] == str(config)
+    record = json.loads((folder / "job.json").read_text())
+    assert record["command"][0] == str(config)
+    assert (folder / "code/COMMIT").read_text().strip() == (record["git_commit"] or "")
     calls = log.read_text()
     assert "--test-only" in calls and "--parsable" in calls and "leaked" not in calls
     out = capsys.readouterr().out
@@ -354,6 +369,31 @@ def test_the_plan_names_memory_and_warns_of_tensor_parallel_across_nodes(profile
     assert any("GiB a device at the peak" in line for line in lines)
     assert any(line.startswith("warning  tp=4 spans nodes of 2 ranks") for line in lines)
     assert any("set model.vocab_size" in line for line in slurm.plan_lines(planned(profile, config)))
+
+
+def test_the_plan_predicts_speed_where_the_profile_names_the_device(profile: Path, config: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        found = slurm.plan_lines(planned(profile, config, "model.vocab_size=300", *overrides))
+        return [line for line in found if line.startswith(("speed", "warning"))]
+
+    assert lines() == ["speed    not predicted: name planner_gpu and planner.peak_tflops in the profile"]
+    text = profile.read_text()
+    profile.write_text(f"{text}planner_gpu: a100-80g\nplanner: {{peak_tflops: 312}}\n")
+    (speed,) = lines()
+    assert re.fullmatch(
+        r"speed    [\d,]+ tokens/s, [\d,]+ a device, MFU \d+%, [\d.]+ hours for the whole run \(.*\)", speed
+    )
+    assert " days for the whole run" in lines("train.steps=null", "train.tokens=1000000000000")[0]
+    profile.write_text(
+        f"{text}planner_gpu: a100-80g\nplanner: {{peak_tflops: 312, memory_gib: 0.1, reserve_gib: 0.099}}\n"
+    )
+    assert lines()[1] == "warning  0.0 GiB a device are free for that: find a grid that fits with tools/plan.py"
+    profile.write_text(f"{text}planner_gpu: a100\n")
+    with pytest.raises(ConfigError, match="gpu 'a100' is not known; use a100-40g"):
+        lines()
+    profile.write_text(f"{text}planner_gpu: a100-80g\n")
+    with pytest.raises(ConfigError, match="gpu 'a100-80g' has no known peak at this precision; give peak_tflops"):
+        lines()
 
 
 def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.train.loggers import Console, Loggers, Record, cut_record, open_mirrors
 from tests.unit.model.cost_cases import case
@@ -171,7 +172,7 @@ def test_the_tracker_is_told_numbers_under_one_run_id(tmp_path: Path, monkeypatc
         "seven",
         ["attempt from step 3"],
     )
-    assert fake.asked["config"] == to_tree(config)
+    assert fake.asked["config"] == {**to_tree(config), "git_commit": source_commit()}
 
 
 def unexpected(sentence: str) -> None:

@@ -1,0 +1,61 @@
+"""What the planner expects of a job: memory of the fullest device, and where the profile names its device, speed and MFU.
+
+Decides: nothing is guessed, and nothing is refused for an estimate. Without `planner_gpu` in the profile no speed is
+predicted; without model.vocab_size nothing is, because the data's tokenizer decides it. A prediction rests on link speeds
+and efficiencies that tools/plan.py prints. Costs milliseconds; imports no torch.
+"""
+
+from __future__ import annotations
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.model.cost import parameter_count
+from bd3_megatron.model.cost_memory import habits_on, memory_per_device
+from bd3_megatron.model.plan_machines import GIB, machine_of
+from bd3_megatron.model.plan_search import Plan
+from bd3_megatron.model.plan_timing import step_time
+from launch.cluster import ClusterProfile
+
+
+def prediction_lines(config: Config, profile: ClusterProfile) -> list[str]:
+    """Lines "memory ..." and "speed ...".
+
+    Args:
+        config: validated, its dp set.
+        profile: the cluster's.
+
+    Raises:
+        ConfigError: planner_gpu is not known, or has no peak.
+    """
+    if config.model.vocab_size is None:
+        return [
+            "memory   not estimated: set model.vocab_size to have it estimated (the data's tokenizer decides it otherwise)"
+        ]
+    memory = memory_per_device(config, habits_on("cuda" if profile.gpus_per_node else "cpu", config))
+    size = f"{parameter_count(config) / 1e6:,.0f} M parameters, about {memory.peak / GIB:.1f} GiB a device at the peak"
+    if profile.planner_gpu is None:
+        return [f"memory   {size}", "speed    not predicted: name planner_gpu and planner.peak_tflops in the profile"]
+    machine = machine_of(profile.planner_gpu, peak_tflops=None, cluster=profile.planner)
+    plan = Plan(config, memory, step_time(config, machine))
+    rate = plan.tokens_per_second
+    speed = (
+        f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device, MFU {plan.mfu(machine):.0%}, "
+        f"{_duration(_tokens(config) / rate)} for the whole run (predicted, see tools/plan.py)"
+    )
+    lines = [f"memory   {size}, of {machine.memory_bytes / GIB:.0f} ({machine.name})", f"speed    {speed}"]
+    room = machine.memory_bytes - machine.reserve_bytes
+    if memory.peak > room:
+        # an estimate must not keep a job out of the queue
+        lines.append(
+            f"warning  {room / GIB:.1f} GiB a device are free for that: find a grid that fits with tools/plan.py"
+        )
+    return lines
+
+
+def _tokens(config: Config) -> int:
+    if config.train.tokens is not None:
+        return config.train.tokens
+    return (config.train.steps or 0) * config.train.global_batch_size * config.data.seq_len
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.1f} hours"
