@@ -100,7 +100,7 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     config.write_text(yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False), encoding="utf-8")
     jobs = jobs_of(size, out)
     Runner(size, config, options.jobs, say).run(jobs)
-    sections = measured(size, jobs, out)
+    sections = measured(size, jobs, out, options.jobs)
     markdown = as_markdown(sections)
     (out / "results.json").write_text(json.dumps(sections, indent=2), encoding="utf-8")
     (out / "results.md").write_text(markdown, encoding="utf-8")
@@ -108,24 +108,25 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     write_report(size, out)
 
 
-def measured(size: Size, jobs: Sequence[Any], out: Path) -> list[dict[str, Any]]:
+def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[dict[str, Any]]:
     """The sections of the result: perplexity, verdicts, variance, and in the whole form the frontier."""
     from bd3_megatron.data.loader import TokenDataset
-    from tools.mini.measure import INTERVALS, interval_variances, likelihood
+    from tools.mini.measure import INTERVALS, measure_all
     from tools.mini.variants import SEQ_LEN
     from tools.mini.verdicts import verdicts
 
-    dataset = TokenDataset.open(out / "data" / "valid", seq_len=SEQ_LEN, shuffle=False)
-    found, scores = {}, {}
-    for job in jobs:
+    held_out = out / "data" / "valid"
+    dataset = TokenDataset.open(held_out, seq_len=SEQ_LEN, shuffle=False)
+    found, scores, by_interval = {}, {}, []
+    with_variances = ("s4", "s8", "s16", TRUNK)
+    for job, one in zip(
+        jobs, measure_all(jobs, held_out, size, at_once=at_once, with_variances=with_variances), strict=True
+    ):
         key = (job.variant.name, job.seed)
-        found[key], scores[key] = likelihood(job, dataset, size)
-        say(f"{job.variant.label}, seed {job.seed}: {found[key].sentence()}")
-    by_interval = [
-        [job.variant.label, *(f"{value:.3f}" for value in interval_variances(job, dataset, size.num_sequences))]
-        for job in jobs
-        if job.variant.name in ("s4", "s8", "s16", TRUNK) and job.seed == size.seeds[0]
-    ]
+        found[key], scores[key] = one.estimate, one.scores
+        say(f"{job.variant.label}, seed {job.seed}: {one.estimate.sentence()}")
+        if one.interval_variances:
+            by_interval.append([job.variant.label, *(f"{value:.3f}" for value in one.interval_variances)])
     said = verdicts(scores, size.seeds)
     counts = {word: sum(one.word.startswith(word) for one in said) for word in ("reproduced", "not", "undecided")}
     sections = [

@@ -7,7 +7,10 @@ in nats per token over held-out blocks and noise: what the search minimises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,40 @@ INTERVALS = ((1e-3, 0.5), (0.3, 0.8), (0.5, 1.0), (1e-3, 1.0))
 """Of the paper's variance table."""
 VARIANCE_SEED = 7
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model showed."""
+
+    estimate: Estimate
+    scores: SequenceScores
+    interval_variances: tuple[float, ...]
+    """Empty where they were not asked for."""
+
+
+def measure_all(
+    jobs: Sequence[Job], held_out: Path, size: Size, *, at_once: int, with_variances: Collection[str]
+) -> Iterator[Measured]:
+    """Measure every job's model, in the order of the jobs, a core each.
+
+    Args:
+        jobs: trained runs.
+        held_out: prepared split.
+        size: how much is scored.
+        at_once: processes.
+        with_variances: variants whose first seed is measured by interval too.
+    """
+    wanted = [job.variant.name in with_variances and job.seed == size.seeds[0] for job in jobs]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(_measure, jobs, [held_out] * len(jobs), [size] * len(jobs), wanted)
+
+
+def _measure(job: Job, held_out: Path, size: Size, with_variances: bool) -> Measured:
+    dataset = TokenDataset.open(held_out, seq_len=SEQ_LEN, shuffle=False)
+    variances = interval_variances(job, dataset, size.num_sequences) if with_variances else []
+    return Measured(*likelihood(job, dataset, size), tuple(variances))
 
 
 def likelihood(job: Job, dataset: TokenDataset, size: Size) -> tuple[Estimate, SequenceScores]:

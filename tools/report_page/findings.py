@@ -152,6 +152,11 @@ def _utilisation(run: RunData) -> list[str]:
     mfu = run.run.typical("throughput/mfu")
     if mfu is not None and mfu < LOW_MFU:
         said.append(f"the device is used little: {mfu:.1%} MFU.")
+    if mfu is not None and mfu > 1.0:
+        said.append(
+            f"{mfu:.0%} MFU cannot be: the peak is too low (on CPU it is measured at start, and other work took part of the "
+            "machine then); set throughput.peak_tflops."
+        )
     split = run.run.time_split()
     total = sum(split.values())
     for kind, limit in SPLIT_LIMITS.items():

@@ -151,6 +151,14 @@ def test_slow_steps_low_utilisation_and_waiting_are_named(tmp_path: Path) -> Non
     assert re.search(r"\d\d% of a step goes into waiting for data; more loader processes", words)
 
 
+def test_more_than_the_peak_is_called_impossible(tmp_path: Path) -> None:
+    records = course()
+    for record in records:
+        if "optim/lr" in record:
+            record |= {"throughput/mfu": 2.07}
+    assert "207% MFU cannot be: the peak is too low" in said(tmp_path / "a", records)
+
+
 def test_a_held_out_loss_that_rises_is_named(tmp_path: Path) -> None:
     records = [*course(), evaluation(80, 4.6)]
     assert "above its best, which was at step 60: over-fitting or divergence" in said(tmp_path / "a", records)
