@@ -27,3 +27,6 @@ CACHED_FP64 = (
 CACHED_FP32 = 1e-5  # the same in fp32, logits of order 1
 ROTATED_FAR = 1e-6  # fp32 attention scores of one distance, near and 10^5 positions away: fp32 tables of exact angles
 FOREIGN_LOGITS = 1e-5  # logits of one model in transformers and here, fp32: sums in another order
+PEAK_MEMORY = (
+    0.10  # relative; predicted peak of a step against tensors alive: temporaries inside kernels are not modelled
+)

@@ -92,11 +92,16 @@ def _with_vocabulary(config: Config, vocab_size: int | None) -> Config:
 def _constants(options: argparse.Namespace, machine: Machine) -> Constants:
     if not options.calibrate:
         return constants_for(machine)
-    seen = [_observation(read_run(Path(folder)), options.vocab_size) for folder in options.calibrate]
+    seen = [observation(read_run(Path(folder)), options.vocab_size) for folder in options.calibrate]
     return calibrate(seen, machine)
 
 
-def _observation(run: RunRecord, vocab_size: int | None) -> Observation:
+def observation(run: RunRecord, vocab_size: int | None = None) -> Observation:
+    """What calibration takes from a run: its configuration on the grid it had, and its typical step.
+
+    Raises:
+        ConfigError: no step is recorded.
+    """
     seconds = run.typical("time/step_seconds")
     if seconds is None:
         raise ConfigError(f"run '{run.folder}' has no step recorded to calibrate on; give one that has run.")

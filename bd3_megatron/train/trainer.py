@@ -15,16 +15,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import peak_memory_bytes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.engine.pipeline import MicroLog
 from bd3_megatron.engine.zero_engine import StepResult, Veto, ZeroEngine
+from bd3_megatron.model.cost import Pairs
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train import hooks
 from bd3_megatron.train.batches import StepBatch, StepBatches
 from bd3_megatron.train.dataset import RunData
+from bd3_megatron.train.document_pairs import step_pairs
 from bd3_megatron.train.loggers import Loggers
 from bd3_megatron.train.metrics import StepSums, reduce_step
 from bd3_megatron.train.plan import RunPlan
@@ -53,6 +56,8 @@ class Trainer:
     peak: PeakTflops
     loggers: Loggers | None
     """On rank 0; None elsewhere."""
+    batches: StepBatches | None = None
+    """What the steps read; None before the first."""
     timeline: Timeline = field(default_factory=lambda: Timeline(event_factory=device_event_factory()))
 
     def run(self) -> str:
@@ -72,14 +77,14 @@ class Trainer:
         return self._end(reason)
 
     def _loop(self) -> str:
-        batches = self._batches()
+        self.batches = self._batches()
         # asked anew: going back to a checkpoint uses up samples, and so shortens a budget of tokens
         while self.state.step < self.plan.total_steps:
-            vetoed = self._step(batches)
+            vetoed = self._step(self.batches)
             self.watchdog.step_done(self.state.step)
             reason = self.stop.agreed(self.topology.device)
             if vetoed and self.config.train.spike_action == "rollback" and hooks.roll_back(self):
-                batches = self._batches()
+                self.batches = self._batches()
                 continue
             hooks.after_step(self, stopping=reason is not None)
             self.watchdog.alive(self.state.step)
@@ -95,6 +100,7 @@ class Trainer:
             first_step=self.state.step,
             mask_id=self.data.special.mask,
             num_workers=self.config.data.num_workers,
+            saved=self.state.data,
         )
 
     def _step(self, batches: StepBatches) -> bool:
@@ -154,8 +160,11 @@ class Trainer:
         sums = self._sums(result.logs, batch, num_samples)
         times = time_metrics(self.timeline.finished())
         times |= straggler_metrics(times, self.topology.device)
+        block_size = self.plan.place(self.state.step - 1).phase.block_size
+        pairs = step_pairs(self.config, batch.micro_batches, self.topology, block_size=block_size)
         if self.loggers is not None:
-            record = self._step_record(sums, result, times, num_samples=num_samples, lr=lr)
+            speed = self._speed(times, sums, num_samples, pairs)
+            record = self._step_record(sums, result, speed | times, num_samples=num_samples, lr=lr)
             self.loggers.write(record | {"event": "loss_spike"} if result.vetoed else record)
 
     def _sums(self, logs: list[MicroLog], batch: StepBatch, num_samples: int) -> StepSums:
@@ -168,7 +177,7 @@ class Trainer:
         )
 
     def _step_record(
-        self, sums: StepSums, result: StepResult, times: dict[str, float], *, num_samples: int, lr: float
+        self, sums: StepSums, result: StepResult, times: dict[str, Any], *, num_samples: int, lr: float
     ) -> dict[str, Any]:
         state, place = self.state, self.plan.place(self.state.step - 1)
         interval = self.plan.interval(state.step - 1, state.intervals)
@@ -183,13 +192,12 @@ class Trainer:
             "noise/interval_omega": interval.omega,
             "noise/block_size": place.phase.block_size,
             "noise/views": self.engine.model.sight.layout.views,
-            **self._speed(times, sums, num_samples),
             **times,
             "time": time.time(),
             "memory/peak_bytes": peak_memory_bytes(self.topology.device),
         }
 
-    def _speed(self, times: dict[str, float], sums: StepSums, num_samples: int) -> dict[str, Any]:
+    def _speed(self, times: dict[str, float], sums: StepSums, num_samples: int, pairs: Pairs | None) -> dict[str, Any]:
         """Throughput entries; none while a GPU has not yet passed the events that time the step."""
         if "time/step_seconds" not in times:
             return {}
@@ -204,6 +212,7 @@ class Trainer:
             sequences=num_samples,
             block_size=place.phase.block_size,
             interval=(interval.beta, interval.omega),
+            pairs=pairs,
         ).metrics()
 
     def _record_start(self) -> None:
@@ -217,6 +226,7 @@ class Trainer:
                 "world_size": self.topology.world_size,
                 "grid": self.topology.grid,
                 "zero_stage": self.engine.stage,
+                "git_commit": source_commit(),
                 "throughput/peak_tflops": self.peak.tflops,
                 "throughput/peak_source": self.peak.source,
             }

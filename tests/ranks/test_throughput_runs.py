@@ -1,0 +1,128 @@
+"""What real runs record of their speed: where the time went, and the figures of the documents that were trained on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bd3_megatron.config.load import replace_field
+from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.model.cost import attended_pairs, document_lengths, mean_pairs
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.run_record import read_run
+from bd3_megatron.train.throughput import PeakTflops, figures
+from bd3_megatron.train.timeline import Timeline
+from tests.ranks.harness import run_ranks
+from tests.ranks.train_runs import BATCH, LENGTH, train, train_config, write_data
+from tests.unit.data.corpora import documents, write_split
+
+DELAY_SECONDS = 0.1
+STEPS = 9
+"""Odd ones read late; the first, which warms up, is among them."""
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in lines if "time/step_seconds" in line]
+
+
+def _columns(record: dict[str, Any]) -> dict[str, float]:
+    """{kind: seconds} of one step."""
+    kinds = {k: v for k, v in record.items() if k.startswith("time/") and k.endswith("_seconds")}
+    return {k: v for k, v in kinds.items() if "pause" not in k and k not in ("time/step_seconds",)}
+
+
+def test_a_data_delay_shows_as_data_wait_and_nowhere_else(tmp_path: Path) -> None:
+    config = train_config(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": STEPS})
+
+    def on_rank(topology: Topology) -> None:
+        trainer = build_trainer(config, rank=topology.rank, world_size=topology.world_size, local_rank=topology.rank)
+        prompt = TokenDataset.batch_for
+
+        def late(self: TokenDataset, index_B: Tensor) -> CleanBatch:
+            if trainer.state.step % 2 == 0 and int(index_B[0]) % BATCH == 0:
+                time.sleep(DELAY_SECONDS)
+            return prompt(self, index_B)
+
+        # this process is the rank's own
+        TokenDataset.batch_for = late  # type: ignore[method-assign]
+        trainer.run()
+
+    run_ranks(on_rank, config.parallel)
+    records = _records(tmp_path / "run")
+    assert len(records) == STEPS
+    for record in records:
+        assert sum(_columns(record).values()) == pytest.approx(record["time/step_seconds"], rel=0.02)
+    slow, quick = records[2::2], records[1::2]
+    for kind in set.union(*(set(_columns(r)) for r in records)):
+        more = min(r.get(kind, 0.0) for r in slow) - min(r.get(kind, 0.0) for r in quick)
+        expected = DELAY_SECONDS if kind == "time/data_wait_seconds" else 0.0
+        assert more == pytest.approx(expected, abs=DELAY_SECONDS / 2), kind
+    assert min(r["time/data_wait_seconds"] for r in slow) >= DELAY_SECONDS
+
+
+@pytest.mark.parametrize("parallel", [{}, {"dp": 2}, {"cp": 2}], ids=str)
+def test_figures_count_the_documents_that_were_trained_on(parallel: dict[str, Any], tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_split(tmp_path / "data" / split, [documents(120, seed=1, longest=40)])
+    config = train_config(tmp_path / "data", tmp_path / "run", train={"steps": 1}, parallel=parallel)
+    train(replace_field(config, "data.packing", "isolated"))
+    run = read_run(tmp_path / "run").config
+    record = _records(tmp_path / "run")[0]
+    rows = TokenDataset.open(
+        tmp_path / "data" / "train", seq_len=LENGTH, packing="isolated", block_size=4, seed=run.run.seed
+    )
+    ids_BL = rows.batch_for(torch.arange(BATCH)).document_id_BL
+    assert ids_BL is not None
+    pairs = mean_pairs([attended_pairs(LENGTH, 4, document_lengths(row)) for row in ids_BL.tolist()])
+    devices, seconds = config.parallel.world_size(), record["time/step_seconds"]
+    expected = figures(
+        run, seconds, record["noise/masked_fraction"], devices, PeakTflops(1.0, "given"), pairs=pairs
+    ).metrics()
+    assert {key: record[key] for key in expected} == pytest.approx(expected)
+    whole = figures(run, seconds, record["noise/masked_fraction"], devices, PeakTflops(1.0, "given")).metrics()
+    assert all(record[f"throughput/{name}"] < whole[f"throughput/{name}"] for name in ("mfu", "mfu_min", "hfu"))
+
+
+def test_measuring_costs_less_than_a_hundredth_of_a_small_step(tmp_path: Path) -> None:
+    """Marks of a real step times the cost of one: the fastest of each, so that a busy machine does not decide."""
+    config = train_config(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": 4})
+
+    def on_rank(topology: Topology) -> tuple[float, float]:
+        trainer = build_trainer(config, rank=topology.rank, world_size=topology.world_size, local_rank=topology.rank)
+        marks = 0
+        real = trainer.timeline._mark
+
+        def counted(owner: str) -> None:
+            nonlocal marks
+            marks += 1
+            real(owner)
+
+        trainer.timeline._mark = counted  # type: ignore[method-assign]
+        trainer.run()
+        return marks / config.train.steps, min(_cost_of_a_mark() for _ in range(20))  # type: ignore[operator]
+
+    marks, seconds = run_ranks(on_rank, config.parallel)[0]
+    fastest = min(record["time/step_seconds"] for record in _records(tmp_path / "run"))
+    assert 0 < marks * seconds < 0.01 * fastest
+
+
+def _cost_of_a_mark(spans: int = 500) -> float:
+    """Seconds a mark takes, of those of a step of many spans, with the step's own share of the bookkeeping."""
+    timeline = Timeline()
+    start = time.perf_counter()
+    timeline.start_step(1)
+    for _ in range(spans):
+        with timeline.span("forward"):
+            pass
+    timeline.end_step()
+    timeline.finished()
+    return (time.perf_counter() - start) / (2 * spans)

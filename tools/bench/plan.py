@@ -1,0 +1,344 @@
+"""The planner against measurement: short real runs on this machine's cores, two to calibrate on, the others to predict.
+
+    python -m tools.bench.plan [--cases wide dp2 ...] [--steps 6 --repeats 6]
+
+Every case is trained by the trainer itself on forked ranks, in rounds that take turns. Neighbours on a shared machine
+only ever add time, so a case's time is the median step of its fastest round; the spread of the rounds stands beside it,
+and where it is large the machine was busy and the figure is an upper bound. The planner is calibrated on the two cases
+that are marked, as `tools/plan.py --calibrate` would be on their folders, and predicts the rest unseen. Memory is never
+fitted: predicted bytes of the fullest rank beside the most bytes of CPU tensors alive at once in a whole step
+(weights, gradients, optimizer, average, activations), counted by the allocator's own reports.
+Refuses more ranks than cores: there the clock would measure the machine's scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.config.validate import validate
+from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.sources import text_source
+from bd3_megatron.model.cost import habits_on, memory_per_device
+from bd3_megatron.model.plan_calibrate import calibrate, explain
+from bd3_megatron.model.plan_machines import ClusterFile, Machine, assumptions, machine_of
+from bd3_megatron.model.plan_timing import Constants, StepTime, step_time
+from bd3_megatron.parallel.topology import leave
+from bd3_megatron.train.batches import StepBatches
+from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.entry import run_rank
+from bd3_megatron.train.quiet import drop_known_warnings
+from bd3_megatron.train.ranks import fork_ranks, reserve_port
+from bd3_megatron.train.run_record import RunRecord, read_run
+from launch.env import rank_settings
+from tools.bench import harness
+from tools.plan import observation
+
+MIB = 2**20
+VOCABULARY = 2048
+TIME_ERROR, MEMORY_ERROR = 0.15, 0.10
+"""Within these of the measurement a prediction is good enough to choose a grid by."""
+COUNTED_STEPS = 2
+"""Steps whose memory is counted: the first makes Adam's state, the second is like all others."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration to measure; `sections` change the base of `config_of`."""
+
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibrates: bool = False
+
+
+CASES: Mapping[str, Case] = {
+    "base": Case(calibrates=True),
+    "dp2": Case({"parallel": {"dp": 2}, "model": {"hidden_size": 128, "num_layers": 6}}, calibrates=True),
+    "wide": Case({"model": {"hidden_size": 512, "num_layers": 2}, "data": {"seq_len": 128}}),
+    "deep": Case({"model": {"hidden_size": 128, "num_layers": 10}, "diffusion": {"block_size": 4}}),
+    "long": Case({"model": {"num_layers": 3}, "data": {"seq_len": 512}, "train": {"micro_batch_size": 1}}),
+    "paper": Case({"model": {"style": "paper"}, "train": {"micro_batch_size": 4}}),
+    "recompute": Case({"train": {"recompute": "full", "micro_batch_size": 4}, "diffusion": {"block_size": 64}}),
+    "ar": Case({"diffusion": {"objective": "ar"}, "model": {"hidden_size": 320}}),
+    "tp2": Case({"parallel": {"tp": 2}}),
+    "pp2": Case({"parallel": {"pp": 2}, "train": {"micro_batch_size": 1}, "model": {"num_layers": 6}}),
+    "cp2": Case({"parallel": {"cp": 2}, "model": {"num_kv_heads": 2}}),
+    "dp2 wide": Case({"parallel": {"dp": 2}, "model": {"hidden_size": 384, "num_layers": 3}}),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case showed."""
+
+    run: RunRecord
+    """Of the fastest round."""
+    step_seconds: float
+    """Its median step."""
+    spread: float
+    """(median - fastest) / fastest over the rounds."""
+    peak_tflops: float
+    """Largest that a round measured at its start, a core."""
+    peak_bytes: int
+    """Of the rank that held most."""
+
+
+def config_of(case: Case, data: Path, run_dir: Path, *, steps: int) -> Config:
+    """A run of `steps` steps of a case."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run_dir)},
+        "model": {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "vocab_size": VOCABULARY},
+        "data": {"path": str(data), "seq_len": 256},
+        "diffusion": {"block_size": 16},
+        "parallel": {"dp": 1},
+        "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2},
+        "checkpoint": {"every_steps": 0},
+        "log": {"every_steps": 1},
+        "watch": {"preflight": False, "leak_check": False},
+    }
+    for name, section in case.sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    config = config_from_tree(tree)
+    ranks, cores = config.parallel.world_size(), os.cpu_count() or 1
+    if ranks > cores:
+        raise SystemExit(
+            f"a case of {ranks} ranks needs as many cores and this machine has {cores}; name other --cases."
+        )
+    validate(config, world_size=ranks)
+    return config
+
+
+def peak_tensor_bytes(profile: torch.profiler.profile, since_ns: int) -> int:
+    """Most bytes of CPU tensors alive at once from a moment on, of those made inside the profile.
+
+    Args:
+        profile: ended, with profile_memory.
+        since_ns: nanoseconds since the epoch.
+    """
+    if profile.profiler is None or profile.profiler.kineto_results is None:
+        raise SystemExit("the profile has not ended, so it holds no allocations; count memory after its block.")
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for at_ns, size, address in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        # what a collective's own thread frees is not reported; its address coming up again is the sign
+        total += size - alive.pop(address, 0) if size > 0 else -alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+        peak = max(peak, total) if at_ns >= since_ns else peak
+    return peak
+
+
+def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    """(nanoseconds, bytes, address) of every allocation, negative bytes for a release."""
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr
+        yield from _allocations(event.children)
+
+
+def whole_step_peak(config: Config, rank: int) -> int:
+    """Most bytes of CPU tensors alive at once on this rank in its second training step, its state included. Collective.
+
+    Everything the trainer builds is counted; the first step makes Adam's state, the second is like all others.
+    """
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        trainer = build_trainer(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
+        batches = StepBatches(
+            trainer.data.train,
+            trainer.plan,
+            trainer.topology,
+            first_step=0,
+            mask_id=trainer.data.special.mask,
+            num_workers=0,
+        )
+        since_ns = 0
+        for step in range(COUNTED_STEPS):
+            since_ns = time.time_ns()
+            batch = batches.next(step, trainer.engine.model.sight.layout, trainer.plan.interval(step, {}))
+            scale = trainer.topology.shard_size / batch.token_count
+            trainer.engine.train_step(batch.micro_batches, loss_scale=scale, lr=1e-3)
+    return peak_tensor_bytes(profile, since_ns)
+
+
+def count_memory(config: Config, rank: int, out: Path) -> int:
+    """One rank: leaves its peak in `out`/RANK."""
+    (out / str(rank)).write_text(str(whole_step_peak(config, rank)))
+    leave()
+    return 0
+
+
+def on_ranks(work: Callable[[int], int], ranks: int, log: Path) -> None:
+    """Run `work(rank)` in forked ranks that write to `log` instead of the terminal.
+
+    Raises:
+        SystemExit: a rank failed; the log's end is shown.
+    """
+    port = reserve_port()
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+
+    def quietly(rank: int) -> int:
+        torch.set_num_threads(1)
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        return work(rank)
+
+    code = fork_ranks(quietly, ranks, rendezvous)
+    port.close()
+    if code:
+        raise SystemExit(f"a rank ended with {code}:\n{log.read_text()[-2000:]}")
+
+
+def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, Measured]:
+    """Train every case `rounds` times, taking turns, and count its memory once; what `folder` holds is not run again."""
+    data = folder / "data"
+    request = PrepareRequest(
+        out=data, sources={"train": text_source(("builtin:python-topics",))}, tokenizer="bytes", vocab_size=VOCABULARY
+    )
+    prepare(request, say=lambda _: None)
+    runs: dict[str, list[RunRecord]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            run_dir = folder / f"{name.replace(' ', '_')}_{number}"
+            if not run_dir.exists():
+                _train(config_of(CASES[name], data, run_dir, steps=steps), folder / "log")
+            runs[name].append(read_run(run_dir))
+            print(f"round {number}: {name} {_seconds(runs[name][-1]):.3f} s", file=sys.stderr)
+    return {name: _summary(runs[name], _peak_of(name, data, folder)) for name in names}
+
+
+def _train(config: Config, log: Path) -> None:
+    ranks = config.parallel.world_size()
+    on_ranks(lambda rank: run_rank(config, rank, ranks, rank), ranks, log)
+
+
+def _peak_of(name: str, data: Path, folder: Path) -> int:
+    out = folder / f"{name.replace(' ', '_')}_memory"
+    if not out.exists():
+        out.mkdir()
+        config = config_of(CASES[name], data, out / "run", steps=COUNTED_STEPS)
+        on_ranks(lambda rank: count_memory(config, rank, out), config.parallel.world_size(), folder / "log")
+    return max(int(path.read_text()) for path in out.iterdir() if path.name.isdigit())
+
+
+def _seconds(run: RunRecord) -> float:
+    return run.typical("time/step_seconds") or 0.0
+
+
+def _summary(runs: Sequence[RunRecord], peak: int) -> Measured:
+    best = min(runs, key=_seconds)
+    seconds = _seconds(best)
+    starts = [attempt.start for run in runs for attempt in run.attempts]
+    tflops = max(float(start["throughput/peak_tflops"]) for start in starts if start is not None)
+    return Measured(best, seconds, statistics.median(map(_seconds, runs)) / seconds - 1, tflops, peak)
+
+
+def machine_for(measured: Sequence[Measured]) -> Machine:
+    """This host as the planner sees it: its cores, and the largest peak that the runs measured."""
+    tflops = max(m.peak_tflops for m in measured)
+    cluster = ClusterFile(peak_tflops=tflops, cores=os.cpu_count())
+    return machine_of("cpu", peak_tflops=tflops, cluster=cluster)
+
+
+def predict(config: Config, machine: Machine, constants: Constants) -> tuple[StepTime, int]:
+    """(time of a step, peak bytes of the fullest rank)."""
+    return step_time(config, machine, constants), memory_per_device(config, habits_on("cpu", config)).peak
+
+
+def compare(measured: Mapping[str, Measured]) -> str:
+    """The note: predictions beside measurements, how many are near enough, and what was fitted."""
+    known = [m for name, m in measured.items() if CASES[name].calibrates]
+    machine = machine_for(list(measured.values()))
+    constants = calibrate([observation(m.run) for m in known], machine)
+    rows: list[Sequence[str]] = []
+    errors: dict[str, tuple[float, float]] = {}
+    for name, seen in measured.items():
+        config = observation(seen.run).config
+        step, memory = predict(config, machine, constants)
+        error = step.total / seen.step_seconds - 1, memory / seen.peak_bytes - 1
+        if not CASES[name].calibrates:
+            errors[name] = error
+        rows.append(
+            [
+                name + (" (calibrates)" if CASES[name].calibrates else ""),
+                _shape(config),
+                *(f"{seen.step_seconds:.3f}", f"{seen.spread:+.0%}", f"{step.total:.3f}", f"{error[0]:+.1%}"),
+                *(f"{seen.peak_bytes / MIB:.1f}", f"{memory / MIB:.1f}", f"{error[1]:+.1%}"),
+            ]
+        )
+    header = (
+        "case",
+        "grid and shape",
+        "fastest step s",
+        "median round",
+        "predicted",
+        "error",
+        "peak MiB",
+        "predicted",
+        "error",
+    )
+    slow = [name for name, (seconds, _) in errors.items() if abs(seconds) > TIME_ERROR]
+    large = [name for name, (_, size) in errors.items() if abs(size) > MEMORY_ERROR]
+    sentences = [
+        f"of {len(errors)} unseen cases {len(errors) - len(slow)} are within {TIME_ERROR:.0%} in step time (outside: "
+        f"{', '.join(slow) or 'none'}), {len(errors) - len(large)} within {MEMORY_ERROR:.0%} in peak memory "
+        f"(outside: {', '.join(large) or 'none'})",
+        f"fitted: {explain(constants)}",
+        *assumptions(machine),
+    ]
+    return harness.table(header, rows) + "\n\n" + "\n\n".join(sentences)
+
+
+def _shape(config: Config) -> str:
+    m, t, p = config.model, config.train, config.parallel
+    grid = " ".join(f"{axis}{size}" for axis in ("tp", "pp", "cp", "dp") if (size := vars(p)[axis] or 1) > 1)
+    kind = "AR" if config.diffusion.objective == "ar" else f"S{config.diffusion.block_size}"
+    parts = [grid or "one rank", f"{m.num_layers} layers", f"h{m.hidden_size}", f"L{config.data.seq_len}", kind]
+    return ", ".join([*parts, f"{t.global_batch_size} in micro-batches of {t.micro_batch_size}"])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help="besides those that calibrate (default all)")
+    parser.add_argument("--steps", type=int, default=6, help="of every run; the first is not counted (default 6)")
+    parser.add_argument("--keep", type=Path, help="keep the runs in this folder, and do not run again what it holds")
+    harness.add_arguments(parser, repeats=6)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, predict, compare, print and note."""
+    options = harness.parse(build_parser(), arguments)
+    if options.keep is not None:
+        # a folder on this machine is nobody's business
+        options.given = options.given.replace(f"--keep {options.keep}", "").replace("  ", " ").strip()
+    # before a rank asks which device it has
+    os.environ.update(rank_settings(os.environ, gpu=False, local=True) | {"CUDA_VISIBLE_DEVICES": ""})
+    drop_known_warnings()
+    torch.set_num_threads(options.threads)
+    chosen = [name for name, case in CASES.items() if case.calibrates or name in (options.cases or CASES)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = measure(chosen, folder, steps=options.steps, rounds=options.repeats)
+        body = compare(measured)
+    harness.report("tools.bench.plan", f"{len(chosen)} grids and shapes", body, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
