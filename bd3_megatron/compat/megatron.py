@@ -8,10 +8,13 @@ pipeline_parallel/schedules.py:596, 983, 2138 (token counter), p2p_communication
 Decides: the *name* `torch` inside every loaded megatron.core module is bound to a proxy that answers those calls on the
 CPU and hands everything else to torch. torch itself is untouched, and with CUDA at hand nothing is bound at all.
 Does not cover `Tensor.cuda()`: no code path this package uses calls it.
+On every machine: `CheckpointWithoutOutput(fp8=False)`, as transformer_layer.py:577 and 672 make it, reads as fp8 wanted
+(tensor_parallel/random.py:634, `fp8 is not None`) and needs TransformerEngine; the package's name for it is bound to fp8=None.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -96,6 +99,7 @@ def install() -> int:
         importlib.import_module(name)
     # the tracker forks the one CPU generator, which it mistakes for a leak out of the GPU's
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    _rebuild_norms_without_transformer_engine()
     if cuda_is_there():
         return 0
     proxy = _TorchOnCpu()
@@ -108,6 +112,12 @@ def install() -> int:
     random._get_cuda_rng_state = _get_cpu_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_cpu_state  # type: ignore[attr-defined]
     return bound
+
+
+def _rebuild_norms_without_transformer_engine() -> None:
+    package = sys.modules["megatron.core.tensor_parallel"]
+    whole = sys.modules["megatron.core.tensor_parallel.random"].CheckpointWithoutOutput
+    package.CheckpointWithoutOutput = functools.partial(whole, fp8=None)  # type: ignore[attr-defined]
 
 
 def _get_cpu_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:

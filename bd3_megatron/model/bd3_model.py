@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.head import VocabShard, weighted_nll
-from bd3_megatron.model.last_layer import LastLayer
+from bd3_megatron.model.last_layer import LastLayer, set_recompute
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import EMBEDDING, padded_vocab
-from bd3_megatron.model.rotary import rotary_angles
+from bd3_megatron.model.recompute import Recompute
+from bd3_megatron.model.rotary import rotary_angles, rotary_turn
 from bd3_megatron.model.sight import Sight
 from bd3_megatron.model.spec import block_submodules
 from bd3_megatron.parallel.topology import Topology
@@ -91,6 +92,7 @@ class BD3Model(MegatronModule):
         sight: rows and attention backend, shared by all layers and chunks of this rank.
         chunk: virtual stage of this rank (0 without interleaving).
         num_layers: of this chunk.
+        recompute: what this chunk's first layers compute again in the backward.
         skip_dead_rows: the last layer computes only rows that carry loss (not under sequence parallelism).
     """
 
@@ -104,6 +106,7 @@ class BD3Model(MegatronModule):
         sight: Sight,
         chunk: int,
         num_layers: int,
+        recompute: Recompute,
         skip_dead_rows: bool,
     ) -> None:
         super().__init__(config=config)
@@ -133,13 +136,20 @@ class BD3Model(MegatronModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=block_submodules(
-                config, qk_norm=model.qk_norm, sight=sight, num_layers=num_layers, holds_last=self.post_process
+                config,
+                qk_norm=model.qk_norm,
+                sight=sight,
+                num_layers=num_layers,
+                holds_last=self.post_process,
+                tp_group=self.tp_group,
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=topology.groups,
             vp_stage=self.vp_stage,
         )
+        for index, layer in enumerate(self.decoder.layers):
+            set_recompute(layer, recompute.kind if recompute.covers(index) else "none")
         self.last_layer: LastLayer | None = None
         self.last_norm: nn.Module | None = None
         if self.post_process and skip_dead_rows and not config.sequence_parallel:
@@ -175,18 +185,19 @@ class BD3Model(MegatronModule):
         hidden = None if self.embedding is None else self._embed(self.embedding, batch.token_BP)
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
-        hidden = self.decoder(hidden, attention_mask=batch.document_id_BL, rotary_pos_emb=angles)
+        turn = rotary_turn(angles, self.config.params_dtype)
+        hidden = self.decoder(hidden, attention_mask=batch.document_id_BL, rotary_pos_emb=turn)
         if self.output_layer is None:
             return hidden
-        rows_RD = self._rows_at_loss(hidden, angles, batch)
+        rows_RD = self._rows_at_loss(hidden, turn, batch)
         if not self.config.sequence_parallel:
             rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
         return self.output_layer(rows_RD, batch, self.vocab_shard, self.tied_weight())
 
-    def _rows_at_loss(self, hidden: Tensor, angles: Tensor, batch: PairBatch) -> Tensor:
+    def _rows_at_loss(self, hidden: Tensor, turn: Tensor, batch: PairBatch) -> Tensor:
         """Final hidden states of the rows that carry loss, [R, D], on every tensor-parallel rank."""
         if self.last_layer is not None and self.last_norm is not None:
-            rows_RD = self.last_layer(hidden, angles, batch.document_id_BL, loss_row_R=batch.loss_row_R)
+            rows_RD = self.last_layer(hidden, turn, batch.document_id_BL, loss_row_R=batch.loss_row_R)
             return self.last_norm(rows_RD)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)

@@ -21,6 +21,7 @@ from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
 from bd3_megatron.model.cost_shape import layers_per_chunk
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.init_weights import init_weights
+from bd3_megatron.model.recompute import Recompute
 from bd3_megatron.model.sight import LayoutOf, Sight, layout_function
 from bd3_megatron.model.spec import transformer_config
 from bd3_megatron.parallel.topology import Topology
@@ -48,9 +49,8 @@ class ParallelModel:
         )
         self._views = config.diffusion.views
         self.sight = Sight(self._layout_of(block_sizes(config)[0], self._views), attend)
-        self.config: TransformerConfig = transformer_config(
-            config.model, topology, dtype=dtype, recompute=config.train.recompute
-        )
+        recompute = Recompute(config.train.recompute, config.train.recompute_layers)
+        self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
         if topology.pp > 1 and len(set(layers)) > 1:
             self.config.pipeline_model_parallel_layout = _megatron_layout(layers, topology.pp)
@@ -63,6 +63,7 @@ class ParallelModel:
                 sight=self.sight,
                 chunk=chunk,
                 num_layers=layers[chunk * topology.pp + topology.pp_rank],
+                recompute=recompute,
                 skip_dead_rows=config.train.skip_dead_rows,
             )
             for chunk in range(topology.vpp)

@@ -1,6 +1,6 @@
 """The pair attention inside megatron's SelfAttention: rows in, rows out, sight from one shared place.
 
-megatron hands over q, k, v of all rows of this rank, [P, B, heads / tp, H], rotary already applied. They are cut into
+q, k, v of all rows of this rank, [P, B, heads / tp, H], positions turned in, are cut into
 the noisy and the clean stream as views and given to an attention backend. Under context parallelism only the clean
 keys and values travel: gathered over cp before, their gradients reduce-scattered after; noisy ones never leave.
 Documents reach this place as megatron's `attention_mask` argument (a tensor [B, L], so that recomputation may save it);
@@ -13,12 +13,47 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from bd3_megatron.attention.streams import Stream
 from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.model.rotary import turned
 from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.context import gather_clean
+
+
+class PairAttention(SelfAttention):
+    """megatron's self-attention with a forward of its own: training's path alone, and cheaper rotary positions."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: [P, B, D].
+            attention_mask: document ids int [B, L], or None.
+            rotary_pos_emb: of `rotary_turn`.
+            args, kwargs: what megatron hands over for inference; unused.
+
+        Returns:
+            (output [P, B, D], no bias).
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            query, key = turned(query, rotary_pos_emb), turned(key, rotary_pos_emb)
+        if self.checkpoint_core_attention and self.training:
+            mixed = checkpoint(self.core_attention, False, query, key, value, attention_mask)
+        else:
+            mixed = self.core_attention(query, key, value, attention_mask)
+        return self.linear_proj(mixed)
 
 
 class CoreAttention(nn.Module):
@@ -64,8 +99,8 @@ class CoreAttention(nn.Module):
         """
         layout = self.sight.layout
         outs = self._attend(query, key, value, layout.visibility(attention_mask))
-        out_BPNH = torch.cat([out for out in outs if out is not None], dim=1)
-        return out_BPNH.transpose(0, 1).flatten(2)
+        # joined in megatron's layout: the projection behind would copy another one, and its backward once more
+        return torch.cat([out.transpose(0, 1) for out in outs if out is not None]).flatten(2)
 
     def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None) -> Tensor:
         """Attend for the stream that carries loss only; the other gives keys and values.
@@ -87,16 +122,15 @@ class CoreAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
-        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
         split, views = self.sight.layout.num_noisy, self.sight.layout.views
+        q, k, v = (_cut(rows, split, views) for rows in (query, key, value))
         clean = None
         if self.sight.layout.num_clean:
-            k_clean, v_clean = gather_clean(k[:, split:], v[:, split:], self.cp_group)
-            clean = Stream(q[:, split:], k_clean, v_clean)
+            k_clean, v_clean = gather_clean(k[-1], v[-1], self.cp_group)
+            clean = Stream(q[-1], k_clean, v_clean)
         if not split:
             return self.sight.attend(None, clean, visibility, scale=self.scale)
-        parts = [t[:, :split].chunk(views, dim=1) for t in (q, k, v)]
-        noisy = [Stream(*view) for view in zip(*parts, strict=True)]
+        noisy = [Stream(*view) for view in zip(q[:-1], k[:-1], v[:-1], strict=True)]
         out, out_clean = self.sight.attend(noisy[0], clean, visibility, scale=self.scale)
         if views == 1 or clean is None:
             return out, out_clean
@@ -105,3 +139,10 @@ class CoreAttention(nn.Module):
         sight = replace(visibility, clean_rows=())
         outs = [out, *(self.sight.attend(view, keys_only, sight, scale=self.scale)[0] for view in noisy[1:])]
         return torch.cat([one for one in outs if one is not None], dim=1), out_clean
+
+
+def _cut(rows_PBNH: Tensor, num_noisy: int, views: int) -> list[Tensor]:
+    """[rows, B, heads, H] -> [B, rows, heads, H] of each noisy view, and last of the clean rows (there may be none)."""
+    noisy = [num_noisy // views] * views if num_noisy else []
+    # cut at once: gradients of slices would each be padded with zeros and then added up
+    return [piece.transpose(0, 1) for piece in rows_PBNH.split([*noisy, rows_PBNH.shape[0] - num_noisy])]

@@ -31,7 +31,14 @@ from typing import Literal
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.model.cost_pairs import Pairs, attended_pairs, executed_pairs
-from bd3_megatron.model.cost_shape import Shape, last_layer_is_trimmed, pipeline_rows, shape_of
+from bd3_megatron.model.cost_shape import (
+    Shape,
+    last_layer_is_recomputed,
+    last_layer_is_trimmed,
+    pipeline_rows,
+    recomputed_layers,
+    shape_of,
+)
 
 RowsKind = Literal["all", "noisy", "masked"]
 """Rows of a sequence: all, those of the stream that carries loss, those that carry loss."""
@@ -74,7 +81,11 @@ class Execution:
     attention_backward: float = 2.5
     """Backward over forward of the attention kernel: 2.5 flash, 2 where scores are kept."""
     recompute: str = "none"
-    """none, selective (attention again) or full (every layer again)."""
+    """none, selective (attention again) or full (whole layers again)."""
+    recompute_layers: int | None = None
+    """Layers that do so, the last one included; None: all."""
+    recompute_last: bool = True
+    """The last one is among them."""
     padded: bool = True
     """Logits over the padded vocabulary."""
     tile: int = 128
@@ -167,6 +178,8 @@ def execution_of(config: Config, *, block_size: int | None = None, backend: str 
         dropped_rows=shape.rows // cp - pipeline_rows(config, shape) if cp == 1 else 0,
         attention_backward=2.0 if chosen == "dense" else 2.5,
         recompute=config.train.recompute,
+        recompute_layers=recomputed_layers(config),
+        recompute_last=last_layer_is_recomputed(config),
     )
 
 
@@ -209,7 +222,7 @@ def executed_flops(
         last_pairs=_last_pairs(shape, execution, pairs, run, masked / noisy),
     )
     forward = _forward(shape, rows, shape.padded_vocab if execution.padded else shape.vocab)
-    return _executed(forward, execution)
+    return _executed(shape, rows, forward, execution)
 
 
 def _last_pairs(shape: Shape, execution: Execution, pairs: Pairs, run: float, masked_share: float) -> float:
@@ -222,24 +235,33 @@ def _last_pairs(shape: Shape, execution: Execution, pairs: Pairs, run: float, ma
     return share * run * shape.noisy_rows / (shape.rows - execution.dropped_rows)
 
 
-def _executed(forward: dict[str, float], execution: Execution) -> Flops:
+def _executed(shape: Shape, rows: _Rows, forward: dict[str, float], execution: Execution) -> Flops:
     backward = {part: 2 * value for part, value in forward.items()}
     backward["attention"] = execution.attention_backward * forward["attention"]
     again = {"none": (), "selective": ("attention",), "full": ("projections", "attention", "mlp")}[execution.recompute]
-    backward["recompute"] = sum(forward[part] for part in again) + (execution.head_forwards - 1) * forward["head"]
+    covered = shape.layers if execution.recompute_layers is None else execution.recompute_layers
+    last = int(execution.recompute_last and covered > 0)
+    layers = _layers(shape, rows, covered - last, last)
+    backward["recompute"] = sum(layers[part] for part in again) + (execution.head_forwards - 1) * forward["head"]
     return Flops(MappingProxyType(forward), MappingProxyType(backward))
 
 
-def _forward(shape: Shape, rows: _Rows, vocab: int) -> dict[str, float]:
-    row, before = row_flops(shape), shape.layers - 1
+def _layers(shape: Shape, rows: _Rows, before: int, last: int) -> dict[str, float]:
+    """Forward FLOPs of `before` layers of all rows and `last` (0 or 1) of the last one's."""
+    row, pair = row_flops(shape), 4 * shape.q_width
     projections = before * rows.full * (row["q"] + row["kv"] + row["o"])
-    projections += rows.last_kv * row["kv"] + rows.last * (row["q"] + row["o"])
-    pair = 4 * shape.q_width
+    projections += last * (rows.last_kv * row["kv"] + rows.last * (row["q"] + row["o"]))
+    return {
+        "projections": float(projections),
+        "attention": float(pair * (before * rows.pairs + last * rows.last_pairs)),
+        "mlp": float((before * rows.full + last * rows.last) * row["mlp"]),
+    }
+
+
+def _forward(shape: Shape, rows: _Rows, vocab: int) -> dict[str, float]:
     return {
         "embedding": 0.0,
-        "projections": float(projections),
-        "attention": float(pair * (before * rows.pairs + rows.last_pairs)),
-        "mlp": float((before * rows.full + rows.last) * row["mlp"]),
+        **_layers(shape, rows, shape.layers - 1, 1),
         "head": float(2 * shape.hidden * vocab * rows.head),
         "recompute": 0.0,
     }

@@ -6,16 +6,17 @@ optimizer state, b the bytes of an activation (2 bf16, 4 fp32), t = tp, tensors 
     states      fp32: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with
                 ZeRO 2 and 3, weights 4P/W with 3)
                 bf16: weights 2P, fp32 gradients 4P, the rest as above
-    norms       RMSNorm keeps its input in fp32, the normed rows and its output; LayerNorm input in fp32 and output
+    norms       input and output
     attention   stacked q, k, v (its v is a view), rotated q and k, output of the kernel, output again in row order, one
                 fp32 statistic per head
-    mlp         gated: gate and up 2F, product F, silu and up again 2F unless fused; plain: input and output of gelu, 2F
+    mlp         gated: gate and up 2F, product F; plain: input and output of gelu, 2F
     recompute   full: the layer's input only, plus one whole layer while it is rebuilt; selective: without the
-                kernel's own output and statistics, plus one layer's
+                kernel's own output and statistics, the norms' outputs and the MLP's active rows, plus one layer's
 
 With tensor parallelism q, k, v, MLP are cut by t; rows of norms by t too under sequence parallelism. A pipeline stage
-holds as many micro-batches as its schedule keeps in flight. The peak is the larger of two moments: the last forward
-before the first backward, and the optimizer's step, when activations are gone and Adam's temporaries are there.
+holds as many micro-batches as its schedule keeps in flight. The peak is the larger of two moments: around the first
+backward (the head's chunk of logits, or the widest layer whose backward runs, less what the layers behind it have let
+go), and the optimizer's step, when activations and buckets are gone and copies of the own shard are there.
 Does not know: the allocator's fragmentation, the CUDA context, kernels' workspaces; add `plan_machines` reserves for
 those. Source: megatron-core 0.16 and DeepSpeed 0.19 as read and as counted by hooks.
 """
@@ -29,10 +30,12 @@ from bd3_megatron.model.cost_parameters import layer_parameters, parameters_per_
 from bd3_megatron.model.cost_shape import (
     Shape,
     expected_masked_fraction,
+    last_layer_is_recomputed,
     last_layer_is_trimmed,
     layers_per_stage,
     micro_batches,
     pipeline_rows,
+    recomputed_layers,
     scored_rows,
     shape_of,
     zero_shards,
@@ -40,8 +43,6 @@ from bd3_megatron.model.cost_shape import (
 )
 
 FP32 = 4
-ADAM_TEMPORARIES = 1
-"""fp32 copies of a shard that torch's foreach AdamW makes on top of its state while it steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,16 @@ class Habits:
     precision: str = "bf16"
     """bf16 or fp32."""
     fused: bool = True
-    """Activation of the MLP fused (GPU); on CPU megatron's fusions are off."""
+    """Activation of the MLP and AdamW fused (GPU); on CPU both are off."""
     head_chunk_bytes: int = 32 * 2**20
     """fp32 logits of the rows that exist at a time; under bf16 half as much again in low precision."""
     reduce_bucket_elements: int = 50_000_000
     """Elements of a ZeRO-2/3 reduction bucket."""
+
+    @property
+    def shard_copies(self) -> int:
+        """fp32 copies of the own shard in the optimizer's step: flattened gradients; torch's plain AdamW its denominator."""
+        return 1 if self.fused else 2
 
     @property
     def element_bytes(self) -> int:
@@ -82,9 +88,9 @@ class MemoryBytes:
     head: int = 0
     """Chunk of logits, gathered masked rows, the head's own gradient table."""
     working: int = 0
-    """Gradients of one layer's activations, and under recomputation that layer rebuilt."""
+    """What a backward has alive beyond activations and head: gradients of one layer's, and that layer where rebuilt."""
     buffers: int = 0
-    """ZeRO buckets, gathered layers of ZeRO-3, context-parallel keys and values."""
+    """ZeRO buckets, gathered layers of ZeRO-3, context-parallel keys and values; alive while forwards and backwards run."""
     step_temporaries: int = 0
     """Alive in the optimizer's step, when activations, head and working are not."""
     host: int = 0
@@ -97,7 +103,8 @@ class MemoryBytes:
     @property
     def peak(self) -> int:
         """Most bytes alive at one time."""
-        return self.states + self.buffers + max(self.activations + self.head + self.working, self.step_temporaries)
+        passes = self.activations + self.head + self.working + self.buffers
+        return self.states + max(passes, self.step_temporaries)
 
     def parts(self) -> dict[str, int]:
         """{part: bytes} in the order of the fields."""
@@ -134,12 +141,19 @@ def memory_of_stage(
     layers = layers_per_stage(config)[stage]
     chunks = chunks_in_flight(config, stage)
     held = layers / (config.parallel.vpp or 1) * chunks
-    activations = held * _kept(layer, config) + _stage_inputs(config, shape, habits, stage)
+    share = recomputed_layers(config, stage) / layers
+    activations = held * (share * _kept(layer, config) + (1 - share) * _whole(layer))
+    activations += _stage_inputs(config, shape, habits, stage) + chunks * _rotary(config, shape, habits.element_bytes)
     last = stage == config.parallel.pp - 1
+    working = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if share else 0.0)
+    head = _Head(0.0, 0.0)
     if last:
+        short = last_layer_activation_bytes(config, shape, habits)
         # of an interleaved stage's chunks in flight one in vpp holds the last layer
         once = chunks / (config.parallel.vpp or 1)
-        activations -= once * (_kept(layer, config) - _kept(last_layer_activation_bytes(config, shape, habits), config))
+        activations -= once * (_last_kept(layer, config) - _last_kept(short, config))
+        head = _head(config, shape, habits)
+        working = _beyond_the_head(config, shape, habits, layers=(layer, short), head=head)
     return MemoryBytes(
         parameters=states.parameters,
         gradients=states.gradients,
@@ -147,10 +161,10 @@ def memory_of_stage(
         ema=states.ema,
         host=states.host,
         activations=round(activations),
-        head=_head(config, shape, habits) if last else 0,
-        working=round(_working(config, shape, habits, layer)),
+        head=round(head.chunk + head.rest),
+        working=round(working),
         buffers=_buffers(config, shape, habits, stage),
-        step_temporaries=0 if config.parallel.offload_optimizer else ADAM_TEMPORARIES * states.ema_shard,
+        step_temporaries=0 if config.parallel.offload_optimizer else habits.shard_copies * states.shard,
     )
 
 
@@ -161,7 +175,8 @@ class _States:
     optimizer: int
     ema: int
     host: int
-    ema_shard: int
+    shard: int
+    """fp32 bytes of one number each of the own shard."""
 
 
 def _states(config: Config, stage: int, habits: Habits) -> _States:
@@ -197,13 +212,14 @@ def layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict
     q, kv = shape.q_width / tp, shape.kv_width / tp
     return {
         "input": cut * shape.hidden * b,
-        "norms": cut * 2 * _norm_bytes(shape.hidden, b, gated=not shape.paper),
-        "qk_norms": rows * (q + kv / 2) * _qk_norm_bytes(b) if shape.qk_norm else 0.0,
+        "norms": cut * 2 * shape.hidden * b,
+        "normed": cut * 2 * shape.hidden * b,
+        "qk_norms": rows * _qk_norm_bytes(shape, b) / tp if shape.qk_norm else 0.0,
         "qkv": rows * (q + kv + q + kv / 2) * b,
-        "rotary": _rotary(config, shape, b),
         "attention_kernel": rows * (q * b + FP32 * shape.heads / tp),
         "attention_output": rows * q * b,
-        "mlp": rows * _mlp_elements(shape, habits) / tp * b,
+        "mlp": rows * _mlp_width(shape) / tp * b,
+        "mlp_active": rows * shape.ffn / tp * b,
         "dropout": 2 * cut * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
     }
 
@@ -221,46 +237,51 @@ def last_layer_activation_bytes(config: Config, shape: Shape, habits: Habits) ->
     weights = shape.hidden * (q + kv) * b
     return {
         "input": rows * shape.hidden * b,
-        "norms": (rows + scored) * _norm_bytes(shape.hidden, b, gated=not shape.paper),
-        "qk_norms": (scored * q + rows * kv / 2) * _qk_norm_bytes(b) if shape.qk_norm else 0.0,
+        "norms": (rows + scored) * shape.hidden * b,
+        "normed": (rows + scored) * shape.hidden * b,
+        "qk_norms": scored * q * b + rows * FP32 * shape.heads / tp if shape.qk_norm else 0.0,
         "qkv": (scored * shape.hidden + stream * q + rows * 1.5 * kv) * b + weights,
-        "rotary": _rotary(config, shape, b) / 2,
+        "rotary": 2.0 * scored * shape.head_width * b,
         "attention_kernel": stream * (q * b + FP32 * shape.heads / tp),
         "attention_output": scored * q * b,
-        "mlp": scored * _mlp_elements(shape, habits) / tp * b,
+        "mlp": scored * _mlp_width(shape) / tp * b,
+        "mlp_active": scored * shape.ffn / tp * b,
         "dropout": 2 * scored * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
     }
 
 
 def _rotary(config: Config, shape: Shape, b: int) -> float:
-    """Cosines and sines for q and for k, in one copy for all sequences."""
-    return 4.0 * pipeline_rows(config, shape) * shape.head_width * b
+    """Cosines and sines, in one copy for all sequences, heads and layers of a chunk."""
+    return 2.0 * pipeline_rows(config, shape) * shape.head_width * b
 
 
-def _norm_bytes(width: int, b: int, *, gated: bool) -> int:
-    """Kept by one norm over `width` channels of a row: fp32 input, normed rows (RMSNorm), output."""
-    return width * (FP32 + (2 if gated else 1) * b)
+def _qk_norm_bytes(shape: Shape, b: int) -> float:
+    """A statistic a head, and grouped queries as rows of heads; the rest is in the stacked q, k, v that is kept anyway."""
+    grouped = 2 * shape.q_width > shape.kv_width
+    return FP32 * (shape.q_width + shape.kv_width / 2) / shape.head_width + (shape.q_width * b if grouped else 0)
 
 
-def _qk_norm_bytes(b: int) -> int:
-    # in fp32 the input is the stacked q, k, v that is kept anyway
-    return FP32 + b if b < FP32 else b
-
-
-def _mlp_elements(shape: Shape, habits: Habits) -> int:
-    return (2 if shape.paper else 3 if habits.fused else 5) * shape.ffn
+def _mlp_width(shape: Shape) -> int:
+    """Channels of the MLP's inner rows as its first matrix gives them."""
+    return (1 if shape.paper else 2) * shape.ffn
 
 
 def _whole(layer: dict[str, float]) -> float:
-    # the layer's input is inside "norms": the first norm keeps it
+    # the layer's input is inside "norms", which is what the norms keep of theirs
     return sum(value for part, value in layer.items() if part != "input")
 
 
+def _last_kept(layer: dict[str, float], config: Config) -> float:
+    """What the model's last layer keeps."""
+    return _kept(layer, config) if last_layer_is_recomputed(config) else _whole(layer)
+
+
 def _kept(layer: dict[str, float], config: Config) -> float:
+    """What a layer keeps that recomputation covers."""
     if config.train.recompute == "full":
         return layer["input"]
     if config.train.recompute == "selective":
-        return _whole(layer) - layer["attention_kernel"]
+        return _whole(layer) - layer["attention_kernel"] - layer["normed"] - layer["mlp_active"]
     return _whole(layer)
 
 
@@ -272,17 +293,51 @@ def _stage_inputs(config: Config, shape: Shape, habits: Habits, stage: int) -> f
     return rows * shape.hidden * habits.element_bytes * chunks_in_flight(config, stage)
 
 
-def _working(config: Config, shape: Shape, habits: Habits, layer: dict[str, float]) -> float:
-    rows = pipeline_rows(config, shape) * config.train.micro_batch_size
-    # the widest moment of a backward: gradients of the MLP's inner tensors beside those of the residual stream
+def _gradients(config: Config, shape: Shape, habits: Habits, *, scored: bool) -> float:
+    """The widest moment of a layer's backward: gradients of the MLP's inner tensors beside those of the residual stream."""
+    if scored:
+        rows = cut = scored_rows(config, shape, expected_masked_fraction(config))
+    else:
+        rows = pipeline_rows(config, shape) * config.train.micro_batch_size
+        cut = rows / _row_cut(config)
     inner = (3 if not shape.paper else 2) * shape.ffn / config.parallel.tp
-    gradients = rows * (inner + 2 * shape.hidden / _row_cut(config)) * habits.element_bytes
-    if config.train.recompute == "full":
-        return gradients + _whole(layer)
-    return gradients + (layer["attention_kernel"] if config.train.recompute == "selective" else 0.0)
+    return (rows * inner + 2 * cut * shape.hidden) * habits.element_bytes
 
 
-def _head(config: Config, shape: Shape, habits: Habits) -> int:
+def _rebuilt(layer: dict[str, float], config: Config) -> float:
+    """What recomputation brings back of one layer before its backward."""
+    return _whole(layer) - _kept(layer, config)
+
+
+def _beyond_the_head(
+    config: Config, shape: Shape, habits: Habits, *, layers: tuple[dict[str, float], dict[str, float]], head: _Head
+) -> float:
+    """What the fullest backward on the last stage has alive beyond all activations and the whole head, 0 or more.
+
+    The head's chunk is gone when a backward begins. A last layer of scored rows works on few of them, and is gone
+    itself when the first layer of all rows is at work.
+    """
+    layer, short = layers
+    again = recomputed_layers(config, config.parallel.pp - 1)
+    whole = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if again else 0.0)
+    if not last_layer_is_trimmed(config):
+        return max(0.0, whole - head.chunk)
+    keeps = _last_kept(short, config)
+    first = _gradients(config, shape, habits, scored=True) + _whole(short) - keeps
+    return max(0.0, first - head.chunk, whole - head.chunk - head.rows - keeps)
+
+
+@dataclass(frozen=True)
+class _Head:
+    chunk: float
+    """Logits that exist at a time."""
+    rest: float
+    """Rows and the weight gradient, until the last layer's backward."""
+    rows: float = 0.0
+    """Of them the rows."""
+
+
+def _head(config: Config, shape: Shape, habits: Habits) -> _Head:
     tp, mbs = config.parallel.tp, config.train.micro_batch_size
     scored = scored_rows(config, shape, expected_masked_fraction(config))
     vocab = shape.padded_vocab // tp
@@ -292,21 +347,22 @@ def _head(config: Config, shape: Shape, habits: Habits) -> int:
     rows = pipeline_rows(config, shape) * mbs
     normed = scored if last_layer_is_trimmed(config) else rows / _row_cut(config)
     # its output is gone once the scored rows are picked from it
-    kept = _norm_bytes(shape.hidden, habits.element_bytes, gated=not shape.paper) - shape.hidden * habits.element_bytes
-    final_norm = normed * kept
+    final_norm = normed * shape.hidden * habits.element_bytes
     # masked rows and their gradient; under sequence parallelism all rows are gathered first
     gathered = 2 * scored * shape.hidden * habits.element_bytes
     gathered += rows * shape.hidden * habits.element_bytes if config.parallel.sequence_parallel else 0
     # fp32 from forward to backward; a chunk's share of it in low precision beside it
     weight_gradient = vocab * shape.hidden * (FP32 + low)
-    return round(chunk + final_norm + gathered + weight_gradient)
+    return _Head(chunk, final_norm + gathered + weight_gradient, final_norm + gathered)
 
 
 def _buffers(config: Config, shape: Shape, habits: Habits, stage: int) -> int:
     total = 0.0
     zero, count = zero_stage(config), parameters_per_rank(config, stage)
     if zero >= 2:
-        total += 2 * FP32 * min(habits.reduce_bucket_elements, count)
+        # a second one fills while the first travels, which bf16 runs ask for
+        buckets = 2 if zero == 3 or habits.precision == "bf16" else 1
+        total += buckets * FP32 * min(habits.reduce_bucket_elements, count)
     if zero == 3:
         tp = config.parallel.tp
         layer = sum(p.count_per_rank(tp) for p in layer_parameters(shape, 0))

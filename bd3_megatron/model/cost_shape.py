@@ -209,6 +209,25 @@ def layers_per_chunk(config: Config) -> tuple[int, ...]:
     )
 
 
+def recomputed_layers(config: Config, stage: int | None = None) -> int:
+    """Layers that compute again in their backward: of every chunk the first train.recompute_layers.
+
+    Args:
+        stage: of one pipeline stage; None: of all.
+    """
+    if config.train.recompute == "none":
+        return 0
+    chunks, most = layers_per_chunk(config), config.train.recompute_layers
+    held = chunks if stage is None else chunks[stage :: config.parallel.pp]
+    return sum(held) if most is None else sum(min(layers, most) for layers in held)
+
+
+def last_layer_is_recomputed(config: Config) -> bool:
+    """True where the first train.recompute_layers of the last chunk are all of it."""
+    most = config.train.recompute_layers
+    return config.train.recompute != "none" and (most is None or layers_per_chunk(config)[-1] <= most)
+
+
 def head_in_layers(config: Config) -> float:
     """Work of the head in units of one layer's: half of the noisy rows reach it, a layer works on 2 L rows."""
     model = config.model

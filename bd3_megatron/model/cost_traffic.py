@@ -29,10 +29,12 @@ from bd3_megatron.model.cost_parameters import copied_per_rank, parameters_per_r
 from bd3_megatron.model.cost_shape import (
     Shape,
     expected_masked_fraction,
+    last_layer_is_recomputed,
     last_layer_is_trimmed,
     layers_per_stage,
     micro_batches,
     pipeline_rows,
+    recomputed_layers,
     scored_rows,
     shape_of,
     zero_shards,
@@ -158,19 +160,25 @@ def _line(at: _Stage, axis: str, kind: str, what: str, calls: int, size: float) 
     return Transfer(axis=axis, kind=kind, what=what, ranks=ranks, calls=calls, size_bytes=size)
 
 
-def _forwards(at: _Stage) -> int:
-    return 2 if at.config.train.recompute == "full" else 1
+def _again(at: _Stage, *kinds: str) -> tuple[int, int]:
+    """(layers, and of them the trimmed last one) whose forward's collectives run again in the backward."""
+    if at.config.train.recompute not in kinds:
+        return 0, 0
+    short = at.last and last_layer_is_trimmed(at.config) and last_layer_is_recomputed(at.config)
+    return recomputed_layers(at.config, at.index), int(short)
 
 
 def _tensor_parallel(at: _Stage) -> list[Transfer]:
     trimmed = int(at.last and last_layer_is_trimmed(at.config))
     layers, short = (at.layers - trimmed) * at.micro, trimmed * at.micro
     # megatron rebuilds the whole layer, its last all-reduce included
-    forward = 2 * _forwards(at)
+    covered, covered_short = _again(at, "full")
+    forward = 2 * (layers + (covered - covered_short) * at.micro)
+    forward_short = 2 * (short + covered_short * at.micro)
     lines = [
-        _line(at, "tp", "all_reduce", "attention and MLP outputs", forward * layers, at.rows_bytes),
+        _line(at, "tp", "all_reduce", "attention and MLP outputs", forward, at.rows_bytes),
         _line(at, "tp", "all_reduce", "gradients of attention and MLP inputs", 2 * layers + short, at.rows_bytes),
-        _line(at, "tp", "all_reduce", "outputs of the last layer's scored rows", forward * short, at.scored_bytes),
+        _line(at, "tp", "all_reduce", "outputs of the last layer's scored rows", forward_short, at.scored_bytes),
         _line(at, "tp", "all_reduce", "gradients of its MLP input", short, at.scored_bytes),
     ]
     if at.first:
@@ -182,10 +190,11 @@ def _tensor_parallel(at: _Stage) -> list[Transfer]:
 
 
 def _sequence_parallel(at: _Stage) -> list[Transfer]:
-    config, layers, again = at.config, at.layers * at.micro, _forwards(at)
+    config, layers = at.config, at.layers * at.micro
+    forward = 2 * (layers + _again(at, "full")[0] * at.micro)
     lines = [
-        _line(at, "tp", "all_gather", "rows before attention and MLP", 2 * again * layers, at.rows_bytes),
-        _line(at, "tp", "reduce_scatter", "outputs of attention and MLP", 2 * again * layers, at.rows_bytes),
+        _line(at, "tp", "all_gather", "rows before attention and MLP", forward, at.rows_bytes),
+        _line(at, "tp", "reduce_scatter", "outputs of attention and MLP", forward, at.rows_bytes),
         _line(at, "tp", "all_gather", "rows again and output gradients", 4 * layers, at.rows_bytes),
         _line(at, "tp", "reduce_scatter", "gradients of attention and MLP inputs", 2 * layers, at.rows_bytes),
         _line(at, "tp", "all_reduce", "gradients of norms and row biases", 1, FP32 * copied_per_rank(config, at.index)),
@@ -236,10 +245,10 @@ def _context(at: _Stage) -> list[Transfer]:
     tokens = at.shape.length * at.config.train.micro_batch_size
     size = tokens * at.shape.kv_width // at.config.parallel.tp * at.habits.element_bytes
     # attention is run again by selective recomputation too
-    gathers = 1 if at.config.train.recompute == "none" else 2
     layers = at.layers * at.micro
+    gathers = layers + _again(at, "selective", "full")[0] * at.micro
     return [
-        _line(at, "cp", "all_gather", "clean keys and values", gathers * layers, size),
+        _line(at, "cp", "all_gather", "clean keys and values", gathers, size),
         _line(at, "cp", "reduce_scatter", "gradients of clean keys and values", layers, size),
     ]
 

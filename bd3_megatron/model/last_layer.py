@@ -10,16 +10,19 @@ the layer runs whole, as megatron's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
+
+from bd3_megatron.model.recompute import ThriftyMLP, rebuilt
+from bd3_megatron.model.rotary import turned
 
 
 class QkvLinear(ColumnParallelLinear):
@@ -47,11 +50,14 @@ class QkvLinear(ColumnParallelLinear):
 class LastLayer(TransformerLayer):
     """A TransformerLayer that can also be asked for some rows only."""
 
+    rebuild_whole: bool = False
+    """Asked for some rows: keep its inputs only, and compute it again in the backward."""
+
     def forward(self, *args: Any, loss_row_R: Tensor | None = None, **kwargs: Any) -> Any:
         """megatron's own forward, or with `loss_row_R` the hidden states of the rows that carry loss.
 
         Args:
-            args, kwargs: megatron's; with `loss_row_R` just (hidden [P, B, D], rotary angles [P, 1 or B, 1, H],
+            args, kwargs: megatron's; with `loss_row_R` just (hidden [P, B, D], rotary turn [2, P, 1 or B, 1, H],
                 document ids [B, L] or None).
             loss_row_R: int64 [R], row x B + sample in the stream that carries loss.
 
@@ -60,35 +66,41 @@ class LastLayer(TransformerLayer):
         """
         if loss_row_R is None:
             return super().forward(*args, **kwargs)
-        if self.config.recompute_granularity == "full" and self.training:
+        if self.rebuild_whole and self.training:
             return checkpoint(self._loss_rows, False, *args, loss_row_R)
-        hidden_PBD, angles, document_id_BL = args
-        return self._loss_rows(hidden_PBD, angles, document_id_BL, loss_row_R)
+        hidden_PBD, turn, document_id_BL = args
+        return self._loss_rows(hidden_PBD, turn, document_id_BL, loss_row_R)
 
-    def _loss_rows(self, hidden_PBD: Tensor, angles: Tensor, document_id_BL: Tensor | None, row_R: Tensor) -> Tensor:
+    def _loss_rows(self, hidden_PBD: Tensor, turn: Tensor, document_id_BL: Tensor | None, row_R: Tensor) -> Tensor:
         attention, fused = self.self_attention, self.config.bias_dropout_fusion
-        query_R, key, value = attention.linear_qkv(self.input_layernorm(hidden_PBD), row_R=row_R)
-        query_R, key = self._rotated(query_R, key, angles, row_R)
+        normed, release = self._normed(self.input_layernorm, hidden_PBD, again=self.recompute_input_layernorm)
+        query_R, key, value = attention.linear_qkv(normed, row_R=row_R)
+        query_R, key = self._rotated(query_R, key, turn, row_R)
         mixed_RD = self._attend(attention.core_attention, query_R, key, value, document_id_BL, row_R)
         # the stream that carries loss is the first of the pair, or the only one: its rows count from 0
         hidden = hidden_PBD.flatten(0, 1).index_select(0, row_R)[:, None]
         output = attention.linear_proj(mixed_RD[:, None])
+        release(output[0])
         with self.bias_dropout_add_exec_handler():
             hidden = self.self_attn_bda(self.training, fused)(output, hidden, self.hidden_dropout)
-        output = self.mlp(self.pre_mlp_layernorm(hidden))
+        normed, release = self._normed(self.pre_mlp_layernorm, hidden, again=self.recompute_pre_mlp_layernorm)
+        output = self.mlp(normed)
+        release(output[0])
         with self.bias_dropout_add_exec_handler():
             hidden = self.mlp_bda(self.training, fused)(output, hidden, self.hidden_dropout)
         return hidden[:, 0]
 
-    def _rotated(self, query_R: Tensor, key: Tensor, angles: Tensor, row_R: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, norm: nn.Module, rows: Tensor, *, again: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """Normed rows, and what to call with a tensor made from them once they are used."""
+        return rebuilt(norm, rows) if again else (norm(rows), _keep)
+
+    def _rotated(self, query_R: Tensor, key: Tensor, turn: Tensor, row_R: Tensor) -> tuple[Tensor, Tensor]:
         """Normed (where the model does) and rotated queries [R, N, H] and keys [P, B, G, H]."""
         attention = self.self_attention
         if attention.q_layernorm is not None:
             query_R, key = attention.q_layernorm(query_R), attention.k_layernorm(key)
-        angle_R = angles.expand(-1, key.shape[1], -1, -1).flatten(0, 1).index_select(0, row_R)[:, None]
-        settings = {"config": self.config, "cp_group": self.pg_collection.cp}
-        query_R = apply_rotary_pos_emb(query_R[:, None], angle_R, **settings)[:, 0]
-        return query_R, apply_rotary_pos_emb(key, angles, **settings)
+        turn_R = turn.expand(-1, -1, key.shape[1], -1, -1).flatten(1, 2).index_select(1, row_R)[:, :, None]
+        return turned(query_R[:, None], turn_R)[:, 0], turned(key, turn)
 
     def _attend(
         self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None, row_R: Tensor
@@ -97,8 +109,28 @@ class LastLayer(TransformerLayer):
         rows, batch = core.sight.layout.num_loss_rows, key.shape[1]
         query = query_R.new_zeros(rows * batch, *query_R.shape[1:]).index_copy(0, row_R, query_R)
         query = query.unflatten(0, (rows, batch))
-        if self.config.recompute_granularity == "selective" and self.training:
+        if self.self_attention.checkpoint_core_attention and self.training:
             mixed = checkpoint(core.loss_stream, False, query, key, value, document_id_BL)
         else:
             mixed = core.loss_stream(query, key, value, document_id_BL)
         return mixed.flatten(0, 1).index_select(0, row_R)
+
+
+def set_recompute(layer: TransformerLayer, kind: str) -> None:
+    """Let one layer keep less than it computes.
+
+    Args:
+        layer: of this package's specs.
+        kind: none, selective or full (which in layers of a block is the block's business).
+    """
+    selective = kind == "selective"
+    layer.self_attention.checkpoint_core_attention = selective
+    layer.recompute_input_layernorm = layer.recompute_pre_mlp_layernorm = selective
+    if isinstance(layer.mlp, ThriftyMLP):
+        layer.mlp.rebuild_activation = selective
+    if isinstance(layer, LastLayer):
+        layer.rebuild_whole = kind == "full"
+
+
+def _keep(later: Tensor) -> None:
+    """Nothing to release."""

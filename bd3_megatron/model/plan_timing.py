@@ -35,6 +35,7 @@ from bd3_megatron.model.cost_shape import (
     layers_per_stage,
     micro_batches,
     pipeline_rows,
+    recomputed_layers,
     scored_rows,
     shape_of,
     zero_shards,
@@ -193,10 +194,11 @@ def _stage_flops(at: _Setting, part: str, layers: int, *, last: bool) -> float:
     return layers * before - (before - final if last else 0.0)
 
 
-def _again(config: Config, part: str) -> int:
-    """1 where recomputation runs this part's forward a second time."""
-    recompute = config.train.recompute
-    return int(recompute == "full" or (recompute == "selective" and part == "attention"))
+def _again(config: Config, part: str) -> float:
+    """Share of this part's forward that recomputation runs a second time."""
+    # selective leaves matrices, and of the element-wise work residual sums and rotation
+    share = {"attention": 1.0, "elementwise": 0.8}.get(part, 0.0) if config.train.recompute == "selective" else 1.0
+    return share * recomputed_layers(config) / config.model.num_layers
 
 
 def _matrix(at: _Setting, forward: float, layers: int) -> float:

@@ -11,20 +11,22 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from bd3_megatron.config.schema import ModelConfig
-from bd3_megatron.model.core_attention import CoreAttention
+from bd3_megatron.model.core_attention import CoreAttention, PairAttention
 from bd3_megatron.model.last_layer import LastLayer, QkvLinear
 from bd3_megatron.model.norms import LayerNorm, RMSNorm
+from bd3_megatron.model.recompute import Recompute, ThriftyMLP
 from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.topology import Topology
 
@@ -39,7 +41,7 @@ class _RowWithoutBias(RowParallelLinear):
 
 
 def transformer_config(
-    model: ModelConfig, topology: Topology, *, dtype: torch.dtype, recompute: str = "none"
+    model: ModelConfig, topology: Topology, *, dtype: torch.dtype, recompute: Recompute | None = None
 ) -> TransformerConfig:
     """megatron's view of the model on this grid.
 
@@ -47,12 +49,11 @@ def transformer_config(
         model: shapes and style.
         topology: axes.
         dtype: of parameters and activations.
-        recompute: none, selective (core attention) or full (layers).
+        recompute: what is computed again; None: nothing.
     """
     on_gpu = topology.device.type == "cuda"
     gated = model.style == "modern"
     interleaved = topology.vpp > 1
-    recompute_full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -90,13 +91,29 @@ def transformer_config(
         # interleaved stages with pp=2 send both ways to one peer; batched p2p pairs those up wrongly (Megatron-LM #750)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        recompute_granularity=None if recompute == "none" else recompute,
-        **recompute_full,
+        **(recompute or Recompute()).block_settings(model.num_layers),
     )
 
 
+def _mlp_class(tp_group: dist.ProcessGroup) -> type[ThriftyMLP]:
+    """A class, because a ModuleSpec is handed its group only if it names megatron's own MLP (transformer_layer.py:354)."""
+
+    class Mlp(ThriftyMLP):
+        def __init__(self, config: TransformerConfig) -> None:
+            parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+    return Mlp
+
+
 def block_submodules(
-    config: TransformerConfig, *, qk_norm: bool, sight: Sight, num_layers: int, holds_last: bool
+    config: TransformerConfig,
+    *,
+    qk_norm: bool,
+    sight: Sight,
+    num_layers: int,
+    holds_last: bool,
+    tp_group: dist.ProcessGroup,
 ) -> TransformerBlockSubmodules:
     """The module specs of a chunk's layers and of the final norm.
 
@@ -106,10 +123,11 @@ def block_submodules(
         sight: shared by the core attentions.
         num_layers: of the chunk.
         holds_last: the chunk's last layer is the model's last.
+        tp_group: tensor-parallel ranks, for the MLP.
     """
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=PairAttention,
         submodules=SelfAttentionSubmodules(
             linear_qkv=QkvLinear,
             core_attention=partial(CoreAttention, sight=sight),
@@ -123,9 +141,7 @@ def block_submodules(
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        ),
+        mlp=_mlp_class(tp_group),
         mlp_bda=get_bias_dropout_add,
     )
     layers = [ModuleSpec(module=TransformerLayer, submodules=parts)] * num_layers

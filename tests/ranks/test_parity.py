@@ -95,11 +95,25 @@ def test_the_structured_backend_changes_nothing() -> None:
     check(job_config("modern", tied=True, parallel={"tp": 2, "cp": 2}, attention={"backend": "structured"}))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_is_bit_equal(recompute: str) -> None:
-    parallel = {"tp": 2, "sequence_parallel": True}
-    plainly = job_config("modern", parallel=parallel, model={"dropout": 0.1})
-    again = job_config("modern", parallel=parallel, model={"dropout": 0.1}, train={"recompute": recompute})
+RECOMPUTED: list[tuple[str, dict[str, Any], float, dict[str, Any]]] = [
+    ("modern", {"tp": 2, "sequence_parallel": True}, 0.1, {"recompute": "selective"}),
+    ("modern", {"tp": 2, "sequence_parallel": True}, 0.1, {"recompute": "full"}),
+    ("paper", {}, 0.1, {"recompute": "selective", "recompute_layers": 3}),
+    ("modern", {"pp": 2}, 0.1, {"recompute": "full", "recompute_layers": 1}),
+    ("modern", {"pp": 2}, 0.0, {"recompute": "selective", "recompute_layers": 1}),
+    ("paper", {"pp": 2, "vpp": 2}, 0.1, {"recompute": "selective", "recompute_layers": 1}),
+    ("modern", {"pp": 2, "vpp": 2}, 0.0, {"recompute": "full", "recompute_layers": 1}),
+    ("paper", {"dp": 2, "zero_stage": 3}, 0.0, {"recompute": "selective", "recompute_layers": 2}),
+    ("modern", {"dp": 2, "zero_stage": 3}, 0.1, {"recompute": "full", "recompute_layers": 2}),
+]
+
+
+@pytest.mark.parametrize(("style", "parallel", "dropout", "recompute"), RECOMPUTED, ids=str)
+def test_recomputation_is_bit_equal(
+    style: str, parallel: dict[str, Any], dropout: float, recompute: dict[str, Any]
+) -> None:
+    plainly = job_config(style, tied=style == "modern", parallel=parallel, model={"dropout": dropout})
+    again = job_config(style, tied=style == "modern", parallel=parallel, model={"dropout": dropout}, train=recompute)
     first = join_ranks(plainly, run_ranks(rank_job(plainly, steps=2), plainly.parallel))
     second = join_ranks(again, run_ranks(rank_job(again, steps=2), again.parallel))
     assert first.losses == second.losses

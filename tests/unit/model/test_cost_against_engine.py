@@ -87,15 +87,21 @@ def _counted_step(config: Config) -> Any:
     return run
 
 
+def _recompute(text: str) -> dict[str, Any]:
+    """`full of 2`: of the first two layers of every chunk."""
+    kind, _, layers = text.partition(" of ")
+    return {"recompute": kind, "recompute_layers": int(layers) if layers else None}
+
+
 GRIDS: list[tuple[str, dict[str, Any], str]] = [
     ("paper", {"tp": 2}, "none"),
-    ("modern", {"tp": 2}, "full"),
+    ("modern", {"tp": 2}, "full of 2"),
     ("modern_tied", {"tp": 2, "dp": 2}, "none"),
     ("paper", {"tp": 2, "sequence_parallel": True}, "none"),
     ("modern_tied", {"tp": 2, "sequence_parallel": True, "pp": 2}, "none"),
     ("modern_tied", {"pp": 2}, "none"),
     ("modern", {"pp": 2, "vpp": 2}, "none"),
-    ("modern", {"cp": 2}, "selective"),
+    ("modern", {"cp": 2}, "selective of 1"),
     ("modern", {"dp": 2, "zero_stage": 2}, "none"),
 ]
 
@@ -103,7 +109,7 @@ GRIDS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("style", "parallel", "recompute"), GRIDS, ids=str)
 def test_bytes_by_axis_are_those_of_the_collectives(style: str, parallel: dict[str, Any], recompute: str) -> None:
     tied = style == "modern_tied"
-    train = {"recompute": recompute}
+    train = _recompute(recompute)
     config = job_config(style.removesuffix("_tied"), tied=tied, parallel=parallel, train=train)
     counted = replace_field(config, "model.vocab_size", VOCAB)
     micro = BATCH // ((config.parallel.dp or 1) * config.train.micro_batch_size)
@@ -149,6 +155,8 @@ KEPT: list[tuple[str, str, dict[str, Any], str]] = [
     ("modern", "bf16", {}, "none"),
     ("modern_tied", "fp32", {"tp": 2}, "none"),
     ("modern_tied", "bf16", {}, "selective"),
+    ("paper", "bf16", {}, "selective of 4"),
+    ("modern", "fp32", {}, "full of 3"),
     ("modern", "fp32", {"cp": 2}, "none"),
 ]
 
@@ -158,7 +166,7 @@ def test_activations_are_what_autograd_keeps(
     style: str, precision: str, parallel: dict[str, Any], recompute: str
 ) -> None:
     model = {"hidden_size": 128, "ffn_hidden_size": 320}
-    train = {"recompute": recompute, "micro_batch_size": 4}
+    train = {**_recompute(recompute), "micro_batch_size": 4}
     config = job_config(
         style.removesuffix("_tied"), tied=style == "modern_tied", layers=6, parallel=parallel, train=train, model=model
     )

@@ -28,7 +28,8 @@ from bd3_megatron.model.cost import (
     shape_of,
     step_flops,
 )
-from bd3_megatron.model.cost_flops import RowsKind
+from bd3_megatron.model.cost_flops import RowsKind, row_flops
+from bd3_megatron.model.cost_pairs import executed_pairs
 from tests.unit.model.cost_cases import KINDS, STYLES, case, gpt2_small
 
 RELATIVE = 1e-3
@@ -283,6 +284,23 @@ def test_full_recomputation_adds_one_forward_of_every_layer() -> None:
         executed_flops(config, execution_of(config), 0.5).total - executed_flops(plain, execution_of(plain), 0.5).total
     )
     assert more == pytest.approx(forward["projections"] + forward["attention"] + forward["mlp"])
+
+
+def test_recomputation_of_the_first_layers_adds_their_forwards_only() -> None:
+    def again(**parallel: int) -> float:
+        train = {"steps": 1, "global_batch_size": 8, "recompute": "full", "recompute_layers": 1}
+        config = case(train=train, parallel=parallel)
+        return executed_flops(config, execution_of(config), 0.5).backward["recompute"]
+
+    every = case(train={"steps": 1, "global_batch_size": 8, "recompute": "full"})
+    row, shape = row_flops(shape_of(every)), shape_of(every)
+    pairs = executed_pairs(shape, "structured", pairs=attended_pairs(32, 4), dropped_rows=4)
+    one = 60 * sum(row.values()) + 4 * shape.q_width * pairs
+    assert again() == pytest.approx(one)
+    # two stages, the second of one layer: the model's last, of scored rows
+    whole = executed_flops(every, execution_of(every), 0.5).backward["recompute"]
+    assert again(pp=2) == pytest.approx(whole - one)
+    assert again(pp=3) == pytest.approx(whole)
 
 
 def test_the_last_layer_of_fewer_rows_costs_less() -> None:

@@ -80,8 +80,18 @@ def test_recomputation_trades_activations() -> None:
     memory = {r: memory_per_device(_big(recompute=r)).activations for r in ("none", "selective", "full")}
     assert memory["full"] < memory["selective"] < memory["none"]
     shape = shape_of(_big())
-    # full: one input of all rows a layer
-    assert memory["full"] == 8 * (1024 - shape.block) * 512 * 2
+    # full: one input of all rows a layer, and cosines and sines once
+    assert memory["full"] == (1024 - shape.block) * (8 * 512 + 2 * 64) * 2
+
+
+def test_recomputation_of_some_layers_keeps_the_others() -> None:
+    def kept(layers: int | None) -> int:
+        return memory_per_device(_big(recompute="full", recompute_layers=layers)).activations
+
+    steps = [kept(n) - kept(n + 1) for n in range(1, 7)]
+    # every layer before the last frees the same; the last, of scored rows only, less
+    assert max(steps) - min(steps) <= 1 and 0 < kept(7) - kept(None) < steps[0]
+    assert kept(8) == kept(None)
 
 
 def test_a_pipelines_first_stage_holds_as_many_micro_batches_as_stages() -> None:

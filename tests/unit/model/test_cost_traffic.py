@@ -49,6 +49,15 @@ def test_full_recomputation_repeats_the_forwards_collectives() -> None:
     assert more == pytest.approx(8 * (2 * 2 * ROWS + 2 * scored))
 
 
+def test_recomputation_of_the_first_layers_repeats_theirs_only() -> None:
+    def tp_bytes(**train: Any) -> int:
+        whole = {"steps": 1, "global_batch_size": 8, "micro_batch_size": 1, **train}
+        return bytes_by_axis(case(kind="s4", parallel={"tp": 2}, train=whole), habits=FP32)["tp"]
+
+    assert tp_bytes(recompute="full", recompute_layers=2) - tp_bytes() == 8 * 2 * 2 * ROWS
+    assert tp_bytes(recompute="full", recompute_layers=3) == tp_bytes(recompute="full")
+
+
 @pytest.mark.parametrize(("stage", "ways"), [(0, 1), (1, 2), (2, 1)])
 def test_a_stage_sends_rows_on_and_gradients_back(stage: int, ways: int) -> None:
     assert bytes_by_axis(_grid({"pp": 3}), stage, FP32)["pp"] == ways * 8 * ROWS

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bd3_megatron.model.rotary import rotary_angles
+from bd3_megatron.model.rotary import rotary_angles, rotary_turn, turned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,3 +40,17 @@ def test_far_positions_are_as_exact_as_near_ones() -> None:
     found = torch.cos(rotary_angles(far, 8, 10_000.0)[:, 0, 0, :4].double())
     # a product in fp32 would be off by whole turns here
     assert (found - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("position_PB", [torch.arange(6), torch.arange(12).view(6, 2)], ids=["shared", "own"])
+def test_turning_is_rotate_half_with_its_gradient(position_PB: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(6, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    angles = rotary_angles(position_PB, 8, 10_000.0, dtype=torch.float64)
+    first, second = heads.chunk(2, dim=-1)
+    expected = heads * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+    found = turned(heads, rotary_turn(angles, torch.float64))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-14)
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    grad, wanted = (torch.autograd.grad(out, heads, upstream)[0] for out in (found, expected))
+    assert torch.allclose(grad, wanted, rtol=0, atol=1e-14)

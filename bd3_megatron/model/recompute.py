@@ -1,0 +1,105 @@
+"""What is computed again in the backward pass instead of being kept: nothing, cheap parts, or whole layers.
+
+Decides: it applies to the first layers of every chunk (a chunk is a pipeline stage, or one of its virtual stages), as
+megatron's method "block" counts them: as many as memory asks for, and no forward pass more.
+full: whole layers, by megatron's block; a trimmed last layer does it itself.
+selective: the outputs of both norms, the core attention and the MLP's activation. What stays is what matrix products and
+the attention's backward read: a layer's input, q, k, v, the attention's output, the MLP's inner rows.
+Flags are set on each layer, because megatron's configuration knows one answer for all of them.
+Exact to the bit, dropout included: what is computed again restores the random state through megatron's tracker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """`kind`: none, selective or full, of the first `layers` layers of each chunk (None: of all)."""
+
+    kind: str = "none"
+    layers: int | None = None
+
+    def covers(self, index: int) -> bool:
+        """Whether layer `index` of a chunk, from 0, keeps less than it computes."""
+        return self.kind != "none" and (self.layers is None or index < self.layers)
+
+    def block_settings(self, num_layers: int) -> dict[str, Any]:
+        """megatron's settings for whole layers; the other kinds are flags on layers.
+
+        Args:
+            num_layers: of the whole model, which no chunk exceeds.
+        """
+        if self.kind != "full":
+            return {}
+        layers = num_layers if self.layers is None else self.layers
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+
+
+def rebuilt(function: Callable[..., Tensor], *args: Tensor | None) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """The output of `function`, and what to call once that output has been used.
+
+    Returns:
+        (output, release): `release(later)` frees the output's memory; it is computed again when the gradient of
+        `later`, which must depend on it, has arrived.
+    """
+    # the default fp8=False asks for TransformerEngine, see compat/megatron
+    once = CheckpointWithoutOutput(fp8=None)
+    return once.checkpoint(function, *args), once.discard_output_and_register_recompute
+
+
+class ThriftyMLP(MLP):
+    """megatron's MLP, which can compute its activation again in the backward instead of keeping it."""
+
+    rebuild_activation: bool = False
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
+        """As megatron's, with (output, bias)."""
+        inner, bias = self.linear_fc1(hidden_states)
+        if not (self.rebuild_activation and self.training):
+            return self.linear_fc2(self._activate(inner, bias))
+        active, release = rebuilt(self._activate, inner, bias)
+        output, output_bias = self.linear_fc2(active)
+        release(output)
+        return output, output_bias
+
+    def _activate(self, inner: Tensor, bias: Tensor | None) -> Tensor:
+        if self.config.bias_activation_fusion:
+            return bias_swiglu_impl(inner, bias)
+        if bias is not None:
+            inner = inner + bias
+        if not self.config.gated_linear_unit:
+            return self.config.activation_func(inner)
+        return _SwiGlu.apply(inner)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up of rows [gate; up]; keeps the rows alone and writes both gradients where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor) -> Tensor:
+        ctx.save_for_backward(inner)
+        gate, up = inner.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (inner,) = ctx.saved_tensors
+        gate, up = inner.chunk(2, dim=-1)
+        grad = torch.empty_like(inner)
+        d_gate, d_up = grad.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(upstream)
+        torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=d_gate)
+        return grad
