@@ -21,7 +21,7 @@ from bd3_megatron.errors import GridError
 from bd3_megatron.parallel.topology import Topology
 from tests import tolerances
 from tests.ranks.harness import run_ranks
-from tests.ranks.parity import Outcome, job_config, join_ranks, plain_job, rank_job
+from tests.ranks.parity import BATCH, Outcome, job_config, join_ranks, plain_job, rank_job
 
 RESULTS = Path(__file__).parents[2] / "tools" / "bench" / "results" / "parity_matrix.md"
 MODELS: list[tuple[str, bool, bool]] = [
@@ -36,9 +36,18 @@ HEADER = (
 
 
 def grid_config(style: str, tied: bool, parallel: dict[str, Any]) -> Config:
-    """Eight layers where four stages of two chunks need them; as many key heads as four ranks need."""
+    """Eight layers where four stages of two chunks need them; as many key heads as four ranks need; two micro-batches, or
+    as many as there are stages."""
     layers = 8 if parallel["pp"] * (parallel["vpp"] or 1) > 4 else 4
-    return job_config(style, tied=tied, layers=layers, kv_heads=4 if parallel["tp"] == 4 else 2, parallel=parallel)
+    size = BATCH // parallel["dp"] // max(2, parallel["pp"])
+    return job_config(
+        style,
+        tied=tied,
+        layers=layers,
+        kv_heads=4 if parallel["tp"] == 4 else 2,
+        parallel=parallel,
+        train={"micro_batch_size": size},
+    )
 
 
 def legal_grids() -> Iterator[dict[str, Any]]:
