@@ -61,7 +61,7 @@ class Constants:
     link_efficiency: float = 0.75
     """Of a link's rate, large messages."""
     hidden_reduction: float = 0.8
-    """Share of ZeRO-2/3 traffic that fits behind compute."""
+    """Share of data-parallel traffic under way during a backward that fits behind it."""
     layer_overhead_seconds: float = 40e-6
     """Launches and host work a layer and micro-batch that the device waits for, forward and backward."""
     step_overhead_seconds: float = 10e-3
@@ -281,9 +281,23 @@ def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
 def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
     total = sum(_seconds(at, t) for t in lines if t.axis == "dp")
     small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
-    if zero_stage(at.config) == 1:
+    if zero_stage(at.config) > 1:
+        return _exposed(at, total, compute) + small
+    if not leaves_early(at.config, at.habits.precision):
         return total + small
-    return max(total * (1 - at.constants.hidden_reduction), total - compute) + small
+    # gradients leave during the last micro-batch's backward, two thirds of its time; weights are gathered after the update
+    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.kind == "all_reduce")
+    return total - sums + _exposed(at, sums, 2 / 3 * compute / micro_batches(at.config)) + small
+
+
+def leaves_early(config: Config, precision: str) -> bool:
+    """True where ZeRO 1 sums gradients during the last backward (engine/overlapped_reduction)."""
+    return precision == "bf16" and config.parallel.overlap_grad_reduce and not config.parallel.offload_optimizer
+
+
+def _exposed(at: _Setting, seconds: float, behind: float) -> float:
+    """What compute does not hide of communication that runs beside it."""
+    return max(seconds * (1 - at.constants.hidden_reduction), seconds - behind)
 
 
 def _optimizer(at: _Setting) -> float:

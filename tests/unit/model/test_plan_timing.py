@@ -56,12 +56,25 @@ def test_a_trimmed_last_layer_lightens_its_stage_only() -> None:
 
 
 def test_data_parallel_time_is_bytes_over_the_ring() -> None:
-    config = _big({"dp": 8})
+    config = _big({"dp": 8, "overlap_grad_reduce": False})
     moved = 7 / 8 * (2 * 4 + 2) * parameters_per_rank(config, 0)
     latency = 3 * 15e-6 + (2 * 7 + 7) * 5e-6
     by_hand = moved / (300e9 * FREE.link_efficiency) + latency
     assert step_time(config, A100, FREE).dp == pytest.approx(by_hand, rel=1e-9)
     assert bytes_by_axis(config)["dp"] == 6 * parameters_per_rank(config, 0)
+
+
+def test_gradients_hide_behind_the_last_backward_and_weights_do_not() -> None:
+    free = replace(FREE, hidden_reduction=1.0)
+    early, late = (_big({"dp": 8, "overlap_grad_reduce": flag}) for flag in (True, False))
+    gathered = 7 / 8 * 2 * parameters_per_rank(early, 0) / (300e9 * free.link_efficiency)
+    found = step_time(early, A100, free)
+    sums = step_time(late, A100, free).dp - gathered - (3 * 15e-6 + 7 * 5e-6)
+    exposed = max(0.0, sums - 2 / 3 * found.compute / 8)
+    assert found.dp == pytest.approx(gathered + (3 * 15e-6 + 7 * 5e-6) + exposed, rel=1e-9)
+    assert found.dp < step_time(late, A100, free).dp
+    offloaded = _big({"dp": 8, "offload_optimizer": True})
+    assert step_time(offloaded, A100, free).dp == step_time(late, A100, free).dp
 
 
 def test_a_group_that_leaves_the_node_pays_for_it() -> None:
@@ -72,7 +85,7 @@ def test_a_group_that_leaves_the_node_pays_for_it() -> None:
 
 def test_members_of_a_node_cross_together() -> None:
     """dp 16 over two nodes of 8: each rank has a card of its own, so the ring crosses at 8 x 25 GB/s."""
-    config = _big({"dp": 16})
+    config = _big({"dp": 16, "overlap_grad_reduce": False})
     moved = 15 / 16 * (2 * 4 + 2) * parameters_per_rank(config, 0)
     latency = (3 + 2 * 15 + 15) * 15e-6
     by_hand = moved / (200e9 * FREE.link_efficiency) + latency
