@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import datasets
@@ -12,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_megatron.data import streaming
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.packing import PackedRows, PackingRule
 from bd3_megatron.data.sampler import BatchShare
@@ -224,24 +226,37 @@ def test_a_state_knows_its_stream_wherever_that_lies(corpus: Path) -> None:
         batches_of(moved(num_lanes=2), ONE, 12, 1, state={**state, "num_lanes": 2})
 
 
-def test_a_stream_process_ends_when_its_rank_is_gone(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import select
-    import signal
+ABANDONED = """
+import os, signal, sys
+from pathlib import Path
+from bd3_megatron.data import streaming
+from tests.unit.data.test_streaming import ONE, plan
 
-    monkeypatch.setattr(streaming, "_POLL_SECONDS", 0.05)
+streaming._POLL_SECONDS = 0.05
+loader = streaming.StreamLoader(plan(Path(sys.argv[1])), lambda: ONE.steps(0), num_workers=1, prefetch=2)
+next(iter(loader))
+print("reads", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_stream_process_ends_when_its_rank_is_gone(
+    corpus: Path, root: Path, clean_environment: Mapping[str, str]
+) -> None:
+    # a process of its own: one forked from here, among the threads of other tests, could wait for a lock for ever
+    rank = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", ABANDONED, str(corpus)],
+        stdout=subprocess.PIPE,
+        cwd=root,
+        env=dict(clean_environment),
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == b"reads\n"
+    rank.wait(60)
     # the pipe's other end closes when the last process that holds it is gone
-    reading, writing = os.pipe()
-    rank = os.fork()
-    if rank == 0:
-        loader = StreamLoader(plan(corpus), lambda: ONE.steps(0), num_workers=1, prefetch=2)
-        next(iter(loader))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.close(writing)
-    os.waitpid(rank, 0)
-    ended, _, _ = select.select([reading], [], [], 60.0)
-    assert ended and os.read(reading, 1) == b""
-    os.close(reading)
+    ended, _, _ = select.select([rank.stdout], [], [], 60.0)
+    assert ended and rank.stdout.read() == b""
+    rank.stdout.close()
 
 
 def test_a_killed_stream_process_is_reported(corpus: Path) -> None:
