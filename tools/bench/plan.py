@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.sources import text_source
 from bd3_megatron.model.cost import habits_on, memory_per_device
 from bd3_megatron.model.plan_calibrate import calibrate, explain
 from bd3_megatron.model.plan_machines import ClusterFile, Machine, assumptions, machine_of
@@ -40,12 +38,11 @@ from bd3_megatron.model.plan_timing import Constants, StepTime, step_time
 from bd3_megatron.parallel.topology import leave
 from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.entry import run_rank
 from bd3_megatron.train.quiet import drop_known_warnings
-from bd3_megatron.train.ranks import fork_ranks, reserve_port
 from bd3_megatron.train.run_record import RunRecord, read_run
 from launch.env import rank_settings
 from tools.bench import harness
+from tools.bench.runs import on_ranks, prepare_text, trained
 from tools.plan import observation
 
 MIB = 2**20
@@ -181,49 +178,21 @@ def count_memory(config: Config, rank: int, out: Path) -> int:
     return 0
 
 
-def on_ranks(work: Callable[[int], int], ranks: int, log: Path) -> None:
-    """Run `work(rank)` in forked ranks that write to `log` instead of the terminal.
-
-    Raises:
-        SystemExit: a rank failed; the log's end is shown.
-    """
-    port = reserve_port()
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
-
-    def quietly(rank: int) -> int:
-        torch.set_num_threads(1)
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        return work(rank)
-
-    code = fork_ranks(quietly, ranks, rendezvous)
-    port.close()
-    if code:
-        raise SystemExit(f"a rank ended with {code}:\n{log.read_text()[-2000:]}")
-
-
 def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, Measured]:
     """Train every case `rounds` times, taking turns, and count its memory once; what `folder` holds is not run again."""
     data = folder / "data"
-    request = PrepareRequest(
-        out=data, sources={"train": text_source(("builtin:python-topics",))}, tokenizer="bytes", vocab_size=VOCABULARY
-    )
-    prepare(request, say=lambda _: None)
+    prepare_text(data, VOCABULARY)
     runs: dict[str, list[RunRecord]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
             run_dir = folder / f"{name.replace(' ', '_')}_{number}"
-            if not run_dir.exists():
-                _train(config_of(CASES[name], data, run_dir, steps=steps), folder / "log")
-            runs[name].append(read_run(run_dir))
+            if run_dir.exists():
+                runs[name].append(read_run(run_dir))
+            else:
+                config = config_of(CASES[name], data, run_dir, steps=steps)
+                runs[name].append(trained(config, folder / "log", threads=1))
             print(f"round {number}: {name} {_seconds(runs[name][-1]):.3f} s", file=sys.stderr)
     return {name: _summary(runs[name], _peak_of(name, data, folder)) for name in names}
-
-
-def _train(config: Config, log: Path) -> None:
-    ranks = config.parallel.world_size()
-    on_ranks(lambda rank: run_rank(config, rank, ranks, rank), ranks, log)
 
 
 def _peak_of(name: str, data: Path, folder: Path) -> int:
@@ -231,7 +200,7 @@ def _peak_of(name: str, data: Path, folder: Path) -> int:
     if not out.exists():
         out.mkdir()
         config = config_of(CASES[name], data, out / "run", steps=COUNTED_STEPS)
-        on_ranks(lambda rank: count_memory(config, rank, out), config.parallel.world_size(), folder / "log")
+        on_ranks(lambda rank: count_memory(config, rank, out), config.parallel.world_size(), folder / "log", threads=1)
     return max(int(path.read_text()) for path in out.iterdir() if path.name.isdigit())
 
 

@@ -36,16 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.sources import text_source
 from bd3_megatron.parallel.topology import Topology, leave
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.entry import run_rank
 from bd3_megatron.train.quiet import drop_known_warnings
-from bd3_megatron.train.ranks import fork_ranks, reserve_port
-from bd3_megatron.train.run_record import RunRecord, read_run
+from bd3_megatron.train.run_record import RunRecord
 from bd3_megatron.train.timeline import AXES, Timeline
 from tools.bench import harness
+from tools.bench.runs import prepare_text, trained
 
 COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier", "alltoall"),
@@ -171,56 +168,23 @@ def run_observed(config: Config, rank: int) -> int:
     return 0
 
 
-def on_ranks(work: Callable[[int], int], ranks: int, log: Path, *, threads: int) -> None:
-    """Run `work(rank)` in forked ranks that write to `log` instead of the terminal.
-
-    Raises:
-        SystemExit: a rank failed; the log's end is shown.
-    """
-    port = reserve_port()
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
-
-    def quietly(rank: int) -> int:
-        torch.set_num_threads(threads)
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        return work(rank)
-
-    code = fork_ranks(quietly, ranks, rendezvous)
-    port.close()
-    if code:
-        raise SystemExit(f"a rank ended with {code}:\n{log.read_text()[-2000:]}")
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[Case, Seen]:
     """All rounds of all cases, in turns, and the runs that are observed."""
     data, chosen = folder / "data", cases(options.ranks, options.batch)
-    source = {"train": text_source(("builtin:python-topics",))}
-    prepare(PrepareRequest(out=data, sources=source, tokenizer="bytes", vocab_size=options.vocab), say=lambda _: None)
+    prepare_text(data, options.vocab)
     runs: dict[Case, list[RunRecord]] = {case: [] for case in chosen}
     for number in range(options.repeats):
         for case in chosen:
             config = config_of(options, case, data, folder / f"{case.name}_{number}")
-            runs[case].append(_train(config, run_rank_of(config), folder / "log", options.threads))
+            runs[case].append(trained(config, folder / "log", threads=options.threads))
     seen = {}
     for case in chosen:
         config = config_of(options, case, data, folder / f"{case.name}_observed")
-        observed = _train(config, partial(run_observed, config), folder / "log", options.threads)
+        work = partial(run_observed, config)
+        observed = trained(config, folder / "log", threads=options.threads, work=work)
         seconds = statistics.median(run.typical("time/step_seconds") or 0.0 for run in runs[case])
         seen[case] = Seen(case.global_batch * options.length / seconds, shares(observed))
     return seen
-
-
-def run_rank_of(config: Config) -> Callable[[int], int]:
-    """The trainer as it is, one rank of it."""
-    ranks = config.parallel.world_size()
-    return lambda rank: run_rank(config, rank, ranks, rank)
-
-
-def _train(config: Config, work: Callable[[int], int], log: Path, threads: int) -> RunRecord:
-    on_ranks(work, config.parallel.world_size(), log, threads=threads)
-    return read_run(Path(config.run.dir))
 
 
 def shares(run: RunRecord) -> dict[str, float]:
