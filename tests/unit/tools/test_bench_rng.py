@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from bd3_megatron.parallel.topology import leave
 from tools.bench import rng
 
 SMALL = "--rows 4 --length 64 --block 4 --layers 1 --hidden 32 --heads 2 --vocab 64 --repeats 2".split()
 
 
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    leave()
-    assert not dist.is_initialized()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_a_note_is_left(tmp_path: Path) -> None:

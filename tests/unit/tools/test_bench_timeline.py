@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from bd3_megatron.parallel.topology import leave
 from bd3_megatron.train.timeline import Timeline
 from tools.bench import timeline
 
 SMALL = "--layers 1 --hidden 32 --heads 2 --length 32 --vocab 64 --micro-batches 2 --repeats 1".split()
 
 
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    leave()
-    assert not dist.is_initialized()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_a_note_is_left(tmp_path: Path) -> None:
