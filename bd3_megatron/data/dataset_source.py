@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bd3_megatron.config.schema import FilterConfig
 from bd3_megatron.data.sources import Part
 from bd3_megatron.errors import ConfigError, DataError, either
 
@@ -38,18 +39,8 @@ _COMPARISONS = ("equals", "one_of", "at_least", "at_most", "matches")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowFilter:
+class RowFilter(FilterConfig):
     """Keep rows whose column passes every comparison given."""
-
-    column: str
-    equals: str | int | float | bool | None = None
-    one_of: tuple[str | int | float, ...] | None = None
-    at_least: float | None = None
-    """Number, or least number of characters of a text."""
-    at_most: float | None = None
-    """Number, or greatest number of characters of a text."""
-    matches: str | None = None
-    """Regular expression found anywhere in the text."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, name) is None for name in _COMPARISONS):
