@@ -15,7 +15,7 @@ Not there: fp32 weights and offloaded optimizers, where DeepSpeed's own reductio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class OverlappedReduction:
     group: Any
     bucket_elements: int
     buckets: list[_Bucket] = field(init=False)
-    _bucket_of: dict[nn.Parameter, int] = field(init=False, default_factory=dict)
+    _bucket_of: dict[nn.Parameter, _Bucket] = field(init=False, default_factory=dict)
     _seen: dict[nn.Parameter, int] = field(init=False, default_factory=dict)
     _expected: int = field(init=False, default=0)
     _next: int = field(init=False, default=0)
@@ -59,22 +59,16 @@ class OverlappedReduction:
 
     def __post_init__(self) -> None:
         self.buckets = []
-        late = {id(parameter) for parameter in self.late}
-        for parameters, grads, flat in self._groups():
+        late, held = set(self.late), self.optimizer
+        groups = zip(held.bf16_groups, held.fp32_groups_gradients, held.fp32_groups_gradients_flat, strict=True)
+        for parameters, grads, flat in groups:
             self._cut(parameters, grads, flat, late)
         # late ones last, so that none of the early ones waits behind them
-        order = sorted(range(len(self.buckets)), key=lambda number: self.buckets[number].late)
-        place = {number: rank for rank, number in enumerate(order)}
-        self.buckets = [self.buckets[number] for number in order]
-        self._bucket_of = {parameter: place[number] for parameter, number in self._bucket_of.items()}
+        self.buckets.sort(key=lambda bucket: bucket.late)
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
-    def _groups(self) -> Iterator[tuple[list[nn.Parameter], list[Tensor], Tensor]]:
-        held = self.optimizer
-        yield from zip(held.bf16_groups, held.fp32_groups_gradients, held.fp32_groups_gradients_flat, strict=True)
-
-    def _cut(self, parameters: list[nn.Parameter], grads: list[Tensor], flat: Tensor, late: set[int]) -> None:
+    def _cut(self, parameters: list[nn.Parameter], grads: list[Tensor], flat: Tensor, late: set[nn.Parameter]) -> None:
         """Append the buckets of one flat buffer, its end first: there the backward begins."""
         stop = None
         members: list[nn.Parameter] = []
@@ -83,12 +77,12 @@ class OverlappedReduction:
             start = grads[number].storage_offset() - flat.storage_offset()
             stop = stop if stop is not None else start + grads[number].numel()
             members.append(parameter)
-            is_late = id(parameter) in late
-            same_kind_follows = number > 0 and (id(parameters[number - 1]) in late) == is_late
+            is_late = parameter in late
+            same_kind_follows = number > 0 and (parameters[number - 1] in late) == is_late
             if same_kind_follows and stop - start < self.bucket_elements:
                 continue
-            self._bucket_of |= dict.fromkeys(members, len(self.buckets))
             self.buckets.append(_Bucket(flat[start:stop], len(members), is_late))
+            self._bucket_of |= dict.fromkeys(members, self.buckets[-1])
             stop, members = None, []
 
     def begin(self, num_micro_batches: int) -> None:
@@ -103,7 +97,7 @@ class OverlappedReduction:
         seen = self._seen[parameter] = self._seen.get(parameter, 0) + 1
         if seen != self._expected:
             return
-        self.buckets[self._bucket_of[parameter]].waiting -= 1
+        self._bucket_of[parameter].waiting -= 1
         while self._next < len(self.buckets) and self._may_start(self.buckets[self._next]):
             self._start()
 

@@ -94,17 +94,16 @@ class ZeroEngine:
             mpu=DeepSpeedMpu(topology),
             dist_init_required=False,
         )[0]
-        self.reduction = self._overlapped_reduction(config)
+        self.reduction = self._overlapped_reduction(config, size)
         self.ema = Ema(self.owned(), config.optim.ema_decay) if config.optim.ema_decay > 0 else None
 
-    def _overlapped_reduction(self, config: Config) -> OverlappedReduction | None:
+    def _overlapped_reduction(self, config: Config, size: int) -> OverlappedReduction | None:
         optimizer, topology = self.engine.optimizer, self.model.topology
         flat_fp32 = hasattr(optimizer, "fp32_groups_gradients_flat")
         if not (config.parallel.overlap_grad_reduce and flat_fp32 and topology.shard_size > 1):
             return None
         self.engine.enable_backward_allreduce = False
         late = late_parameters(self.model.root, topology)
-        size = sum(p.numel() for p in self.model.root.parameters())
         # enough buckets that the first leave early, however small the model
         bucket = min(BUCKET_ELEMENTS, max(1, size // MIN_BUCKETS))
         return OverlappedReduction(optimizer, late, topology.shard_group, bucket)
