@@ -5,10 +5,14 @@ Decides: CUDA when it is there, else CPU with gloo. Refuses nothing. The rest of
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 
 import torch
+
+# glibc's malloc.h: from how many bytes on a block is mapped by itself, and how many free ones may lie at the heap's end
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 def cuda_is_there() -> bool:
@@ -48,6 +52,18 @@ def limit_cpu_threads() -> None:
     """One intra-op thread a rank unless OMP_NUM_THREADS says otherwise: ranks on one CPU must not fight for its cores."""
     if not cuda_is_there():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def keep_freed_memory() -> None:
+    """On CPU, let malloc keep what a step frees for the next one.
+
+    By default glibc returns large blocks to the kernel at once and takes them back as fresh pages, which it must fill with
+    zeros: Adam's temporaries of 33 MB made the optimizer 2.4 times as slow (tools/bench/results/plan.md, case `wide`).
+    """
+    libc = ctypes.CDLL(None)
+    if not cuda_is_there() and hasattr(libc, "mallopt"):
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, 2**31 - 1)
 
 
 def occupied_fraction(device: torch.device) -> float:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import Backend, choose
 from bd3_megatron.checkpoint.save import Saver
-from bd3_megatron.compat.device import device_name, limit_cpu_threads, rank_device
+from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device
 from bd3_megatron.config.load import dump_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes, validate
@@ -50,6 +50,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     # what only the curriculum's arithmetic can refute, before a process group exists
     RunPlan(config).place(0)
     limit_cpu_threads()
+    keep_freed_memory()
     device = rank_device(local_rank)
     topology = join(config.parallel, rank=rank, world_size=world_size, device=device)
     run_dir = Path(config.run.dir)

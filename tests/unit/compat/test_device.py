@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +37,32 @@ def test_a_rank_takes_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+FAULTS = """
+import resource, sys, torch
+from bd3_megatron.compat.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.empty(10_000_000).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def test_large_tensors_do_not_come_as_fresh_pages_every_time() -> None:
+    pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
+    counted = {}
+    for how in ("kept", "returned"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        counted[how] = int(done.stdout)
+    assert counted["returned"] > 30 * pages, "this allocator keeps its pages by itself: keep_freed_memory is not needed"
+    assert counted["kept"] < pages
 
 
 def test_deepspeed_compiles_nothing_on_first_use() -> None:
