@@ -6,6 +6,7 @@ back in rank order. A rank that raises shows its traceback; a rank that hangs is
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -23,6 +24,7 @@ import torch
 import bd3_megatron.engine.zero_engine  # noqa: F401
 from bd3_megatron.compat import deepspeed as deepspeed_compat
 from bd3_megatron.compat import megatron as megatron_compat
+from bd3_megatron.compat.device import keep_freed_memory
 from bd3_megatron.config.schema import ParallelConfig
 from bd3_megatron.parallel.topology import Topology, join, leave
 
@@ -71,6 +73,9 @@ def _fork(function: RankFunction, parallel: ParallelConfig, rank: int, folder: P
 
 
 def _become(function: RankFunction, parallel: ParallelConfig, rank: int, folder: Path) -> None:
+    # what was inherited is not the collector's business here: walking it would copy its pages, half a second a collection
+    gc.freeze()
+    keep_freed_memory()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(parallel.world_size()))
     os.environ.update(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
