@@ -22,10 +22,10 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import BD3Error, ConfigError
 from bd3_megatron.model.cost import parameter_count
 from bd3_megatron.model.plan_calibrate import Observation, calibrate, explain
+from bd3_megatron.model.plan_constants import Constants, constants_for
 from bd3_megatron.model.plan_machines import GIB, KNOWN, Machine, assumptions, device_name_of, machine_of, read_cluster
 from bd3_megatron.model.plan_scaling import as_markdown, curves, weak_scaling
 from bd3_megatron.model.plan_search import Plan, Search, best_by_grid, search, why_not
-from bd3_megatron.model.plan_timing import Constants, constants_for
 from bd3_megatron.train.run_record import RunRecord, read_run
 from bd3_megatron.train.svg_chart import Line, line_chart
 from bd3_megatron.train.throughput import PEAKS

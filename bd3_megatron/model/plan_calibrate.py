@@ -1,9 +1,10 @@
 """Fits the time model's factors to runs that were measured.
 
-Decides: four factors (compute, communication, optimizer, overhead) are fitted, not the shape of the model; each is a
-positive multiplier with prior 1, found by least squares on logarithms of step times, and of the optimizer's own column
-where a run recorded it. The prior keeps a factor that no run says anything about where it was. Two runs that differ in
-grid suffice; one run moves the factor that explains it with the least change. Costs milliseconds. Torch-free.
+Decides: five factors (compute, communication, optimizer, overhead, and what crowded cores cost) are fitted, not the shape
+of the model; each is a positive multiplier of its default, found by least squares on logarithms of step times, and of the
+optimizer's own column where a run recorded it. A prior keeps a factor that no run says
+anything about where it was. Two runs that differ in grid suffice; one run moves the factor that explains it with the
+least change. Costs milliseconds. Torch-free.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError
+from bd3_megatron.model.plan_constants import Constants, constants_for
 from bd3_megatron.model.plan_machines import Machine
-from bd3_megatron.model.plan_timing import Constants, constants_for, step_time
+from bd3_megatron.model.plan_timing import step_time
 
-FACTORS = ("compute_factor", "communication_factor", "optimizer_factor", "overhead_factor")
+FACTORS = ("compute_factor", "communication_factor", "optimizer_factor", "overhead_factor", "shared_factor")
 PRIOR_WEIGHT = 0.02
 """A factor of e costs as much as a misfit of 14 % in one step time."""
 ROUNDS = 60

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.model.cost_parameters import parameter_count
+from bd3_megatron.model.plan_constants import Constants, constants_for
 from bd3_megatron.model.plan_machines import GIB, Machine, assumptions
 from bd3_megatron.model.plan_search import Plan, search
-from bd3_megatron.model.plan_timing import Constants, constants_for
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SEQUENCES_PER_DEVICE = 4
@@ -138,7 +138,7 @@ def _model_assumptions(constants: Constants) -> list[str]:
         f"modern style, L {SEQ_LEN}, S {BLOCK_SIZE}, {SEQUENCES_PER_DEVICE} sequences a device and step, "
         "masked fraction by the loglinear schedule, bf16 with fp32 master weights, moments, average and gradients",
         "attention does the allowed pairs exactly; all rows but the last clean block in every layer; logits of masked rows",
-        "tensor- and context-parallel collectives are not hidden; ZeRO-1 reduces after the last backward; bubbles of 1F1B",
+        "tensor- and context-parallel collectives are not hidden; ZeRO-1 reduces during the last backward; bubbles of 1F1B",
         "rings on the slowest link a group crosses; groups in the order tp, cp, dp, pp from the fastest axis; "
         "no congestion, stragglers, checkpoint or data stalls",
         f"constants: {values}",

@@ -19,8 +19,9 @@ from bd3_megatron.errors import ConfigError, divisors
 from bd3_megatron.model.cost_flops import convention_flops
 from bd3_megatron.model.cost_memory import MemoryBytes, habits_on, memory_per_device
 from bd3_megatron.model.cost_shape import data_parallel
+from bd3_megatron.model.plan_constants import Constants
 from bd3_megatron.model.plan_machines import GIB, Machine
-from bd3_megatron.model.plan_timing import TERA, Constants, StepTime, step_time
+from bd3_megatron.model.plan_timing import TERA, StepTime, step_time
 
 MAX_MICRO_BATCH = 32
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")

@@ -1,26 +1,31 @@
 """How long a step takes on a machine: a roofline of what runs, plus what moves, plus what waits.
 
-Decides the model, not the truth: every number here is derived from cost_* and a handful of constants that `--calibrate`
-fits to measured runs. One micro-batch on pipeline stage s takes
+Decides the model, not the truth: every number here is derived from cost_*, the machine and `plan_constants`, whose factors
+`--calibrate` fits to measured runs. One micro-batch on pipeline stage s takes
 
     t_s = matrix + attention + head + elementwise + overhead + tp + cp            forward and backward
     matrix       max(FLOPs / (peak x matrix_efficiency), bytes of weights and rows / memory rate)
     attention    executed forward FLOPs / (peak x attention_forward) + backward / (peak x attention_backward)
+                 at the rate of wide heads, + calls and rectangles of the structured backend (CPU)
+    head         FLOPs / (peak x matrix_efficiency) + bytes of its logits / (memory rate x memory_efficiency)
     elementwise  bytes that norms, rotations, activations and residuals touch / (memory rate x memory_efficiency)
-    tp, cp       per collective latency x steps + ring bytes / (link rate x link_efficiency); nothing hidden
+    tp, cp       per collective latency x steps + ring bytes / (link rate x its efficiency), nothing hidden; and the wait
+                 for the slowest rank of the layer (`layer_jitter`, CPU)
 
 and a step, with m micro-batches and the slowest stage t_max,
 
     T = m t_max + bubble (sum of the other stages' t_s / vpp) + pp (sends that a 1F1B schedule does not hide)
         + dp (gradient reduction and weight gather; what ZeRO-2 and 3 hide behind compute is taken off) + optimizer + fixed
 
-On a CPU host whose cores ranks share, T is not below the ranks' busy time divided by the cores ("contention").
+On a CPU host whose cores ranks share, compute slows by `shared_factor` as ranks fill the cores (they share its memory,
+and what carries their messages is one of them), and T is not below the ranks' busy time divided by the cores ("contention").
 Rank order is tp, cp, dp, pp from the fastest axis: a group lies inside a node if its stride times size fits there.
 Does not know: stragglers, checkpoint stalls, data loading, congestion, thermal limits. Torch-free.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from bd3_megatron.config.schema import Config
@@ -42,55 +47,10 @@ from bd3_megatron.model.cost_shape import (
     zero_stage,
 )
 from bd3_megatron.model.cost_traffic import Transfer, small_collectives, transfers
+from bd3_megatron.model.plan_constants import Constants, constants_for
 from bd3_megatron.model.plan_machines import Machine
 
 TERA = 1e12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constants:
-    """What a roofline must be told; defaults are typical of data-centre GPUs, calibration replaces the factors."""
-
-    matrix_efficiency: float = 0.65
-    """Of peak, large matrix products in a long run (one H200 was measured at 0.78 of its peak, before power capping)."""
-    attention_forward: float = 0.45
-    """Of peak, executed pairs."""
-    attention_backward: float = 0.35
-    memory_efficiency: float = 0.8
-    """Of the memory rate, element-wise kernels and the optimizer."""
-    link_efficiency: float = 0.75
-    """Of a link's rate, large messages."""
-    hidden_reduction: float = 0.8
-    """Share of data-parallel traffic under way during a backward that fits behind it."""
-    layer_overhead_seconds: float = 40e-6
-    """Launches and host work a layer and micro-batch that the device waits for, forward and backward."""
-    step_overhead_seconds: float = 10e-3
-    """Fixed work a step: optimizer launches, loss reduction, data."""
-    compute_factor: float = 1.0
-    """On matrix, attention, head and element-wise time; fitted."""
-    communication_factor: float = 1.0
-    """On all collectives; fitted."""
-    optimizer_factor: float = 1.0
-    """On the optimizer; fitted."""
-    overhead_factor: float = 1.0
-    """On both overheads; fitted."""
-
-
-CPU_CONSTANTS = Constants(
-    matrix_efficiency=0.85,
-    attention_forward=0.4,
-    attention_backward=0.35,
-    memory_efficiency=0.5,
-    link_efficiency=0.5,
-    layer_overhead_seconds=1.5e-3,
-    step_overhead_seconds=20e-3,
-)
-"""A single CPU core is slow at everything; Python's cost per layer is visible in small models."""
-
-
-def constants_for(machine: Machine) -> Constants:
-    """Constants to begin with on a machine."""
-    return CPU_CONSTANTS if machine.cores else Constants()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +97,8 @@ class _Setting:
     flops: Flops
     whole: Flops
     """As if every layer computed all its rows."""
+    backend: str
+    """Of attention."""
 
     @property
     def rate(self) -> float:
@@ -157,7 +119,7 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
     flops = executed_flops(config, ran, masked)
     whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
     habits = habits_on("cpu" if machine.cores else "cuda", config)
-    at = _Setting(config, machine, constants or constants_for(machine), habits, shape, flops, whole)
+    at = _Setting(config, machine, constants or constants_for(machine), habits, shape, flops, whole, ran.backend)
     pp, layers = config.parallel.pp, layers_per_stage(config)
     # stages of equal size between the first and the last are equal: a pipeline of 64 is three kinds
     keys = [(layers[s], s == 0, s == pp - 1) for s in range(pp)]
@@ -175,16 +137,28 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
     lines, m = transfers(config, stage, at.habits), micro_batches(config)
     collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
-    head = at.flops.part("head") * head_share / (at.rate * c.matrix_efficiency)
-    return StepTime(
-        matrix=c.compute_factor * _matrix(at, work["projections"] + work["mlp"], layers),
-        attention=c.compute_factor * _attention(at, work["attention"]),
-        head=c.compute_factor * head,
-        elementwise=c.compute_factor * _elementwise(at, layers, last=last),
+    factor = c.compute_factor * c.shared_factor ** _crowding(at)
+    compute = StepTime(
+        matrix=factor * _matrix(at, work["projections"] + work["mlp"], layers),
+        attention=factor * (_attention(at, work["attention"]) + _rectangles(at, layers, last=last)),
+        head=factor * _head(at, head_share),
+        elementwise=factor * _elementwise(at, layers, last=last),
         overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
-        tp=collectives["tp"],
-        cp=collectives["cp"],
     )
+    waiting = {axis: compute.total * _waiting(c, getattr(parallel, axis)) for axis in ("tp", "cp")}
+    return replace(compute, **{axis: collectives[axis] + waiting[axis] for axis in ("tp", "cp")})
+
+
+def _waiting(constants: Constants, ranks: int) -> float:
+    """Share of a layer's time that ranks which meet in it wait: the largest of `ranks` uniform draws less their mean."""
+    return constants.layer_jitter * (ranks - 1) / (2 * (ranks + 1))
+
+
+def _crowding(at: _Setting) -> float:
+    """Share of a shared host's other cores that other ranks keep busy, 0 to 1; stages of a pipeline are idle in its bubble."""
+    config, m = at.config, micro_batches(at.config) * (at.config.parallel.vpp or 1)
+    busy = config.parallel.model_ranks * data_parallel(config) * m / (m + config.parallel.pp - 1)
+    return min(1.0, max(0.0, busy - 1) / (at.machine.cores - 1)) if at.machine.cores > 1 else 0.0
 
 
 def _stage_flops(at: _Setting, part: str, layers: int, *, last: bool) -> float:
@@ -216,7 +190,37 @@ def _attention(at: _Setting, forward: float) -> float:
     c, part = at.constants, "attention"
     backward = forward * at.flops.backward[part] / at.flops.forward[part]
     passes = 1 + _again(at.config, part)
-    return (passes * forward / c.attention_forward + backward / c.attention_backward) / at.rate
+    narrow = 1 + c.softmax_columns / at.shape.head_width
+    return narrow * (passes * forward / c.attention_forward + backward / c.attention_backward) / at.rate
+
+
+def _rectangles(at: _Setting, layers: int, *, last: bool) -> float:
+    """Seconds of the structured backend that are not arithmetic: what lies before a block is halved log2(L / S) times, and
+    every halving is a call and a merge of many small rectangles; each block of both streams is one more."""
+    shape, parallel, c = at.shape, at.config.parallel, at.constants
+    if at.backend != "structured" or shape.rows == shape.length:
+        return 0.0
+    blocks = shape.length / shape.block
+    number = 3 * blocks * at.config.train.micro_batch_size * shape.heads / parallel.tp / parallel.cp
+    # a trimmed last layer asks for its noisy rows only
+    counted = layers - (0.5 if last and last_layer_is_trimmed(at.config) else 0.0)
+    return counted * (c.halving_seconds * math.log2(blocks) + c.rectangle_seconds * number)
+
+
+def _head(at: _Setting, share: float) -> float:
+    """Products of the scored rows with the table and back, and the passes of the softmax over their logits."""
+    if not share:
+        return 0.0
+    config, shape = at.config, at.shape
+    scored = scored_rows(config, shape, expected_masked_fraction(config))
+    logits = scored * shape.padded_vocab / config.parallel.tp * FP32
+    by_rate = at.flops.part("head") * share / (at.rate * at.constants.matrix_efficiency)
+    return by_rate + at.constants.logits_passes * logits / _memory_rate(at)
+
+
+def _memory_rate(at: _Setting) -> float:
+    """Bytes a second that element-wise work reads and writes."""
+    return at.machine.memory_bytes_per_second * at.constants.memory_efficiency
 
 
 def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
@@ -232,8 +236,7 @@ def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
     counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
     elements = rows * (10 * shape.hidden / cut + rotation + activation)
     passes = 3 + _again(at.config, "elementwise")
-    rate = at.machine.memory_bytes_per_second * at.constants.memory_efficiency
-    return passes * counted * elements * at.habits.element_bytes / rate
+    return passes * counted * elements * at.habits.element_bytes / _memory_rate(at)
 
 
 def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
@@ -269,13 +272,14 @@ def _shared(at: _Setting, step: StepTime, busy: float) -> StepTime:
 
 
 def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
-    """Sends of the slowest stage; the interleaved schedule overlaps all but their latency."""
+    """Sends of the slowest stage; the interleaved schedule overlaps them."""
     lines = [t for t in lines if t.axis == "pp"]
     vpp = at.config.parallel.vpp or 1
     sends = sum(_seconds(at, t) for t in lines if t.kind == "send")
     other = sum(_seconds(at, t) for t in lines if t.kind != "send")
     # a middle stage also sends back: twice what the first one does
-    return (2 * sends if vpp == 1 else 0.2 * sends) + other
+    exposed = 1.0 if vpp == 1 else 1 - at.constants.hidden_share
+    return 2 * exposed * sends + other
 
 
 def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
@@ -297,24 +301,25 @@ def leaves_early(config: Config, precision: str) -> bool:
 
 def _exposed(at: _Setting, seconds: float, behind: float) -> float:
     """What compute does not hide of communication that runs beside it."""
-    return max(seconds * (1 - at.constants.hidden_reduction), seconds - behind)
+    return max(seconds * (1 - at.constants.hidden_share), seconds - behind)
 
 
 def _optimizer(at: _Setting) -> float:
     """Adam and the average over the own shard, and one pass over all gradients for their norm."""
     count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
     ema = 2 if at.config.optim.ema_decay > 0 else 0
-    touched = count / shards * FP32 * (4 + 3 + ema) + count * FP32
-    rate = at.machine.memory_bytes_per_second * at.constants.memory_efficiency
-    return at.constants.optimizer_factor * touched / rate
+    touched = count / shards * FP32 * (at.constants.optimizer_passes + ema) + count * FP32
+    return at.constants.optimizer_factor * touched / _memory_rate(at)
 
 
 def _seconds(at: _Setting, transfer: Transfer) -> float:
     """Of all calls: latency of a ring's steps plus its bytes on the slowest link it crosses."""
     rate, latency = _link(at, transfer)
     steps = {"all_reduce": 2 * (transfer.ranks - 1), "send": 1}.get(transfer.kind, transfer.ranks - 1)
-    wire = transfer.wire_bytes / (rate * at.constants.link_efficiency)
-    return at.constants.communication_factor * (transfer.calls * steps * latency + wire)
+    c = at.constants
+    efficiency = c.gather_efficiency if transfer.kind in ("all_gather", "reduce_scatter") else c.link_efficiency
+    wire = transfer.wire_bytes / (rate * efficiency)
+    return c.communication_factor * (transfer.calls * steps * latency + wire)
 
 
 def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:

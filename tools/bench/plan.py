@@ -3,10 +3,10 @@
     python -m tools.bench.plan [--cases wide dp2 ...] [--steps 6 --repeats 6]
 
 Every case is trained by the trainer itself on forked ranks, in rounds that take turns. Neighbours on a shared machine
-only ever add time, so a case's time is the median step of its fastest round; the spread of the rounds stands beside it,
-and where it is large the machine was busy and the figure is an upper bound. The planner is calibrated on the two cases
-that are marked, as `tools/plan.py --calibrate` would be on their folders, and predicts the rest unseen. Memory is never
-fitted: predicted bytes of the fullest rank beside the most bytes of CPU tensors alive at once in a whole step
+only ever add time, and single steps of one run differ by a third, so a case's time is the fastest tenth of all its steps;
+how far the median lies above it stands beside it, and where that is much the machine was busy. The planner is calibrated
+on the two cases that are marked, as `tools/plan.py --calibrate` would be on their folders, and predicts the rest unseen.
+Memory is never fitted: predicted bytes of the fullest rank beside the most bytes of CPU tensors alive at once in a whole step
 (weights, gradients, optimizer, average, activations), counted by the allocator's own reports.
 Refuses more ranks than cores: there the clock would measure the machine's scheduler.
 """
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.model.cost import habits_on, memory_per_device
-from bd3_megatron.model.plan_calibrate import calibrate, explain
+from bd3_megatron.model.plan_calibrate import Observation, calibrate, explain
+from bd3_megatron.model.plan_constants import Constants
 from bd3_megatron.model.plan_machines import ClusterFile, Machine, assumptions, machine_of
-from bd3_megatron.model.plan_timing import Constants, StepTime, step_time
+from bd3_megatron.model.plan_timing import StepTime, step_time
 from bd3_megatron.parallel.topology import leave
 from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.build import build_trainer
@@ -51,6 +52,9 @@ TIME_ERROR, MEMORY_ERROR = 0.15, 0.10
 """Within these of the measurement a prediction is good enough to choose a grid by."""
 COUNTED_STEPS = 2
 """Steps whose memory is counted: the first makes Adam's state, the second is like all others."""
+COUNTS = 3
+"""Runs whose memory is counted: where a collective's own thread is the last to hold a tensor its release goes unreported,
+so a count can only be too large, by up to a sixth."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ CASES: Mapping[str, Case] = {
     "tp2": Case({"parallel": {"tp": 2}}),
     "pp2": Case({"parallel": {"pp": 2}, "train": {"micro_batch_size": 1}, "model": {"num_layers": 6}}),
     "cp2": Case({"parallel": {"cp": 2}, "model": {"num_kv_heads": 2}}),
+    "tp2 sp": Case({"parallel": {"tp": 2, "sequence_parallel": True}, "model": {"hidden_size": 384, "num_layers": 3}}),
+    "vpp2": Case({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch_size": 1}}),
+    "zero2": Case({"parallel": {"dp": 2, "zero_stage": 2}}),
+    "zero3": Case({"parallel": {"dp": 2, "zero_stage": 3}, "model": {"num_layers": 3}}),
+    "tp2 paper": Case({"parallel": {"tp": 2}, "model": {"style": "paper", "num_layers": 3}}),
     "dp2 wide": Case({"parallel": {"dp": 2}, "model": {"hidden_size": 384, "num_layers": 3}}),
 }
 
@@ -81,12 +90,10 @@ CASES: Mapping[str, Case] = {
 class Measured:
     """What a case showed."""
 
-    run: RunRecord
-    """Of the fastest round."""
-    step_seconds: float
-    """Its median step."""
+    run: Observation
+    """Its configuration, and the seconds that a tenth of the steps of all rounds do not reach."""
     spread: float
-    """(median - fastest) / fastest over the rounds."""
+    """(median - tenth) / tenth of the steps."""
     peak_tflops: float
     """Largest that a round measured at its start, a core."""
     peak_bytes: int
@@ -196,12 +203,19 @@ def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> d
 
 
 def _peak_of(name: str, data: Path, folder: Path) -> int:
-    out = folder / f"{name.replace(' ', '_')}_memory"
+    """Of the fullest rank, the least of `COUNTS`."""
+    counts = [_count(name, data, folder / f"{name.replace(' ', '_')}_memory_{number}") for number in range(COUNTS)]
+    return max(min(of_rank) for of_rank in zip(*counts, strict=True))
+
+
+def _count(name: str, data: Path, out: Path) -> list[int]:
+    """Peak of every rank in a run of its own; what `out` holds is not run again."""
+    config = config_of(CASES[name], data, out / "run", steps=COUNTED_STEPS)
+    ranks = range(config.parallel.world_size())
     if not out.exists():
         out.mkdir()
-        config = config_of(CASES[name], data, out / "run", steps=COUNTED_STEPS)
-        on_ranks(lambda rank: count_memory(config, rank, out), config.parallel.world_size(), folder / "log", threads=1)
-    return max(int(path.read_text()) for path in out.iterdir() if path.name.isdigit())
+        on_ranks(lambda rank: count_memory(config, rank, out), len(ranks), out / "log", threads=1)
+    return [int((out / str(rank)).read_text()) for rank in ranks]
 
 
 def _seconds(run: RunRecord) -> float:
@@ -209,11 +223,19 @@ def _seconds(run: RunRecord) -> float:
 
 
 def _summary(runs: Sequence[RunRecord], peak: int) -> Measured:
-    best = min(runs, key=_seconds)
-    seconds = _seconds(best)
     starts = [attempt.start for run in runs for attempt in run.attempts]
     tflops = max(float(start["throughput/peak_tflops"]) for start in starts if start is not None)
-    return Measured(best, seconds, statistics.median(map(_seconds, runs)) / seconds - 1, tflops, peak)
+    tenth, median = _quantiles(runs, "time/step_seconds")
+    seen = replace(
+        observation(runs[0]), step_seconds=tenth, optimizer_seconds=_quantiles(runs, "time/optimizer_seconds")[0]
+    )
+    return Measured(seen, median / tenth - 1, tflops, peak)
+
+
+def _quantiles(runs: Sequence[RunRecord], key: str) -> tuple[float, float]:
+    """(first decile, median) of a key of the settled steps of all rounds."""
+    deciles = statistics.quantiles([record[key] for run in runs for record in run.settled()], n=10, method="inclusive")
+    return deciles[0], deciles[4]
 
 
 def machine_for(measured: Sequence[Measured]) -> Machine:
@@ -232,35 +254,35 @@ def compare(measured: Mapping[str, Measured]) -> str:
     """The note: predictions beside measurements, how many are near enough, and what was fitted."""
     known = [m for name, m in measured.items() if CASES[name].calibrates]
     machine = machine_for(list(measured.values()))
-    constants = calibrate([observation(m.run) for m in known], machine)
+    constants = calibrate([m.run for m in known], machine)
     rows: list[Sequence[str]] = []
     errors: dict[str, tuple[float, float]] = {}
     for name, seen in measured.items():
-        config = observation(seen.run).config
+        config, seconds = seen.run.config, seen.run.step_seconds
         step, memory = predict(config, machine, constants)
-        error = step.total / seen.step_seconds - 1, memory / seen.peak_bytes - 1
+        error = step.total / seconds - 1, memory / seen.peak_bytes - 1
         if not CASES[name].calibrates:
             errors[name] = error
         rows.append(
             [
                 name + (" (calibrates)" if CASES[name].calibrates else ""),
                 _shape(config),
-                *(f"{seen.step_seconds:.3f}", f"{seen.spread:+.0%}", f"{step.total:.3f}", f"{error[0]:+.1%}"),
+                *(f"{seconds:.3f}", f"{seen.spread:+.0%}", f"{step.total:.3f}", f"{error[0]:+.1%}"),
                 *(f"{seen.peak_bytes / MIB:.1f}", f"{memory / MIB:.1f}", f"{error[1]:+.1%}"),
             ]
         )
     header = (
         "case",
         "grid and shape",
-        "fastest step s",
-        "median round",
+        "tenth of steps s",
+        "median",
         "predicted",
         "error",
         "peak MiB",
         "predicted",
         "error",
     )
-    slow = [name for name, (seconds, _) in errors.items() if abs(seconds) > TIME_ERROR]
+    slow = [name for name, (time_error, _) in errors.items() if abs(time_error) > TIME_ERROR]
     large = [name for name, (_, size) in errors.items() if abs(size) > MEMORY_ERROR]
     sentences = [
         f"of {len(errors)} unseen cases {len(errors) - len(slow)} are within {TIME_ERROR:.0%} in step time (outside: "
@@ -283,7 +305,7 @@ def _shape(config: Config) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help="besides those that calibrate (default all)")
-    parser.add_argument("--steps", type=int, default=6, help="of every run; the first is not counted (default 6)")
+    parser.add_argument("--steps", type=int, default=8, help="of every run; the first is not counted (default 8)")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder, and do not run again what it holds")
     harness.add_arguments(parser, repeats=6)
     return parser

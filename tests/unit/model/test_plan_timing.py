@@ -9,8 +9,9 @@ import pytest
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.model.cost import bytes_by_axis, convention_flops, parameters_per_rank
+from bd3_megatron.model.plan_constants import Constants
 from bd3_megatron.model.plan_machines import machine_of
-from bd3_megatron.model.plan_timing import Constants, step_time
+from bd3_megatron.model.plan_timing import step_time
 from tests.unit.model.cost_cases import case
 
 A100 = machine_of("a100-80g", peak_tflops=312.0)
@@ -65,7 +66,7 @@ def test_data_parallel_time_is_bytes_over_the_ring() -> None:
 
 
 def test_gradients_hide_behind_the_last_backward_and_weights_do_not() -> None:
-    free = replace(FREE, hidden_reduction=1.0)
+    free = replace(FREE, hidden_share=1.0)
     early, late = (_big({"dp": 8, "overlap_grad_reduce": flag}) for flag in (True, False))
     gathered = 7 / 8 * 2 * parameters_per_rank(early, 0) / (300e9 * free.link_efficiency)
     found = step_time(early, A100, free)
@@ -123,6 +124,65 @@ def test_ranks_on_shared_cores_wait_for_each_other() -> None:
     assert two.contention == 0
     assert four.contention > 0
     assert four.total > two.total * 0.9
+
+
+def test_the_head_multiplies_scored_rows_and_passes_over_their_logits() -> None:
+    config = _big({"dp": 1})
+    scored = 0.5 * 2048
+    flops, logits = 6 * scored * 4096 * 32000, scored * 32000 * 4
+    rate = A100.memory_bytes_per_second * FREE.memory_efficiency
+    by_hand = 64 * (flops / (312e12 * FREE.matrix_efficiency) + FREE.logits_passes * logits / rate)
+    assert step_time(config, A100, FREE).head == pytest.approx(by_hand, rel=0.01)
+
+
+def test_structured_attention_pays_for_its_calls_and_rectangles() -> None:
+    slow = replace(FREE, halving_seconds=1e-3, rectangle_seconds=1e-6)
+
+    def paid(parallel: dict[str, Any], **sections: dict[str, Any]) -> float:
+        config = case(parallel=parallel, train={"skip_dead_rows": False, "micro_batch_size": 2}, **sections)
+        return step_time(config, A100, slow).attention - step_time(config, A100, FREE).attention
+
+    # S 4 of L 32 is 8 blocks, so 3 halvings and 24 rectangles of 4 heads; 3 layers, 4 micro-batches of 2 sequences
+    assert paid({"dp": 1}) == pytest.approx(4 * 3 * (3 * 1e-3 + 2 * 24 * 4 * 1e-6))
+    assert paid({"tp": 2}) == pytest.approx(4 * 3 * (3 * 1e-3 + 2 * 24 * 2 * 1e-6))
+    assert paid({"dp": 1}, diffusion={"objective": "ar"}) == 0
+    assert paid({"dp": 1}, attention={"backend": "dense"}) == 0
+
+
+def test_narrow_heads_attend_at_a_lower_rate() -> None:
+    narrow = replace(FREE, softmax_columns=8.0)
+    config = case(parallel={"dp": 1})
+    # heads of 8 columns: as many again for the exponentials
+    assert step_time(config, A100, narrow).attention == pytest.approx(2 * step_time(config, A100, FREE).attention)
+
+
+def test_ranks_that_meet_in_every_layer_wait_for_the_slowest() -> None:
+    uneven = replace(FREE, layer_jitter=0.6)
+    for grid, axis in (({"tp": 2}, "tp"), ({"cp": 2}, "cp"), ({"tp": 4}, "tp")):
+        even, waits = (step_time(case(parallel=grid), A100, c) for c in (FREE, uneven))
+        share = 0.6 * {2: 1 / 6, 4: 3 / 10}[grid[axis]]
+        assert getattr(waits, axis) - getattr(even, axis) == pytest.approx(share * even.compute)
+        assert waits.compute == even.compute
+    assert step_time(case(parallel={"dp": 2}), A100, uneven) == step_time(case(parallel={"dp": 2}), A100, FREE)
+
+
+def test_full_cores_slow_each_other_down() -> None:
+    cpu, crowded = replace(machine_of("cpu", peak_tflops=0.05), cores=3), replace(FREE, shared_factor=1.44)
+    slower = {}
+    for name, grid in {"one": {"dp": 1}, "two": {"tp": 2}, "four": {"dp": 4}}.items():
+        alone, beside = (step_time(case(parallel=grid), cpu, c).compute for c in (FREE, crowded))
+        slower[name] = beside / alone
+    assert slower == pytest.approx({"one": 1.0, "two": 1.2, "four": 1.44})
+    # a pipeline of two with one micro-batch has one stage at work at a time
+    staged = case(parallel={"pp": 2, "layers_per_stage": [2, 1]}, train={"global_batch_size": 1})
+    assert step_time(staged, cpu, crowded).compute == pytest.approx(step_time(staged, cpu, FREE).compute)
+
+
+def test_gathers_have_a_rate_of_their_own() -> None:
+    slow = replace(FREE, gather_efficiency=FREE.gather_efficiency / 2)
+    config = _big({"cp": 2, "dp": 1}, micro_batch_size=64)
+    fast, halved = (step_time(config, A100, c).cp for c in (FREE, slow))
+    assert halved == pytest.approx(2 * fast, rel=0.01)
 
 
 def test_a_predicted_step_is_never_faster_than_the_peak() -> None:

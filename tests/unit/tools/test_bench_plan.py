@@ -11,6 +11,7 @@ import torch
 from bd3_megatron.train.run_record import read_run
 from tests.unit.train.written_runs import steady_run
 from tools.bench import plan
+from tools.plan import observation
 
 MIB = 2**20
 
@@ -48,11 +49,17 @@ def test_the_peak_is_what_was_alive_at_once_since_the_moment() -> None:
     assert plan.peak_tensor_bytes(profile, 0) == 9 * MIB
 
 
+def test_a_case_takes_what_a_tenth_of_its_steps_do_not_reach(tmp_path: Path) -> None:
+    runs = [read_run(steady_run(tmp_path / str(s), 1, seconds=float(s))) for s in range(1, 12)]
+    # eleven runs of equal length: the second fastest is the first decile, the sixth the median
+    assert plan._quantiles(runs, "time/step_seconds") == pytest.approx((2.0, 6.0))
+
+
 def test_the_table_holds_every_case_with_its_errors(tmp_path: Path) -> None:
     measured = {}
     for number, name in enumerate(("base", "dp2", "wide")):
         run = read_run(steady_run(tmp_path / str(number), 1, seconds=1.0))
-        measured[name] = plan.Measured(run, 1.0, 0.25, 0.05, 64 * MIB)
+        measured[name] = plan.Measured(observation(run), 0.25, 0.05, 64 * MIB)
     note = plan.compare(measured)
     assert note.count("(calibrates)") == 2
     assert "| wide | " in note and "| +25% | " in note and "| 64.0 | " in note
