@@ -60,8 +60,10 @@ def keep_freed_memory() -> None:
     By default glibc returns large blocks to the kernel at once and takes them back as fresh pages, which it must fill with
     zeros: Adam's temporaries of 33 MB made the optimizer 2.4 times as slow (tools/bench/results/plan.md, case `wide`).
     """
+    if cuda_is_there():
+        return
     libc = ctypes.CDLL(None)
-    if not cuda_is_there() and hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):
         for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(parameter, 2**31 - 1)
 

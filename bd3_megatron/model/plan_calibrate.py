@@ -2,9 +2,9 @@
 
 Decides: five factors (compute, communication, optimizer, overhead, and what crowded cores cost) are fitted, not the shape
 of the model; each is a positive multiplier of its default, found by least squares on logarithms of step times, and of the
-optimizer's own column where a run recorded it. A prior keeps a factor that no run says
-anything about where it was. Two runs that differ in grid suffice; one run moves the factor that explains it with the
-least change. Costs milliseconds. Torch-free.
+optimizer's own column where a run recorded it. A prior keeps a factor that no run says anything about where it was. Two
+runs that differ in grid suffice; one run moves the factor that explains it with the least change. Costs milliseconds.
+Torch-free.
 """
 
 from __future__ import annotations

@@ -99,11 +99,23 @@ class _Setting:
     """As if every layer computed all its rows."""
     backend: str
     """Of attention."""
+    masked: float
+    """Expected share of noisy positions that are masked."""
 
     @property
     def rate(self) -> float:
         """Peak FLOP/s of what one rank computes on."""
         return self.machine.peak_tflops * TERA
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second that element-wise work reads and writes."""
+        return self.machine.memory_bytes_per_second * self.constants.memory_efficiency
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole grid."""
+        return self.config.parallel.model_ranks * data_parallel(self.config)
 
 
 def step_time(config: Config, machine: Machine, constants: Constants | None = None) -> StepTime:
@@ -119,7 +131,9 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
     flops = executed_flops(config, ran, masked)
     whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
     habits = habits_on("cpu" if machine.cores else "cuda", config)
-    at = _Setting(config, machine, constants or constants_for(machine), habits, shape, flops, whole, ran.backend)
+    at = _Setting(
+        config, machine, constants or constants_for(machine), habits, shape, flops, whole, ran.backend, masked
+    )
     pp, layers = config.parallel.pp, layers_per_stage(config)
     # stages of equal size between the first and the last are equal: a pipeline of 64 is three kinds
     keys = [(layers[s], s == 0, s == pp - 1) for s in range(pp)]
@@ -133,7 +147,6 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     layers = layers_per_stage(config)[stage]
     last = stage == parallel.pp - 1
     share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
-    head_share = share if last else 0.0
     work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
     lines, m = transfers(config, stage, at.habits), micro_batches(config)
     collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
@@ -141,7 +154,7 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     compute = StepTime(
         matrix=factor * _matrix(at, work["projections"] + work["mlp"], layers),
         attention=factor * (_attention(at, work["attention"]) + _rectangles(at, layers, last=last)),
-        head=factor * _head(at, head_share),
+        head=factor * _head(at, share) if last else 0.0,
         elementwise=factor * _elementwise(at, layers, last=last),
         overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
     )
@@ -157,7 +170,7 @@ def _waiting(constants: Constants, ranks: int) -> float:
 def _crowding(at: _Setting) -> float:
     """Share of a shared host's other cores that other ranks keep busy, 0 to 1; stages of a pipeline are idle in its bubble."""
     config, m = at.config, micro_batches(at.config) * (at.config.parallel.vpp or 1)
-    busy = config.parallel.model_ranks * data_parallel(config) * m / (m + config.parallel.pp - 1)
+    busy = at.ranks * m / (m + config.parallel.pp - 1)
     return min(1.0, max(0.0, busy - 1) / (at.machine.cores - 1)) if at.machine.cores > 1 else 0.0
 
 
@@ -209,18 +222,9 @@ def _rectangles(at: _Setting, layers: int, *, last: bool) -> float:
 
 def _head(at: _Setting, share: float) -> float:
     """Products of the scored rows with the table and back, and the passes of the softmax over their logits."""
-    if not share:
-        return 0.0
-    config, shape = at.config, at.shape
-    scored = scored_rows(config, shape, expected_masked_fraction(config))
-    logits = scored * shape.padded_vocab / config.parallel.tp * FP32
+    logits = scored_rows(at.config, at.shape, at.masked) * at.shape.padded_vocab / at.config.parallel.tp * FP32
     by_rate = at.flops.part("head") * share / (at.rate * at.constants.matrix_efficiency)
-    return by_rate + at.constants.logits_passes * logits / _memory_rate(at)
-
-
-def _memory_rate(at: _Setting) -> float:
-    """Bytes a second that element-wise work reads and writes."""
-    return at.machine.memory_bytes_per_second * at.constants.memory_efficiency
+    return by_rate + at.constants.logits_passes * logits / at.memory_rate
 
 
 def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
@@ -232,11 +236,11 @@ def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
     activation = (2 if shape.paper else 3) * shape.ffn / tp
     # the first norm of a trimmed last layer, a fifth of its traffic, still sees every row
     trimmed = last and last_layer_is_trimmed(at.config)
-    scored = scored_rows(at.config, shape, expected_masked_fraction(at.config)) / rows if trimmed else 1.0
+    scored = scored_rows(at.config, shape, at.masked) / rows if trimmed else 1.0
     counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
     elements = rows * (10 * shape.hidden / cut + rotation + activation)
     passes = 3 + _again(at.config, "elementwise")
-    return passes * counted * elements * at.habits.element_bytes / _memory_rate(at)
+    return passes * counted * elements * at.habits.element_bytes / at.memory_rate
 
 
 def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
@@ -263,10 +267,8 @@ def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
 
 def _shared(at: _Setting, step: StepTime, busy: float) -> StepTime:
     """On shared cores a step takes at least all ranks' busy time divided by the cores."""
-    config = at.config
-    ranks = config.parallel.model_ranks * data_parallel(config)
     fixed = step.dp + step.pp + step.optimizer + at.constants.overhead_factor * at.constants.step_overhead_seconds
-    least = ranks * (busy + fixed) / at.machine.cores
+    least = at.ranks * (busy + fixed) / at.machine.cores
     missing = max(0.0, least - step.total)
     return StepTime(**{**step.parts(), "contention": missing})
 
@@ -309,7 +311,7 @@ def _optimizer(at: _Setting) -> float:
     count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
     ema = 2 if at.config.optim.ema_decay > 0 else 0
     touched = count / shards * FP32 * (at.constants.optimizer_passes + ema) + count * FP32
-    return at.constants.optimizer_factor * touched / _memory_rate(at)
+    return at.constants.optimizer_factor * touched / at.memory_rate
 
 
 def _seconds(at: _Setting, transfer: Transfer) -> float:

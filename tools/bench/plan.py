@@ -1,6 +1,6 @@
 """The planner against measurement: short real runs on this machine's cores, two to calibrate on, the others to predict.
 
-    python -m tools.bench.plan [--cases wide dp2 ...] [--steps 6 --repeats 6]
+    python -m tools.bench.plan [--cases wide dp2 ...] [--steps 8 --repeats 6]
 
 Every case is trained by the trainer itself on forked ranks, in rounds that take turns. Neighbours on a shared machine
 only ever add time, and single steps of one run differ by a third, so a case's time is the fastest tenth of all its steps;
@@ -186,7 +186,7 @@ def count_memory(config: Config, rank: int, out: Path) -> int:
 
 
 def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, Measured]:
-    """Train every case `rounds` times, taking turns, and count its memory once; what `folder` holds is not run again."""
+    """Train every case `rounds` times, taking turns, count its memory `COUNTS` times; what `folder` holds is not run again."""
     data = folder / "data"
     prepare_text(data, VOCABULARY)
     runs: dict[str, list[RunRecord]] = {name: [] for name in names}
