@@ -115,7 +115,7 @@ def _train_as_rank(
 ) -> int:
     from bd3_megatron.config.load import load_config
     from bd3_megatron.config.validate import validate
-    from bd3_megatron.train.quiet import drop_known_warnings
+    from bd3_megatron.process.quiet import drop_known_warnings
     from launch.env import rank_settings, visible_gpus
 
     try:
@@ -147,7 +147,7 @@ def _add_arguments_of(module: str) -> Callable[[argparse.ArgumentParser], None]:
 
 def _run_of(module: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        from bd3_megatron.train.quiet import drop_known_warnings
+        from bd3_megatron.process.quiet import drop_known_warnings
 
         drop_known_warnings()
         return importlib.import_module(module).run(options)

@@ -15,7 +15,7 @@ import yaml
 
 from bd3_megatron.config.load import build
 from bd3_megatron.errors import ConfigError, LaunchError
-from bd3_megatron.model.plan_machines import ClusterFile
+from bd3_megatron.planner.machines import ClusterFile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Decides: how many ranks (the product of the grid's axes), CPU or GPU, and their environment. Refuses, before anything is
 started or written: an invalid configuration, more ranks than GPUs, a run folder that cannot be made. The process then
-*becomes* `python -m bd3_megatron.train.ranks` (exec): no hop between the user's signal and the ranks' parent, and the
+*becomes* `python -m bd3_megatron.train.local_ranks` (exec): no hop between the user's signal and the ranks' parent, and the
 ranks, which die with their parent, die with the launcher. Costs about 0.2 s and imports no torch.
 
     python -m launch.local CONFIG [section.key=value ...]      the same as `bd3 train` outside torchrun and SLURM
@@ -23,7 +23,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import BD3Error, LaunchError
 from launch.env import rank_settings, visible_gpus
 
-HOLDER = "bd3_megatron.train.ranks"
+HOLDER = "bd3_megatron.train.local_ranks"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ and efficiencies that tools/plan.py prints. Costs milliseconds; imports no torch
 from __future__ import annotations
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.model.cost import parameter_count
-from bd3_megatron.model.cost_memory import habits_on, memory_per_device
-from bd3_megatron.model.plan_machines import GIB, machine_of
-from bd3_megatron.model.plan_search import Plan
-from bd3_megatron.model.plan_timing import step_time
+from bd3_megatron.cost.memory import habits_on, memory_per_device
+from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.planner.machines import GIB, machine_of
+from bd3_megatron.planner.search import Plan
+from bd3_megatron.planner.timing import step_time
 from launch.cluster import ClusterProfile
 
 

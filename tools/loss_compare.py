@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, DataError
-from bd3_megatron.train.run_record import read_run
-from bd3_megatron.train.svg_chart import Line, line_chart
+from bd3_megatron.report.run_record import read_run
+from bd3_megatron.report.svg_chart import Line, line_chart
 
 KEY = "loss/train_nats_per_token"
 

@@ -4,7 +4,7 @@
     python tools/plan.py configs/7b.yaml --gpus 64 --gpu h100-sxm --cluster cluster.yaml --calibrate runs/a runs/b
     python tools/plan.py --weak-scaling tools/bench/results --gpu h100-sxm
 
-A prediction with printed assumptions (bd3_megatron/model/plan_timing.py), not a measurement. No torch, no device.
+A prediction with printed assumptions (bd3_megatron/planner/timing.py), not a measurement. No torch, no device.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import BD3Error, ConfigError
-from bd3_megatron.model.cost import parameter_count
-from bd3_megatron.model.plan_calibrate import Observation, calibrate, explain
-from bd3_megatron.model.plan_constants import Constants, constants_for
-from bd3_megatron.model.plan_machines import GIB, KNOWN, Machine, assumptions, device_name_of, machine_of, read_cluster
-from bd3_megatron.model.plan_scaling import as_markdown, curves, weak_scaling
-from bd3_megatron.model.plan_search import Plan, Search, best_by_grid, search, why_not
-from bd3_megatron.train.run_record import RunRecord, read_run
-from bd3_megatron.train.svg_chart import Line, line_chart
-from bd3_megatron.train.throughput import PEAKS
+from bd3_megatron.planner.calibrate import Observation, calibrate, explain
+from bd3_megatron.planner.constants import Constants, constants_for
+from bd3_megatron.planner.machines import GIB, KNOWN, Machine, assumptions, device_name_of, machine_of, read_cluster
+from bd3_megatron.planner.peaks import PEAKS
+from bd3_megatron.planner.scaling import as_markdown, curves, weak_scaling
+from bd3_megatron.planner.search import Plan, Search, best_by_grid, search, why_not
+from bd3_megatron.report.run_record import RunRecord, read_run
+from bd3_megatron.report.svg_chart import Line, line_chart
 
 COLUMNS = ("plan", "GiB", "step s", "tokens/s", "tokens/s/device", "MFU", "days", "against the best")
 

@@ -3,7 +3,7 @@
     python tools/report.py runs/a runs/b -o report.html
 
 One self-contained file: no network, no scripts. Works while a job runs; reads only. Needs no torch-built model and no
-device. What is worth a warning stands in tools/report_page/findings.py.
+device. What is worth a warning stands in bd3_megatron/report/findings.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, DataError
-from tools.report_page.page import render_page
-from tools.report_page.run_data import read_runs
+from bd3_megatron.report.page import render_page
+from bd3_megatron.report.run_data import read_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

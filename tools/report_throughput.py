@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
-from bd3_megatron.train.run_record import RunRecord, read_run
-from bd3_megatron.train.run_summary import Report, Summary, summarize
-from bd3_megatron.train.svg_chart import Line, line_chart, stacked_bars
+from bd3_megatron.report.run_record import RunRecord, read_run
+from bd3_megatron.report.run_summary import Report, Summary, summarize
+from bd3_megatron.report.svg_chart import Line, line_chart, stacked_bars
 
 COLUMNS = (
     "run",

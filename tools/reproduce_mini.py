@@ -183,7 +183,7 @@ def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: Size) -> l
 
 
 def _last_interval(folder: Path) -> str:
-    from bd3_megatron.train.run_record import read_run
+    from bd3_megatron.report.run_record import read_run
 
     run = read_run(folder)
     low, high = run.latest("noise/interval_beta"), run.latest("noise/interval_omega")

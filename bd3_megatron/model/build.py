@@ -1,6 +1,6 @@
 """A rank's share of the model, from configuration and grid.
 
-Decides: which chunks this rank holds (how many layers each has is model/cost's answer, so that the planner and the model
+Decides: which chunks this rank holds (how many layers each has is the answer of `cost/shape`, so that the planner and the model
 agree). The only caller of BD3Model.
 """
 
@@ -17,8 +17,8 @@ from bd3_megatron.attention.streams import Attend
 from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes
+from bd3_megatron.cost.shape import layers_per_chunk
 from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
-from bd3_megatron.model.cost_shape import layers_per_chunk
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.init_weights import init_weights
 from bd3_megatron.model.recompute import Recompute

@@ -24,18 +24,19 @@ from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.parallel.topology import Topology, join
+from bd3_megatron.planner.peaks import PeakTflops, peak_of
+from bd3_megatron.process.preflight import preflight
+from bd3_megatron.process.stop import StopRequest
+from bd3_megatron.process.watchdog import Watchdog
 from bd3_megatron.train.dataset import RunData, prepare_and_open
 from bd3_megatron.train.doctor import BLOCKS_BEFORE_TRAINING, diagnose, streams_of
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
 from bd3_megatron.train.metrics import describe
 from bd3_megatron.train.plan import RunPlan
-from bd3_megatron.train.preflight import preflight
 from bd3_megatron.train.resume import resume
 from bd3_megatron.train.state import TrainState
-from bd3_megatron.train.stop import StopRequest
-from bd3_megatron.train.throughput import PeakTflops, measure_cpu_peak_tflops, peak_of
+from bd3_megatron.train.throughput import measure_cpu_peak_tflops
 from bd3_megatron.train.trainer import Trainer
-from bd3_megatron.train.watchdog import Watchdog
 
 CPU_PEAK_SECONDS = 0.5
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.model.cost import Pairs, attended_pairs, mean_pairs, shape_of
+from bd3_megatron.cost.pairs import Pairs, attended_pairs, mean_pairs
+from bd3_megatron.cost.shape import shape_of
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import Topology
 

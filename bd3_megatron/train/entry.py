@@ -8,8 +8,8 @@ from pathlib import Path
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import BD3Error
 from bd3_megatron.parallel.topology import leave
+from bd3_megatron.process.status import write_status
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.status import write_status
 
 
 def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int:

@@ -19,11 +19,15 @@ from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import peak_memory_bytes
 from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.pairs import Pairs
 from bd3_megatron.engine.pipeline import MicroLog
 from bd3_megatron.engine.zero_engine import StepResult, Veto, ZeroEngine
-from bd3_megatron.model.cost import Pairs
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.planner.peaks import PeakTflops
+from bd3_megatron.process.status import write_status
+from bd3_megatron.process.stop import StopRequest
+from bd3_megatron.process.watchdog import Watchdog, straggler_metrics
 from bd3_megatron.train import hooks
 from bd3_megatron.train.batches import StepBatch, StepBatches
 from bd3_megatron.train.dataset import RunData
@@ -33,11 +37,8 @@ from bd3_megatron.train.metrics import StepSums, reduce_step
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
-from bd3_megatron.train.status import write_status
-from bd3_megatron.train.stop import StopRequest
-from bd3_megatron.train.throughput import PeakTflops, figures
+from bd3_megatron.train.throughput import figures
 from bd3_megatron.train.timeline import Timeline, device_event_factory, profiled, time_metrics
-from bd3_megatron.train.watchdog import Watchdog, straggler_metrics
 
 
 @dataclass

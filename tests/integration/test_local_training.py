@@ -214,7 +214,7 @@ def test_one_process_a_rank_as_on_gpus_says_its_mistake_once(
     tmp_path: Path, clean_environment: Mapping[str, str]
 ) -> None:
     """The way of GPUs, where CUDA forbids forking; here on the CPU."""
-    holder = [sys.executable, "-m", "bd3_megatron.train.ranks", "--ranks", "2", "--gpu", DEBUG, "parallel.tp=2"]
+    holder = [sys.executable, "-m", "bd3_megatron.train.local_ranks", "--ranks", "2", "--gpu", DEBUG, "parallel.tp=2"]
     environment = dict(clean_environment) | {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*holder, f"run.dir={tmp_path}/run", "data.path=/nowhere"],

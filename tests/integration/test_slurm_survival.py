@@ -177,7 +177,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_continues(slurm: Slurm, tmp_path
 
 def test_a_node_that_is_slow_is_left_out_of_the_next_attempt(slurm: Slurm, tmp_path: Path, byte_tokens: Path) -> None:
     fault = (
-        "from bd3_megatron.train import preflight\n"
+        "from bd3_megatron.process import preflight\n"
         "measure = preflight.time_product\n"
         "preflight.time_product = lambda d: (measure(d)[0] * (50 if node == 'n2' else 1), True)"
     )

@@ -28,9 +28,9 @@ from bd3_megatron.compat import megatron as megatron_compat
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
+from bd3_megatron.process.ranks import fork_ranks, reserve_port
 from bd3_megatron.train.dataset import prepare_text
 from bd3_megatron.train.entry import run_rank
-from bd3_megatron.train.ranks import fork_ranks, reserve_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0

@@ -12,8 +12,8 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config, ParallelConfig
 from bd3_megatron.errors import LaunchError, NodeFailure
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train import preflight as preflight_module
-from bd3_megatron.train.preflight import preflight
+from bd3_megatron.process import preflight as preflight_module
+from bd3_megatron.process.preflight import preflight
 from tests.ranks.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import torch
 
 from bd3_megatron.config.schema import ParallelConfig
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train.stop import StopRequest
+from bd3_megatron.process.stop import StopRequest
 from tests.ranks.harness import run_ranks
 
 

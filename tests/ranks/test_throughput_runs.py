@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.config.load import replace_field
+from bd3_megatron.cost.pairs import attended_pairs, document_lengths, mean_pairs
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import TokenDataset
-from bd3_megatron.model.cost import attended_pairs, document_lengths, mean_pairs
 from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.planner.peaks import PeakTflops
+from bd3_megatron.report.run_record import read_run
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.run_record import read_run
-from bd3_megatron.train.throughput import PeakTflops, figures
+from bd3_megatron.train.throughput import figures
 from bd3_megatron.train.timeline import Timeline
 from tests.ranks.harness import run_ranks
 from tests.ranks.train_runs import BATCH, LENGTH, train, train_config, write_data

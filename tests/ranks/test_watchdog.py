@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from bd3_megatron.config.schema import ParallelConfig, WatchConfig
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train.stop import StopRequest
-from bd3_megatron.train.watchdog import Watchdog, straggler_metrics
+from bd3_megatron.process.stop import StopRequest
+from bd3_megatron.process.watchdog import Watchdog, straggler_metrics
 from tests.ranks.harness import run_ranks
 
 LIMIT_SECONDS = 2.0

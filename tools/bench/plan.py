@@ -31,16 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.model.cost import habits_on, memory_per_device
-from bd3_megatron.model.plan_calibrate import Observation, calibrate, explain
-from bd3_megatron.model.plan_constants import Constants
-from bd3_megatron.model.plan_machines import ClusterFile, Machine, assumptions, machine_of
-from bd3_megatron.model.plan_timing import StepTime, step_time
+from bd3_megatron.cost.memory import habits_on, memory_per_device
 from bd3_megatron.parallel.topology import leave
+from bd3_megatron.planner.calibrate import Observation, calibrate, explain
+from bd3_megatron.planner.constants import Constants
+from bd3_megatron.planner.machines import ClusterFile, Machine, assumptions, machine_of
+from bd3_megatron.planner.timing import StepTime, step_time
+from bd3_megatron.process.quiet import drop_known_warnings
+from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.quiet import drop_known_warnings
-from bd3_megatron.train.run_record import RunRecord, read_run
 from launch.env import rank_settings
 from tools.bench import harness
 from tools.bench.runs import on_ranks, prepare_text, trained

@@ -11,9 +11,9 @@ import torch
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
+from bd3_megatron.process.ranks import fork_ranks, reserve_port
+from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.train.entry import run_rank
-from bd3_megatron.train.ranks import fork_ranks, reserve_port
-from bd3_megatron.train.run_record import RunRecord, read_run
 
 
 def prepare_text(out: Path, vocab_size: int) -> None:

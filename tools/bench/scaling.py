@@ -37,9 +37,9 @@ from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.parallel.topology import Topology, leave
+from bd3_megatron.process.quiet import drop_known_warnings
+from bd3_megatron.report.run_record import RunRecord
 from bd3_megatron.train.build import build_trainer
-from bd3_megatron.train.quiet import drop_known_warnings
-from bd3_megatron.train.run_record import RunRecord
 from bd3_megatron.train.timeline import AXES, Timeline
 from tools.bench import harness
 from tools.bench.runs import prepare_text, trained

@@ -25,8 +25,8 @@ from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
 from bd3_megatron.errors import BD3Error, DataError, LaunchError
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.report.svg_chart import Line, line_chart
 from bd3_megatron.train.dataset import data_folder, open_data
-from bd3_megatron.train.svg_chart import Line, line_chart
 from tools.bench import harness
 
 MODULE = "tools.estimate_variance"

@@ -10,7 +10,7 @@ from bd3_megatron.config.load import config_from_tree, to_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import ConfigError
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 STREAM = {"dataset": "corpus", "lanes": 4, "filters": [{"column": "score", "at_least": 3}]}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bd3_megatron.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_config, effective_stage
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 
 def tree_of(

@@ -21,7 +21,7 @@ def debug(root: Path) -> str:
 def test_the_plan_is_one_process_that_holds_the_product_of_the_axes(debug: str, tmp_path: Path) -> None:
     overrides = ["parallel.tp=2", "parallel.pp=2", "parallel.dp=2", f"run.dir={tmp_path}/run"]
     launch = local.plan(debug, overrides, {"HOME": "/h", "CUDA_VISIBLE_DEVICES": ""})
-    assert launch.command[1:5] == ("-m", "bd3_megatron.train.ranks", "--ranks", "8")
+    assert launch.command[1:5] == ("-m", "bd3_megatron.train.local_ranks", "--ranks", "8")
     assert launch.command[5:] == (debug, *overrides)
     assert launch.environment["HOME"] == "/h"
     assert (launch.environment["GLOO_SOCKET_IFNAME"], launch.environment["DS_ACCELERATOR"]) == ("lo", "cpu")

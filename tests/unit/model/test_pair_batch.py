@@ -11,7 +11,7 @@ from bd3_megatron.diffusion.objective import next_token_targets
 from bd3_megatron.model.pair_batch import PairBatch, pair_batch
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 L, S, MASK_ID = 16, 2, 30
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_megatron.train.run_record import read_run
-from tests.unit.train.written_runs import steady_run
+from bd3_megatron.report.run_record import read_run
+from tests.unit.report.written_runs import steady_run
 from tools.bench import plan
 from tools.plan import observation
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bd3_megatron.config.load import dump_config
-from tests.unit.model.cost_cases import case
-from tests.unit.train.written_runs import start_record, steady_run, write_run
+from tests.unit.cost.cases import case
+from tests.unit.report.written_runs import start_record, steady_run, write_run
 from tools.plan import main
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.train.written_runs import start_record, step_record, write_run
+from bd3_megatron.report.chart import MAX_POINTS, Series, line_chart, short, smoothed, thinned
+from bd3_megatron.report.findings import findings, loss_spikes
+from bd3_megatron.report.run_data import RunData, needs_tokens, read_runs
+from tests.unit.report.written_runs import start_record, step_record, write_run
 from tools.report import main
-from tools.report_page.chart import MAX_POINTS, Series, line_chart, short, smoothed, thinned
-from tools.report_page.findings import findings, loss_spikes
-from tools.report_page.run_data import RunData, needs_tokens, read_runs
 
 NOW = 1e9
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.report.written_runs import write_run
 from tests.unit.tools.test_report import course
-from tests.unit.train.written_runs import write_run
 from tools.report import main
 
 WIDTHS = (400, 1400)

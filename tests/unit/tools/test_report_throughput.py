@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.train.written_runs import start_record, steady_run, step_record, write_run
+from tests.unit.report.written_runs import start_record, steady_run, step_record, write_run
 from tools.report_throughput import main
 
 

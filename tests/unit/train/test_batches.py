@@ -16,7 +16,7 @@ from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
 from bd3_megatron.train.dataset import IndexedRows
 from bd3_megatron.train.plan import RunPlan
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 from tests.unit.parallel.places import place
 from tests.unit.train.samples import LENGTH, WORDS, Samples, rows_by_place
 

@@ -23,7 +23,7 @@ from bd3_megatron.errors import LeakError
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train import doctor
 from bd3_megatron.train.doctor import diagnose, examine, example_documents, streams_of
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 CPU = torch.device("cpu")
 RUNS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import pytest
 from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.train.loggers import Console, Loggers, Record, cut_record, open_mirrors
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train.batches import Noise, make_micro_batch
 from bd3_megatron.train.metrics import NUM_BINS, StepSums, describe
 from tests import tolerances
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 from tests.unit.train.samples import LENGTH, Samples
 
 NOISE = Noise(seed=1, mask_id=60, group_size=8, block_size=4, interval=Interval())

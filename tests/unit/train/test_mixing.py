@@ -14,7 +14,7 @@ from bd3_megatron.data.mixture import Mixture, Stage
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 WEB, BOOKS = {"web": 3.0, "books": 1.0}, {"books": 1.0, "code": 1.0}
 IN_STEPS = [{"mixture": WEB, "steps": 4}, {"mixture": BOOKS, "steps": 3}, {"mixture": WEB}]

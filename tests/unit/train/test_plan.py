@@ -14,7 +14,7 @@ from bd3_megatron.diffusion.curriculum import llada2_wsd, paper_two_phase
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.errors import ConfigError, GridError
 from bd3_megatron.train.plan import RunPlan
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 LENGTH = 32
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

@@ -11,7 +11,7 @@ from bd3_megatron.config.load import config_from_tree, replace_field, to_tree
 from bd3_megatron.errors import CheckpointError, ConfigError
 from bd3_megatron.train.resume import refuse_changes, resume
 from bd3_megatron.train.state import TrainState
-from tests.unit.model.cost_cases import case
+from tests.unit.cost.cases import case
 
 
 def no_engine() -> Any:

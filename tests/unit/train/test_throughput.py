@@ -6,16 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from bd3_megatron.model.cost import attended_pairs
-from bd3_megatron.train.throughput import (
-    CPU_MATRIX,
-    PEAKS,
-    PeakTflops,
-    figures,
-    measure_cpu_peak_tflops,
-    peak_of,
-)
-from tests.unit.model.cost_cases import case
+from bd3_megatron.cost.pairs import attended_pairs
+from bd3_megatron.planner.peaks import PEAKS, PeakTflops, peak_of
+from bd3_megatron.train.throughput import CPU_MATRIX, figures, measure_cpu_peak_tflops
+from tests.unit.cost.cases import case
 
 
 def test_figures_of_a_run_are_the_hand_computed_ones() -> None:

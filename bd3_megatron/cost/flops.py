@@ -1,0 +1,272 @@
+"""FLOPs of a training step by part: what the loss needs, what the convention credits, what runs.
+
+Only matrix products count (a multiply-add is 2); element-wise work, softmax, norms and the embedding's gather are time,
+not FLOPs, and the embedding's scatter is listed as 0 so that nobody looks for it. Per row and layer, forward:
+
+    projections  2 D N H (q) + 2 D 2 G H (k, v) + 2 N H D (o)      mlp    m 2 D F, m = 3 gated, 2 plain
+    attention    4 N H per pair (q k^T and p v)                    head   2 D V per row
+
+Backward is twice the forward (gradients of both factors). A flash kernel's backward computes the scores again:
+2.5 times.
+Three counts of one sequence, n layers, S the block, L clean tokens, k noisy views, mu the masked share, lin the sum of
+all matrices of a row, kv those of k and v alone, pair = 4 N H:
+
+    convention   3 [n (k+1) L lin + n (k+1)/2 L (L+S) pair + k L head]        all rows, allowed pairs, noisy logits
+    MIN          3 [(n-1) R lin + R kv + mu k L (lin - kv)
+                    + ((n-1) A + mu k L(L+S)/2) pair + mu k L head]           R = (k+1) L - dead, A = pairs - dead pairs
+    executed     what `Execution` says: rows skipped or not, tiles, recomputation, padded vocabulary
+
+At S = L the clean stream is dead (one stream, L rows, L^2 pairs); the AR baseline has L rows, L(L+1)/2 pairs, L logits,
+and MIN of it one row less (the last token predicts nothing). V is the vocabulary without padding in the first two:
+Megatron counts its padded one, which differs by the padding's share of the head.
+Source: performance notes of the project; Megatron-LM training/training.py num_floating_point_operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.pairs import Pairs, attended_pairs, executed_pairs
+from bd3_megatron.cost.shape import (
+    Shape,
+    last_layer_is_recomputed,
+    last_layer_is_trimmed,
+    pipeline_rows,
+    recomputed_layers,
+    shape_of,
+)
+
+RowsKind = Literal["all", "noisy", "masked"]
+"""Rows of a sequence: all, those of the stream that carries loss, those that carry loss."""
+
+PARTS = ("embedding", "projections", "attention", "mlp", "head", "recompute")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one sequence by part; `recompute` is the forward run again inside the backward."""
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    def part(self, name: str) -> float:
+        """Forward and backward of one part."""
+        return self.forward[name] + self.backward[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a step really computes; the defaults of `execution_of` describe the engine."""
+
+    backend: str = "structured"
+    """structured, dense, flex or triton."""
+    dropped_rows: int = 0
+    """Last clean rows left out of every layer: S or 0."""
+    last_layer: RowsKind = "all"
+    """Rows of the last layer that go beyond keys and values."""
+    last_pairs: RowsKind = "all"
+    """Rows whose attention is computed in the last layer: backends know static rows, so masked ones alone need a loop."""
+    head_rows: RowsKind = "masked"
+    """Rows whose logits are computed."""
+    head_forwards: int = 1
+    """Times the logits are computed: 1 where their gradient is taken on the spot, 2 where the backward rebuilds them."""
+    attention_backward: float = 2.5
+    """Backward over forward of the attention kernel: 2.5 flash, 2 where scores are kept."""
+    recompute: str = "none"
+    """none, selective (attention again) or full (whole layers again)."""
+    recompute_layers: int | None = None
+    """Layers that do so, the last one included; None: all."""
+    recompute_last: bool = True
+    """The last one is among them."""
+    padded: bool = True
+    """Logits over the padded vocabulary."""
+    tile: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Rows of a sequence by what is done to them."""
+
+    full: float
+    """Rows of the layers before the last."""
+    last_kv: float
+    last: float
+    head: float
+    pairs: float
+    last_pairs: float
+
+
+def row_flops(shape: Shape) -> dict[str, float]:
+    """Forward FLOPs of one row in one layer: q, kv, o, mlp."""
+    return {
+        "q": 2 * shape.hidden * shape.q_width,
+        "kv": 2 * shape.hidden * shape.kv_width,
+        "o": 2 * shape.q_width * shape.hidden,
+        "mlp": 2 * shape.mlp_matrices * shape.hidden * shape.ffn,
+    }
+
+
+def convention_flops(config: Config, *, block_size: int | None = None, pairs: Pairs | None = None) -> Flops:
+    """Training FLOPs of one sequence by the convention: all rows, allowed pairs, logits of the noisy half.
+
+    Args:
+        block_size: S in use; None: the configuration's first.
+        pairs: mean allowed pairs of the documents in use; None: no documents.
+    """
+    shape = shape_of(config, block_size=block_size)
+    pairs = pairs or attended_pairs(shape.length, shape.block)
+    allowed = executed_pairs(shape, "structured", pairs=pairs)
+    head = shape.length if shape.kind == "ar" else shape.noisy_rows
+    rows = _Rows(full=shape.rows, last_kv=shape.rows, last=shape.rows, head=head, pairs=allowed, last_pairs=allowed)
+    return _trained(shape, rows, shape.vocab)
+
+
+def min_flops(
+    config: Config, masked_fraction: float, *, block_size: int | None = None, pairs: Pairs | None = None
+) -> Flops:
+    """Training FLOPs of one sequence that the loss cannot do without.
+
+    Args:
+        masked_fraction: mu, share of noisy positions that are masked (ignored by the AR baseline).
+        block_size, pairs: as in `convention_flops`.
+    """
+    shape = shape_of(config, block_size=block_size)
+    pairs = pairs or attended_pairs(shape.length, shape.block)
+    if shape.kind == "ar":
+        kept = shape.length - pairs.dead_rows
+        live = pairs.clean - pairs.dead_pairs
+        return _trained(
+            shape, _Rows(full=kept, last_kv=kept, last=kept, head=kept, pairs=live, last_pairs=live), shape.vocab
+        )
+    clean = shape.length - pairs.dead_rows if shape.kind == "block" else 0.0
+    clean_pairs = pairs.clean - pairs.dead_pairs if shape.kind == "block" else 0.0
+    masked = masked_fraction * shape.noisy_rows
+    rows = _Rows(
+        full=shape.noisy_rows + clean,
+        last_kv=shape.noisy_rows + clean,
+        last=masked,
+        head=masked,
+        pairs=shape.views * pairs.noisy + clean_pairs,
+        last_pairs=masked_fraction * shape.views * pairs.noisy,
+    )
+    return _trained(shape, rows, shape.vocab)
+
+
+def execution_of(config: Config, *, block_size: int | None = None, backend: str | None = None) -> Execution:
+    """What the engine computes for a configuration.
+
+    Args:
+        block_size: S in use.
+        backend: the attention backend that was chosen; None: the configuration's, auto read as structured.
+    """
+    shape = shape_of(config, block_size=block_size)
+    chosen = backend or ("structured" if config.attention.backend == "auto" else config.attention.backend)
+    cp = config.parallel.cp
+    trimmed = last_layer_is_trimmed(config)
+    return Execution(
+        backend=chosen,
+        last_layer="masked" if trimmed else "all",
+        last_pairs="noisy" if trimmed else "all",
+        dropped_rows=shape.rows // cp - pipeline_rows(config, shape) if cp == 1 else 0,
+        attention_backward=2.0 if chosen == "dense" else 2.5,
+        recompute=config.train.recompute,
+        recompute_layers=recomputed_layers(config),
+        recompute_last=last_layer_is_recomputed(config),
+    )
+
+
+def naive_execution() -> Execution:
+    """The form most code ships: dense mask, all rows in all layers, logits of all rows."""
+    return Execution(backend="dense", head_rows="all", attention_backward=2.0, padded=False)
+
+
+def executed_flops(
+    config: Config,
+    execution: Execution,
+    masked_fraction: float,
+    *,
+    block_size: int | None = None,
+    pairs: Pairs | None = None,
+) -> Flops:
+    """Training FLOPs of one sequence that run, over all ranks of one model replica.
+
+    Args:
+        execution: rows, backend, recomputation.
+        masked_fraction: measured share of masked noisy positions.
+        block_size, pairs: as in `convention_flops`.
+    """
+    shape = shape_of(config, block_size=block_size)
+    pairs = pairs or attended_pairs(shape.length, shape.block)
+    dropped = execution.dropped_rows
+    run = executed_pairs(shape, execution.backend, pairs=pairs, dropped_rows=dropped, tile=execution.tile)
+    full = shape.rows - dropped
+    noisy = shape.noisy_rows or shape.length
+    # the baseline predicts all but the last token of each document
+    masked = masked_fraction * noisy if shape.kind != "ar" else noisy - pairs.dead_rows
+    count = {"all": full, "noisy": noisy, "masked": masked}
+    last = count[execution.last_layer]
+    rows = _Rows(
+        full=full,
+        last_kv=full,
+        last=last,
+        head=count[execution.head_rows],
+        pairs=run,
+        last_pairs=_last_pairs(shape, execution, pairs, run, masked / noisy),
+    )
+    forward = _forward(shape, rows, shape.padded_vocab if execution.padded else shape.vocab)
+    return _executed(shape, rows, forward, execution)
+
+
+def _last_pairs(shape: Shape, execution: Execution, pairs: Pairs, run: float, masked_share: float) -> float:
+    if execution.last_pairs == "all" or shape.kind == "ar":
+        return run
+    share = 1.0 if execution.last_pairs == "noisy" else masked_share
+    if execution.backend == "structured":
+        return share * shape.views * pairs.noisy
+    # square and tiled backends: the queries' share of the rectangle that is run
+    return share * run * shape.noisy_rows / (shape.rows - execution.dropped_rows)
+
+
+def _executed(shape: Shape, rows: _Rows, forward: dict[str, float], execution: Execution) -> Flops:
+    backward = {part: 2 * value for part, value in forward.items()}
+    backward["attention"] = execution.attention_backward * forward["attention"]
+    again = {"none": (), "selective": ("attention",), "full": ("projections", "attention", "mlp")}[execution.recompute]
+    covered = shape.layers if execution.recompute_layers is None else execution.recompute_layers
+    last = int(execution.recompute_last and covered > 0)
+    layers = _layers(shape, rows, covered - last, last)
+    backward["recompute"] = sum(layers[part] for part in again) + (execution.head_forwards - 1) * forward["head"]
+    return Flops(MappingProxyType(forward), MappingProxyType(backward))
+
+
+def _layers(shape: Shape, rows: _Rows, before: int, last: int) -> dict[str, float]:
+    """Forward FLOPs of `before` layers of all rows and `last` (0 or 1) of the last one's."""
+    row, pair = row_flops(shape), 4 * shape.q_width
+    projections = before * rows.full * (row["q"] + row["kv"] + row["o"])
+    projections += last * (rows.last_kv * row["kv"] + rows.last * (row["q"] + row["o"]))
+    return {
+        "projections": float(projections),
+        "attention": float(pair * (before * rows.pairs + last * rows.last_pairs)),
+        "mlp": float((before * rows.full + last * rows.last) * row["mlp"]),
+    }
+
+
+def _forward(shape: Shape, rows: _Rows, vocab: int) -> dict[str, float]:
+    return {
+        "embedding": 0.0,
+        **_layers(shape, rows, shape.layers - 1, 1),
+        "head": float(2 * shape.hidden * vocab * rows.head),
+        "recompute": 0.0,
+    }
+
+
+def _trained(shape: Shape, rows: _Rows, vocab: int) -> Flops:
+    forward = _forward(shape, rows, vocab)
+    return Flops(MappingProxyType(forward), MappingProxyType({part: 2 * value for part, value in forward.items()}))

@@ -1,0 +1,375 @@
+"""Bytes a device needs in training, by part, for every grid, precision, recomputation and ZeRO stage.
+
+Decides nothing; adds up what the engine keeps. P is the numbers a rank holds, W = dp x cp the ranks that share
+optimizer state, b the bytes of an activation (2 bf16, 4 fp32), t = tp, tensors per row of one sequence and layer:
+
+    states      fp32: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with
+                ZeRO 2 and 3, weights 4P/W with 3)
+                bf16: weights 2P, fp32 gradients 4P, the rest as above
+    norms       input and output
+    attention   stacked q, k, v (its v is a view), rotated q and k, output of the kernel, output again in row order, one
+                fp32 statistic per head
+    mlp         gated: gate and up 2F, product F; plain: input and output of gelu, 2F
+    recompute   full: the layer's input only, plus one whole layer while it is rebuilt; selective: without the
+                kernel's own output and statistics, the norms' outputs and the MLP's active rows, plus one layer's
+
+With tensor parallelism q, k, v, MLP are cut by t; rows of norms by t too under sequence parallelism. A pipeline stage
+holds as many micro-batches as its schedule keeps in flight. The peak is the larger of two moments: around the first
+backward (the head's chunk of logits, or the widest layer whose backward runs, less what the layers behind it have let
+go), and the optimizer's step, when activations and buckets are gone and copies of the own shard are there.
+Does not know: the allocator's fragmentation, the CUDA context, kernels' workspaces; add `plan_machines` reserves for
+those. Source: megatron-core 0.16 and DeepSpeed 0.19 as read and as counted by hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.parameters import layer_parameters, parameters_per_rank
+from bd3_megatron.cost.shape import (
+    Shape,
+    expected_masked_fraction,
+    last_layer_is_recomputed,
+    last_layer_is_trimmed,
+    layers_per_stage,
+    micro_batches,
+    pipeline_rows,
+    recomputed_layers,
+    scored_rows,
+    shape_of,
+    zero_shards,
+    zero_stage,
+)
+
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Habits:
+    """What arithmetic must be told about the engine; the defaults describe it on a GPU."""
+
+    precision: str = "bf16"
+    """bf16 or fp32."""
+    fused: bool = True
+    """Activation of the MLP and AdamW fused (GPU); on CPU both are off."""
+    head_chunk_bytes: int = 32 * 2**20
+    """fp32 logits of the rows that exist at a time; under bf16 half as much again in low precision."""
+    reduce_bucket_elements: int = 50_000_000
+    """Elements of a ZeRO-2/3 reduction bucket."""
+
+    @property
+    def shard_copies(self) -> int:
+        """fp32 copies of the own shard in the optimizer's step: flattened gradients; torch's plain AdamW its denominator."""
+        return 1 if self.fused else 2
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else FP32
+
+
+def habits_on(device: str, config: Config, *, reduce_bucket_elements: int = 50_000_000) -> Habits:
+    """Habits on "cuda" or "cpu" at the configuration's precision."""
+    auto = "bf16" if device == "cuda" else "fp32"
+    precision = auto if config.train.precision == "auto" else config.train.precision
+    return Habits(precision=precision, fused=device == "cuda", reduce_bucket_elements=reduce_bucket_elements)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBytes:
+    """Bytes of one device by part."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    """fp32 master weights and Adam's two moments of the own shard."""
+    ema: int = 0
+    activations: int = 0
+    head: int = 0
+    """Chunk of logits, gathered masked rows, the head's own gradient table."""
+    working: int = 0
+    """What a backward has alive beyond activations and head: gradients of one layer's, and that layer where rebuilt."""
+    buffers: int = 0
+    """ZeRO buckets, gathered layers of ZeRO-3, context-parallel keys and values; alive while forwards and backwards run."""
+    step_temporaries: int = 0
+    """Alive in the optimizer's step, when activations, head and working are not."""
+    host: int = 0
+    """In host memory (offloaded optimizer); not part of the device's total."""
+
+    @property
+    def states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.ema
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at one time."""
+        passes = self.activations + self.head + self.working + self.buffers
+        return self.states + max(passes, self.step_temporaries)
+
+    def parts(self) -> dict[str, int]:
+        """{part: bytes} in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def memory_per_device(config: Config, habits: Habits | None = None, *, block_size: int | None = None) -> MemoryBytes:
+    """Memory of the fullest pipeline stage.
+
+    Args:
+        config: a validated configuration whose dp is set.
+        habits: of the engine; None: on a GPU.
+        block_size: S in use.
+    """
+    stages = [memory_of_stage(config, stage, habits, block_size=block_size) for stage in _fullest_candidates(config)]
+    return max(stages, key=lambda m: m.peak)
+
+
+def _fullest_candidates(config: Config) -> list[int]:
+    """First and last stage, and of those between the earliest of each size: later ones hold fewer micro-batches."""
+    layers, last = layers_per_stage(config), config.parallel.pp - 1
+    earliest = {layers[stage]: stage for stage in range(last - 1, 0, -1)}
+    return sorted({0, last, *earliest.values()})
+
+
+def memory_of_stage(
+    config: Config, stage: int, habits: Habits | None = None, *, block_size: int | None = None
+) -> MemoryBytes:
+    """Memory of one rank of pipeline stage `stage`."""
+    habits = habits or habits_on("cuda", config)
+    shape = shape_of(config, block_size=block_size)
+    states = _states(config, stage, habits)
+    layer = layer_activation_bytes(config, shape, habits)
+    layers = layers_per_stage(config)[stage]
+    chunks = chunks_in_flight(config, stage)
+    held = layers / (config.parallel.vpp or 1) * chunks
+    share = recomputed_layers(config, stage) / layers
+    activations = held * (share * _kept(layer, config) + (1 - share) * _whole(layer))
+    activations += _stage_inputs(config, shape, habits, stage) + chunks * _rotary(config, shape, habits.element_bytes)
+    last = stage == config.parallel.pp - 1
+    working = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if share else 0.0)
+    head = _Head(0.0, 0.0)
+    if last:
+        short = last_layer_activation_bytes(config, shape, habits)
+        # of an interleaved stage's chunks in flight one in vpp holds the last layer
+        once = chunks / (config.parallel.vpp or 1)
+        activations -= once * (_last_kept(layer, config) - _last_kept(short, config))
+        head = _head(config, shape, habits)
+        working = _beyond_the_head(config, shape, habits, layers=(layer, short), head=head)
+    return MemoryBytes(
+        parameters=states.parameters,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        ema=states.ema,
+        host=states.host,
+        activations=round(activations),
+        head=round(head.chunk + head.rest),
+        working=round(working),
+        buffers=_buffers(config, shape, habits, stage),
+        step_temporaries=0 if config.parallel.offload_optimizer else habits.shard_copies * states.shard,
+    )
+
+
+@dataclass(frozen=True)
+class _States:
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    host: int
+    shard: int
+    """fp32 bytes of one number each of the own shard."""
+
+
+def _states(config: Config, stage: int, habits: Habits) -> _States:
+    count, shards, zero = parameters_per_rank(config, stage), zero_shards(config), zero_stage(config)
+    shard = -(-count // shards)
+    weights = habits.element_bytes * (shard if zero == 3 else count)
+    gradients = FP32 * (count if zero == 1 else shard)
+    adam = 3 * FP32 * shard
+    ema = FP32 * shard if config.optim.ema_decay > 0 else 0
+    if config.parallel.offload_optimizer:
+        return _States(weights, gradients, 0, 0, adam + ema, FP32 * shard)
+    return _States(weights, gradients, adam, ema, 0, FP32 * shard)
+
+
+def chunks_in_flight(config: Config, stage: int) -> int:
+    """Model chunks x micro-batches whose activations a stage holds at its fullest moment (1F1B, or interleaved)."""
+    pp, vpp, total = config.parallel.pp, config.parallel.vpp or 1, micro_batches(config)
+    if vpp == 1:
+        return min(pp - stage, total)
+    warm_up = (pp - stage - 1) * 2 + (vpp - 1) * pp
+    return min(warm_up + 1, total * vpp)
+
+
+def _row_cut(config: Config) -> int:
+    return config.parallel.tp if config.parallel.sequence_parallel else 1
+
+
+def layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict[str, float]:
+    """Bytes one layer keeps for its backward, for one micro-batch, by part ("input" is the layer's input alone)."""
+    b, tp = habits.element_bytes, config.parallel.tp
+    rows = pipeline_rows(config, shape) * config.train.micro_batch_size
+    cut = rows / _row_cut(config)
+    q, kv = shape.q_width / tp, shape.kv_width / tp
+    return {
+        "input": cut * shape.hidden * b,
+        "norms": cut * 2 * shape.hidden * b,
+        "normed": cut * 2 * shape.hidden * b,
+        "qk_norms": rows * _qk_norm_bytes(shape, b) / tp if shape.qk_norm else 0.0,
+        "qkv": rows * (q + kv + q + kv / 2) * b,
+        "attention_kernel": rows * (q * b + FP32 * shape.heads / tp),
+        "attention_output": rows * q * b,
+        "mlp": rows * _mlp_width(shape) / tp * b,
+        "mlp_active": rows * shape.ffn / tp * b,
+        "dropout": 2 * cut * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
+    }
+
+
+def last_layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict[str, float]:
+    """The same of the model's last layer where it computes keys and values of all rows, the rest of scored rows only."""
+    if not last_layer_is_trimmed(config):
+        return layer_activation_bytes(config, shape, habits)
+    b, tp, mbs = habits.element_bytes, config.parallel.tp, config.train.micro_batch_size
+    rows = pipeline_rows(config, shape) * mbs
+    stream = (shape.noisy_rows or shape.length) // config.parallel.cp * mbs
+    scored = scored_rows(config, shape, expected_masked_fraction(config))
+    q, kv = shape.q_width / tp, shape.kv_width / tp
+    # the cut of the stacked weight into queries and the rest is a copy
+    weights = shape.hidden * (q + kv) * b
+    return {
+        "input": rows * shape.hidden * b,
+        "norms": (rows + scored) * shape.hidden * b,
+        "normed": (rows + scored) * shape.hidden * b,
+        "qk_norms": scored * q * b + rows * FP32 * shape.heads / tp if shape.qk_norm else 0.0,
+        "qkv": (scored * shape.hidden + stream * q + rows * 1.5 * kv) * b + weights,
+        "rotary": 2.0 * scored * shape.head_width * b,
+        "attention_kernel": stream * (q * b + FP32 * shape.heads / tp),
+        "attention_output": scored * q * b,
+        "mlp": scored * _mlp_width(shape) / tp * b,
+        "mlp_active": scored * shape.ffn / tp * b,
+        "dropout": 2 * scored * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
+    }
+
+
+def _rotary(config: Config, shape: Shape, b: int) -> float:
+    """Cosines and sines, in one copy for all sequences, heads and layers of a chunk."""
+    return 2.0 * pipeline_rows(config, shape) * shape.head_width * b
+
+
+def _qk_norm_bytes(shape: Shape, b: int) -> float:
+    """A statistic a head, and grouped queries as rows of heads; the rest is in the stacked q, k, v that is kept anyway."""
+    grouped = 2 * shape.q_width > shape.kv_width
+    return FP32 * (shape.q_width + shape.kv_width / 2) / shape.head_width + (shape.q_width * b if grouped else 0)
+
+
+def _mlp_width(shape: Shape) -> int:
+    """Channels of the MLP's inner rows as its first matrix gives them."""
+    return (1 if shape.paper else 2) * shape.ffn
+
+
+def _whole(layer: dict[str, float]) -> float:
+    # the layer's input is inside "norms", which is what the norms keep of theirs
+    return sum(value for part, value in layer.items() if part != "input")
+
+
+def _last_kept(layer: dict[str, float], config: Config) -> float:
+    """What the model's last layer keeps."""
+    return _kept(layer, config) if last_layer_is_recomputed(config) else _whole(layer)
+
+
+def _kept(layer: dict[str, float], config: Config) -> float:
+    """What a layer keeps that recomputation covers."""
+    if config.train.recompute == "full":
+        return layer["input"]
+    if config.train.recompute == "selective":
+        return _whole(layer) - layer["attention_kernel"] - layer["normed"] - layer["mlp_active"]
+    return _whole(layer)
+
+
+def _stage_inputs(config: Config, shape: Shape, habits: Habits, stage: int) -> float:
+    """What a stage receives and keeps to send its gradient back; the schedule drops its own output after sending."""
+    if stage == 0:
+        return 0.0
+    rows = pipeline_rows(config, shape) * config.train.micro_batch_size / _row_cut(config)
+    return rows * shape.hidden * habits.element_bytes * chunks_in_flight(config, stage)
+
+
+def _gradients(config: Config, shape: Shape, habits: Habits, *, scored: bool) -> float:
+    """The widest moment of a layer's backward: gradients of the MLP's inner tensors beside those of the residual stream."""
+    if scored:
+        rows = cut = scored_rows(config, shape, expected_masked_fraction(config))
+    else:
+        rows = pipeline_rows(config, shape) * config.train.micro_batch_size
+        cut = rows / _row_cut(config)
+    inner = (3 if not shape.paper else 2) * shape.ffn / config.parallel.tp
+    return (rows * inner + 2 * cut * shape.hidden) * habits.element_bytes
+
+
+def _rebuilt(layer: dict[str, float], config: Config) -> float:
+    """What recomputation brings back of one layer before its backward."""
+    return _whole(layer) - _kept(layer, config)
+
+
+def _beyond_the_head(
+    config: Config, shape: Shape, habits: Habits, *, layers: tuple[dict[str, float], dict[str, float]], head: _Head
+) -> float:
+    """What the fullest backward on the last stage has alive beyond all activations and the whole head, 0 or more.
+
+    The head's chunk is gone when a backward begins. A last layer of scored rows works on few of them, and is gone
+    itself when the first layer of all rows is at work.
+    """
+    layer, short = layers
+    again = recomputed_layers(config, config.parallel.pp - 1)
+    whole = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if again else 0.0)
+    if not last_layer_is_trimmed(config):
+        return max(0.0, whole - head.chunk)
+    keeps = _last_kept(short, config)
+    first = _gradients(config, shape, habits, scored=True) + _whole(short) - keeps
+    return max(0.0, first - head.chunk, whole - head.chunk - head.rows - keeps)
+
+
+@dataclass(frozen=True)
+class _Head:
+    chunk: float
+    """Logits that exist at a time."""
+    rest: float
+    """Rows and the weight gradient, until the last layer's backward."""
+    rows: float = 0.0
+    """Of them the rows."""
+
+
+def _head(config: Config, shape: Shape, habits: Habits) -> _Head:
+    tp, mbs = config.parallel.tp, config.train.micro_batch_size
+    scored = scored_rows(config, shape, expected_masked_fraction(config))
+    vocab = shape.padded_vocab // tp
+    low = habits.element_bytes if habits.element_bytes < FP32 else 0
+    chunk_rows = min(max(1, habits.head_chunk_bytes // (FP32 * vocab)), scored)
+    chunk = chunk_rows * vocab * (FP32 + low)
+    rows = pipeline_rows(config, shape) * mbs
+    normed = scored if last_layer_is_trimmed(config) else rows / _row_cut(config)
+    # its output is gone once the scored rows are picked from it
+    final_norm = normed * shape.hidden * habits.element_bytes
+    # masked rows and their gradient; under sequence parallelism all rows are gathered first
+    gathered = 2 * scored * shape.hidden * habits.element_bytes
+    gathered += rows * shape.hidden * habits.element_bytes if config.parallel.sequence_parallel else 0
+    # fp32 from forward to backward; a chunk's share of it in low precision beside it
+    weight_gradient = vocab * shape.hidden * (FP32 + low)
+    return _Head(chunk, final_norm + gathered + weight_gradient, final_norm + gathered)
+
+
+def _buffers(config: Config, shape: Shape, habits: Habits, stage: int) -> int:
+    total = 0.0
+    zero, count = zero_stage(config), parameters_per_rank(config, stage)
+    if zero >= 2:
+        # a second one fills while the first travels, which bf16 runs ask for
+        buckets = 2 if zero == 3 or habits.precision == "bf16" else 1
+        total += buckets * FP32 * min(habits.reduce_bucket_elements, count)
+    if zero == 3:
+        tp = config.parallel.tp
+        layer = sum(p.count_per_rank(tp) for p in layer_parameters(shape, 0))
+        widest = max(layer, shape.padded_vocab * shape.hidden // tp)
+        # the layer that computes and the one being gathered
+        total += 2 * widest * habits.element_bytes
+    if config.parallel.cp > 1:
+        rows = shape.length * config.train.micro_batch_size
+        total += 2 * rows * shape.kv_width / config.parallel.tp * habits.element_bytes
+    return round(total)

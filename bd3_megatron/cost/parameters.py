@@ -1,0 +1,146 @@
+"""The parameters of a model, tensor by tensor: exact counts, whole and per rank.
+
+Decides nothing; names and shapes are those of the plain model (hf/), of which the parallel model holds the same numbers
+in other tables (q, k, v stacked; gate and up stacked). Tables have the padded vocabulary where training runs and
+exactly V rows where a model is exported. A tied model holds one table, except that with pp > 1 the last stage has a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.shape import Shape, layers_per_stage, shape_of
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor: its name in the plain model, its shape, the dimension that tensor parallelism cuts (None: copied)."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: int | None
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def count_per_rank(self, tp: int) -> int:
+        """Elements a tensor-parallel rank holds."""
+        return self.count if self.cut is None else self.count // tp
+
+    @property
+    def decayed(self) -> bool:
+        """Matrices and tables are decayed, vectors are not."""
+        return len(self.shape) > 1
+
+
+@lru_cache(maxsize=256)
+def layer_parameters(shape: Shape, index: int) -> tuple[Parameter, ...]:
+    """Tensors of transformer layer `index` (kept, because a planner asks for the same few a million times)."""
+    prefix = f"model.layers.{index}."
+    hidden, ffn, half_kv = shape.hidden, shape.ffn, shape.kv_width // 2
+    table = [
+        *_norm(f"{prefix}input_layernorm", shape),
+        Parameter(f"{prefix}self_attn.q_proj.weight", (shape.q_width, hidden), 0),
+        Parameter(f"{prefix}self_attn.k_proj.weight", (half_kv, hidden), 0),
+        Parameter(f"{prefix}self_attn.v_proj.weight", (half_kv, hidden), 0),
+        Parameter(f"{prefix}self_attn.o_proj.weight", (hidden, shape.q_width), 1),
+    ]
+    if shape.qk_norm:
+        table += [Parameter(f"{prefix}self_attn.{n}_norm.weight", (shape.head_width,), None) for n in "qk"]
+    table += _norm(f"{prefix}post_attention_layernorm", shape)
+    for name in ("up",) if shape.paper else ("gate", "up"):
+        table.append(Parameter(f"{prefix}mlp.{name}_proj.weight", (ffn, hidden), 0))
+    table.append(Parameter(f"{prefix}mlp.down_proj.weight", (hidden, ffn), 1))
+    if shape.paper:
+        table.append(Parameter(f"{prefix}mlp.up_proj.bias", (ffn,), 0))
+        table.append(Parameter(f"{prefix}mlp.down_proj.bias", (hidden,), None))
+    return tuple(table)
+
+
+def _norm(name: str, shape: Shape) -> list[Parameter]:
+    kinds = ("weight", "bias") if shape.paper else ("weight",)
+    return [Parameter(f"{name}.{kind}", (shape.hidden,), None) for kind in kinds]
+
+
+def _table(name: str, shape: Shape, rows: int) -> Parameter:
+    return Parameter(name, (rows, shape.hidden), 0)
+
+
+def _head(shape: Shape, rows: int) -> list[Parameter]:
+    bias = [Parameter("lm_head.bias", (rows,), 0)] if shape.paper else []
+    return [_table("lm_head.weight", shape, rows), *bias]
+
+
+def parameter_table(config: Config, *, padded: bool = False) -> list[Parameter]:
+    """All tensors of the model, each once.
+
+    Args:
+        padded: tables with the padded vocabulary, as training holds them; else with V rows, as exported.
+    """
+    shape = shape_of(config)
+    rows = shape.padded_vocab if padded else shape.vocab
+    table = [_table("model.embed_tokens.weight", shape, rows)]
+    for index in range(shape.layers):
+        table += layer_parameters(shape, index)
+    table += _norm("model.norm", shape)
+    return table if shape.tied else table + _head(shape, rows)
+
+
+def parameter_count(config: Config, *, padded: bool = False) -> int:
+    """Numbers in the model; a tied table counts once."""
+    return sum(p.count for p in parameter_table(config, padded=padded))
+
+
+def stage_parameters(config: Config, stage: int) -> list[Parameter]:
+    """Tensors that pipeline stage `stage` holds, tables padded, whole (before tensor parallelism cuts them)."""
+    shape = shape_of(config)
+    layers = _layers_of(config, stage, layers_per_stage(config))
+    inside = [p for index in layers for p in layer_parameters(shape, index)]
+    return inside + _outside_layers(config, shape, stage)
+
+
+def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]:
+    pp = config.parallel.pp
+    table: list[Parameter] = []
+    if stage == 0:
+        table.append(_table("model.embed_tokens.weight", shape, shape.padded_vocab))
+    if stage == pp - 1:
+        table += _norm("model.norm", shape)
+        if not shape.tied:
+            table += _head(shape, shape.padded_vocab)
+        elif pp > 1:
+            table.append(_table("lm_head.weight", shape, shape.padded_vocab))
+    return table
+
+
+def _layers_of(config: Config, stage: int, layers: tuple[int, ...]) -> list[int]:
+    """Layer numbers of a stage; with vpp a stage holds every pp-th chunk."""
+    vpp = config.parallel.vpp or 1
+    if vpp == 1:
+        start = sum(layers[:stage])
+        return list(range(start, start + layers[stage]))
+    size = layers[stage] // vpp
+    starts = [(chunk * config.parallel.pp + stage) * size for chunk in range(vpp)]
+    return [layer for start in starts for layer in range(start, start + size)]
+
+
+def parameters_per_rank(config: Config, stage: int) -> int:
+    """Numbers a rank of pipeline stage `stage` holds before ZeRO (every tensor-parallel rank the same)."""
+    return _counted(config, stage, lambda p: p.count_per_rank(config.parallel.tp))
+
+
+def copied_per_rank(config: Config, stage: int) -> int:
+    """Numbers of stage `stage` that every tensor-parallel rank holds whole: norms, biases of row-parallel matrices."""
+    return _counted(config, stage, lambda p: p.count if p.cut is None else 0)
+
+
+def _counted(config: Config, stage: int, count: Callable[[Parameter], int]) -> int:
+    # layers are equal
+    shape = shape_of(config)
+    layer = sum(count(p) for p in layer_parameters(shape, 0))
+    return layers_per_stage(config)[stage] * layer + sum(count(p) for p in _outside_layers(config, shape, stage))

@@ -1,0 +1,270 @@
+"""Bytes the axes of a grid move in one optimizer step: every collective of the engine as a line with its formula.
+
+Decides the unit: a collective's *size* is the bytes of its larger tensor on one rank (all-reduce and broadcast: the
+tensor; all-gather: its output; reduce-scatter: its input; send: what is sent). That is what a wrapper around the
+collective counts, whatever ring or tree carries it; `wire_bytes` turns it into what a ring puts on a link.
+With R rows of a sequence on a rank, b bytes of an activation, m micro-batches of size mbs, n_s layers of the stage:
+
+    tp       4 n_s m all-reduces of [R, mbs, D] (attention and MLP, forward and backward; 6 with full recomputation), one
+             for the embedding; in the model's last layer all but one are of scored rows only; the head's [scored, D]
+             back, 3 fp32 numbers a scored row for the softmax
+    tp + sp  6 n_s m all-gathers and 4 n_s m reduce-scatters of the same rows instead (a column-parallel backward gathers
+             its input again); gradients of norms and row-parallel biases are summed once a step
+    pp       m sends of [R / t if sp, mbs, D] over each stage boundary, each way; a tied table's gradient all-reduced
+    cp       n_s m all-gathers of clean K and V of all L rows, as many reduce-scatters; recomputation gathers twice
+    dp       over dp x cp ranks: gradients all-reduced once (fp32), updated weights gathered once; ZeRO-2 reduces every
+             micro-batch; ZeRO-3 scatters the sums and gathers weights before every forward (and backward, when large)
+
+Does not list collectives of a few numbers (token counts, norms, loss logs): they cost latency, see `small_collectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.memory import FP32, Habits, habits_on
+from bd3_megatron.cost.parameters import copied_per_rank, parameters_per_rank
+from bd3_megatron.cost.shape import (
+    Shape,
+    expected_masked_fraction,
+    last_layer_is_recomputed,
+    last_layer_is_trimmed,
+    layers_per_stage,
+    micro_batches,
+    pipeline_rows,
+    recomputed_layers,
+    scored_rows,
+    shape_of,
+    zero_shards,
+    zero_stage,
+)
+
+AXES = ("tp", "pp", "cp", "dp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Equal collectives of one rank in one step."""
+
+    axis: str
+    kind: str
+    """all_reduce, all_gather, reduce_scatter or send."""
+    what: str
+    ranks: int
+    """Ranks of the group."""
+    calls: int
+    size_bytes: float
+    """Of one call: the larger tensor of this rank."""
+
+    @property
+    def total_bytes(self) -> float:
+        return self.calls * self.size_bytes
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes one rank puts on its link when the collective runs as a ring."""
+        share = {"all_reduce": 2 * (self.ranks - 1) / self.ranks, "send": 1.0}
+        return self.total_bytes * share.get(self.kind, (self.ranks - 1) / self.ranks)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the lines below share."""
+
+    config: Config
+    shape: Shape
+    habits: Habits
+    index: int
+    layers: int
+    micro: int
+    masked: float
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.config.parallel.pp - 1
+
+    @property
+    def rows_bytes(self) -> float:
+        """Activations of all rows of a micro-batch, whole."""
+        rows = pipeline_rows(self.config, self.shape) * self.config.train.micro_batch_size
+        return rows * self.shape.hidden * self.habits.element_bytes
+
+    @property
+    def scored(self) -> float:
+        """Rows of a micro-batch that carry loss here."""
+        return scored_rows(self.config, self.shape, self.masked)
+
+    @property
+    def scored_bytes(self) -> float:
+        return self.scored * self.shape.hidden * self.habits.element_bytes
+
+
+def transfers(
+    config: Config,
+    stage: int = 0,
+    habits: Habits | None = None,
+    *,
+    masked_fraction: float | None = None,
+    block_size: int | None = None,
+) -> list[Transfer]:
+    """Collectives of one rank of pipeline stage `stage` in one optimizer step, axes of size 1 left out.
+
+    Args:
+        config: a validated configuration whose dp is set.
+        habits: of the engine; None: on a GPU.
+        masked_fraction: measured share of masked noisy positions; None: the schedule's expectation.
+        block_size: S in use.
+    """
+    masked = expected_masked_fraction(config) if masked_fraction is None else masked_fraction
+    shape = shape_of(config, block_size=block_size)
+    habits, layers = habits or habits_on("cuda", config), layers_per_stage(config)[stage]
+    at = _Stage(config, shape, habits, stage, layers, micro_batches(config), masked)
+    tensor = _sequence_parallel(at) if config.parallel.sequence_parallel else _tensor_parallel(at)
+    lines = [*tensor, *_head(at), *_pipeline(at), *_context(at), *_data(at)]
+    return [line for line in lines if line.ranks > 1 and line.calls > 0]
+
+
+def bytes_by_axis(
+    config: Config,
+    stage: int = 0,
+    habits: Habits | None = None,
+    *,
+    masked_fraction: float | None = None,
+    block_size: int | None = None,
+) -> dict[str, int]:
+    """{axis: bytes handed to its collectives by one rank of `stage` in one step}; see `transfers` for the arguments."""
+    lines = transfers(config, stage, habits, masked_fraction=masked_fraction, block_size=block_size)
+    return {axis: round(sum(line.total_bytes for line in lines if line.axis == axis)) for axis in AXES}
+
+
+def small_collectives(config: Config) -> Mapping[str, int]:
+    """Collectives of a few numbers a step, by axis: gradient norm, token count, loss sums of the log."""
+    parallel = config.parallel
+    return {
+        "tp": 2 if parallel.tp > 1 else 0,
+        "pp": 2 if parallel.pp > 1 else 0,
+        "cp": 0,
+        "dp": 3 if zero_shards(config) > 1 else 0,
+    }
+
+
+def _line(at: _Stage, axis: str, kind: str, what: str, calls: int, size: float) -> Transfer:
+    parallel = at.config.parallel
+    ranks = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": zero_shards(at.config)}[axis]
+    return Transfer(axis=axis, kind=kind, what=what, ranks=ranks, calls=calls, size_bytes=size)
+
+
+def _again(at: _Stage, *kinds: str) -> tuple[int, int]:
+    """(layers, and of them the trimmed last one) whose forward's collectives run again in the backward."""
+    if at.config.train.recompute not in kinds:
+        return 0, 0
+    short = at.last and last_layer_is_trimmed(at.config) and last_layer_is_recomputed(at.config)
+    return recomputed_layers(at.config, at.index), int(short)
+
+
+def _tensor_parallel(at: _Stage) -> list[Transfer]:
+    trimmed = int(at.last and last_layer_is_trimmed(at.config))
+    layers, short = (at.layers - trimmed) * at.micro, trimmed * at.micro
+    # megatron rebuilds the whole layer, its last all-reduce included
+    covered, covered_short = _again(at, "full")
+    forward = 2 * (layers + (covered - covered_short) * at.micro)
+    forward_short = 2 * (short + covered_short * at.micro)
+    lines = [
+        _line(at, "tp", "all_reduce", "attention and MLP outputs", forward, at.rows_bytes),
+        _line(at, "tp", "all_reduce", "gradients of attention and MLP inputs", 2 * layers + short, at.rows_bytes),
+        _line(at, "tp", "all_reduce", "outputs of the last layer's scored rows", forward_short, at.scored_bytes),
+        _line(at, "tp", "all_reduce", "gradients of its MLP input", short, at.scored_bytes),
+    ]
+    if at.first:
+        lines.append(_line(at, "tp", "all_reduce", "embedded rows", at.micro, at.rows_bytes))
+    if at.shape.qk_norm:
+        size = 2 * at.layers * at.shape.head_width * FP32
+        lines.append(_line(at, "tp", "all_reduce", "gradients of q and k norms", 1, size))
+    return lines
+
+
+def _sequence_parallel(at: _Stage) -> list[Transfer]:
+    config, layers = at.config, at.layers * at.micro
+    forward = 2 * (layers + _again(at, "full")[0] * at.micro)
+    lines = [
+        _line(at, "tp", "all_gather", "rows before attention and MLP", forward, at.rows_bytes),
+        _line(at, "tp", "reduce_scatter", "outputs of attention and MLP", forward, at.rows_bytes),
+        _line(at, "tp", "all_gather", "rows again and output gradients", 4 * layers, at.rows_bytes),
+        _line(at, "tp", "reduce_scatter", "gradients of attention and MLP inputs", 2 * layers, at.rows_bytes),
+        _line(at, "tp", "all_reduce", "gradients of norms and row biases", 1, FP32 * copied_per_rank(config, at.index)),
+    ]
+    if at.first:
+        lines.append(_line(at, "tp", "reduce_scatter", "embedded rows", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", "all_gather", "gradients of embedded rows", at.micro, at.rows_bytes))
+    return lines
+
+
+def _head(at: _Stage) -> list[Transfer]:
+    """Logits of masked rows over a cut vocabulary: hidden rows out and back, three fp32 statistics a row."""
+    if not at.last:
+        return []
+    lines = [
+        _line(at, "tp", "all_reduce", "largest logit", at.micro, at.scored * FP32),
+        _line(at, "tp", "all_reduce", "sum of exponentials and target logit", at.micro, 2 * at.scored * FP32),
+    ]
+    if at.config.parallel.sequence_parallel:
+        lines.append(_line(at, "tp", "all_gather", "rows before the head", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", "reduce_scatter", "gradients of rows before the head", at.micro, at.rows_bytes))
+        return lines
+    lines.append(_line(at, "tp", "all_reduce", "gradients of scored rows", at.micro, at.scored_bytes))
+    return lines
+
+
+def _pipeline(at: _Stage) -> list[Transfer]:
+    parallel = at.config.parallel
+    vpp = parallel.vpp or 1
+    size = at.rows_bytes / (parallel.tp if parallel.sequence_parallel else 1)
+    # an interleaved ring also passes from the last stage to the first, between chunks
+    forward = vpp if not at.last else vpp - 1
+    backward = vpp if not at.first else vpp - 1
+    lines = [
+        _line(at, "pp", "send", "rows to the next stage", forward * at.micro, size),
+        _line(at, "pp", "send", "gradients to the stage before", backward * at.micro, size),
+    ]
+    if at.shape.tied and parallel.pp > 1 and (at.first or at.last):
+        table = at.shape.padded_vocab * at.shape.hidden // parallel.tp * FP32
+        what = "gradient of the tied table"
+        lines.append(Transfer(axis="pp", kind="all_reduce", what=what, ranks=2, calls=1, size_bytes=table))
+    return lines
+
+
+def _context(at: _Stage) -> list[Transfer]:
+    if at.shape.kind == "mdlm":
+        return []
+    tokens = at.shape.length * at.config.train.micro_batch_size
+    size = tokens * at.shape.kv_width // at.config.parallel.tp * at.habits.element_bytes
+    # attention is run again by selective recomputation too
+    layers = at.layers * at.micro
+    gathers = layers + _again(at, "selective", "full")[0] * at.micro
+    return [
+        _line(at, "cp", "all_gather", "clean keys and values", gathers, size),
+        _line(at, "cp", "reduce_scatter", "gradients of clean keys and values", layers, size),
+    ]
+
+
+def _data(at: _Stage) -> list[Transfer]:
+    zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index)
+    weights = count * at.habits.element_bytes
+    # DeepSpeed all-reduces whole buckets at stages 1 and 2, and lets every rank keep its part
+    if zero < 3:
+        return [
+            _line(at, "dp", "all_reduce", "gradients", 1 if zero == 1 else at.micro, count * FP32),
+            _line(at, "dp", "all_gather", "updated weights", 1, weights),
+        ]
+    # gathered weights stay for the backward while they are fewer than stage3_max_live_parameters (two buckets)
+    passes = 1 if count <= 2 * at.habits.reduce_bucket_elements else 2
+    return [
+        _line(at, "dp", "reduce_scatter", "gradients", at.micro, count * FP32),
+        _line(at, "dp", "all_gather", "weights before each pass", passes * at.micro, weights),
+    ]

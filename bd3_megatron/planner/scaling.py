@@ -1,0 +1,154 @@
+"""Weak scaling on paper: the best plan of three model sizes from one node to 1,024 devices.
+
+Decides: three shapes (1.3B, 7B, 30B), L 2048, S 16, a fixed number of sequences a device, so that work a device stays
+and the batch grows. Efficiency is tokens a second and device relative to the smallest number of devices that holds the
+model. This is a model's output, not a measurement, and the table says so with every assumption. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.planner.constants import Constants, constants_for
+from bd3_megatron.planner.machines import GIB, Machine, assumptions
+from bd3_megatron.planner.search import Plan, search
+
+DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
+SEQUENCES_PER_DEVICE = 4
+SEQ_LEN, BLOCK_SIZE = 2048, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model shape, modern style."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+
+
+SIZES = (
+    Size("1.3B", 24, 2048, 16, 16, 5632, 50258),
+    Size("7B", 32, 4096, 32, 32, 11008, 32000),
+    Size("30B", 60, 6656, 64, 64, 17920, 32000),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Best plan of a size on so many devices; None where nothing fits."""
+
+    size: Size
+    devices: int
+    plan: Plan | None
+    efficiency: float | None
+
+
+def config_of(size: Size, devices: int) -> Config:
+    """The configuration of a size in weak scaling."""
+    return config_from_tree(
+        {
+            "run": {"dir": "unused"},
+            "model": {
+                "num_layers": size.layers,
+                "hidden_size": size.hidden,
+                "num_heads": size.heads,
+                "num_kv_heads": size.kv_heads,
+                "ffn_hidden_size": size.ffn,
+                "vocab_size": size.vocab,
+            },
+            "data": {"seq_len": SEQ_LEN},
+            "diffusion": {"block_size": BLOCK_SIZE},
+            "train": {"steps": 1, "global_batch_size": SEQUENCES_PER_DEVICE * devices},
+        }
+    )
+
+
+def weak_scaling(
+    machine: Machine,
+    constants: Constants | None = None,
+    *,
+    devices: Sequence[int] = DEVICES,
+    sizes: Sequence[Size] = SIZES,
+) -> list[Point]:
+    """The curve: every size on every number of devices."""
+    points: list[Point] = []
+    for size in sizes:
+        base: float | None = None
+        for count in devices:
+            found = search(config_of(size, count), count, machine, constants)
+            plan = found.fitting[0] if found.fitting else None
+            rate = None if plan is None else plan.tokens_per_second / count
+            base = rate if base is None else base
+            points.append(Point(size, count, plan, None if rate is None or base is None else rate / base))
+    return points
+
+
+def as_markdown(points: Sequence[Point], machine: Machine, constants: Constants | None = None) -> str:
+    """The table with all assumptions."""
+    lines = [
+        f"# Weak scaling, simulated: {machine.name}",
+        "",
+        "Output of the planner's time model (bd3_megatron/planner/timing.py), **not measured**.",
+        "",
+        "| model | parameters | devices | batch | best plan | GiB | step s | tokens/s/device | MFU | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(point, machine) for point in points),
+        "",
+        "Assumptions:",
+        "",
+        *(f"* {line}" for line in [*assumptions(machine), *_model_assumptions(constants or constants_for(machine))]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(point: Point, machine: Machine) -> str:
+    config = config_of(point.size, point.devices)
+    cells = [
+        point.size.name,
+        f"{parameter_count(config) / 1e9:.2f}B",
+        str(point.devices),
+        str(config.train.global_batch_size),
+    ]
+    plan = point.plan
+    if plan is None or plan.time is None or point.efficiency is None:
+        return f"| {' | '.join([*cells, 'nothing fits', '-', '-', '-', '-', '-'])} |"
+    cells += [
+        plan.describe(),
+        f"{plan.memory.peak / GIB:.1f}",
+        f"{plan.time.total:.3f}",
+        f"{plan.tokens_per_second / point.devices:,.0f}",
+        f"{plan.mfu(machine):.1%}",
+        f"{point.efficiency:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _model_assumptions(constants: Constants) -> list[str]:
+    values = ", ".join(f"{f.name} {getattr(constants, f.name):g}" for f in fields(constants))
+    return [
+        f"modern style, L {SEQ_LEN}, S {BLOCK_SIZE}, {SEQUENCES_PER_DEVICE} sequences a device and step, "
+        "masked fraction by the loglinear schedule, bf16 with fp32 master weights, moments, average and gradients",
+        "attention does the allowed pairs exactly; all rows but the last clean block in every layer; logits of masked rows",
+        "tensor- and context-parallel collectives are not hidden; ZeRO-1 reduces during the last backward; bubbles of 1F1B",
+        "rings on the slowest link a group crosses; groups in the order tp, cp, dp, pp from the fastest axis; "
+        "no congestion, stragglers, checkpoint or data stalls",
+        f"constants: {values}",
+    ]
+
+
+def curves(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+    """{model: [(devices, efficiency in percent)]} of the points that fit."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if point.efficiency is not None:
+            lines.setdefault(point.size.name, []).append((float(point.devices), 100 * point.efficiency))
+    return lines

@@ -1,0 +1,185 @@
+"""Every legal way to run a model on N devices, what it needs and how long it takes, best first.
+
+Decides: what is tried (all grids tp x pp x cp x dp = N with every vpp that divides the layers, sequence parallelism
+wherever tp > 1, micro-batches in powers of two, three recomputations, every ZeRO stage a grid allows), what is illegal
+(config.validate says so, with its own sentence) and what does not fit (memory of the fullest stage above the device's
+minus its reserve). Ranks by predicted tokens a second. Costs about a millisecond a plan; memory is asked first, because
+most plans fail there. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bd3_megatron.config.schema import Config, ParallelConfig
+from bd3_megatron.config.validate import validate
+from bd3_megatron.cost.flops import convention_flops
+from bd3_megatron.cost.memory import MemoryBytes, habits_on, memory_per_device
+from bd3_megatron.cost.shape import data_parallel
+from bd3_megatron.errors import ConfigError, divisors
+from bd3_megatron.planner.constants import Constants
+from bd3_megatron.planner.machines import GIB, Machine
+from bd3_megatron.planner.timing import TERA, StepTime, step_time
+
+MAX_MICRO_BATCH = 32
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run, with its prediction."""
+
+    config: Config
+    memory: MemoryBytes
+    time: StepTime | None
+    """None where it does not fit."""
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """(tp, pp, cp, dp)."""
+        parallel = self.config.parallel
+        return parallel.tp, parallel.pp, parallel.cp, data_parallel(self.config)
+
+    @property
+    def devices(self) -> int:
+        tp, pp, cp, dp = self.grid
+        return tp * pp * cp * dp
+
+    @property
+    def tokens_per_second(self) -> float:
+        if self.time is None:
+            return 0.0
+        return self.config.train.global_batch_size * self.config.data.seq_len / self.time.total
+
+    def mfu(self, machine: Machine) -> float:
+        """By convention, of the device's peak."""
+        if self.time is None:
+            return 0.0
+        flops = self.config.train.global_batch_size * convention_flops(self.config).total
+        devices = min(self.devices, machine.cores) if machine.cores else self.devices
+        return flops / (self.time.total * devices * machine.peak_tflops * TERA)
+
+    def days(self, tokens: float) -> float:
+        """To train on so many clean tokens."""
+        return tokens / self.tokens_per_second / 86_400
+
+    def describe(self) -> str:
+        """tp2 pp4 vpp2 dp8 sp, micro-batch 4, recompute full, zero 1."""
+        parallel, train = self.config.parallel, self.config.train
+        sizes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp or 1, "cp": parallel.cp}
+        axes = [f"{name}{size}" for name, size in sizes.items() if size > 1] + [f"dp{data_parallel(self.config)}"]
+        axes += ["sp"] if parallel.sequence_parallel else []
+        return f"{' '.join(axes)}, mb {train.micro_batch_size}, {train.recompute}, zero {parallel.zero_stage}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Outcome of a search."""
+
+    fitting: Sequence[Plan]
+    """Fastest first."""
+    too_large: Sequence[Plan]
+    """Smallest first."""
+    illegal: int
+    """Combinations that validation refuses."""
+
+
+def search(config: Config, devices: int, machine: Machine, constants: Constants | None = None) -> Search:
+    """Try every way to run `config` on `devices` devices.
+
+    Args:
+        config: model, data, batch; its own parallel section is replaced.
+        devices: N.
+        machine: device and links.
+        constants: of the time model.
+
+    Raises:
+        ConfigError: not one grid is legal; says which law the last one broke.
+    """
+    fitting: list[Plan] = []
+    too_large: list[Plan] = []
+    illegal, last_reason = 0, ""
+    limit = machine.memory_bytes - machine.reserve_bytes
+    habits = habits_on("cpu" if machine.cores else "cuda", config)
+    for candidate in _candidates(config, devices):
+        try:
+            validate(candidate, world_size=devices)
+        except ConfigError as error:
+            illegal, last_reason = illegal + 1, str(error)
+            continue
+        memory = memory_per_device(candidate, habits)
+        if memory.peak > limit:
+            too_large.append(Plan(candidate, memory, None))
+        else:
+            fitting.append(Plan(candidate, memory, step_time(candidate, machine, constants)))
+    if not fitting and not too_large:
+        raise ConfigError(
+            f"no grid of {devices} devices is legal for this configuration; the last was refused: {last_reason}"
+        )
+    fitting.sort(key=lambda p: -p.tokens_per_second)
+    too_large.sort(key=lambda p: p.memory.peak)
+    return Search(fitting, too_large, illegal)
+
+
+def _candidates(config: Config, devices: int) -> Iterator[Config]:
+    for tp, pp, cp in _grids(config, devices):
+        dp = devices // (tp * pp * cp)
+        if config.train.global_batch_size % dp:
+            continue
+        parallels = _parallels(replace(config.parallel, tp=tp, pp=pp, cp=cp, dp=dp), config.model.num_layers)
+        for micro in _micro_batches(config.train.global_batch_size // dp):
+            train = [replace(config.train, micro_batch_size=micro, recompute=recompute) for recompute in RECOMPUTE]
+            yield from (replace(config, parallel=p, train=t) for p in parallels for t in train)
+
+
+def _parallels(grid: ParallelConfig, num_layers: int) -> list[ParallelConfig]:
+    """A grid with every interleaving and ZeRO stage it allows."""
+    cut = replace(grid, sequence_parallel=grid.tp > 1, layers_per_stage=())
+    if grid.pp == 1:
+        stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+        return [replace(cut, vpp=None, zero_stage=stage) for stage in stages]
+    chunks = [None, *(v for v in (2, 4) if num_layers % (grid.pp * v) == 0)]
+    return [replace(cut, vpp=vpp, zero_stage=1) for vpp in chunks]
+
+
+def _grids(config: Config, devices: int) -> Iterator[tuple[int, int, int]]:
+    for tp in divisors(devices):
+        if config.model.kv_heads % tp:
+            continue
+        for pp in divisors(devices // tp):
+            if pp > config.model.num_layers:
+                continue
+            # zigzag slices need 2 cp blocks at least
+            yield from (
+                (tp, pp, cp) for cp in divisors(devices // tp // pp) if cp == 1 or 2 * cp <= config.data.seq_len
+            )
+
+
+def _micro_batches(sequences: int) -> list[int]:
+    return [m for m in divisors(sequences) if m & (m - 1) == 0 and m <= MAX_MICRO_BATCH]
+
+
+def why_not(plan: Plan, best: Plan | None, machine: Machine) -> str:
+    """One clause: what a plan lacks beside the best one."""
+    if plan.time is None:
+        short = plan.memory.peak - (machine.memory_bytes - machine.reserve_bytes)
+        parts = {k: v for k, v in plan.memory.parts().items() if k not in ("host", "step_temporaries")}
+        largest = max(parts, key=lambda part: parts[part])
+        return f"{short / GIB:.1f} GiB too large, most of it {largest} ({parts[largest] / GIB:.1f} GiB)"
+    if best is None or best.time is None or plan is best:
+        return "best"
+    more = {part: seconds - best.time.parts()[part] for part, seconds in plan.time.parts().items()}
+    worst = sorted(more, key=lambda part: -more[part])[:2]
+    slower = plan.time.total / best.time.total - 1
+    causes = ", ".join(f"{part} +{more[part] / best.time.total:.0%}" for part in worst if more[part] > 0)
+    return f"{slower:.0%} slower ({causes})" if causes else f"{slower:.0%} slower"
+
+
+def best_by_grid(found: Search) -> list[Plan]:
+    """The best plan of every grid, fitting ones first."""
+    chosen: dict[tuple[int, int, int, int], Plan] = {}
+    for plan in [*found.fitting, *found.too_large]:
+        chosen.setdefault(plan.grid, plan)
+    return list(chosen.values())

@@ -1,0 +1,337 @@
+"""How long a step takes on a machine: a roofline of what runs, plus what moves, plus what waits.
+
+Decides the model, not the truth: every number here is derived from cost_*, the machine and `plan_constants`, whose factors
+`--calibrate` fits to measured runs. One micro-batch on pipeline stage s takes
+
+    t_s = matrix + attention + head + elementwise + overhead + tp + cp            forward and backward
+    matrix       max(FLOPs / (peak x matrix_efficiency), bytes of weights and rows / memory rate)
+    attention    executed forward FLOPs / (peak x attention_forward) + backward / (peak x attention_backward)
+                 at the rate of wide heads, + calls and rectangles of the structured backend (CPU)
+    head         FLOPs / (peak x matrix_efficiency) + bytes of its logits / (memory rate x memory_efficiency)
+    elementwise  bytes that norms, rotations, activations and residuals touch / (memory rate x memory_efficiency)
+    tp, cp       per collective latency x steps + ring bytes / (link rate x its efficiency), nothing hidden; and the wait
+                 for the slowest rank of the layer (`layer_jitter`, CPU)
+
+and a step, with m micro-batches and the slowest stage t_max,
+
+    T = m t_max + bubble (sum of the other stages' t_s / vpp) + pp (sends that a 1F1B schedule does not hide)
+        + dp (gradient reduction and weight gather; what ZeRO-2 and 3 hide behind compute is taken off) + optimizer + fixed
+
+On a CPU host whose cores ranks share, compute slows by `shared_factor` as ranks fill the cores (they share its memory,
+and what carries their messages is one of them), and T is not below the ranks' busy time divided by the cores ("contention").
+Rank order is tp, cp, dp, pp from the fastest axis: a group lies inside a node if its stride times size fits there.
+Does not know: stragglers, checkpoint stalls, data loading, congestion, thermal limits. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.flops import Flops, executed_flops, execution_of
+from bd3_megatron.cost.memory import FP32, Habits, habits_on
+from bd3_megatron.cost.parameters import parameters_per_rank
+from bd3_megatron.cost.shape import (
+    Shape,
+    data_parallel,
+    expected_masked_fraction,
+    last_layer_is_trimmed,
+    layers_per_stage,
+    micro_batches,
+    pipeline_rows,
+    recomputed_layers,
+    scored_rows,
+    shape_of,
+    zero_shards,
+    zero_stage,
+)
+from bd3_megatron.cost.traffic import Transfer, small_collectives, transfers
+from bd3_megatron.planner.constants import Constants, constants_for
+from bd3_megatron.planner.machines import Machine
+
+TERA = 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step by part; the parts add up to `total`."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    elementwise: float = 0.0
+    overhead: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+    pp: float = 0.0
+    bubble: float = 0.0
+    dp: float = 0.0
+    optimizer: float = 0.0
+    contention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    @property
+    def compute(self) -> float:
+        return self.matrix + self.attention + self.head + self.elementwise
+
+    @property
+    def communication(self) -> float:
+        return self.tp + self.cp + self.pp + self.dp
+
+    def parts(self) -> dict[str, float]:
+        """{part: seconds} in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class _Setting:
+    config: Config
+    machine: Machine
+    constants: Constants
+    habits: Habits
+    shape: Shape
+    flops: Flops
+    whole: Flops
+    """As if every layer computed all its rows."""
+    backend: str
+    """Of attention."""
+    masked: float
+    """Expected share of noisy positions that are masked."""
+
+    @property
+    def rate(self) -> float:
+        """Peak FLOP/s of what one rank computes on."""
+        return self.machine.peak_tflops * TERA
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second that element-wise work reads and writes."""
+        return self.machine.memory_bytes_per_second * self.constants.memory_efficiency
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole grid."""
+        return self.config.parallel.model_ranks * data_parallel(self.config)
+
+
+def step_time(config: Config, machine: Machine, constants: Constants | None = None) -> StepTime:
+    """Predict one optimizer step.
+
+    Args:
+        config: a validated configuration whose dp is set.
+        machine: device and links.
+        constants: fitted, or None for the machine's defaults.
+    """
+    shape = shape_of(config)
+    ran, masked = execution_of(config), expected_masked_fraction(config)
+    flops = executed_flops(config, ran, masked)
+    whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
+    habits = habits_on("cpu" if machine.cores else "cuda", config)
+    at = _Setting(
+        config, machine, constants or constants_for(machine), habits, shape, flops, whole, ran.backend, masked
+    )
+    pp, layers = config.parallel.pp, layers_per_stage(config)
+    # stages of equal size between the first and the last are equal: a pipeline of 64 is three kinds
+    keys = [(layers[s], s == 0, s == pp - 1) for s in range(pp)]
+    micro = {key: _micro_batch(at, keys.index(key)) for key in set(keys)}
+    return _step(at, [micro[key] for key in keys])
+
+
+def _micro_batch(at: _Setting, stage: int) -> StepTime:
+    """Forward and backward of one micro-batch on one rank of a stage."""
+    config, parallel, c = at.config, at.config.parallel, at.constants
+    layers = layers_per_stage(config)[stage]
+    last = stage == parallel.pp - 1
+    share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
+    work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
+    lines, m = transfers(config, stage, at.habits), micro_batches(config)
+    collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
+    factor = c.compute_factor * c.shared_factor ** _crowding(at)
+    compute = StepTime(
+        matrix=factor * _matrix(at, work["projections"] + work["mlp"], layers),
+        attention=factor * (_attention(at, work["attention"]) + _rectangles(at, layers, last=last)),
+        head=factor * _head(at, share) if last else 0.0,
+        elementwise=factor * _elementwise(at, layers, last=last),
+        overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
+    )
+    waiting = {axis: compute.total * _waiting(c, getattr(parallel, axis)) for axis in ("tp", "cp")}
+    return replace(compute, **{axis: collectives[axis] + waiting[axis] for axis in ("tp", "cp")})
+
+
+def _waiting(constants: Constants, ranks: int) -> float:
+    """Share of a layer's time that ranks which meet in it wait: the largest of `ranks` uniform draws less their mean."""
+    return constants.layer_jitter * (ranks - 1) / (2 * (ranks + 1))
+
+
+def _crowding(at: _Setting) -> float:
+    """Share of a shared host's other cores that other ranks keep busy, 0 to 1; stages of a pipeline are idle in its bubble."""
+    config, m = at.config, micro_batches(at.config) * (at.config.parallel.vpp or 1)
+    busy = at.ranks * m / (m + config.parallel.pp - 1)
+    return min(1.0, max(0.0, busy - 1) / (at.machine.cores - 1)) if at.machine.cores > 1 else 0.0
+
+
+def _stage_flops(at: _Setting, part: str, layers: int, *, last: bool) -> float:
+    """Forward FLOPs of a part in one sequence on a stage; the model's last layer may be lighter than the others."""
+    before = at.whole.forward[part] / at.shape.layers
+    final = at.flops.forward[part] - (at.shape.layers - 1) * before
+    return layers * before - (before - final if last else 0.0)
+
+
+def _again(config: Config, part: str) -> float:
+    """Share of this part's forward that recomputation runs a second time."""
+    # selective leaves matrices, and of the element-wise work residual sums and rotation
+    share = {"attention": 1.0, "elementwise": 0.8}.get(part, 0.0) if config.train.recompute == "selective" else 1.0
+    return share * recomputed_layers(config) / config.model.num_layers
+
+
+def _matrix(at: _Setting, forward: float, layers: int) -> float:
+    passes = 3 + _again(at.config, "matrix")
+    by_rate = passes * forward / (at.rate * at.constants.matrix_efficiency)
+    shape, tp, b = at.shape, at.config.parallel.tp, at.habits.element_bytes
+    numbers = shape.hidden * (2 * shape.q_width + shape.kv_width + shape.mlp_matrices * shape.ffn) / tp
+    rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
+    touched = numbers + rows * (4 * shape.hidden + (2 * shape.q_width + shape.kv_width + 3 * shape.ffn) / tp)
+    by_memory = passes * layers * touched * b / at.machine.memory_bytes_per_second
+    return max(by_rate, by_memory)
+
+
+def _attention(at: _Setting, forward: float) -> float:
+    c, part = at.constants, "attention"
+    backward = forward * at.flops.backward[part] / at.flops.forward[part]
+    passes = 1 + _again(at.config, part)
+    narrow = 1 + c.softmax_columns / at.shape.head_width
+    return narrow * (passes * forward / c.attention_forward + backward / c.attention_backward) / at.rate
+
+
+def _rectangles(at: _Setting, layers: int, *, last: bool) -> float:
+    """Seconds of the structured backend that are not arithmetic: what lies before a block is halved log2(L / S) times, and
+    every halving is a call and a merge of many small rectangles; each block of both streams is one more."""
+    shape, parallel, c = at.shape, at.config.parallel, at.constants
+    if at.backend != "structured" or shape.rows == shape.length:
+        return 0.0
+    blocks = shape.length / shape.block
+    number = 3 * blocks * at.config.train.micro_batch_size * shape.heads / parallel.tp / parallel.cp
+    # a trimmed last layer asks for its noisy rows only
+    counted = layers - (0.5 if last and last_layer_is_trimmed(at.config) else 0.0)
+    return counted * (c.halving_seconds * math.log2(blocks) + c.rectangle_seconds * number)
+
+
+def _head(at: _Setting, share: float) -> float:
+    """Products of the scored rows with the table and back, and the passes of the softmax over their logits."""
+    logits = scored_rows(at.config, at.shape, at.masked) * at.shape.padded_vocab / at.config.parallel.tp * FP32
+    by_rate = at.flops.part("head") * share / (at.rate * at.constants.matrix_efficiency)
+    return by_rate + at.constants.logits_passes * logits / at.memory_rate
+
+
+def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
+    """Bytes read and written: two norms and two residual sums of D, rotation of q and k, the MLP's activation."""
+    shape, tp = at.shape, at.config.parallel.tp
+    cut = tp if at.config.parallel.sequence_parallel else 1
+    rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
+    rotation = 2 * (shape.q_width + shape.kv_width / 2) / tp
+    activation = (2 if shape.paper else 3) * shape.ffn / tp
+    # the first norm of a trimmed last layer, a fifth of its traffic, still sees every row
+    trimmed = last and last_layer_is_trimmed(at.config)
+    scored = scored_rows(at.config, shape, at.masked) / rows if trimmed else 1.0
+    counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
+    elements = rows * (10 * shape.hidden / cut + rotation + activation)
+    passes = 3 + _again(at.config, "elementwise")
+    return passes * counted * elements * at.habits.element_bytes / at.memory_rate
+
+
+def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
+    config, m = at.config, micro_batches(at.config)
+    slowest = max(by_stage, key=lambda t: t.total)
+    vpp = config.parallel.vpp or 1
+    lines = transfers(config, 0, at.habits)
+    rest = sum(t.total for t in by_stage) - slowest.total
+    scaled = {name: m * value for name, value in slowest.parts().items()}
+    scaled["overhead"] += at.constants.overhead_factor * at.constants.step_overhead_seconds
+    step = StepTime(
+        **{
+            **scaled,
+            "pp": _pipeline(at, lines),
+            "bubble": rest / vpp,
+            "dp": _data(at, lines, m * slowest.compute),
+            "optimizer": _optimizer(at),
+        }
+    )
+    if not at.machine.cores:
+        return step
+    return _shared(at, step, m * sum(t.total for t in by_stage) / len(by_stage))
+
+
+def _shared(at: _Setting, step: StepTime, busy: float) -> StepTime:
+    """On shared cores a step takes at least all ranks' busy time divided by the cores."""
+    fixed = step.dp + step.pp + step.optimizer + at.constants.overhead_factor * at.constants.step_overhead_seconds
+    least = at.ranks * (busy + fixed) / at.machine.cores
+    missing = max(0.0, least - step.total)
+    return StepTime(**{**step.parts(), "contention": missing})
+
+
+def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
+    """Sends of the slowest stage; the interleaved schedule overlaps them."""
+    lines = [t for t in lines if t.axis == "pp"]
+    vpp = at.config.parallel.vpp or 1
+    sends = sum(_seconds(at, t) for t in lines if t.kind == "send")
+    other = sum(_seconds(at, t) for t in lines if t.kind != "send")
+    # a middle stage also sends back: twice what the first one does
+    exposed = 1.0 if vpp == 1 else 1 - at.constants.hidden_share
+    return 2 * exposed * sends + other
+
+
+def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
+    total = sum(_seconds(at, t) for t in lines if t.axis == "dp")
+    small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
+    if zero_stage(at.config) > 1:
+        return _exposed(at, total, compute) + small
+    if not leaves_early(at.config, at.habits.precision):
+        return total + small
+    # gradients leave during the last micro-batch's backward, two thirds of its time; weights are gathered after the update
+    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.kind == "all_reduce")
+    return total - sums + _exposed(at, sums, 2 / 3 * compute / micro_batches(at.config)) + small
+
+
+def leaves_early(config: Config, precision: str) -> bool:
+    """True where ZeRO 1 sums gradients during the last backward (engine/overlapped_reduction)."""
+    return precision == "bf16" and config.parallel.overlap_grad_reduce and not config.parallel.offload_optimizer
+
+
+def _exposed(at: _Setting, seconds: float, behind: float) -> float:
+    """What compute does not hide of communication that runs beside it."""
+    return max(seconds * (1 - at.constants.hidden_share), seconds - behind)
+
+
+def _optimizer(at: _Setting) -> float:
+    """Adam and the average over the own shard, and one pass over all gradients for their norm."""
+    count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
+    ema = 2 if at.config.optim.ema_decay > 0 else 0
+    touched = count / shards * FP32 * (at.constants.optimizer_passes + ema) + count * FP32
+    return at.constants.optimizer_factor * touched / at.memory_rate
+
+
+def _seconds(at: _Setting, transfer: Transfer) -> float:
+    """Of all calls: latency of a ring's steps plus its bytes on the slowest link it crosses."""
+    rate, latency = _link(at, transfer)
+    steps = {"all_reduce": 2 * (transfer.ranks - 1), "send": 1}.get(transfer.kind, transfer.ranks - 1)
+    c = at.constants
+    efficiency = c.gather_efficiency if transfer.kind in ("all_gather", "reduce_scatter") else c.link_efficiency
+    wire = transfer.wire_bytes / (rate * efficiency)
+    return c.communication_factor * (transfer.calls * steps * latency + wire)
+
+
+def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:
+    """(bytes a second, seconds of latency) of the links a group's ring uses."""
+    parallel, machine = at.config.parallel, at.machine
+    stride = {"tp": 1, "cp": parallel.tp, "dp": parallel.tp, "pp": parallel.tp * zero_shards(at.config)}[transfer.axis]
+    here = max(1, machine.gpus_per_node // stride)
+    if transfer.ranks <= here:
+        return machine.intra_node_bytes_per_second, machine.intra_node_latency_seconds
+    # members of one node share the ring's crossing: each has a network card of its own
+    members = 1 if transfer.kind == "send" else min(here, transfer.ranks)
+    between = min(machine.intra_node_bytes_per_second, members * machine.inter_node_bytes_per_second)
+    return between, machine.inter_node_latency_seconds

@@ -1,0 +1,315 @@
+"""Before the first step: do all ranks run the same versions on healthy devices, can they add, and do they share the folder?
+
+Decides: what stops a run here (other versions, wrong products or sums, memory held by leftover processes, a run folder
+that is not one folder) and what is only said (a slow device, clocks apart). Where the batch script gives a file for bad
+nodes (BD3_BAD_NODES), a slow node stops the run as well, and is written there, so that the next attempt goes without it.
+Refuses: too little free space for one checkpoint. Does not know: how fast a device ought to be; it compares ranks.
+Costs: a few tenths of a second, collective; watch.preflight=false leaves it out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bd3_megatron import __version__
+from bd3_megatron.compat.device import device_name, occupied_fraction, release_memory
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.errors import LaunchError, NodeFailure
+from bd3_megatron.parallel.topology import Topology
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
+PRODUCT_SIZE = {"cpu": 256, "cuda": 4096}
+PRODUCT_REPEATS = 5
+PRODUCT_TOLERANCE = 1e-9
+"""Relative, in fp64: (A B) r against A (B r); a wrong bit in a product is many orders larger."""
+SLOW_FACTOR = {"cpu": 4.0, "cuda": 1.25}
+"""Against the median of the node's ranks; on CPU neighbours' caches alone make products twice as slow."""
+SUM_NUMBERS = {"cpu": 2**17, "cuda": 2**25}
+"""fp32 numbers of the timed all-reduce: large enough that its bandwidth, not its latency, is measured."""
+OCCUPIED_LIMIT = 0.15
+"""Of a device's memory: a context and communication buffers take less, somebody's process more."""
+CLOCK_SECONDS = 30.0
+"""Deadlines and file times are compared across nodes."""
+FOLDER_SECONDS = 20.0
+"""Network file systems may show another node's new file only after their cache's time."""
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+"""fp32 weights, two moments and the average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank found about itself and its neighbours."""
+
+    rank: int
+    node: str
+    versions: dict[str, str]
+    product_seconds: float
+    product_is_right: bool = True
+    wrong_axes: tuple[str, ...] = ()
+    """Axes over which the all-reduce gave a wrong sum."""
+    occupied: float = 0.0
+    """Part of the device's memory that is in use before training."""
+    clock: float = 0.0
+    unseen_ranks: tuple[int, ...] = ()
+    """Ranks whose file in the run folder this rank does not see: rank 0 looks for all, the others for rank 0's."""
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    """Axis -> bytes/s of its all-reduce."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something wrong about a node."""
+
+    node: str
+    sentence: str
+    kind: str
+    """fault: stops the run; slow: stops it where slow nodes can be left out; note: is said."""
+
+
+def preflight(config: Config, topology: Topology, say: Callable[[str], None]) -> None:
+    """Examine all ranks; every rank comes to the same verdict. Collective.
+
+    Args:
+        config: with the run's folder.
+        topology: this rank's place.
+        say: prints a line on rank 0.
+
+    Raises:
+        NodeFailure: names the nodes at fault.
+        LaunchError: too little free space.
+    """
+    started = time.perf_counter()
+    bad_nodes = os.environ.get("BD3_BAD_NODES")
+    reports: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(reports, examine(Path(config.run.dir), topology))
+    findings = judge(reports, device_type=topology.device.type)
+    stops = [f for f in findings if f.kind == "fault" or (f.kind == "slow" and bad_nodes)]
+    for finding in findings:
+        say(f"preflight: {finding.sentence}")
+    if stops:
+        if topology.rank == 0 and bad_nodes:
+            with Path(bad_nodes).open("a", encoding="utf-8") as file:
+                file.writelines(f"{node}\n" for node in sorted({f.node for f in stops}))
+        raise NodeFailure(
+            f"preflight: {'; '.join(f.sentence for f in stops)}: leave out node {', '.join(sorted({f.node for f in stops}))} "
+            "(cluster.exclude, or submit with --exclude-bad), or set watch.preflight=false to run all the same."
+        )
+    _check_space(config, topology)
+    say(summary(reports, time.perf_counter() - started))
+
+
+def examine(run_dir: Path, topology: Topology) -> RankReport:
+    """Look at this rank. Collective: sums and files are met by all."""
+    device = topology.device
+    occupied = occupied_fraction(device)
+    seconds, right = time_product(device)
+    wrong, bandwidth = check_sums(topology)
+    unseen = meet_in_folder(run_dir, topology)
+    # training's peak of memory must not be this examination's
+    release_memory(device)
+    dist.barrier()
+    return RankReport(
+        rank=topology.rank,
+        node=os.environ.get("SLURMD_NODENAME") or platform.node(),
+        versions={
+            "python": platform.python_version(),
+            "bd3_megatron": __version__,
+            "device": device_name(device),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        product_seconds=seconds,
+        product_is_right=right,
+        wrong_axes=wrong,
+        occupied=occupied,
+        clock=time.time(),
+        unseen_ranks=unseen,
+        bandwidth=bandwidth,
+    )
+
+
+def time_product(device: torch.device) -> tuple[float, bool]:
+    """Seconds of a matrix product on this device (its best of a few), and whether it is right.
+
+    On CPU the time is the processor's: the clock's would measure what else runs there.
+    """
+    size = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
+    number = torch.arange(size, dtype=torch.float32, device=device)
+    a = (number[:, None] * 7 + number[None, :] * 3).remainder(11) - 5
+    b = (number[:, None] * 5 + number[None, :] * 2).remainder(13) - 6
+    product = a @ b
+    vector = number.double().remainder(17) - 8
+    expected = a.double() @ (b.double() @ vector)
+    error = (product.double() @ vector - expected).abs().max() / expected.abs().max()
+    right = bool(error < PRODUCT_TOLERANCE)
+    timed = (a.bfloat16(), b.bfloat16()) if device.type == "cuda" else (a, b)
+    return min(_seconds_of_product(*timed) for _ in range(PRODUCT_REPEATS)), right
+
+
+def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.device.type == "cpu":
+        started = time.process_time()
+        a @ b
+        return time.process_time() - started
+    torch.accelerator.synchronize()
+    started = time.perf_counter()
+    a @ b
+    torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def check_sums(topology: Topology) -> tuple[tuple[str, ...], dict[str, float]]:
+    """All-reduce over every axis longer than one: axes whose sum is wrong, and bytes/s of those axes. Collective."""
+    groups = {"tp": topology.groups.tp, "cp": topology.groups.cp, "pp": topology.groups.pp, "dp": topology.groups.dp}
+    wrong, bandwidth = [], {}
+    numbers = SUM_NUMBERS.get(topology.device.type, SUM_NUMBERS["cpu"])
+    for axis, group in groups.items():
+        members = dist.get_process_group_ranks(group)
+        if len(members) == 1:
+            continue
+        values = torch.full((numbers,), topology.rank + 1.0, device=topology.device)
+        dist.all_reduce(values, group=group)
+        if not bool((values == float(sum(members) + len(members))).all()):
+            wrong.append(axis)
+        started = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        if topology.device.type != "cpu":
+            torch.accelerator.synchronize()
+        travelled = 2 * (len(members) - 1) / len(members) * values.numel() * values.element_size()
+        bandwidth[axis] = travelled / (time.perf_counter() - started)
+    return tuple(wrong), bandwidth
+
+
+def meet_in_folder(run_dir: Path, topology: Topology) -> tuple[int, ...]:
+    """Rank 0 makes a folder in the run's; all write a file there and look for rank 0's, rank 0 for everyone's. Collective.
+
+    Returns:
+        Ranks whose file this rank does not see; rank 0 also where this rank could not write.
+    """
+    names: list[Any] = [f".preflight.{os.getpid()}.{time.time_ns()}"]
+    dist.broadcast_object_list(names, src=0, device=topology.device)
+    folder = run_dir / names[0]
+    if topology.rank == 0:
+        _write_into(folder, 0)
+    dist.barrier()
+    unseen = _unseen(folder, [0])
+    if topology.rank != 0 and not unseen and not _write_into(folder, topology.rank):
+        unseen = [0]
+    dist.barrier()
+    if topology.rank == 0:
+        # one that could not write says so itself
+        unseen = unseen or _unseen(folder, range(topology.world_size))
+        shutil.rmtree(folder, ignore_errors=True)
+    return tuple(unseen)
+
+
+def _write_into(folder: Path, rank: int) -> bool:
+    try:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        (folder / str(rank)).touch()
+    except OSError:
+        return False
+    return True
+
+
+def _unseen(folder: Path, wanted: Sequence[int]) -> list[int]:
+    deadline = time.monotonic() + FOLDER_SECONDS
+    while True:
+        present = set(os.listdir(folder)) if folder.is_dir() else set()
+        unseen = [rank for rank in wanted if str(rank) not in present]
+        if not unseen or time.monotonic() > deadline:
+            return unseen
+        time.sleep(0.2)
+
+
+def judge(reports: Sequence[RankReport], *, device_type: str) -> list[Finding]:
+    """What is wrong, by node; pure.
+
+    Args:
+        reports: of all ranks, in rank order.
+        device_type: "cpu" or "cuda".
+    """
+    findings = [*_odd_versions(reports), *_slow(reports, SLOW_FACTOR.get(device_type, SLOW_FACTOR["cpu"]))]
+    clock = statistics.median(r.clock for r in reports)
+    strangers = {s for r in reports if r.unseen_ranks for s in (r.unseen_ranks if r.rank == 0 else (r.rank,))}
+    for r in reports:
+        where = f"rank {r.rank} on node {r.node}"
+        faults = []
+        if not r.product_is_right:
+            faults.append("computes a wrong matrix product")
+        faults += [f"gets a wrong sum from the all-reduce over {axis}" for axis in r.wrong_axes]
+        if r.rank in strangers:
+            faults.append("does not share the run folder with rank 0, or cannot write there")
+        if r.occupied > OCCUPIED_LIMIT:
+            faults.append(f"finds {100 * r.occupied:.0f} % of its device's memory in use before training")
+        findings += [Finding(node=r.node, sentence=f"{where} {fault}", kind="fault") for fault in faults]
+        if abs(r.clock - clock) > CLOCK_SECONDS:
+            late = f"{where} has a clock {r.clock - clock:+.0f} s from the others'"
+            findings.append(Finding(node=r.node, sentence=late, kind="note"))
+    return findings
+
+
+def _odd_versions(reports: Sequence[RankReport]) -> list[Finding]:
+    found = []
+    for name in reports[0].versions:
+        usual = Counter(r.versions.get(name) for r in reports).most_common(1)[0][0]
+        found += [
+            Finding(
+                node=r.node,
+                sentence=f"rank {r.rank} on node {r.node} has {name} {r.versions.get(name)}, others {usual}",
+                kind="fault",
+            )
+            for r in reports
+            if r.versions.get(name) != usual
+        ]
+    return found
+
+
+def _slow(reports: Sequence[RankReport], factor: float) -> list[Finding]:
+    found = []
+    for r in reports:
+        # the node's median finds one slow device in a box, the job's a box that is slow as a whole
+        node = statistics.median_low([o.product_seconds for o in reports if o.node == r.node])
+        usual = min(node, statistics.median_low([o.product_seconds for o in reports]))
+        if r.product_seconds > factor * usual:
+            times = f"{1e3 * r.product_seconds:.1f} ms against {1e3 * usual:.1f} ms"
+            sentence = f"rank {r.rank} on node {r.node} is slow: a matrix product takes {times}"
+            found.append(Finding(node=r.node, sentence=sentence, kind="slow"))
+    return found
+
+
+def summary(reports: Sequence[RankReport], seconds: float) -> str:
+    """One line for the console."""
+    nodes = len({r.node for r in reports})
+    product = 1e3 * statistics.median(r.product_seconds for r in reports)
+    axes = "".join(f", all-reduce {axis} {speed / 1e9:.2f} GB/s" for axis, speed in reports[0].bandwidth.items())
+    ranks = f"{len(reports)} rank{'s' if len(reports) > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}"
+    return f"preflight: {ranks}, matrix product {product:.2f} ms{axes}; {seconds:.1f} s"
+
+
+def _check_space(config: Config, topology: Topology) -> None:
+    needed = 0
+    if config.model.vocab_size is not None:
+        needed = parameter_count(config) * CHECKPOINT_BYTES_PER_PARAMETER
+    # rank 0 looks, so that all come to one verdict
+    free: list[Any] = [shutil.disk_usage(config.run.dir).free if topology.rank == 0 else None]
+    dist.broadcast_object_list(free, src=0, device=topology.device)
+    if free[0] < needed:
+        raise LaunchError(
+            f"run.dir={config.run.dir} has {free[0] / 2**30:.1f} GiB free but a checkpoint takes about "
+            f"{needed / 2**30:.1f} GiB; free space or choose another run.dir."
+        )

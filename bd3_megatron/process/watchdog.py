@@ -1,0 +1,236 @@
+"""A step that does not end: every rank writes where it stands, the one to blame is named, and the job fails.
+
+Decides: how long is too long (the larger of watch.hang_seconds and watch.hang_factor times the median step), and who is
+to blame: a rank that left no word (stopped, or dead on a node that is), else ranks that stand outside of a collective
+while others wait in one, else those that wait in another one than most. A thread watches the loop's thread; should that
+keep the interpreter to itself, faulthandler's own timer writes the stacks and ends the process a little later.
+Evaluation and saving count as a step: hang_seconds must exceed both. Costs: a clock reading a step; nothing with
+hang_factor=0. Does not end a rank that the kernel has stopped: SLURM's --kill-on-bad-exit does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import linecache
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from bd3_megatron.config.schema import WatchConfig
+from bd3_megatron.process.status import write_status
+
+MEDIAN_STEPS = 101
+"""Steps whose median says what is usual."""
+WORDS_SECONDS = 5.0
+"""How long ranks wait for each other's word before they judge."""
+LAST_RESORT_SECONDS = 30.0
+"""After the limit, until faulthandler's timer ends a process whose interpreter answers no more."""
+COLLECTIVE_FILE = "distributed_c10d.py"
+WAITS = (".wait(", ".item(", ".tolist(", ".cpu(", "synchronize(")
+"""On a device collectives are only queued; the host then waits in a call without a Python frame, told by its line."""
+OUTSIDE = "no collective"
+HUNG = 1
+"""Exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """What a rank that waits too long says of itself."""
+
+    rank: int
+    node: str
+    step: int
+    collective: str
+    """Name of the collective it waits in, or OUTSIDE."""
+    place: str
+    """Where in the code: the innermost line of ours."""
+
+
+class Watchdog:
+    """Watches one rank's loop.
+
+    Args:
+        config: hang_factor 0 turns it off.
+        run_dir: what is found goes to its status.json; stacks to logs/hang/rank-N.txt there, or where BD3_LOGS says.
+        rank, world_size: of this job.
+    """
+
+    def __init__(self, config: WatchConfig, run_dir: Path, *, rank: int, world_size: int) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._folder = Path(os.environ.get("BD3_LOGS") or run_dir / "logs") / "hang"
+        self._rank, self._world_size = rank, world_size
+        self._node = os.environ.get("SLURMD_NODENAME") or platform.node()
+        self._durations: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._step, self._beat = 0, time.monotonic()
+        self._ended = threading.Event()
+
+    @property
+    def limit_seconds(self) -> float:
+        """How long the present step may take."""
+        usual = statistics.median(self._durations) if self._durations else 0.0
+        return max(self._config.hang_seconds, self._config.hang_factor * usual)
+
+    @contextlib.contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Watch what happens inside, from `step` on."""
+        if self._config.hang_factor <= 0:
+            yield
+            return
+        self._ended.clear()
+        for name in (f"rank-{self._rank}.txt", f"rank-{self._rank}.json", "verdict.txt"):
+            # of an earlier run in this folder
+            (self._folder / name).unlink(missing_ok=True)
+        self.alive(step)
+        loop = threading.get_ident()
+        thread = threading.Thread(target=self._watch, args=(loop,), name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
+
+    def step_done(self, step: int) -> None:
+        """A step has ended."""
+        self._durations.append(time.monotonic() - self._beat)
+        self.alive(step)
+
+    def alive(self, step: int) -> None:
+        """The loop goes on (also after evaluation and saving, which are not steps)."""
+        self._step, self._beat = step, time.monotonic()
+        if self._config.hang_factor > 0:
+            faulthandler.dump_traceback_later(self.limit_seconds + LAST_RESORT_SECONDS, exit=True)
+
+    def _watch(self, loop: int) -> None:
+        while not self._ended.wait(min(1.0, self._config.hang_seconds / 10)):
+            waited = time.monotonic() - self._beat
+            if waited > self.limit_seconds:
+                self._give_up(loop, waited)
+
+    def _give_up(self, loop: int, waited: float) -> None:
+        # whatever goes wrong here, the process must end: others wait for it
+        try:
+            own = self._leave_word(loop)
+            words = self._words()
+            verdict = judge(words, self._world_size)
+            sentence = (
+                f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
+            )
+            print(f"bd3: error: {sentence}; stacks of all ranks in {self._folder}", file=sys.stderr, flush=True)
+            self._publish(sentence, is_author=own.rank == min(word.rank for word in words))
+        finally:
+            os._exit(HUNG)
+
+    def _leave_word(self, loop: int) -> Word:
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank-{self._rank}.txt").open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        frame = sys._current_frames().get(loop)
+        collective, place = where(frame)
+        word = Word(rank=self._rank, node=self._node, step=self._step, collective=collective, place=place)
+        partial = folder / f".rank-{self._rank}.json"
+        partial.write_text(json.dumps(asdict(word)) + "\n", encoding="utf-8")
+        partial.replace(folder / f"rank-{self._rank}.json")
+        return word
+
+    def _publish(self, sentence: str, *, is_author: bool) -> None:
+        verdict = self._folder / "verdict.txt"
+        if is_author:
+            write_status(self._run_dir, "hung", reason=sentence, step=self._step)
+            verdict.write_text(sentence + "\n", encoding="utf-8")
+        # the first rank to end has the others killed, the author among them
+        deadline = time.monotonic() + WORDS_SECONDS
+        while not verdict.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _words(self) -> list[Word]:
+        # limits follow each rank's own median, so the others may be a little later
+        deadline = time.monotonic() + max(WORDS_SECONDS, 0.1 * self.limit_seconds)
+        while True:
+            files = sorted(self._folder.glob("rank-*.json"))
+            if len(files) == self._world_size or time.monotonic() > deadline:
+                return [Word(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+            time.sleep(0.1)
+
+
+def where(frame: FrameType | None) -> tuple[str, str]:
+    """The collective, or the function that waits for a device, that a stack is in, and the innermost line of ours."""
+    collective, place = OUTSIDE, "unknown"
+    if frame is not None and any(w in linecache.getline(frame.f_code.co_filename, frame.f_lineno) for w in WAITS):
+        collective = frame.f_code.co_name
+    ours = f"{os.sep}bd3_megatron{os.sep}"
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.endswith(COLLECTIVE_FILE) and collective == OUTSIDE:
+            collective = name
+        if place == "unknown" and ours in file:
+            short = file[file.rindex(ours) + 1 :]
+            place = f"{short}:{frame.f_lineno} in {name}"
+        frame = frame.f_back
+    return collective, place
+
+
+def judge(words: Sequence[Word], world_size: int) -> str:
+    """Who is to blame, as a part of a sentence; pure.
+
+    Args:
+        words: of the ranks that still could speak.
+        world_size: how many there should be.
+    """
+    silent = sorted(set(range(world_size)) - {w.rank for w in words})
+    waiting = [w.collective for w in words if w.collective != OUTSIDE]
+    if silent:
+        names = ", ".join(map(str, silent))
+        rest = f" and the others wait in {_usual(waiting)}" if waiting else ""
+        return f"rank {names} does not answer any more{rest}"
+    usual = _usual(waiting) if waiting else OUTSIDE
+    outside = [w for w in words if w.collective == OUTSIDE and waiting]
+    blamed = outside or [w for w in words if w.collective != usual] or list(words)
+    told = "; ".join(f"rank {w.rank} (node {w.node}) is in {w.collective}, at {w.place}" for w in blamed)
+    others = f"; the others wait in {usual}" if len(blamed) < len(words) else ""
+    return told + others
+
+
+def _usual(names: Sequence[str]) -> str:
+    return statistics.mode(names)
+
+
+def straggler_metrics(times: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """The slowest rank's own work (forward and backward) against the median. Collective.
+
+    Args:
+        times: this rank's time entries of a record.
+        device: of the collectives.
+
+    Returns:
+        time/slowest_rank and time/slowest_over_median; none with one rank, or where a rank has no times yet.
+    """
+    size = dist.get_world_size()
+    if size == 1:
+        return {}
+    own = times.get("time/forward_seconds", 0.0) + times.get("time/backward_seconds", 0.0)
+    seconds_R = torch.zeros(size, dtype=torch.float64, device=device)
+    seconds_R[dist.get_rank()] = own
+    dist.all_reduce(seconds_R)
+    seconds = seconds_R.tolist()
+    if min(seconds) <= 0.0:
+        return {}
+    slowest = max(range(size), key=seconds.__getitem__)
+    return {
+        "time/slowest_rank": slowest,
+        "time/slowest_over_median": seconds[slowest] / statistics.median_low(seconds),
+    }

@@ -1,0 +1,1 @@
+"""Reading what runs wrote: records, summaries, charts and the report page. Torch-free."""

@@ -1,0 +1,147 @@
+"""A run as the report sees it: every record of metrics.jsonl as series over steps, and what lies beside it.
+
+Decides: a step that was done again (after a crash or a roll-back) counts as it was done last. A value that is null or not
+a number is left out of its series and counted, so that the page can say so. x is steps, or clean tokens where the runs
+of one page do not agree on tokens a step. Reads only; a running job may write meanwhile.
+Refuses: what report/run_record refuses (no run there, a broken line before the last).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bd3_megatron.report.run_record import Record, RunRecord, read_records, read_run
+
+Point = tuple[float, float]
+LOSS = "loss/train_nats_per_token"
+MAX_SAMPLE_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run."""
+
+    name: str
+    """Unique on the page."""
+    run: RunRecord
+    records: Sequence[Record]
+    """All complete records, in order of the file."""
+    written_at: float
+    """When metrics.jsonl was last written, seconds since the epoch."""
+    status: Mapping[str, Any]
+    """status.json, empty while the run goes on."""
+    samples: str | None
+    """samples.txt, cut."""
+    manifest: Mapping[str, Any]
+    """Of the newest checkpoint; empty where there is none."""
+
+    @cached_property
+    def num_steps(self) -> int:
+        """The newest step of the record."""
+        return max((int(r["step"]) for r in self.records if _is_number(r.get("step"))), default=0)
+
+    @cached_property
+    def keys(self) -> set[str]:
+        """Every key of any record."""
+        return {key for record in self.records for key in record}
+
+    def values(self, key: str) -> dict[int, float]:
+        """{step: value} of finite values, by rising step."""
+        found = {int(r["step"]): float(r[key]) for r in self.records if "step" in r and _is_finite(r.get(key))}
+        return dict(sorted(found.items()))
+
+    def not_finite(self, key: str) -> list[int]:
+        """Steps whose record has the key without a finite number."""
+        return sorted({int(r["step"]) for r in self.records if "step" in r and key in r and not _is_finite(r[key])})
+
+    def events(self, name: str) -> list[Record]:
+        """Records of one kind of event."""
+        return [record for record in self.records if record.get("event") == name]
+
+    @cached_property
+    def tokens_at(self) -> dict[int, float]:
+        """Cumulative clean tokens by step."""
+        return self.values("tokens")
+
+    def tokens(self, step: int) -> float:
+        """Clean tokens consumed at a step; between and beyond logged steps in proportion."""
+        known = list(self.tokens_at)
+        if not known or step == 0:
+            return 0.0
+        place = min(bisect_left(known, step), len(known) - 1)
+        return self.tokens_at[known[place]] * step / known[place]
+
+    def series(self, key: str, *, by_tokens: bool) -> list[Point]:
+        """(x, value) points of a key."""
+        found = self.values(key)
+        return [(self.tokens(step) if by_tokens else float(step), value) for step, value in found.items()]
+
+    @property
+    def commit(self) -> str | None:
+        """The code that wrote the newest checkpoint."""
+        commit = self.manifest.get("git_commit")
+        return None if commit is None else str(commit)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Read run folders; equal names get their parent's in front.
+
+    Raises:
+        DataError: a folder holds no run, or its record is broken before the last line.
+    """
+    ends = [folder.resolve() for folder in folders]
+    names = [
+        end.name if sum(e.name == end.name for e in ends) == 1 else f"{end.parent.name}/{end.name}" for end in ends
+    ]
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def needs_tokens(runs: Sequence[RunData]) -> bool:
+    """Whether steps of these runs are not comparable: tokens a step differ."""
+    sizes = {round(run.tokens(run.num_steps) / run.num_steps) for run in runs if run.num_steps and run.tokens_at}
+    return len(sizes) > 1
+
+
+def _read(folder: Path, name: str) -> RunData:
+    run = read_run(folder)
+    records, _ = read_records(folder / "metrics.jsonl")
+    samples = folder / "samples.txt"
+    text = samples.read_text(encoding="utf-8", errors="replace") if samples.is_file() else None
+    return RunData(
+        name=name,
+        run=run,
+        records=records,
+        written_at=os.path.getmtime(folder / "metrics.jsonl"),
+        status=_json(folder / "status.json"),
+        samples=None if text is None else text[:MAX_SAMPLE_CHARACTERS],
+        manifest=_newest_manifest(folder / "checkpoints"),
+    )
+
+
+def _newest_manifest(checkpoints: Path) -> dict[str, Any]:
+    found = sorted(checkpoints.glob("step_*/manifest.json")) if checkpoints.is_dir() else []
+    return _json(found[-1]) if found else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)

@@ -1,0 +1,156 @@
+"""Runs beside each other: one summary a run, scaling efficiency against the smallest run of the same model, notes.
+
+Decides what may be compared: tokens a second and device of runs whose model, length and objective are equal. Scaling is
+called strong where the global batch is the same, weak where it grows with the devices, mixed otherwise (then the ratio
+mixes two effects and says so). Everything odd about a run (no step yet, a torn last line, no known peak, no start
+recorded) is a sentence in its notes, never a guess in its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bd3_megatron.config.load import flatten
+from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.errors import ConfigError
+from bd3_megatron.report.run_record import Goodput, RunRecord, goodput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A row of the report; None where a run does not say."""
+
+    run: str
+    model: str
+    grid: str
+    devices: int
+    steps: int
+    data_tokens_per_second: float | None
+    data_tokens_per_second_per_device: float | None
+    model_tflops_per_second: float | None
+    mfu: float | None
+    mfu_min: float | None
+    hfu: float | None
+    step_seconds: float | None
+    peak_memory_bytes: float | None
+    time_split: dict[str, float]
+    """Share of the step by kind."""
+    scaling: str | None
+    """strong, weak or mixed, against the smallest run of the model."""
+    efficiency: float | None
+    goodput: float | None
+    restarts: int
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: Sequence[Summary]
+    notes: Sequence[str]
+
+
+def summarize(runs: Sequence[RunRecord]) -> Report:
+    """The report of one or many runs."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(_model_key(run.config), []).append(run)
+    notes = [note for run in runs for note in _notes(run)]
+    if len(groups) > 1:
+        notes.append(
+            f"the runs are of {len(groups)} different models (or lengths, or objectives); "
+            "scaling efficiency compares runs of one model only."
+        )
+    return Report([_row(run, groups[_model_key(run.config)]) for run in runs], notes)
+
+
+def _model_key(config: Config) -> str:
+    flat = flatten(config)
+    kept = [k for k in flat if k.startswith("model.")] + ["data.seq_len", "diffusion.objective", "diffusion.block_size"]
+    return repr([(key, flat[key]) for key in sorted(kept)])
+
+
+def _row(run: RunRecord, group: Sequence[RunRecord]) -> Summary:
+    step_seconds = run.typical("time/step_seconds")
+    split = run.time_split()
+    total = sum(split.values()) or 1.0
+    scaling, efficiency = _against_smallest(run, group)
+    useful: Goodput | None = goodput(run)
+    return Summary(
+        run=run.name,
+        model=_model_name(run.config),
+        grid=_grid(run),
+        devices=run.devices,
+        steps=max((int(r["step"]) for r in run.steps), default=0),
+        data_tokens_per_second=run.typical("throughput/data_tokens_per_second"),
+        data_tokens_per_second_per_device=_per_device(run),
+        model_tflops_per_second=run.typical("throughput/model_tflops_per_second"),
+        mfu=run.typical("throughput/mfu"),
+        mfu_min=run.typical("throughput/mfu_min"),
+        hfu=run.typical("throughput/hfu"),
+        step_seconds=step_seconds,
+        peak_memory_bytes=run.latest("memory/peak_bytes"),
+        time_split={kind: seconds / total for kind, seconds in split.items()},
+        scaling=scaling,
+        efficiency=efficiency,
+        goodput=None if useful is None else useful.share,
+        restarts=run.restarts,
+    )
+
+
+def _per_device(run: RunRecord) -> float | None:
+    total = run.typical("throughput/data_tokens_per_second")
+    return None if total is None else total / run.devices
+
+
+def _model_name(config: Config) -> str:
+    kind = "ar" if config.diffusion.objective == "ar" else f"S{config.diffusion.block_size}"
+    try:
+        count = parameter_count(config)
+    except ConfigError:
+        return f"{kind} L{config.data.seq_len}"
+    unit, letter = next((u, c) for u, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or c == "k")
+    size = f"{count / unit:.3g}{letter}"
+    return f"{size} {kind} L{config.data.seq_len}"
+
+
+def _grid(run: RunRecord) -> str:
+    parallel = run.config.parallel
+    start = next((a.start for a in reversed(run.attempts) if a.start is not None), None)
+    axes = start.get("grid") if start is not None else None
+    if not isinstance(axes, dict):
+        axes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": run.devices // parallel.model_ranks}
+    used = [f"{axis}{size}" for axis, size in axes.items() if isinstance(size, int) and size > 1]
+    return " ".join(used) or "1"
+
+
+def _against_smallest(run: RunRecord, group: Sequence[RunRecord]) -> tuple[str | None, float | None]:
+    measured = [r for r in group if _per_device(r)]
+    if not measured:
+        return None, None
+    smallest = min(measured, key=lambda r: r.devices)
+    here, there = _per_device(run), _per_device(smallest)
+    if run.devices == smallest.devices or not here or not there:
+        return None, None
+    batch, base = run.config.train.global_batch_size, smallest.config.train.global_batch_size
+    same_share = batch * smallest.devices == base * run.devices
+    return "strong" if batch == base else "weak" if same_share else "mixed", here / there
+
+
+def _notes(run: RunRecord) -> list[str]:
+    notes = []
+    if run.torn:
+        notes.append(
+            f"{run.name}: the last line of metrics.jsonl is incomplete (the job is writing it, or died there); left out."
+        )
+    if not run.steps:
+        notes.append(
+            f"{run.name}: no step is recorded yet, so its row is empty; ask again after log.every_steps steps."
+        )
+        return notes
+    reason = run.latest("throughput/mfu_reason")
+    if reason is not None:
+        notes.append(f"{run.name}: {reason}")
+    if goodput(run) is None:
+        notes.append(f"{run.name}: no start event with a time is recorded, so goodput is not known.")
+    return notes
