@@ -1,5 +1,5 @@
-"""Attention under the rule of sight: who may see whom, and the backends that compute it.
+"""Attention under the visibility rule: who may see whom, and the backends that compute it.
 
-Here live the rule itself (visibility), the tensors a backend takes (streams), the judge (dense), the fast backends and
+Here live the rule itself (visibility), the tensors a backend takes (streams), the reference (dense), the fast backends and
 the table that chooses between them. No model, no process group, no foreign engine may be imported here.
 """

@@ -1,4 +1,4 @@
-"""The judge: attention by the textbook, with the whole mask written out. Every other backend is held to it.
+"""The reference: attention by the textbook, with the whole mask written out. Every other backend is held to it.
 
 Decides: what is right. Scores, softmax and the sum over values run in fp32 (fp64 for fp64 input), whatever the input's
 dtype; key and value heads are repeated for their query heads.

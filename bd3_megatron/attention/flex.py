@@ -1,7 +1,7 @@
 """Attention of the pair of streams through torch's FlexAttention, with a tile table that is computed, not evaluated.
 
-Decides: the pair is laid out as [noisy; clean] rows; tiles of 128 x 128 are skipped, run bare, or run with the rule of
-sight inside the kernel (`visibility.sees` on positions that are piecewise linear in the row index, so that the kernel
+Decides: the pair is laid out as [noisy; clean] rows; tiles of 128 x 128 are skipped, run bare, or run with the visibility
+rule inside the kernel (`visibility.sees` on positions that are piecewise linear in the row index, so that the kernel
 loads no table except the document ids). The table is built once per shape, or once per batch with documents.
 Refuses training on CPU (FlexAttention has no backward there), fp64 on CUDA, and the FLASH kernels where they are not
 installed, not fast (before Hopper), too wide (head_dim > 128) or not deterministic.
@@ -39,7 +39,7 @@ def attend(
     scale: float,
     kernel: KernelName = "TRITON",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Attention of both streams under the rule of sight.
+    """Attention of both streams under the visibility rule.
 
     Args:
         noisy: queries, keys and values of the noisy rows; None if the stream is absent.
@@ -207,6 +207,6 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     with warnings.catch_warnings():
-        # On CPU the unfused form is what we want: it is there to be compared with the judge.
+        # On CPU the unfused form is what we want: it is there to be compared with the reference.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(q, k, v, **options)

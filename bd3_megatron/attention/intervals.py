@@ -1,4 +1,4 @@
-"""The rule of sight as intervals of keys per query row, and the tile bounds a kernel loops between.
+"""The visibility rule as intervals of keys per query row, and the tile bounds a kernel loops between.
 
 Under the rule every query row sees one run of clean keys, and a noisy row one run of noisy keys as well:
     noisy row:  clean [document start, block start),  noisy [block start, block end) cut to the document

@@ -1,4 +1,4 @@
-"""Holds a backend against the judge on a small problem, and times it on the real one, before training starts.
+"""Holds a backend against the reference on a small problem, and times it on the real one, before training starts.
 
 Decides: what "agrees" means per dtype, and how a kernel is timed (median of repeats after a warm-up, device idle before and
 after). Draws its own inputs from fixed seeds and touches no global random state.
@@ -17,7 +17,7 @@ from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Attend, Stream
 from bd3_megatron.attention.visibility import Visibility
 
-# Largest difference from the judge, relative to the largest value of the tensor compared.
+# Largest difference from the reference, relative to the largest value of the tensor compared.
 TOLERANCES = MappingProxyType({torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3})
 _WARM_UPS, _REPEATS = 3, 7
 
@@ -64,7 +64,7 @@ def sample_problem(
     return noisy, clean, Visibility.noisy_only(length, documents)
 
 
-def error_against_judge(attend: Attend, request: AttentionRequest) -> float:
+def error_against_reference(attend: Attend, request: AttentionRequest) -> float:
     """Largest difference from the dense backend, outputs and gradients, in units of the dtype's tolerance."""
     noisy, clean, visibility = sample_problem(request, small=True)
     expected = _run(dense.attend, noisy, clean, visibility, request)

@@ -1,4 +1,4 @@
-"""Cuts the rule of sight into unmasked rectangles: integer arithmetic on row ranges, no tensor, no mask.
+"""Cuts the visibility rule into unmasked rectangles: integer arithmetic on row ranges, no tensor, no mask.
 
 Decides, for one visibility and one layout of documents, which query rows meet which key rows in which call:
 * every block of queries meets its own block (noisy meets noisy, clean meets clean);
@@ -31,14 +31,14 @@ Who = Literal["noisy", "clean", "pair"]
 
 
 @dataclass(frozen=True)
-class Lane:
-    """A run of query rows held together in memory: `pair` lanes hold the noisy and the clean row of each position."""
+class RowRun:
+    """A run of query rows held together in memory: `pair` runs hold the noisy and the clean row of each position."""
 
     who: Who
     noisy_start: int
-    """First row in the noisy stream's tensors (0 when the lane holds none)."""
+    """First row in the noisy stream's tensors (0 when the run holds none)."""
     clean_start: int
-    """First row in the clean stream's query tensor (0 when the lane holds none)."""
+    """First row in the clean stream's query tensor (0 when the run holds none)."""
     num_rows: int
 
 
@@ -46,12 +46,12 @@ class Lane:
 class Step:
     """`count` equal unmasked rectangles (or, with `causal`, one square triangle), evenly spaced, done in one call."""
 
-    lane: int
+    run: int
     who: Who
-    """Which rows of the lane ask."""
+    """Which rows of the run ask."""
     keys: Literal["noisy", "clean"]
     row: int
-    """First query row of the first rectangle, counted in the lane."""
+    """First query row of the first rectangle, counted in the run."""
     key: int
     """First key row of the first rectangle, counted in the stream's key tensor."""
     num_rows: int
@@ -75,7 +75,7 @@ class Step:
 class Plan:
     """Lanes (by row ranges alone) and the steps over them (by row ranges and documents)."""
 
-    lanes: tuple[Lane, ...]
+    runs: tuple[RowRun, ...]
     steps: tuple[Step, ...]
 
     @property
@@ -86,7 +86,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one lane, one document, and either whole blocks only or part of a single block."""
+    """Rows of one run, one document, and either whole blocks only or part of a single block."""
 
     who: Who
     start: int
@@ -98,7 +98,7 @@ class _Span:
 
 @lru_cache(maxsize=512)
 def plan(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> Plan:
-    """Cut one visibility into lanes and steps.
+    """Cut one visibility into runs and steps.
 
     Clean keys are counted by position: a visibility guarantees that every clean key a row here can see is present, so
     the key tensor begins with position 0 and has no gap up to the last one needed.
@@ -112,13 +112,13 @@ def plan(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends:
     Returns:
         The plan; equal arguments give the same object.
     """
-    lanes: list[Lane] = []
+    runs: list[RowRun] = []
     steps: list[Step] = []
     for span in _spans(block_size, noisy_rows, clean_rows, document_ends):
-        _extend_lanes(lanes, span)
-        row = lanes[-1].num_rows - (span.stop - span.start)
-        steps.extend(_span_steps(span, len(lanes) - 1, row, block_size))
-    return Plan(tuple(lanes), tuple(steps))
+        _extend_runs(runs, span)
+        row = runs[-1].num_rows - (span.stop - span.start)
+        steps.extend(_span_steps(span, len(runs) - 1, row, block_size))
+    return Plan(tuple(runs), tuple(steps))
 
 
 def _spans(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> Iterator[_Span]:
@@ -152,20 +152,20 @@ def _pieces(ranges: Ranges, cuts: set[int]) -> dict[tuple[int, int], int]:
     return pieces
 
 
-def _extend_lanes(lanes: list[Lane], span: _Span) -> None:
-    """Let the last lane grow by `span` if the span follows it in memory in every stream; else open a lane."""
+def _extend_runs(runs: list[RowRun], span: _Span) -> None:
+    """Let the last run grow by `span` if the span follows it in memory in every stream; else open a run."""
     num_rows = span.stop - span.start
-    if lanes and lanes[-1].who == span.who:
-        last = lanes[-1]
+    if runs and runs[-1].who == span.who:
+        last = runs[-1]
         noisy_follows = span.who == "clean" or span.noisy_start == last.noisy_start + last.num_rows
         clean_follows = span.who == "noisy" or span.clean_start == last.clean_start + last.num_rows
         if noisy_follows and clean_follows:
-            lanes[-1] = Lane(last.who, last.noisy_start, last.clean_start, last.num_rows + num_rows)
+            runs[-1] = RowRun(last.who, last.noisy_start, last.clean_start, last.num_rows + num_rows)
             return
-    lanes.append(Lane(span.who, span.noisy_start, span.clean_start, num_rows))
+    runs.append(RowRun(span.who, span.noisy_start, span.clean_start, num_rows))
 
 
-def _span_steps(span: _Span, lane: int, row: int, block_size: int) -> Iterator[Step]:
+def _span_steps(span: _Span, run: int, row: int, block_size: int) -> Iterator[Step]:
     """Own blocks first (they open the statistics), then the staircase inside the span, then everything before it."""
     size = span.stop - span.start
     document_start, document_stop = span.document
@@ -177,30 +177,30 @@ def _span_steps(span: _Span, lane: int, row: int, block_size: int) -> Iterator[S
     causal = block_size == 1 and size > 1
     if span.who != "clean":
         # Noisy rows come in whole blocks, so the keys before a ragged piece stand right before it.
-        yield Step(lane, "noisy", "noisy", row, span.noisy_start - span.start + key, *own, first=True)
+        yield Step(run, "noisy", "noisy", row, span.noisy_start - span.start + key, *own, first=True)
     if span.who != "noisy" and causal:
-        yield Step(lane, "clean", "clean", row, key, size, size, causal=True, first=True)
+        yield Step(run, "clean", "clean", row, key, size, size, causal=True, first=True)
     elif span.who != "noisy":
-        yield Step(lane, "clean", "clean", row, key, *own, first=True)
+        yield Step(run, "clean", "clean", row, key, *own, first=True)
     if causal and span.who != "clean":
         # Strictly before: the causal square of the same keys, one row later.
-        yield Step(lane, "noisy", "clean", row + 1, key, size - 1, size - 1, causal=True)
+        yield Step(run, "noisy", "clean", row + 1, key, size - 1, size - 1, causal=True)
     elif whole and not causal:
-        yield from _staircase(span, lane, row, block_size)
+        yield from _staircase(span, run, row, block_size)
     if document_start < block_start:
-        yield Step(lane, span.who, "clean", row, document_start, size, block_start - document_start)
+        yield Step(run, span.who, "clean", row, document_start, size, block_start - document_start)
 
 
-def _staircase(span: _Span, lane: int, row: int, block_size: int) -> Iterator[Step]:
+def _staircase(span: _Span, run: int, row: int, block_size: int) -> Iterator[Step]:
     """Inside a run of whole blocks: rows of every odd group of 2^j blocks see the group before, for every j."""
     size, half = span.stop - span.start, block_size
     while half < size:
         full, rest = divmod(size, 2 * half)
         if full:
-            yield Step(lane, span.who, "clean", row + half, span.start, half, half, full, 2 * half)
+            yield Step(run, span.who, "clean", row + half, span.start, half, half, full, 2 * half)
         if rest > half:
             at = full * 2 * half
-            yield Step(lane, span.who, "clean", row + at + half, span.start + at, rest - half, half)
+            yield Step(run, span.who, "clean", row + at + half, span.start + at, rest - half, half)
         half *= 2
 
 
@@ -214,7 +214,7 @@ def document_ends(ids_L: Sequence[int]) -> tuple[int, ...]:
         Positions at which a document ends, ascending; the last is L.
 
     Raises:
-        ShapeError: if a document's positions are not contiguous (the rule of sight goes by id, rectangles by range).
+        ShapeError: if a document's positions are not contiguous (the visibility rule goes by id, rectangles by range).
     """
     ends = [i for i in range(1, len(ids_L)) if ids_L[i] != ids_L[i - 1]]
     starts = [0, *ends]

@@ -1,7 +1,7 @@
 """Which attention backend serves a request, and why the others do not. The only place that knows them all by name.
 
-Decides: on CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every contestant
-that does not refuse is first held against the judge on a small problem of the same kind, gradients included, and then timed
+Decides: on CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every candidate
+that does not refuse is first held against the reference on a small problem of the same kind, gradients included, and then timed
 on the request itself; the fastest wins. A backend that was asked for by name and cannot serve is an error with its reason,
 never a silent replacement.
 Refuses nothing itself. Costs nothing on CPU; on CUDA some compilations and a few dozen calls at start-up, once.
@@ -18,14 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
 from bd3_megatron.attention import dense, flex, structured, triton_pair
-from bd3_megatron.attention.probe import error_against_judge, measure_seconds
+from bd3_megatron.attention.probe import error_against_reference, measure_seconds
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Attend
 from bd3_megatron.errors import BackendError, either
 
 Refuse = Callable[[AttentionRequest], str | None]
 Measure = Callable[[Attend, AttentionRequest], float]
-Judge = Measure
+Compare = Measure
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class _Contestant:
+class _Candidate:
     label: str
     attend: Attend
     refuse: Refuse
@@ -51,29 +51,29 @@ class _Contestant:
 
 
 def accept_all(request: AttentionRequest) -> str | None:
-    """The judge serves everything, slowly."""
+    """The reference serves everything, slowly."""
     return None
 
 
-def _structured_with(kernel: str) -> _Contestant:
+def _structured_with(kernel: str) -> _Candidate:
     def refuse(request: AttentionRequest) -> str | None:
         reason = structured.refuse(request)
         if reason is None and kernel not in structured.kernels(request):
             reason = f"structured attention has no kernel {kernel!r} for {request.device_type} {request.dtype}."
         return reason
 
-    return _Contestant(f"structured/{kernel}", functools.partial(structured.attend, kernel=kernel), refuse)
+    return _Candidate(f"structured/{kernel}", functools.partial(structured.attend, kernel=kernel), refuse)
 
 
-_CONTESTANTS = (
-    _Contestant("dense", dense.attend, accept_all),
+_CANDIDATES = (
+    _Candidate("dense", dense.attend, accept_all),
     _structured_with("cpu"),
     _structured_with("cudnn"),
     _structured_with("flash"),
     _structured_with("efficient"),
-    _Contestant("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse),
-    _Contestant("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash),
-    _Contestant("triton", triton_pair.attend, triton_pair.refuse),
+    _Candidate("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse),
+    _Candidate("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash),
+    _Candidate("triton", triton_pair.attend, triton_pair.refuse),
 )
 
 BACKENDS: MappingProxyType[str, tuple[Attend, Refuse]] = MappingProxyType(
@@ -87,7 +87,11 @@ BACKENDS: MappingProxyType[str, tuple[Attend, Refuse]] = MappingProxyType(
 
 
 def choose(
-    name: str, request: AttentionRequest, *, measure: Measure = measure_seconds, judge: Judge = error_against_judge
+    name: str,
+    request: AttentionRequest,
+    *,
+    measure: Measure = measure_seconds,
+    compare: Compare = error_against_reference,
 ) -> Backend:
     """Pick the backend for a request.
 
@@ -95,7 +99,7 @@ def choose(
         name: "auto", a name in `BACKENDS`, or a label that an earlier choice returned ("structured/cudnn").
         request: what a layer will ask.
         measure: seconds of one forward (and backward) of a backend on the request.
-        judge: error of a backend against dense, in units of its tolerance (above 1 is wrong).
+        compare: error of a backend against dense, in units of its tolerance (above 1 is wrong).
 
     Returns:
         The backend.
@@ -103,7 +107,7 @@ def choose(
     Raises:
         BackendError: if the name is unknown, or the backend asked for cannot serve; the message says why.
     """
-    entrants = [c for c in _CONTESTANTS if name in (c.label, c.name) or (name == "auto" and c.name != "dense")]
+    entrants = [c for c in _CANDIDATES if name in (c.label, c.name) or (name == "auto" and c.name != "dense")]
     if not entrants:
         raise BackendError(f"attention backend {name!r} does not exist; use {either(['auto', *BACKENDS])}.")
     refusals = {c.label: reason for c in entrants if (reason := c.refuse(request)) is not None}
@@ -112,11 +116,13 @@ def choose(
         refusals = {name: reason}
     if able and request.device_type != "cuda":
         return Backend(able[0].label, able[0].attend, "the first that serves this request")
-    errors, wrong = _try_each(able, request, judge)
+    errors, wrong = _try_each(able, request, compare)
     for label, error in errors.items():
         # Not "error > 1": NaN is wrong too.
         if not error <= 1:
-            wrong[label] = f"{label} differs from the dense judge by {error:.3g} times its tolerance on this machine."
+            wrong[label] = (
+                f"{label} differs from the dense reference by {error:.3g} times its tolerance on this machine."
+            )
     right = [c for c in able if c.label not in wrong]
     seconds, slow = _try_each(right, request, measure)
     refusals |= wrong | slow
@@ -128,8 +134,8 @@ def choose(
 
 
 def backends(request: AttentionRequest) -> list[tuple[str, Attend, str | None]]:
-    """Every contestant as (label, attend, why it refuses the request or None), the judge first."""
-    return [(c.label, c.attend, c.refuse(request)) for c in _CONTESTANTS]
+    """Every candidate as (label, attend, why it refuses the request or None), the reference first."""
+    return [(c.label, c.attend, c.refuse(request)) for c in _CANDIDATES]
 
 
 def optional_packages() -> dict[str, str | None]:
@@ -145,25 +151,25 @@ def _version(package: str) -> str | None:
 
 
 def _try_each(
-    contestants: list[_Contestant], request: AttentionRequest, probe: Measure
+    candidates: list[_Candidate], request: AttentionRequest, probe: Measure
 ) -> tuple[dict[str, float], dict[str, str]]:
     """What the probe says of each, and of which it says nothing because the kernel failed."""
     results: dict[str, float] = {}
     failures: dict[str, str] = {}
-    for contestant in contestants:
+    for candidate in candidates:
         try:
-            results[contestant.label] = probe(contestant.attend, request)
+            results[candidate.label] = probe(candidate.attend, request)
         except Exception as failure:
             # Compilers and kernels fail in types of their own (Triton's have no common parent with torch's): whatever it
-            # is, this contestant cannot serve here, and the others still may.
+            # is, this candidate cannot serve here, and the others still may.
             first_line = (str(failure).splitlines() or [type(failure).__name__])[0]
-            failures[contestant.label] = f"{contestant.label} fails on this machine: {first_line}"
+            failures[candidate.label] = f"{candidate.label} fails on this machine: {first_line}"
     return results, failures
 
 
-def _fastest(contestants: list[_Contestant], seconds: dict[str, float]) -> Backend:
+def _fastest(candidates: list[_Candidate], seconds: dict[str, float]) -> Backend:
     ranking = sorted((s, label) for label, s in seconds.items())
-    best = next(c for c in contestants if c.label == ranking[0][1])
+    best = next(c for c in candidates if c.label == ranking[0][1])
     table = ", ".join(f"{label} {1e3 * s:.3g} ms" for s, label in ranking)
     return Backend(best.label, best.attend, f"fastest at start-up: {table}")
 

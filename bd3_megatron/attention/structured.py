@@ -1,6 +1,6 @@
 """Attention of the pair of streams as unmasked rectangles on torch's own kernels: exact, with no mask tensor.
 
-Decides: `rectangles` cuts the rule of sight, `lanes` lays the rows out, `partial` names the kernel and merges; this file
+Decides: `rectangles` cuts the visibility rule, `row_runs` lays the rows out, `partial` names the kernel and merges; this file
 runs them as one autograd node, so that the backward of every rectangle is given the merged output and statistics.
 Executes exactly the allowed pairs; every other cost is one re-ordering of the rows and about log2(blocks)/2 passes over
 the output for the merges. Saves for the backward what any flash attention saves: inputs, outputs, one statistic per row.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bd3_megatron.attention import lanes, partial
+from bd3_megatron.attention import partial, row_runs
 from bd3_megatron.attention.rectangles import Plan, Step, document_ends, plan
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
@@ -50,7 +50,7 @@ class _Job:
 def attend(
     noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float, kernel: str | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Attention of both streams under the rule of sight.
+    """Attention of both streams under the visibility rule.
 
     Args:
         noisy: q [B, rows, N, H], k and v [B, rows, G, H] of `visibility.noisy_rows`; None if the stream is absent.
@@ -146,16 +146,16 @@ class _Structured(torch.autograd.Function):
             outs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
             lses = [out.new_empty(out.shape[:-1]) for out in outs]
             for step in job.plan.steps:
-                lane = job.plan.lanes[step.lane]
-                q, out, lse = (lanes.step_rows(t[step.lane], lane, step) for t in (queries, outs, lses))
-                k, v = (lanes.step_keys(t, step, q.size(1)) for t in keys[step.keys])
+                run = job.plan.runs[step.run]
+                q, out, lse = (row_runs.step_rows(t[step.run], run, step) for t in (queries, outs, lses))
+                k, v = (row_runs.step_keys(t, step, q.size(1)) for t in keys[step.keys])
                 part_out, part_lse = kernel.forward(q, k, v, scale, step.causal)
                 if step.first:
                     out.copy_(part_out)
                     lse.copy_(part_lse)
                 else:
                     partial.merge_(out, lse, part_out, part_lse)
-            lanes.unpack_rows_(job.plan.lanes, outs, job.part(results[0]), job.part(results[1]), groups)
+            row_runs.unpack_rows_(job.plan.runs, outs, job.part(results[0]), job.part(results[1]), groups)
             saved_lses += lses
         ctx.jobs, ctx.kernel, ctx.scale = jobs, kernel, scale
         ctx.save_for_backward(*qkv, *results, *saved_lses)
@@ -171,7 +171,7 @@ class _Structured(torch.autograd.Function):
         for job in ctx.jobs:
             queries, keys = _inputs(job, qkv, groups)
             outs, grads = (
-                lanes.pack_rows(job.plan.lanes, job.part(noisy), job.part(clean), groups)
+                row_runs.pack_rows(job.plan.runs, job.part(noisy), job.part(clean), groups)
                 for noisy, clean in (results, douts)
             )
             dqs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
@@ -180,12 +180,12 @@ class _Structured(torch.autograd.Function):
                 stream: tuple(t[job.start * groups : job.stop * groups] for t in both) for stream, both in dkeys.items()
             }
             for step in job.plan.steps:
-                lane = job.plan.lanes[step.lane]
-                tensors = [lanes.step_rows(t[step.lane], lane, step) for t in rows]
+                run = job.plan.runs[step.run]
+                tensors = [row_runs.step_rows(t[step.run], run, step) for t in rows]
                 _backward_step(ctx, step, tensors, keys[step.keys], job_dkeys[step.keys])
-            lanes.unpack_rows_(job.plan.lanes, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
+            row_runs.unpack_rows_(job.plan.runs, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
         dk_noisy, dv_noisy, dk_clean, dv_clean = (
-            None if t is None else lanes.unfold_keys(dkeys[stream][which], groups).to(t.dtype)
+            None if t is None else row_runs.unfold_keys(dkeys[stream][which], groups).to(t.dtype)
             for t, stream, which in _named_keys(qkv)
         )
         return None, None, None, dq_noisy, dk_noisy, dv_noisy, dq_clean, dk_clean, dv_clean
@@ -196,17 +196,17 @@ def _backward_step(
 ) -> None:
     """Gradients of one step, added to `dq` (last of `tensors`) and `dkeys` in place."""
     q, out, dout, lse, dq = tensors
-    k, v = (lanes.step_keys(t, step, q.size(1)) for t in keys)
+    k, v = (row_runs.step_keys(t, step, q.size(1)) for t in keys)
     part_q, *part_keys = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.scale, step.causal)
     (dq.copy_ if step.first else dq.add_)(part_q)
     for total, part in zip(dkeys, part_keys, strict=True):
-        lanes.add_step_keys_(total, step, part)
+        row_runs.add_step_keys_(total, step, part)
 
 
 def _inputs(job: _Job, qkv: tuple[Tensor | None, ...], groups: int) -> tuple[list[Tensor], Keys]:
-    queries = lanes.pack_rows(job.plan.lanes, job.part(qkv[0]), job.part(qkv[3]), groups)
+    queries = row_runs.pack_rows(job.plan.runs, job.part(qkv[0]), job.part(qkv[3]), groups)
     folded = {
-        (stream, which): lanes.fold_keys(t[job.start : job.stop])
+        (stream, which): row_runs.fold_keys(t[job.start : job.stop])
         for t, stream, which in _named_keys(qkv)
         if t is not None
     }

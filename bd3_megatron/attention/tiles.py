@@ -1,7 +1,7 @@
-"""FlexAttention's tile table from the rule of sight by arithmetic on runs of rows: no mask is ever evaluated.
+"""FlexAttention's tile table from the visibility rule by arithmetic on runs of rows: no mask is ever evaluated.
 
 A tile is a square of `tile` query rows by `tile` key rows of [noisy; clean]. Each tile side is cut into runs of rows that
-lie in one stream, one document and neighbouring positions; between two runs the rule of sight needs only their first and
+lie in one stream, one document and neighbouring positions; between two runs the visibility rule needs only their first and
 last block to say "none", "some" or "all". A tile is empty if every pair of its runs says none, full if every pair says
 all and no row is padding, else partial. Costs (runs of queries x runs of keys) once per shape, or per batch with documents.
 `sees` in `visibility` stays the rule; a test holds this table against it, row by row.

@@ -3,7 +3,7 @@
 Imported only where Triton is installed (see `triton_pair`). One program works on the same tile of noisy and of clean rows
 and loads every tile of clean keys once for both; where all its rows see a key tile it applies no mask. Statistics are in
 base 2. The arithmetic of both passes is flash attention 2's (arXiv 2307.08691).
-Checked by Triton's interpreter on the CPU against the judge; not measured on a GPU.
+Checked by Triton's interpreter on the CPU against the reference; not measured on a GPU.
 
 Names: *_n noisy, *_c clean; `lh` tables are int32 [T, 2, rows]; `turns` tables are int32 [T, tiles, 4]; strides are those
 of batch, row and head (`_b`, `_r`, `_h`).
@@ -18,15 +18,15 @@ import triton.language as tl
 @triton.jit
 def _rows(pointer, row, stride, count, H: tl.constexpr):
     """Load rows [tile, H]; rows at or after `count` read as zero."""
-    lane = tl.arange(0, H)
-    return tl.load(pointer + row[:, None] * stride + lane[None, :], mask=row[:, None] < count, other=0.0)
+    column = tl.arange(0, H)
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=row[:, None] < count, other=0.0)
 
 
 @triton.jit
 def _put_rows(pointer, row, stride, count, values, H: tl.constexpr):
-    lane = tl.arange(0, H)
-    place = pointer + row[:, None] * stride + lane[None, :]
-    tl.store(place, values.to(pointer.dtype.element_ty), mask=row[:, None] < count)
+    column = tl.arange(0, H)
+    address = pointer + row[:, None] * stride + column[None, :]
+    tl.store(address, values.to(pointer.dtype.element_ty), mask=row[:, None] < count)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _interval(lh, sequence, row, count):
 
 @triton.jit
 def _turns(turns, sequence, num_tiles, tile):
-    place = turns + (sequence * num_tiles + tile) * 4
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    address = turns + (sequence * num_tiles + tile) * 4
+    return tl.load(address), tl.load(address + 1), tl.load(address + 2), tl.load(address + 3)
 
 
 @triton.jit
@@ -149,11 +149,11 @@ def forward_pair(
                 start, full, full_stop, stop, k_n + b * k_n_b + g * k_n_h, v_n + b * v_n_b + g * v_n_h, k_n_r, v_n_r,
                 rows_n, scale, q_tile_n, low_n, high_n, o_n, t_n, s_n, q_tile_c, low_n, high_n, o_c, t_c, s_c,
                 True, False, PRECISION, BN, H)  # fmt: skip
-            place = (b * rows_n * heads + h) * H
-            _finish(out_n + place, lse_n + (b * heads + h) * rows_n, row, heads * H, rows_n, o_n, t_n, s_n, H)
+            address = (b * rows_n * heads + h) * H
+            _finish(out_n + address, lse_n + (b * heads + h) * rows_n, row, heads * H, rows_n, o_n, t_n, s_n, H)
     if CLEAN:
-        place = (b * rows_c * heads + h) * H
-        _finish(out_c + place, lse_c + (b * heads + h) * rows_c, row, heads * H, rows_c, o_c, t_c, s_c, H)
+        address = (b * rows_c * heads + h) * H
+        _finish(out_c + address, lse_c + (b * heads + h) * rows_c, row, heads * H, rows_c, o_c, t_c, s_c, H)
 
 
 @triton.jit
@@ -277,6 +277,6 @@ def backward_keys(
                 q_c + b * q_c_b + h * q_c_h, d_c + b * d_c_b + h * d_c_h, q_c_r, d_c_r,
                 lse_c + head * rows_c, delta_c + head * rows_c, lh_c, turns_c, sequence, tiles, tile, rows_c, scale,
                 k_tile, v_tile, col, dk_tile, dv_tile, PRECISION, BM, H)  # fmt: skip
-    place = (b * keys * groups + g) * H
-    _put_rows(dk + place, col, groups * H, keys, dk_tile * softmax_scale, H)
-    _put_rows(dv + place, col, groups * H, keys, dv_tile, H)
+    address = (b * keys * groups + g) * H
+    _put_rows(dk + address, col, groups * H, keys, dk_tile * softmax_scale, H)
+    _put_rows(dv + address, col, groups * H, keys, dv_tile, H)

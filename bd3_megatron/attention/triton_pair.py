@@ -6,8 +6,8 @@ edge of what a row sees.
 Serves every visibility with contiguous documents, grouped queries without repeating keys, any strides.
 Refuses machines without CUDA and Triton, head sizes that are no power of two from 16 to 128, and fp64. fp32 is for the
 interpreter: on CUDA it is refused, because exact fp32 products take minutes to compile.
-NOT MEASURED on a GPU: Triton's interpreter agrees with the judge on the CPU, nothing more is known. `select` holds it
-against the judge on the machine at start-up and takes it only if it is right and the fastest.
+NOT MEASURED on a GPU: Triton's interpreter agrees with the reference on the CPU, nothing more is known. `select` holds it
+against the reference on the machine at start-up and takes it only if it is right and the fastest.
 Source: arXiv 2307.08691 (flash attention 2); the shared prefix loop is the project's own.
 """
 
@@ -45,7 +45,7 @@ class Tiles:
 def attend(
     noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float, tiles: Tiles = Tiles()
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Attention of both streams under the rule of sight.
+    """Attention of both streams under the visibility rule.
 
     Args:
         noisy: queries, keys and values of the noisy rows; None if the stream is absent.
@@ -252,7 +252,7 @@ class _Call:
         head_dim = self.q_n.size(3)
         return {
             "PACKED": self.table.packed,
-            # Without it fp32 products are rounded to TF32, which the judge would not forgive.
+            # Without it fp32 products are rounded to TF32, which the reference would not forgive.
             "PRECISION": "ieee" if self.q_n.dtype == torch.float32 else "tf32",
             "BM": self.table.tiles.rows,
             "BN": self.table.tiles.keys,

@@ -1,4 +1,4 @@
-"""The rule of sight: who may see whom in the pair [noisy; clean], and across documents. Written once, here.
+"""The visibility rule: who may see whom in the pair [noisy; clean], and across documents. Written once, here.
 
 Every sequence is there twice: noisy rows (partly masked, they carry the loss) and clean rows (their context). With
 b = position // S the block of a row:
@@ -10,7 +10,7 @@ and, where documents are given, only inside one document: two positions of one b
 each other. The dense mask, FlexAttention's mask and tile table, the structured backend and the FLOP counts derive from
 `sees` and `Visibility`.
 Refuses: a length that is no multiple of S, rows out of range, a noisy block cut in two, queries whose keys are absent.
-Costs: `mask` is as large as queries x keys; only the judge and tests should ask for it.
+Costs: `mask` is as large as queries x keys; only the reference and tests should ask for it.
 Source: BD3-LM (arXiv 2503.09573), vectorised training; models/dit.py of kuleshov-group/bd3lms, block_diff_mask.
 """
 
@@ -57,7 +57,7 @@ def sees(
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """The rule of sight for the rows that one rank holds.
+    """The visibility rule for the rows that one rank holds.
 
     Raises:
         ConfigError: `length` is not a multiple of `block_size`.

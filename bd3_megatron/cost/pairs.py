@@ -1,4 +1,4 @@
-"""How many query-key pairs of one head there are: allowed by sight, needed by the loss, executed by a backend.
+"""How many query-key pairs of one head there are: allowed by visibility, needed by the loss, executed by a backend.
 
 The rule (attention/visibility): noisy sees its own block and all clean blocks before it; clean sees clean blocks up to
 its own; nothing crosses a document. Without documents that is L(L+S)/2 pairs for a noisy stream and as many for the

@@ -75,7 +75,7 @@ class Pipeline:
                 model=self.model.chunks if len(iterators) > 1 else self.model.chunks[0],
                 num_microbatches=len(batches),
                 # the schedule divides by cp itself
-                seq_length=self.model.sight.layout.num_rows * cp,
+                seq_length=self.model.layout.num_rows * cp,
                 micro_batch_size=batches[0].batch_size,
                 forward_only=forward_only,
             )

@@ -91,7 +91,7 @@ def evaluate_on_grid(
 
 def _score(engine: ZeroEngine, dataset: HeldOut, plan: NoisePlan, sums: ScoreSums, shares: Sequence[Share]) -> None:
     """Run some micro-batches and put down what this rank learns of them."""
-    topology, layout = engine.model.topology, engine.model.sight.layout
+    topology, layout = engine.model.topology, engine.model.layout
     batches = []
     for share in shares:
         clean, draw_B = read_share(dataset, sums.table, share)
@@ -115,9 +115,9 @@ def _share_sums(sums: ScoreSums, topology: Topology) -> None:
 @contextmanager
 def _rows_of(model: ParallelModel, block_size: int) -> Iterator[None]:
     """Inside, the model has the rows of this block size."""
-    before = model.sight.layout
+    before = model.layout
     model.enter_phase(block_size, views=1)
     try:
         yield
     finally:
-        model.sight.layout = before
+        model.context.layout = before

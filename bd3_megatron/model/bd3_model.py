@@ -26,13 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.head import VocabShard, weighted_nll
 from bd3_megatron.model.last_layer import LastLayer, set_recompute
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import EMBEDDING, padded_vocab
 from bd3_megatron.model.recompute import Recompute
 from bd3_megatron.model.rotary import rotary_angles, rotary_turn
-from bd3_megatron.model.sight import Sight
 from bd3_megatron.model.spec import block_submodules
 from bd3_megatron.parallel.topology import Topology
 
@@ -89,7 +89,7 @@ class BD3Model(MegatronModule):
         model: ours.
         vocabulary: ids.
         topology: the grid.
-        sight: rows and attention backend, shared by all layers and chunks of this rank.
+        context: rows and attention backend, shared by all layers and chunks of this rank.
         chunk: virtual stage of this rank (0 without interleaving).
         num_layers: of this chunk.
         recompute: what this chunk's first layers compute again in the backward.
@@ -103,7 +103,7 @@ class BD3Model(MegatronModule):
         vocabulary: Vocabulary,
         topology: Topology,
         *,
-        sight: Sight,
+        context: AttentionContext,
         chunk: int,
         num_layers: int,
         recompute: Recompute,
@@ -113,7 +113,7 @@ class BD3Model(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = topology.holds(chunk)
         self.vp_stage = chunk if topology.vpp > 1 else None
-        self.sight = sight
+        self.context = context
         self.shape = model
         self.tp_group = topology.groups.tp
         rows = padded_vocab(vocabulary.size, model.vocab_multiple)
@@ -138,7 +138,7 @@ class BD3Model(MegatronModule):
             spec=block_submodules(
                 config,
                 qk_norm=model.qk_norm,
-                sight=sight,
+                context=context,
                 num_layers=num_layers,
                 holds_last=self.post_process,
                 tp_group=self.tp_group,
@@ -201,7 +201,7 @@ class BD3Model(MegatronModule):
             return self.last_norm(rows_RD)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        return hidden[: self.sight.layout.num_loss_rows].flatten(0, 1).index_select(0, batch.loss_row_R)
+        return hidden[: self.context.layout.num_loss_rows].flatten(0, 1).index_select(0, batch.loss_row_R)
 
     def _embed(self, embedding: _Embedding, token_BP: Tensor) -> Tensor:
         embedded = embedding.word_embeddings(token_BP)

@@ -18,12 +18,13 @@ from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes
 from bd3_megatron.cost.shape import layers_per_chunk
+from bd3_megatron.model.attention_context import AttentionContext, LayoutOf, layout_function
 from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.init_weights import init_weights
 from bd3_megatron.model.recompute import Recompute
-from bd3_megatron.model.sight import LayoutOf, Sight, layout_function
 from bd3_megatron.model.spec import transformer_config
+from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 
 
@@ -33,7 +34,7 @@ class ParallelModel:
     Attributes:
         root: one module over all chunks, speaking global names.
         config: megatron's configuration; the pipeline schedule reads it.
-        sight: rows and backend of the current phase.
+        context: rows and backend of the current phase.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ParallelModel:
             skip_dead_rows=config.train.skip_dead_rows,
         )
         self._views = config.diffusion.views
-        self.sight = Sight(self._layout_of(block_sizes(config)[0], self._views), attend)
+        self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views), attend)
         recompute = Recompute(config.train.recompute, config.train.recompute_layers)
         self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
@@ -60,7 +61,7 @@ class ParallelModel:
                 config.model,
                 vocabulary,
                 topology,
-                sight=self.sight,
+                context=self.context,
                 chunk=chunk,
                 num_layers=layers[chunk * topology.pp + topology.pp_rank],
                 recompute=recompute,
@@ -74,6 +75,11 @@ class ParallelModel:
         seed_dropout(config.run.seed, 0, topology)
 
     @property
+    def layout(self) -> PairLayout:
+        """Rows of the current phase."""
+        return self.context.layout
+
+    @property
     def chunks(self) -> list[BD3Model]:
         return self.root.local_chunks()
 
@@ -84,7 +90,7 @@ class ParallelModel:
             block_size: S from now on.
             views: noisy copies; None: as many as training has.
         """
-        self.sight.layout = self._layout_of(block_size, self._views if views is None else views)
+        self.context.layout = self._layout_of(block_size, self._views if views is None else views)
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

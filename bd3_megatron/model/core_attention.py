@@ -1,4 +1,4 @@
-"""The pair attention inside megatron's SelfAttention: rows in, rows out, sight from one shared place.
+"""The pair attention inside megatron's SelfAttention: rows in, rows out, one visibility for all layers.
 
 q, k, v of all rows of this rank, [P, B, heads / tp, H], positions turned in, are cut into
 the noisy and the clean stream as views and given to an attention backend. Under context parallelism only the clean
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bd3_megatron.attention.streams import Stream
 from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.rotary import turned
-from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.context import gather_clean
 
 
@@ -69,10 +69,10 @@ class CoreAttention(nn.Module):
         softmax_scale: float | None = None,
         pg_collection: Any = None,
         *,
-        sight: Sight,
+        context: AttentionContext,
     ) -> None:
         super().__init__()
-        self.sight = sight
+        self.context = context
         self.cp_group = pg_collection.cp
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
@@ -97,7 +97,7 @@ class CoreAttention(nn.Module):
         Returns:
             [P, B, N / tp * H].
         """
-        layout = self.sight.layout
+        layout = self.context.layout
         outs = self._attend(query, key, value, layout.visibility(attention_mask))
         # joined in megatron's layout: the projection behind would copy another one, and its backward once more
         return torch.cat([out.transpose(0, 1) for out in outs if out is not None]).flatten(2)
@@ -112,8 +112,8 @@ class CoreAttention(nn.Module):
         Returns:
             [rows, B, N / tp * H].
         """
-        visibility = self.sight.layout.visibility(document_id_BL)
-        if self.sight.layout.num_noisy:
+        visibility = self.context.layout.visibility(document_id_BL)
+        if self.context.layout.num_noisy:
             visibility = replace(visibility, clean_rows=())
         present = [out for out in self._attend(query, key, value, visibility) if out is not None]
         return present[0].transpose(0, 1).flatten(2)
@@ -122,22 +122,22 @@ class CoreAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
-        split, views = self.sight.layout.num_noisy, self.sight.layout.views
+        split, views = self.context.layout.num_noisy, self.context.layout.views
         q, k, v = (_cut(rows, split, views) for rows in (query, key, value))
         clean = None
-        if self.sight.layout.num_clean:
+        if self.context.layout.num_clean:
             k_clean, v_clean = gather_clean(k[-1], v[-1], self.cp_group)
             clean = Stream(q[-1], k_clean, v_clean)
         if not split:
-            return self.sight.attend(None, clean, visibility, scale=self.scale)
+            return self.context.attend(None, clean, visibility, scale=self.scale)
         noisy = [Stream(*view) for view in zip(q[:-1], k[:-1], v[:-1], strict=True)]
-        out, out_clean = self.sight.attend(noisy[0], clean, visibility, scale=self.scale)
+        out, out_clean = self.context.attend(noisy[0], clean, visibility, scale=self.scale)
         if views == 1 or clean is None:
             return out, out_clean
         # further views have no clean queries of their own: they bring their noisy rows to the same clean keys
         keys_only = Stream(clean.q_BLNH[:, :0], clean.k_BLGH, clean.v_BLGH)
-        sight = replace(visibility, clean_rows=())
-        outs = [out, *(self.sight.attend(view, keys_only, sight, scale=self.scale)[0] for view in noisy[1:])]
+        noisy_alone = replace(visibility, clean_rows=())
+        outs = [out, *(self.context.attend(view, keys_only, noisy_alone, scale=self.scale)[0] for view in noisy[1:])]
         return torch.cat([one for one in outs if one is not None], dim=1), out_clean
 
 

@@ -106,7 +106,7 @@ class LastLayer(TransformerLayer):
         self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None, row_R: Tensor
     ) -> Tensor:
         """Attention of the loss rows: [R, N H]."""
-        rows, batch = core.sight.layout.num_loss_rows, key.shape[1]
+        rows, batch = core.context.layout.num_loss_rows, key.shape[1]
         query = query_R.new_zeros(rows * batch, *query_R.shape[1:]).index_copy(0, row_R, query_R)
         query = query.unflatten(0, (rows, batch))
         if self.self_attention.checkpoint_core_attention and self.training:

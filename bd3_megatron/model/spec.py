@@ -23,11 +23,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention, PairAttention
 from bd3_megatron.model.last_layer import LastLayer, QkvLinear
 from bd3_megatron.model.norms import LayerNorm, RMSNorm
 from bd3_megatron.model.recompute import Recompute, ThriftyMLP
-from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.topology import Topology
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -110,7 +110,7 @@ def block_submodules(
     config: TransformerConfig,
     *,
     qk_norm: bool,
-    sight: Sight,
+    context: AttentionContext,
     num_layers: int,
     holds_last: bool,
     tp_group: dist.ProcessGroup,
@@ -120,7 +120,7 @@ def block_submodules(
     Args:
         config: megatron's.
         qk_norm: norms on queries and keys.
-        sight: shared by the core attentions.
+        context: shared by the core attentions.
         num_layers: of the chunk.
         holds_last: the chunk's last layer is the model's last.
         tp_group: tensor-parallel ranks, for the MLP.
@@ -130,7 +130,7 @@ def block_submodules(
         module=PairAttention,
         submodules=SelfAttentionSubmodules(
             linear_qkv=QkvLinear,
-            core_attention=partial(CoreAttention, sight=sight),
+            core_attention=partial(CoreAttention, context=context),
             linear_proj=_RowWithoutBias,
             q_layernorm=RMSNorm if qk_norm else None,
             k_layernorm=RMSNorm if qk_norm else None,

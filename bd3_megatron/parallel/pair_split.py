@@ -60,7 +60,7 @@ class PairLayout:
         return torch.cat([positions(self.noisy_rows).repeat(self.views), positions(self.clean_rows)])
 
     def visibility(self, document_id_BL: Tensor | None = None) -> Visibility:
-        """The rule of sight over these rows; documents are those of the whole sequences, [B, L]."""
+        """The visibility rule over these rows; documents are those of the whole sequences, [B, L]."""
         return Visibility(
             self.block_size, self.length, self.noisy_rows, self.clean_rows, self.clean_key_rows, document_id_BL
         )

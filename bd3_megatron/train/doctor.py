@@ -3,7 +3,7 @@
 Decides: a small transformer (two layers, so that what leaks into a context and from there onwards is seen too) runs on
 the pair with the same core attention, layout and backend as training. The output of noisy block k must have exactly zero
 gradient from every noisy block but itself, from clean blocks >= k and from other documents, and a nonzero gradient from
-itself and every clean block before it. Knows nothing of weights: sight does not depend on them.
+itself and every clean block before it. Knows nothing of weights: visibility does not depend on them.
 Costs: one backward a block on a toy of width 32; at a shortened length a fraction of a second.
 """
 
@@ -27,8 +27,8 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import block_sizes, validate
 from bd3_megatron.errors import LeakError
 from bd3_megatron.hf.plain_bd3 import Layer, rotary_table
+from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
-from bd3_megatron.model.sight import Sight
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 
 WIDTH, HEADS, LAYERS = 32, 2, 2
@@ -36,8 +36,8 @@ BLOCKS_BEFORE_TRAINING = 4
 
 
 @dataclass(frozen=True)
-class Offence:
-    """One pair of blocks between which sight is wrong."""
+class Violation:
+    """One pair of blocks between which visibility is wrong."""
 
     query_block: int
     source: str
@@ -53,8 +53,8 @@ class Offence:
 
 def examine(
     attend: Attend, layout: PairLayout, documents_L: Tensor | None, *, dtype: torch.dtype, device: torch.device
-) -> list[Offence]:
-    """Compare influence with the rule of sight, for every noisy block (for the AR baseline: every position).
+) -> list[Violation]:
+    """Compare influence with the visibility rule, for every noisy block (for the AR baseline: every position).
 
     Args:
         attend: the backend.
@@ -63,14 +63,14 @@ def examine(
         dtype, device: of the run.
 
     Returns:
-        Offences; empty when sight is right.
+        Violations; empty when visibility is right.
     """
     x_PD = _start(layout, dtype, device)
     out_PD = _toy(attend, layout, documents_L, x_PD, device)
     noisy_K, clean_K = _blocks(layout, noisy=True), _blocks(layout, noisy=False)
     queries = noisy_K or clean_K
     document_K = [0] * (max(queries) + 1) if documents_L is None else documents_L[:: layout.block_size].tolist()
-    offences = []
+    violations = []
     for block, rows in queries.items():
         (grad_PD,) = torch.autograd.grad(out_PD[rows].float().square().sum(), x_PD, retain_graph=True)
         influence_P = grad_PD.abs().sum(1)
@@ -79,8 +79,8 @@ def examine(
                 must = _must_see(block, source, other, is_ar=not noisy_K) and document_K[block] == document_K[other]
                 seen = influence_P[source_rows].amax().item() > 0
                 if seen != must:
-                    offences.append(Offence(block, source, other, seen))
-    return offences
+                    violations.append(Violation(block, source, other, seen))
+    return violations
 
 
 def _must_see(block: int, source: str, other: int, *, is_ar: bool) -> bool:
@@ -106,7 +106,10 @@ def _start(layout: PairLayout, dtype: torch.dtype, device: torch.device) -> Tens
 def _toy(attend: Attend, layout: PairLayout, documents_L: Tensor | None, x_PD: Tensor, device: torch.device) -> Tensor:
     width = WIDTH // HEADS
     core = CoreAttention(
-        SimpleNamespace(kv_channels=width), 1, pg_collection=SimpleNamespace(cp=None), sight=Sight(layout, attend)
+        SimpleNamespace(kv_channels=width),
+        1,
+        pg_collection=SimpleNamespace(cp=None),
+        context=AttentionContext(layout, attend),
     )
     documents_BL = None if documents_L is None else documents_L[None].to(device)
 
@@ -173,12 +176,12 @@ def diagnose(
                 length=length, block_size=size, objective=config.diffusion.objective, drop_last_clean=drop
             )
             documents = None if config.data.packing != "isolated" else example_documents(length, size)
-            offences = examine(backend.attend, layout, documents, dtype=dtype, device=device)
-            if offences:
-                listed = "\n".join(f"  {offence}" for offence in offences[:40])
-                more = f"\n  and {len(offences) - 40} more" if len(offences) > 40 else ""
+            violations = examine(backend.attend, layout, documents, dtype=dtype, device=device)
+            if violations:
+                listed = "\n".join(f"  {violation}" for violation in violations[:40])
+                more = f"\n  and {len(violations) - 40} more" if len(violations) > 40 else ""
                 raise LeakError(
-                    f"sight is wrong under attention backend {backend.label}, block_size={size}:\n{listed}{more}\n"
+                    f"visibility is wrong under attention backend {backend.label}, block_size={size}:\n{listed}{more}\n"
                     "use attention.backend=dense and report this."
                 )
         checked.append(f"block_size={size} over {length} positions")
@@ -193,7 +196,7 @@ def streams_of(config: Config) -> Literal["pair", "noisy", "clean"]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`bd3 doctor CONFIG [section.key=value ...]`: prove a configuration's sight on this machine, all blocks.
+    """`bd3 doctor CONFIG [section.key=value ...]`: prove a configuration's visibility on this machine, all blocks.
 
     Returns:
         0 when it holds, 3 with a table when it does not.

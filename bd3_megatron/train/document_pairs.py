@@ -1,7 +1,7 @@
 """Allowed attention pairs of a step whose documents do not see each other, for the figures of that step.
 
 Decides: counted from the document ids the step was trained on, over all its samples, not estimated from lengths. Ids of
-a run of equal values are one document, as sight has it. Costs, where packing is isolated and a record is due, some
+a run of equal values are one document, as visibility has it. Costs, where packing is isolated and a record is due, some
 tens of microseconds a sample on the host and one all-reduce of four numbers; elsewhere nothing.
 """
 

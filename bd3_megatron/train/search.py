@@ -106,7 +106,7 @@ def _score(
     num_rows: int,
 ) -> Moments:
     """Moments of the rows below `num_rows`: on last stages this data-parallel rank's own, elsewhere none."""
-    topology, layout = engine.model.topology, engine.model.sight.layout
+    topology, layout = engine.model.topology, engine.model.layout
     moments = Moments.none(len(intervals))
     logs = engine.evaluate([pair_batch(clean, noisy, layout).to(topology.device) for clean, noisy in batches])
     # stages before the last have no logs
@@ -123,7 +123,7 @@ def _corrupt(clean: CleanBatch, config: Config, engine: ZeroEngine, drawn_from: 
     t_BK = noise_levels(
         seed,
         clean.index_B,
-        num_blocks=config.data.seq_len // engine.model.sight.layout.block_size,
+        num_blocks=config.data.seq_len // engine.model.layout.block_size,
         interval=drawn_from,
         group_size=config.train.global_batch_size,
     )

@@ -114,7 +114,7 @@ class Trainer:
             seed_dropout(self.config.run.seed, state.step, self.topology)
         with self.timeline.span("data_wait"):
             interval = self.plan.interval(state.step, state.intervals)
-            batch = batches.next(state.step, self.engine.model.sight.layout, interval)
+            batch = batches.next(state.step, self.engine.model.layout, interval)
             tokens = self._global_count(batch)
         num_samples, lr = self.plan.batch_size(state.step), self.plan.lr(state.step)
         with profiled(
@@ -192,7 +192,7 @@ class Trainer:
             "noise/interval_beta": interval.beta,
             "noise/interval_omega": interval.omega,
             "noise/block_size": place.phase.block_size,
-            "noise/views": self.engine.model.sight.layout.views,
+            "noise/views": self.engine.model.layout.views,
             **times,
             "time": time.time(),
             "memory/peak_bytes": peak_memory_bytes(self.topology.device),

@@ -78,7 +78,7 @@ def _micro_batches(engine: ZeroEngine, step: int) -> list[PairBatch]:
             tokens_GL[row], noise, index_B=index, seed=1, mask_id=VOCAB - 1, schedule=noise_schedule("loglinear")
         )
         clean = CleanBatch(tokens_BL=tokens_GL[row], index_B=index)
-        batches.append(pair_batch(clean, noisy, engine.model.sight.layout))
+        batches.append(pair_batch(clean, noisy, engine.model.layout))
     return batches
 
 

@@ -138,7 +138,7 @@ def _micro_batches(
     for number in range(micro):
         first = step * BATCH + (number * topology.dp + topology.dp_rank) * size
         clean = clean_batch(torch.arange(first, first + size), documents=documents)
-        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.sight.layout))
+        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout))
     return [m[0] for m in made], sum(m[1] for m in made), sum(m[2] for m in made)
 
 

@@ -66,7 +66,7 @@ def job(config: Config, text: Text) -> Any:
         batches = []
         for number in range(micro):
             clean = clean_batch(torch.tensor([number * topology.dp + topology.dp_rank]), documents=False)
-            batches.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.sight.layout)[0])
+            batches.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout)[0])
         engine.train_step(batches, loss_scale=topology.shard_size / (BATCH * 32), lr=1e-2)
         result = evaluate_on_grid(engine, topology, text, config, block_size=config.diffusion.block_size)
         gathered = deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3)

@@ -4,7 +4,7 @@
     python -m tools.bench.attention --length 512 1024 2048 --block-size 4 16 64
     python -m tools.bench.attention --device cuda --dtype bfloat16 --heads 16 --head-dim 128 --length 1024 2048 4096
 
-First every backend that does not refuse is held against the judge, gradients included; one that is wrong is not timed.
+First every backend that does not refuse is held against the reference, gradients included; one that is wrong is not timed.
 Targets: CPU, L 2048, S 16: 3.0x the dense mask at least, 3.7x aimed at (4 L / (L + S) = 3.97 is the pair count's ratio);
 H200, head_dim 128, L 4096: 1.5x FlexAttention's Triton kernels, 2x aimed at.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bd3_megatron.attention.probe import TOLERANCES, error_against_judge, sample_problem
+from bd3_megatron.attention.probe import TOLERANCES, error_against_reference, sample_problem
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import backends
 from bd3_megatron.attention.streams import Attend, Stream
@@ -64,9 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--documents", action="store_true", help="pack four documents into every sequence")
     parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument(
-        "--against", default=None, help=f"contestant that the others are divided by (default {NAIVE!r})"
-    )
+    parser.add_argument("--against", default=None, help=f"candidate that the others are divided by (default {NAIVE!r})")
     return harness.parse(parser, arguments)
 
 
@@ -91,7 +89,7 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
     noisy, clean, visibility = sample_problem(request, small=False)
     if noisy is None or clean is None:
         raise BackendError("the benchmark times a pair; its request must have streams='pair'.")
-    contestants: dict[str, Callable[[], object]] = {NAIVE: naive(noisy, clean, visibility, request)}
+    candidates: dict[str, Callable[[], object]] = {NAIVE: naive(noisy, clean, visibility, request)}
     errors: dict[str, str] = {NAIVE: "-"}
     left_out: list[str] = []
     for label, attend, refusal in backends(request):
@@ -100,16 +98,16 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
         error, reason = (None, refusal) if refusal is not None else check(attend, request)
         if reason is None:
             errors[label] = f"{error:.2g} x {TOLERANCES[request.dtype]:g}"
-            contestants[label] = ours(attend, (noisy, clean), visibility, request)
+            candidates[label] = ours(attend, (noisy, clean), visibility, request)
         else:
             left_out.append(f"- not timed, {label}: {reason}")
-    served = {label.partition("/")[0] for label in contestants}
+    served = {label.partition("/")[0] for label in candidates}
     # A kernel of another device is no news where the backend serves with one of its own.
     left_out = [line for line in left_out if line.split()[3].partition("/")[0] not in served]
-    seconds = harness.interleave(contestants, repeats=options.repeats, device=request.device_type)
+    seconds = harness.interleave(candidates, repeats=options.repeats, device=request.device_type)
     against = options.against or NAIVE
     rows: list[list[object]] = []
-    for name in contestants:
+    for name in candidates:
         ratio = f"{harness.speedup(seconds, name, against=against):.2f}x"
         shape = [request.length, request.block_size]
         rows.append([*shape, name, errors[name], harness.milliseconds(seconds[name]), ratio])
@@ -119,11 +117,11 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
 def check(attend: Attend, request: AttentionRequest) -> tuple[float | None, str | None]:
     """(error in units of the tolerance, what is wrong or None)."""
     try:
-        error = error_against_judge(attend, request)
+        error = error_against_reference(attend, request)
     except Exception as failure:
         # Compilers and kernels fail in types of their own; the note says so and the others are still timed.
         return None, f"fails: {(str(failure).splitlines() or ['no message'])[0]}"
-    return error, None if error <= 1 else f"differs from the judge by {error:.3g} times its tolerance"
+    return error, None if error <= 1 else f"differs from the reference by {error:.3g} times its tolerance"
 
 
 def naive(noisy: Stream, clean: Stream, visibility: Visibility, request: AttentionRequest) -> Callable[[], object]:

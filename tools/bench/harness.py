@@ -1,6 +1,6 @@
-"""What every benchmark shares: contestants take turns in one process, medians are compared, a dated note is kept.
+"""What every benchmark shares: candidates take turns in one process, medians are compared, a dated note is kept.
 
-Decides: one round runs every contestant once, so that a busy neighbour slows all of them alike; ratios are medians of the
+Decides: one round runs every candidate once, so that a busy neighbour slows all of them alike; ratios are medians of the
 rounds' ratios. On CPU the clock counts this process's CPU time, on a GPU wall time between synchronizations.
 A note holds the command, versions, hardware and table, never a path or a host name.
 """
@@ -47,20 +47,20 @@ def without_results(given: Sequence[str]) -> list[str]:
     return [*given[:at], *given[at + 2 :]]
 
 
-def interleave(contestants: Mapping[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after one untimed round.
+def interleave(candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one untimed round.
 
     Args:
-        contestants: name -> what to run.
+        candidates: name -> what to run.
         repeats: timed rounds.
         device: "cpu" or "cuda".
 
     Returns:
         Name -> seconds, round by round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for timed in (False, *(True,) * repeats):
-        for name, run in contestants.items():
+        for name, run in candidates.items():
             start = _now(device)
             run()
             if timed:

@@ -172,7 +172,7 @@ def whole_step_peak(config: Config, rank: int) -> int:
         since_ns = 0
         for step in range(COUNTED_STEPS):
             since_ns = time.time_ns()
-            batch = batches.next(step, trainer.engine.model.sight.layout, trainer.plan.interval(step, {}))
+            batch = batches.next(step, trainer.engine.model.layout, trainer.plan.interval(step, {}))
             scale = trainer.topology.shard_size / batch.token_count
             trainer.engine.train_step(batch.micro_batches, loss_scale=scale, lr=1e-3)
     return peak_tensor_bytes(profile, since_ns)

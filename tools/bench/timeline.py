@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(options.micro_batches):
             micro_step()
 
-    contestants = {"step": step, "marks": lambda: marks_of_steps(timeline, options.micro_batches)}
-    seconds = harness.interleave(contestants, repeats=options.repeats, device=options.device)
+    candidates = {"step": step, "marks": lambda: marks_of_steps(timeline, options.micro_batches)}
+    seconds = harness.interleave(candidates, repeats=options.repeats, device=options.device)
     count = 8 + 2 * options.micro_batches
     shares = [m / STEPS_TIMED / s for m, s in zip(seconds["marks"], seconds["step"], strict=True)]
     each = statistics.median(seconds["marks"]) / STEPS_TIMED

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels in Triton's interpreter against the judge; prints the largest relative difference.
+"""Runs the Triton kernels in Triton's interpreter against the reference; prints the largest relative difference.
 
 A program of its own because the interpreter is chosen by the environment before Triton is imported.
 """

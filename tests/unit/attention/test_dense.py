@@ -1,4 +1,4 @@
-"""The judge equals attention computed one query at a time, and an absent half changes nothing."""
+"""The reference equals attention computed one query at a time, and an absent half changes nothing."""
 
 from __future__ import annotations
 

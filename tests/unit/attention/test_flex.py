@@ -1,4 +1,4 @@
-"""FlexAttention's tile table equals brute force, its in-kernel rule is the rule of sight, and its eager form the judge."""
+"""FlexAttention's tile table equals brute force, its in-kernel rule is the visibility rule, and its eager form the reference."""
 
 from __future__ import annotations
 

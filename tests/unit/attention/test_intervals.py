@@ -1,4 +1,4 @@
-"""Intervals of keys per row are the rule of sight, and tile bounds say exactly where all, some or no rows see."""
+"""Intervals of keys per row are the visibility rule, and tile bounds say exactly where all, some or no rows see."""
 
 from __future__ import annotations
 

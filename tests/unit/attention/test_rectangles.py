@@ -25,8 +25,8 @@ def count_pairs(cut: Plan, visibility: Visibility) -> Tensor:
     shape = (border + num_rows(visibility.clean_rows), border + num_rows(visibility.clean_key_rows))
     times = torch.zeros(shape, dtype=torch.int64)
     for step in cut.steps:
-        lane = cut.lanes[step.lane]
-        for who, start in (("noisy", lane.noisy_start), ("clean", border + lane.clean_start)):
+        run = cut.runs[step.run]
+        for who, start in (("noisy", run.noisy_start), ("clean", border + run.clean_start)):
             if step.who in (who, "pair"):
                 cover(times, step, start, 0 if step.keys == "noisy" else border)
     return times
@@ -55,15 +55,15 @@ def test_rows_open_their_statistics_once_and_first(length: int, block_size: int)
     for visibility in visibilities(length, block_size):
         documents = visibility.document_id_BL
         cut = plan_of(visibility, None if documents is None else documents[0].tolist())
-        opened = [torch.zeros(lane.num_rows, 2, dtype=torch.int64) for lane in cut.lanes]
+        opened = [torch.zeros(run.num_rows, 2, dtype=torch.int64) for run in cut.runs]
         for step in cut.steps:
             streams = {"noisy": [0], "clean": [1], "pair": [0, 1]}[step.who]
             for i in range(step.count):
                 rows = slice(step.row + i * step.spacing, step.row + i * step.spacing + step.num_rows)
                 expected = 0 if step.first else 1
-                assert (opened[step.lane][rows][:, streams] == expected).all()
+                assert (opened[step.run][rows][:, streams] == expected).all()
                 if step.first:
-                    opened[step.lane][rows, streams] += 1
+                    opened[step.run][rows, streams] += 1
 
 
 def test_calls_grow_with_the_logarithm_of_the_blocks() -> None:

@@ -32,7 +32,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def label_of(attend: Attend) -> str:
-    return next(c.label for c in select._CONTESTANTS if c.attend is attend)
+    return next(c.label for c in select._CANDIDATES if c.attend is attend)
 
 
 def test_auto_on_cpu_is_structured() -> None:
@@ -72,23 +72,23 @@ def test_auto_on_cuda_is_the_fastest_of_those_that_are_right() -> None:
     def measure(attend: Attend, request: AttentionRequest) -> float:
         return seconds.get(label_of(attend), 9.0)
 
-    def judge(attend: Attend, request: AttentionRequest) -> float:
+    def compare(attend: Attend, request: AttentionRequest) -> float:
         if label_of(attend) == "flex/TRITON":
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
         return 40.0 if label_of(attend) == "flex/FLASH" else 0.5
 
-    chosen = choose("auto", CUDA, measure=measure, judge=judge)
+    chosen = choose("auto", CUDA, measure=measure, compare=compare)
     assert chosen.label == "structured/flash" and "structured/cudnn 3e+03 ms" in chosen.why
     with pytest.raises(
         BackendError, match="fails on this machine: out of resource: shared memory.*differs.*by 40 times"
     ):
-        choose("flex", CUDA, measure=measure, judge=judge)
-    assert choose("structured/cudnn", CUDA, measure=measure, judge=judge).label == "structured/cudnn"
+        choose("flex", CUDA, measure=measure, compare=compare)
+    assert choose("structured/cudnn", CUDA, measure=measure, compare=compare).label == "structured/cudnn"
 
 
 @pytest.mark.usefixtures("hopper")
 def test_a_deterministic_run_gets_no_kernel_that_is_not() -> None:
-    able = {"measure": lambda *_: 1.0, "judge": lambda *_: 0.0}
+    able = {"measure": lambda *_: 1.0, "compare": lambda *_: 0.0}
     with pytest.raises(BackendError, match="no kernel 'cudnn'"):
         choose("structured/cudnn", replace(CUDA, deterministic=True), **able)
     assert choose("structured", replace(CUDA, deterministic=True), **able).label == "structured/flash"
@@ -101,15 +101,15 @@ def test_a_kernel_that_fails_on_the_real_shape_is_passed_over() -> None:
             raise ValueError("no plan for this shape")
         return 1.0
 
-    assert choose("auto", CUDA, measure=measure, judge=lambda *_: 0.0).label == "flex/TRITON"
+    assert choose("auto", CUDA, measure=measure, compare=lambda *_: 0.0).label == "flex/TRITON"
     with pytest.raises(BackendError, match="structured/cudnn fails on this machine: no plan for this shape"):
-        choose("structured", CUDA, measure=measure, judge=lambda *_: 0.0)
+        choose("structured", CUDA, measure=measure, compare=lambda *_: 0.0)
 
 
 @pytest.mark.usefixtures("hopper")
 def test_not_a_number_is_wrong() -> None:
-    with pytest.raises(BackendError, match="differs from the dense judge by nan"):
-        choose("flex", CUDA, measure=lambda *_: 1.0, judge=lambda *_: float("nan"))
+    with pytest.raises(BackendError, match="differs from the dense reference by nan"):
+        choose("flex", CUDA, measure=lambda *_: 1.0, compare=lambda *_: float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_not_a_number_is_wrong() -> None:
 )
 def test_the_probe_finds_structured_right_and_a_wrong_backend_wrong(changes: dict[str, Any]) -> None:
     request = replace(CPU, **changes)
-    assert probe.error_against_judge(structured.attend, request) < 1
+    assert probe.error_against_reference(structured.attend, request) < 1
 
     def shrunk(noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float) -> Any:
         return dense.attend(noisy, clean, visibility, scale=0.9 * scale)
 
-    assert probe.error_against_judge(shrunk, request) > 1
+    assert probe.error_against_reference(shrunk, request) > 1
 
 
 def test_the_probe_times_forward_and_backward() -> None:
@@ -133,8 +133,10 @@ def test_the_probe_times_forward_and_backward() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_kernels_of_our_own_are_taken_only_if_right() -> None:
     fast = {"measure": lambda attend, _: 0.5 if label_of(attend) == "triton" else 1.0}
-    assert choose("auto", CUDA, **fast, judge=lambda *_: 0.5).label == "triton"
-    assert choose("auto", CUDA, **fast, judge=lambda attend, _: 2.0 * (label_of(attend) == "triton")).label != "triton"
+    assert choose("auto", CUDA, **fast, compare=lambda *_: 0.5).label == "triton"
+    assert (
+        choose("auto", CUDA, **fast, compare=lambda attend, _: 2.0 * (label_of(attend) == "triton")).label != "triton"
+    )
 
 
 def test_every_backend_of_the_table_can_be_asked_for() -> None:

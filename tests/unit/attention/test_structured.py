@@ -1,4 +1,4 @@
-"""The structured backend equals the judge, gradients included, on every kind of visibility; it computes no pair in vain."""
+"""The structured backend equals the reference, gradients included, on every kind of visibility; it computes no pair in vain."""
 
 from __future__ import annotations
 

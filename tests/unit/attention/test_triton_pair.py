@@ -1,4 +1,4 @@
-"""The Triton backend refuses with reasons; its tables have the shapes its kernels read; interpreted, it is the judge."""
+"""The Triton backend refuses with reasons; its tables have the shapes its kernels read; interpreted, it is the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule of sight equals a mask written out by hand, the official mask, and holds for every split of the rows."""
+"""The visibility rule equals a mask written out by hand, the official mask, and holds for every split of the rows."""
 
 from __future__ import annotations
 

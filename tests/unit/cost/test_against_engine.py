@@ -64,7 +64,7 @@ def _batches(config: Config, topology: Topology, model: ParallelModel, micro: in
     for number in range(micro):
         first = (number * topology.dp + topology.dp_rank) * size
         clean = clean_batch(torch.arange(first, first + size), documents=False)
-        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.sight.layout)[0])
+        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout)[0])
     return made
 
 

@@ -214,7 +214,7 @@ def test_a_causal_run_agrees_with_megatrons_published_formula() -> None:
     """Narayanan et al. 2021 (arXiv 2104.04473) eq. 3, without recomputation: 72 B s l h^2 (1 + s/(6h) + V/(12 l h)).
 
     It counts 12 B s^2 h l for attention, the full square. Megatron-LM's num_floating_point_operations halves that for
-    causal masks (s^2 / 2 pairs); the rule of sight allows s (s + 1) / 2, one part in s more.
+    causal masks (s^2 / 2 pairs); the visibility rule allows s (s + 1) / 2, one part in s more.
     """
     config = gpt2_small({"objective": "ar"})
     layers, hidden, length, vocab = 12, 768, 1024, 50258

@@ -1,4 +1,4 @@
-"""Pairs counted in closed form are the pairs of the rule of sight, and those the backends compute."""
+"""Pairs counted in closed form are the pairs of the visibility rule, and those the backends compute."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_positions_restart_with_documents_in_both_streams(cp: int, cp_rank: int)
     assert clean.position_BL is not None
     expected = clean.position_BL[:, layout.position_P].t()
     assert torch.equal(batch.position_PB, expected)
-    # documents stay whole: the rule of sight asks for those of every key
+    # documents stay whole: the visibility rule asks for those of every key
     assert batch.document_id_BL is clean.document_id_BL
 
 

@@ -32,7 +32,7 @@ def test_every_row_is_held_once(block_size: int, cp: int) -> None:
 
 @pytest.mark.parametrize(("block_size", "cp"), CASES)
 def test_all_ranks_have_equal_work(block_size: int, cp: int) -> None:
-    # the rule of sight itself counts the pairs; it also refuses a noisy block that is cut in two
+    # the visibility rule itself counts the pairs; it also refuses a noisy block that is cut in two
     pairs = [int(layout.visibility().pair_mask("cpu").sum()) for layout in all_ranks(block_size, cp)]
     assert len(set(pairs)) == 1
 

@@ -54,8 +54,8 @@ def test_a_wrong_backend_is_not_timed() -> None:
 
 def test_contestants_take_turns() -> None:
     order: list[str] = []
-    contestants = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = harness.interleave(contestants, repeats=3, device="cpu")
+    candidates = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = harness.interleave(candidates, repeats=3, device="cpu")
     assert order == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]
 
 

@@ -123,7 +123,9 @@ LEAKS: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("name", LEAKS)
 def test_every_planted_leak_is_found(name: str) -> None:
     change, sentence = LEAKS[name]
-    with pytest.raises(LeakError, match=r"^sight is wrong under attention backend planted, block_size=4:\n") as caught:
+    with pytest.raises(
+        LeakError, match=r"^visibility is wrong under attention backend planted, block_size=4:\n"
+    ) as caught:
         examined(case(), planted(change))
     assert sentence in str(caught.value)
     assert str(caught.value).endswith("use attention.backend=dense and report this.")
@@ -162,7 +164,7 @@ def test_a_long_table_of_offenders_is_cut() -> None:
         examined(case(), planted(everything), max_blocks=None)
 
 
-def test_offences_are_per_pair_of_blocks() -> None:
+def test_violations_are_per_pair_of_blocks() -> None:
     change, _ = LEAKS["the noisy block before"]
     layout = pair_layout(length=16, block_size=4, objective="block")
     found = examine(planted(change), layout, None, dtype=torch.float32, device=CPU)

@@ -1,7 +1,7 @@
 """How rows lie in memory for the structured backend, so that every rectangle of a plan is a strided view.
 
 Queries of one position stand side by side: the noisy and the clean one, and with them all query heads that share a key
-head. A lane is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1
+head. A run is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1
 or 2 streams. Grouped queries are thus ordinary rows: keys are never repeated and kernels need no grouped mode. Keys and
 values are [X, rows, H]. Evenly spaced rectangles become the second dimension of a view [X, count, rows, H].
 Costs one re-ordering pass over queries; keys cost one only where batch and heads cannot be folded by strides.
@@ -13,46 +13,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.rectangles import Lane, Step
+from bd3_megatron.attention.rectangles import RowRun, Step
 
 
 def pack_rows(
-    lanes: tuple[Lane, ...], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
+    runs: tuple[RowRun, ...], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
 ) -> list[Tensor]:
-    """Query-shaped rows of both streams, lane by lane.
+    """Query-shaped rows of both streams, run by run.
 
     Args:
-        lanes: of a plan.
+        runs: of a plan.
         noisy_BLNH, clean_BLNH: [B, rows, N, H], None where the stream is absent.
         groups: G, key heads.
 
     Returns:
-        One [X, rows * R, c, H] per lane.
+        One [X, rows * R, c, H] per run.
     """
     packed = []
-    for lane in lanes:
+    for run in runs:
         pieces = [
-            rows.narrow(1, start, lane.num_rows).unflatten(2, (groups, -1)).transpose(1, 2)
+            rows.narrow(1, start, run.num_rows).unflatten(2, (groups, -1)).transpose(1, 2)
             for stream, rows, start in (
-                ("noisy", noisy_BLNH, lane.noisy_start),
-                ("clean", clean_BLNH, lane.clean_start),
+                ("noisy", noisy_BLNH, run.noisy_start),
+                ("clean", clean_BLNH, run.clean_start),
             )
-            if rows is not None and lane.who in (stream, "pair")
+            if rows is not None and run.who in (stream, "pair")
         ]
         packed.append(torch.stack(pieces, dim=4).flatten(2, 3).flatten(0, 1))
     return packed
 
 
 def unpack_rows_(
-    lanes: tuple[Lane, ...], packed: list[Tensor], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
+    runs: tuple[RowRun, ...], packed: list[Tensor], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
 ) -> None:
-    """Write the rows of every lane into [B, rows, N, H] tensors (in place), casting to their dtype."""
-    for lane, rows in zip(lanes, packed, strict=True):
-        streams = rows.unflatten(0, (-1, groups)).unflatten(2, (lane.num_rows, -1)).transpose(1, 2).unbind(4)
-        if noisy_BLNH is not None and lane.who != "clean":
-            noisy_BLNH.narrow(1, lane.noisy_start, lane.num_rows).unflatten(2, (groups, -1)).copy_(streams[0])
-        if clean_BLNH is not None and lane.who != "noisy":
-            clean_BLNH.narrow(1, lane.clean_start, lane.num_rows).unflatten(2, (groups, -1)).copy_(streams[-1])
+    """Write the rows of every run into [B, rows, N, H] tensors (in place), casting to their dtype."""
+    for run, rows in zip(runs, packed, strict=True):
+        streams = rows.unflatten(0, (-1, groups)).unflatten(2, (run.num_rows, -1)).transpose(1, 2).unbind(4)
+        if noisy_BLNH is not None and run.who != "clean":
+            noisy_BLNH.narrow(1, run.noisy_start, run.num_rows).unflatten(2, (groups, -1)).copy_(streams[0])
+        if clean_BLNH is not None and run.who != "noisy":
+            clean_BLNH.narrow(1, run.clean_start, run.num_rows).unflatten(2, (groups, -1)).copy_(streams[-1])
 
 
 def fold_keys(key_BLGH: Tensor) -> Tensor:
@@ -66,23 +66,23 @@ def unfold_keys(folded: Tensor, groups: int) -> Tensor:
     return folded.unflatten(0, (-1, groups)).transpose(1, 2)
 
 
-def step_rows(lane_rows: Tensor, lane: Lane, step: Step) -> Tensor:
-    """The rows that ask in one step, as a view of the lane.
+def step_rows(run_rows: Tensor, run: RowRun, step: Step) -> Tensor:
+    """The rows that ask in one step, as a view of the run.
 
     Args:
-        lane_rows: [X, rows * R, c, ...].
-        lane: the lane they are.
+        run_rows: [X, rows * R, c, ...].
+        run: the run they are.
         step: of the plan.
 
     Returns:
         [X, count, rows * R * c', ...] with c' the streams that ask; causal steps [X, R, rows, ...], because rows of one
         position differ from their neighbours there.
     """
-    share = lane_rows.size(1) // lane.num_rows
-    if step.who == lane.who:
-        rows, unit = lane_rows.flatten(1, 2), share * lane_rows.size(2)
+    share = run_rows.size(1) // run.num_rows
+    if step.who == run.who:
+        rows, unit = run_rows.flatten(1, 2), share * run_rows.size(2)
     else:
-        rows, unit = lane_rows.select(2, 0 if step.who == "noisy" else 1), share
+        rows, unit = run_rows.select(2, 0 if step.who == "noisy" else 1), share
     if step.causal:
         return rows.narrow(1, step.row * unit, step.num_rows * unit).unflatten(1, (-1, unit)).transpose(1, 2)
     return _windows(rows, step.row * unit, step.num_rows * unit, step.count, step.spacing * unit)

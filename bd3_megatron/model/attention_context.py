@@ -20,7 +20,7 @@ from bd3_megatron.parallel.topology import Topology
 
 
 @dataclass
-class Sight:
+class AttentionContext:
     """Mutable on purpose: one object in every layer, changed only between steps."""
 
     layout: PairLayout
