@@ -44,7 +44,7 @@ def training_words(data: Path) -> set[str]:
         DataError: the split is missing or damaged.
     """
     from bd3_megatron.data.shards import ShardFolder
-    from bd3_megatron.data.tokenizer import load_tokenizer
+    from bd3_megatron.data.tokenizer_open import load_tokenizer
 
     shards, tokenizer = ShardFolder(data / "train"), load_tokenizer(data / "tokenizer")
     found: set[str] = set()

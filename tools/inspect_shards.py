@@ -72,7 +72,7 @@ def describe(shards: ShardFolder) -> None:
 def show_samples(shards: ShardFolder, count: int, characters: int) -> None:
     """Decode the first `count` documents where the tokenizer stands beside the split."""
     from bd3_megatron.data.shards import check_tokenizer
-    from bd3_megatron.data.tokenizer import load_tokenizer
+    from bd3_megatron.data.tokenizer_open import load_tokenizer
 
     folder = shards.folder.parent / "tokenizer"
     if count < 1 or not folder.is_dir():

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bd3_megatron.data.files import disk_errors
 from bd3_megatron.data.shards import HEADER_FILE, ShardFolder, TokenShards
 from bd3_megatron.data.special_ids import SpecialIds
-from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"

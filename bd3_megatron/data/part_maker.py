@@ -17,7 +17,8 @@ from bd3_megatron.data.held_out import is_held_out, placed
 from bd3_megatron.data.part_pool import Progress, Report
 from bd3_megatron.data.shards import ShardRecord, ShardWriter, token_dtype
 from bd3_megatron.data.sources import Part, Source
-from bd3_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_megatron.data.tokenizer import Tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import WorkStopped
 
 _BATCH_CHARACTERS = 1 << 20

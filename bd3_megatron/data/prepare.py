@@ -28,7 +28,8 @@ from bd3_megatron.data.part_pool import make_parts
 from bd3_megatron.data.prepare_progress import ProgressBar
 from bd3_megatron.data.shards import FORMAT, HEADER_FILE, VERSION, Header, token_dtype
 from bd3_megatron.data.sources import Source
-from bd3_megatron.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from bd3_megatron.data.tokenizer import Tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.data.tokenizer_sample import sample_documents
 from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped
 

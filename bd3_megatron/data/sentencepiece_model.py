@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_megatron.data.special_ids import MASK_TEXT, SpecialTexts
-from bd3_megatron.data.tokenizer import FastTokenizer
-from bd3_megatron.data.tokenizer_import import with_mask
+from bd3_megatron.data.tokenizer_fast import FastTokenizer, with_mask
 from bd3_megatron.errors import TokenizerError
 
 SPACE_SIGN = "\u2581"

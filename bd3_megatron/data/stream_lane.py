@@ -21,7 +21,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import apply_rules, detokenizer
 from bd3_megatron.data.packing import Ints, PackedArrays, PackingRule
 from bd3_megatron.data.special_ids import SpecialIds
-from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
 from bd3_megatron.rng import Purpose, permutation_index
 

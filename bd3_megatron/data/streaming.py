@@ -29,7 +29,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import batch_of
 from bd3_megatron.data.packing import PackedArrays, PackingRule
 from bd3_megatron.data.stream_lane import Lane, LaneState, StreamPlan, lane_states
-from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 _MOST_LANES = 64

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from bd3_megatron.data.special_ids import MASK_TEXT, SpecialTexts
-from bd3_megatron.data.tokenizer import FastTokenizer
+from bd3_megatron.data.tokenizer_fast import FastTokenizer, with_mask
 from bd3_megatron.errors import TokenizerError
 
 _GPT2_END = "<|endoftext|>"
@@ -45,39 +45,6 @@ def import_tokenizer(name: str) -> FastTokenizer:
     texts = SpecialTexts.choose(named, name)
     clean_up = bool(getattr(foreign, "clean_up_tokenization_spaces", False))
     return with_mask(backend.to_str(), texts, has_mask=named["mask_token"] is not None, clean_up=clean_up)
-
-
-def with_mask(tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, clean_up: bool = False) -> FastTokenizer:
-    """Append the mask token where the tokenizer has none.
-
-    Args:
-        tokenizer_json: text of a tokenizer.json.
-        texts: its special tokens; `texts.mask` is appended unless `has_mask`.
-        has_mask: the tokenizer declares `texts.mask` itself.
-        clean_up: passed on to the exported folder.
-
-    Raises:
-        TokenizerError: the vocabulary already uses the text without declaring it a mask, or ids would collide.
-    """
-    import tokenizers
-
-    if has_mask:
-        return FastTokenizer(tokenizer_json, texts, clean_up=clean_up)
-    built = tokenizers.Tokenizer.from_str(tokenizer_json)
-    vocabulary = built.get_vocab(with_added_tokens=True)
-    if texts.mask in vocabulary:
-        raise TokenizerError(
-            f"the vocabulary holds {texts.mask} as token {vocabulary[texts.mask]} but does not declare it; "
-            'write "mask_token" into its tokenizer_config.json.'
-        )
-    expected = max(vocabulary.values()) + 1
-    built.add_special_tokens([tokenizers.AddedToken(texts.mask, special=True, normalized=False)])
-    if built.token_to_id(texts.mask) != expected:
-        raise TokenizerError(
-            f"the mask token would get id {built.token_to_id(texts.mask)} inside the vocabulary of {expected}; "
-            "remove the gaps in the tokenizer's ids."
-        )
-    return FastTokenizer(built.to_str(), texts, clean_up=clean_up)
 
 
 def _from_vocab_and_merges(folder: Path) -> FastTokenizer:

@@ -25,7 +25,8 @@ from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.shards import ShardFolder, check_tokenizer
-from bd3_megatron.data.tokenizer import META_FILE, load_tokenizer
+from bd3_megatron.data.tokenizer import META_FILE
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
 from bd3_megatron.errors import CheckpointError, DataError

@@ -28,7 +28,7 @@ import torch
 from bd3_megatron.data.builtin_text import builtin_documents, builtin_items
 from bd3_megatron.data.loader import BatchLoader, TokenDataset
 from bd3_megatron.data.sampler import BatchShare
-from bd3_megatron.data.tokenizer import open_tokenizer
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from tools.bench import harness
 
 ROOT = Path(__file__).resolve().parents[2]

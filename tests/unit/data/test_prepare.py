@@ -20,7 +20,7 @@ from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.prepare_progress import ProgressBar
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.sources import TextFiles
-from bd3_megatron.data.tokenizer import load_tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError, TokenizerError, WorkStopped
 from tests.unit.data.corpora import content_of, english
 

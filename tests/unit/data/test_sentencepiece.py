@@ -10,7 +10,7 @@ import sentencepiece
 
 from bd3_megatron.data.sentencepiece_model import from_sentencepiece, load_sentencepiece, train_sentencepiece
 from bd3_megatron.data.special_ids import SpecialIds
-from bd3_megatron.data.tokenizer import open_tokenizer
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import TokenizerError
 from tests.unit.data.corpora import AWKWARD, english
 from tests.unit.data.test_tokenizer import noise_texts

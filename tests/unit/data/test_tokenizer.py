@@ -14,8 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bd3_megatron.data.sentencepiece_model import train_sentencepiece
 from bd3_megatron.data.special_ids import MASK_TEXT, SpecialIds, SpecialTexts
 from bd3_megatron.data.text_cutting import cut_text, is_cuttable
-from bd3_megatron.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, open_tokenizer
-from bd3_megatron.data.tokenizer_import import with_mask
+from bd3_megatron.data.tokenizer import Tokenizer
+from bd3_megatron.data.tokenizer_fast import FastTokenizer, with_mask
+from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.errors import TokenizerError
 from tests.unit.data.corpora import AWKWARD, english
 

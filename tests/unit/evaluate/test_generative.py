@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bd3_megatron.cli import main
 from bd3_megatron.convert.to_hf import write_folder
-from bd3_megatron.data.tokenizer import open_tokenizer
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import CheckpointError, DataError, SamplingError, TokenizerError
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of, measure
 from bd3_megatron.evaluate.judge import Judge

@@ -9,7 +9,7 @@ import pytest
 
 from bd3_megatron.cli import main
 from bd3_megatron.convert.to_hf import write_folder
-from bd3_megatron.data.tokenizer import open_tokenizer
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.evaluate.tables import Column, render
 from bd3_megatron.evaluate.zero_shot import SETS
 from tests.unit.evaluate.tiny import LENGTH, tiny_model
