@@ -191,14 +191,14 @@ def _last_interval(folder: Path) -> str:
 
 
 def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> dict[str, Any]:
-    """Judged by the AR model of the last seed; texts of the first seed's models."""
+    """Scored by the AR model of the last seed; texts of the first seed's models."""
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
     from tools.mini.measure import frontiers
 
-    judge = next(job for job in jobs if job.variant.name == "ar" and job.seed == size.seeds[-1])
-    convert_checkpoint(judge.folder, out / "judge")
+    scorer = next(job for job in jobs if job.variant.name == "ar" and job.seed == size.seeds[-1])
+    convert_checkpoint(scorer.folder, out / "scorer")
     sampled = [j for j in jobs if j.seed == size.seeds[0] and j.variant.name in ("ar", "s4", "s8", "s16", TRUNK)]
-    points = frontiers(sampled, out / "judge", out / "data" / "tokenizer", num_samples=32, temperatures=TEMPERATURES)
+    points = frontiers(sampled, out / "scorer", out / "data" / "tokenizer", num_samples=32, temperatures=TEMPERATURES)
     series = [
         {
             "name": label,
@@ -207,11 +207,11 @@ def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> dict[str, Any]:
         }
         for label, found in points.items()
     ]
-    chart = {"title": "judge's perplexity against entropy", "x": "entropy (nats)", "y": "judge's perplexity per byte"}
+    chart = {"title": "scored perplexity against entropy", "x": "entropy (nats)", "y": "perplexity per byte"}
     return {
         "title": "Generative frontier",
-        "text": ["Judged by the AR model of another seed; either axis alone can be gamed. First-hitting decoding."],
-        "columns": ["model", "temperature", "judge's perplexity", "error", "entropy", "forwards a token", "distinct-2"],
+        "text": ["Scored by the AR model of another seed; either axis alone can be gamed. First-hitting decoding."],
+        "columns": ["model", "temperature", "perplexity", "error", "entropy", "forwards a token", "distinct-2"],
         "rows": [
             [
                 label,

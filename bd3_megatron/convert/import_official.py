@@ -29,7 +29,7 @@ from bd3_megatron.convert.official_source import OfficialSource, read_source
 from bd3_megatron.convert.to_hf import is_tokenizer_file, write_folder
 from bd3_megatron.errors import ConversionError, TokenizerError, check_multiple
 from bd3_megatron.hf.configuration_bd3 import BD3Config
-from bd3_megatron.sampling.text import load_tokenizer
+from bd3_megatron.sampling.text import folder_tokenizer
 
 OFFICIAL_TYPE = "bd3lm"
 
@@ -87,7 +87,7 @@ def _tokenizer_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
     """mask, bos and eos ids of a tokenizer folder; empty without one."""
     if tokenizer_dir is None:
         return {}
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = folder_tokenizer(tokenizer_dir)
     if tokenizer is None:
         raise TokenizerError(f"{tokenizer_dir} holds no tokenizer files; give the tokenizer's folder.")
     return {

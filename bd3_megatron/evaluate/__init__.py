@@ -1,5 +1,5 @@
-"""What a trained model is worth: likelihood with error bars, zero-shot tables, generated text under a judge.
+"""How good a trained model is: likelihood with standard errors, zero-shot tables, generated text under a scoring model.
 
-One estimator (noise_plan, scoring, perplexity) serves the training grid and exported folders; no metric of training is
-computed here. This door plate imports nothing.
+One noise plan, one set of sums and one estimate serve the training grid, exported folders and documents. Metrics of
+training are computed in train/. This file imports nothing.
 """

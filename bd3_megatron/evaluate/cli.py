@@ -1,6 +1,6 @@
 """`bd3 evaluate`: the arguments, and which task answers them: perplexity, the zero-shot table, or the frontier.
 
-Decides nothing about likelihoods. Imports torch only when it runs.
+Imports torch only when it runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EXAMPLES = """
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data --exact --json
   bd3 evaluate FOLDER --zero-shot runs/zero_shot --local ptb=ptb.valid.txt --format markdown
-  bd3 evaluate FOLDER --frontier --judge JUDGE --rules first_hitting ancestral --temperatures 0.8 1.0
+  bd3 evaluate FOLDER --frontier --scoring-model GPT2 --rules first_hitting ancestral --temperatures 0.8 1.0
   torchrun --nproc-per-node 8 -m bd3_megatron.cli evaluate FOLDER --data DIR --draws 4
 """
 
@@ -54,7 +54,7 @@ def _add_zero_shot(group: argparse._ArgumentGroup) -> None:
 def _add_frontier(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--frontier", action="store_true", help="sample under every rule and temperature and measure the texts")
-    add("--judge", metavar="FOLDER", help="local autoregressive model for generative perplexity")
+    add("--scoring-model", metavar="FOLDER", help="local autoregressive model for generative perplexity")
     add("--rules", nargs="+", default=["first_hitting"], metavar="RULE", help="decoding rules (default: first_hitting)")
     add("--temperatures", nargs="+", type=float, default=[1.0], metavar="T", help="(default: 1.0)")
     add("--steps", type=int, help="forwards a block, for rules that take them")

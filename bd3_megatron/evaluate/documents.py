@@ -1,13 +1,9 @@
 """Likelihood of documents of any length: the chain rule over blocks, finished blocks cached.
 
-A model trained on L tokens sees the block being scored and at most the L - S tokens before it. Up to L tokens the result
-is that of one pass over the pair; beyond it the window moves as in the sampler ("recomputed": exact for the model, a pass
-over the window for every block; "evicted": cheap, old keys stay). Autoregressive models are scored in windows of L that
-move by half of it, so every token beyond the first window sees at least L / 2 others.
-Decides: the tail of a last, incomplete block stays masked, as text that is not written yet; given tokens are seen and not
-counted. Noise is that of noise_plan, with the document's number for the sequence number.
-Refuses: empty documents, documents that are given entirely.
-Costs: one forward of draws x S rows a block, on top of one of S rows; the cache is held once for every draw.
+Contract: up to the trained length L the result is that of one pass over the pair; beyond it the window moves as in the
+sampler. Given tokens are seen and not counted. Noise is that of `noise_plan.py`, with the document's number for the
+sequence number. Refuses empty documents and documents that are given entirely.
+Costs one forward of draws x S rows a block, on top of one of S rows; the cache is held once for every draw.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, ScoreSums, Share, estimate, score_table
 from bd3_megatron.hf.cache_bd3 import KeyValueCache, cached_hidden
 from bd3_megatron.hf.plain_bd3 import PlainBD3
-from bd3_megatron.hf.window_bd3 import Place, Window
+from bd3_megatron.hf.window_bd3 import SequenceState, Window
 
 MAX_COMMIT_ROWS = 2048
 """Clean rows of one forward."""
@@ -138,7 +134,8 @@ def _noisy_document(
     )
     noisy = plan.noisy(clean, draw_D)
     assert noisy is not None  # only the autoregressive plan has none
-    # what carries no loss is noised as padding is: here the given part is seen, and what is not written yet is not
+    # What carries no loss is noised as padding is; here the given part is seen, and the tail of a last, incomplete block
+    # stays masked, as text that is not written yet.
     seen_BL = torch.where(position_L < given, clean.tokens_BL, noisy.noisy_BL)
     return replace(noisy, noisy_BL=seen_BL.masked_fill(~is_text_L, mask_id))
 
@@ -157,7 +154,7 @@ class _BlockWalk:
             block_rows=self.size,
             capacity=min(shape.max_position_embeddings, length),
         )
-        self.place = Place(noisy.clean_BL[0].tolist(), 0)
+        self.state = SequenceState(noisy.clean_BL[0].tolist(), 0)
         self.cache = KeyValueCache(model.model, batch_size=1, capacity=self.window.capacity)
 
     @torch.inference_mode()
@@ -166,9 +163,10 @@ class _BlockWalk:
         num_draws, length = self.noisy.noisy_BL.shape
         total_D = torch.zeros(num_draws, dtype=torch.float64, device=self.device)
         for start in range(0, length, self.size):
+            # a block that is given entirely costs nothing but its commit
             if not bool(self.noisy.countable_BL[0, start : start + self.size].any()):
                 continue
-            self.place.block_start = start
+            self.state.block_start = start
             self._commit()
             for draws in torch.arange(num_draws).split(max(1, MAX_DRAW_ROWS // self.size)):
                 total_D[draws.to(self.device)] += self._block_sums(draws)
@@ -176,19 +174,20 @@ class _BlockWalk:
 
     def _commit(self) -> None:
         """Encode the clean rows that the block looks back on and that are not in the cache."""
-        self.window.enter_block(self.place)
+        self.window.enter_block(self.state)
         keep_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        while self.place.committed < self.place.block_start:
-            stop = self.window.commit_stop(self.place, MAX_COMMIT_ROWS)
-            layout = self.window.layout([self.place], [stop], self.device, with_block=False)
+        while self.state.committed < self.state.block_start:
+            stop = self.window.commit_stop(self.state, MAX_COMMIT_ROWS)
+            layout = self.window.layout([self.state], [stop], self.device, with_block=False)
             cached_hidden(self.model.model, self.cache, layout.clean_ids_BC, layout.plan, keep_11)
-            self.place.committed = stop
+            self.state.committed = stop
 
     def _block_sums(self, draws: Tensor) -> Tensor:
         """Weighted NLL of the block under some draws: float64 [draws]."""
-        start, device = self.place.block_start, self.device
+        start, device = self.state.block_start, self.device
         block = slice(start, start + self.size)
-        layout = self.window.layout([self.place] * len(draws), [start] * len(draws), device, with_block=True)
+        layout = self.window.layout([self.state] * len(draws), [start] * len(draws), device, with_block=True)
+        # every draw looks back on the same clean past: the cache is copied for the draws of one forward, not for all
         copies = KeyValueCache(self.model.model, batch_size=0, capacity=self.cache.capacity)
         copies.keys_nBGCH, copies.values_nBGCH = self.cache.keys_nBGCH, self.cache.values_nBGCH
         copies.keep_sequences(torch.zeros(len(draws), dtype=torch.int64, device=device))
@@ -218,5 +217,6 @@ def _next_token_sum(model: PlainBD3, ids: Sequence[int], first: int) -> Tensor:
             rows = slice(scored - 1 - start, stop - 1 - start)
             total += next_token_nll(model.lm_head(hidden_LD[rows]), ids_L[scored:stop]).double().sum()
             scored = stop
+        # windows of L move by half of it, so every token beyond the first window sees at least L / 2 others
         start += max(1, length // 2)
     return total

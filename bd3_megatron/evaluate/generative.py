@@ -1,9 +1,8 @@
-"""Generated text measured: a judge's perplexity against entropy, over decoding rules and temperatures.
+"""Generated text measured: perplexity under a scoring model against entropy, over decoding rules and temperatures.
 
-Decides: a setting's point on the frontier is (judge's perplexity, entropy, forwards a token), never one of them alone.
-All settings start from the same prompts and seed. The samples of a setting do not depend on the others.
-Refuses: what the sampler refuses. Draws nothing (a picture is the report's business).
-Costs: num_samples x num_tokens tokens of the sampler and of the judge for every setting.
+Contract: all settings start from the same prompts and seed, and the samples of a setting do not depend on the others.
+Refuses what the sampler refuses. Costs num_samples x num_tokens tokens of the sampler and of the scoring model a
+setting.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bd3_megatron.errors import TokenizerError
-from bd3_megatron.evaluate.judge import Judge
+from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.tables import Column
 from bd3_megatron.evaluate.text_statistics import text_statistics
 from bd3_megatron.sampling.generate import Sampler
@@ -21,7 +20,7 @@ from bd3_megatron.sampling.generate import Sampler
 COLUMNS = (
     Column("rule", "rule"),
     Column("temperature", "temperature", "g"),
-    Column("perplexity", "judge ppl", ".2f"),
+    Column("perplexity", "scored ppl", ".2f"),
     Column("perplexity_stderr", "+-", ".2f"),
     Column("entropy_nats", "entropy", ".3f"),
     Column("forwards_per_token", "forwards/token", ".3f"),
@@ -44,12 +43,14 @@ class GenerationRequest:
     """Decoding options that all settings share."""
 
 
-def measure(sampler: Sampler, judge: Judge | None, request: GenerationRequest, **options: Any) -> dict[str, Any]:
+def measure(
+    sampler: Sampler, scorer: ScoringModel | None, request: GenerationRequest, **options: Any
+) -> dict[str, Any]:
     """One point: sample under some decoding options and measure.
 
     Args:
-        sampler: with a tokenizer, where there is a judge.
-        judge: None leaves its columns out.
+        sampler: with a tokenizer, where there is a scoring model.
+        scorer: scores the texts; None leaves its columns out.
         request: see there.
         options: fields of DecodingOptions that make this setting.
 
@@ -58,13 +59,13 @@ def measure(sampler: Sampler, judge: Judge | None, request: GenerationRequest, *
         forwards_per_token; everything of `text_statistics`; texts (a few, for reading).
 
     Raises:
-        TokenizerError: a judge was given, but the folder has no tokenizer to make texts with.
+        TokenizerError: a scoring model was given, but the folder has no tokenizer to make texts with.
         SamplingError: options or prompts that cannot be served.
-        DataError: no text is long enough to judge.
+        DataError: no text is long enough to score.
     """
-    if judge is not None and sampler.tokenizer is None:
+    if scorer is not None and sampler.tokenizer is None:
         raise TokenizerError(
-            "the model's folder has no tokenizer, so its samples are no text to judge; copy its files there."
+            "the model's folder has no tokenizer, so its samples are no text to score; copy its files there."
         )
     asked = {**request.options, **options}
     prompts = [request.prompts[i % len(request.prompts)] for i in range(request.num_samples)]
@@ -75,12 +76,13 @@ def measure(sampler: Sampler, judge: Judge | None, request: GenerationRequest, *
     point: dict[str, Any] = {"rule": asked.get("rule", "first_hitting"), "temperature": asked.get("temperature", 1.0)}
     point |= asked
     texts = [result.text or "" for result in results]
-    if judge is not None:
-        verdict = judge.judge_all(texts)
+    if scorer is not None:
+        found = scorer.score_all(texts)
+        # never one of them alone: perplexity falls when a text repeats itself, entropy rises when it is drawn at random
         point |= {
-            "perplexity": verdict.perplexity,
-            "perplexity_stderr": verdict.stderr,
-            "corpus_perplexity": verdict.corpus_perplexity,
+            "perplexity": found.perplexity,
+            "perplexity_stderr": found.stderr,
+            "corpus_perplexity": found.corpus_perplexity,
         }
     # forwards that served each sample: a batch's own count would depend on the batch size
     point["forwards_per_token"] = sum(result.num_forwards for result in results) / max(1, num_tokens)
@@ -88,10 +90,10 @@ def measure(sampler: Sampler, judge: Judge | None, request: GenerationRequest, *
 
 
 def frontier(
-    sampler: Sampler, judge: Judge | None, request: GenerationRequest, settings: Sequence[Mapping[str, Any]]
+    sampler: Sampler, scorer: ScoringModel | None, request: GenerationRequest, settings: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """`measure` for every setting, in order."""
-    return [measure(sampler, judge, request, **setting) for setting in settings]
+    return [measure(sampler, scorer, request, **setting) for setting in settings]
 
 
 def grid_of(rules: Sequence[str], temperatures: Sequence[float]) -> list[dict[str, Any]]:

@@ -1,10 +1,7 @@
 """Perplexity on the training grid: the averaged weights, the same rows and noise as from an exported folder.
 
-Decides: every data-parallel rank takes its share of the rows; a micro-batch has the size that training uses, the last
-one filled up, since pipelines and ZeRO-3 need equal shapes and counts everywhere. Sums leave the last stage only, partial
-over context-parallel ranks; they are added over dp x cp, then sent to the other stages, so every rank returns the same.
-A collective: all ranks call it, between two steps.
-Costs: rows / (dp x micro-batch) forward passes; no gradient memory.
+A collective: all ranks call it between two steps, and every rank returns the same estimate.
+Costs rows / (dp x micro-batch) forward passes; no gradient memory.
 """
 
 from __future__ import annotations
@@ -82,6 +79,7 @@ def evaluate_on_grid(
         ranks=topology.dp,
         multiple=group,
     )
+    # A micro-batch has the size that training uses: pipelines and ZeRO-3 need equal shapes and counts everywhere.
     with _rows_of(engine.model, block_size), engine.averaged_weights():
         for part in chunked(shares, BATCHES_PER_CALL // group * group or group):
             _score(engine, dataset, plan, sums, part)
@@ -96,6 +94,7 @@ def _score(engine: ZeroEngine, dataset: HeldOut, plan: NoisePlan, sums: ScoreSum
     for share in shares:
         clean, draw_B = read_share(dataset, sums.table, share)
         batches.append(pair_batch(clean, plan.noisy(clean, draw_B), layout).to(topology.device))
+        # counts are whole on every rank, sums are partial over context-parallel ranks: only one may put counts
         if topology.is_last_stage and topology.cp_rank == 0:
             sums.put_counts(share, plan.counted(clean))
     logs = engine.evaluate(batches)

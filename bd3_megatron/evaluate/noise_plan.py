@@ -1,20 +1,8 @@
 """Which noisy copies of a held-out sequence are scored, so that their mean is the bound on its likelihood.
 
-The bound is the mean over t in [min_t, 1] of (1 / t) sum of NLL over masked tokens, as in the official evaluation,
-whatever noise schedule the model was trained with: without time conditioning it does not depend on it. Four plans:
-    NextToken    the autoregressive objective: one pass, no noise, exact
-    Enumerated   every mask pattern of a block, weighted by its probability integrated over t: exact, 2^S - 1 passes. All
-                 blocks take the same pattern in one pass, because given the clean past they do not see each other.
-                 With S = 1 this is one pass with everything masked: the model's own chain rule
-    CountDrawn   K draws of how many tokens of a block are masked. Integrating t out leaves every count m = 1..S (almost)
-                 equally likely with weight S / m: the same mean, but no empty masks and no weights up to 1 / min_t, so
-                 far less noise and error bars that can be trusted
-    LevelDrawn   K draws of t with weight 1 / t, as the official code does it
-Draws are stratified: over the draws and blocks of one *replicate*. A sequence has two replicates of K / 2 draws (K even)
-or K of one draw. Replicates are independent and alike, so their spread measures the noise without bias, which strata
-over everything would not allow.
-Noise is a function of (seed, sequence number, draw, block, position): batch size, grid and device do not show in it.
-Refuses: enumeration of blocks beyond MAX_ENUMERATED tokens, draws out of range.
+Contract: the bound is the mean over t in [min_t, 1] of (1 / t) sum of NLL over masked tokens, as in the official
+evaluation. Noise is a function of (seed, sequence number, draw, block, position): batch size, grid and device do not
+show in it. Refuses enumeration of blocks beyond MAX_ENUMERATED tokens and draws out of range.
 Source: BD3-LM (arXiv 2503.09573), NELBO over blocks; LLaDA (arXiv 2502.09992) scores by counts in the same way.
 """
 
@@ -98,6 +86,8 @@ def noise_plan(
     Raises:
         RangeError: a block too large to enumerate, draws out of range, or no mask token.
     """
+    # The network does not see t, so the bound does not depend on the noise schedule of training, and four plans share it:
+    # next token (exact), all mask patterns of a block (exact), drawn counts, drawn levels (the official way).
     if objective == "ar":
         return NextToken()
     if mask_id is None:
@@ -145,6 +135,7 @@ class _Drawn:
 
     @property
     def replicate_size(self) -> int:
+        # Strata over all draws would hide the noise: two replicates of half the draws (or K of one, K odd) show it.
         return 1 if self.num_draws % 2 else self.num_draws // 2
 
     @property
@@ -200,6 +191,8 @@ class CountDrawn(_Drawn):
     def noisy(self, clean: CleanBatch, draw_B: Tensor) -> NoisyBatch:
         index_B = self.index_of(clean, draw_B)
         device, size = clean.tokens_BL.device, self.block_size
+        # Integrating t out leaves every count almost equally likely: no empty masks and no weights up to 1 / min_t, so far
+        # less noise than drawn levels, and error bars that can be trusted.
         u_BK = (self.levels(clean, index_B) - MIN_T) / (1 - MIN_T)
         count_BK = 1 + torch.searchsorted(count_law(size)[:-1], u_BK, right=True).to(device)
         num_blocks = count_BK.shape[1]
@@ -245,6 +238,7 @@ class Enumerated:
         batch, length = clean.tokens_BL.shape
         check_multiple("seq_len", length, "block_size", self.block_size)
         device, num_blocks = clean.tokens_BL.device, length // self.block_size
+        # all blocks take the same pattern in one pass: given the clean past they do not see each other
         bits_S = torch.arange(self.block_size, device=device)
         pattern_BS = ((draw_B.to(device) + 1)[:, None] >> bits_S) & 1 == 1
         count_B1 = pattern_BS.sum(dim=1, keepdim=True)
@@ -261,14 +255,13 @@ class Enumerated:
 def pattern_weights(block_size: int) -> list[float]:
     """Mean over t in [min_t, 1] of t^m (1 - t)^(S - m) / t for m = 1..S masked tokens; exactly 1 for S = 1.
 
-    A polynomial of degree S - 1, so Gauss and Legendre's rule with S nodes is exact.
-
     Args:
         block_size: S >= 1.
 
     Returns:
         S numbers, m = 1 first.
     """
+    # a polynomial of degree S - 1 in t: S nodes are more than enough
     node, weight = np.polynomial.legendre.leggauss(block_size)
     t = MIN_T + (1 - MIN_T) * (node + 1) / 2
     return [float((weight / 2 * t ** (m - 1) * (1 - t) ** (block_size - m)).sum()) for m in range(1, block_size + 1)]
@@ -277,6 +270,7 @@ def pattern_weights(block_size: int) -> list[float]:
 def count_law(block_size: int) -> Tensor:
     """P(count <= m), m = 1..S: float64 [S], rising to 1."""
     m = torch.arange(block_size, dtype=torch.float64)
+    # P(Binomial(S, min_t) = m): the share of patterns that t below min_t would have given, left out of the bound
     log_term = (
         math.lgamma(block_size + 1)
         - torch.lgamma(m + 1)
@@ -313,5 +307,6 @@ def _countable(clean: CleanBatch, *, exclude_first: bool) -> Tensor:
     if clean.is_padding_BL is not None:
         countable_BL = ~clean.is_padding_BL
     if exclude_first:
+        # a row's first token has no past in the official convention: it is given
         countable_BL = countable_BL & (torch.arange(countable_BL.shape[1], device=countable_BL.device) > 0)
     return countable_BL

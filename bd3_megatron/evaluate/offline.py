@@ -1,10 +1,8 @@
-"""Perplexity of an exported folder with the plain model, on one device or on many ranks that split the sequences.
+"""Perplexity of an exported folder or a run's checkpoint with the plain model, on one device or on several ranks.
 
-Decides: the same rows, noise and sums as on the training grid (perplexity.py), so the same checkpoint gives the same
-number. The output table is applied to masked rows only, in chunks. Under torchrun every rank holds the whole model,
-scores its share and returns the same estimate.
-Refuses: folders that are no model's, text of another vocabulary or tokenizer, a split shorter than one sequence.
-Costs: one pass over [noisy; clean] of every row, attention dense (2L x 2L booleans).
+Contract: the same rows, noise and sums as on the training grid, so the same checkpoint gives the same number. Refuses
+folders that hold no model, text of another vocabulary or tokenizer, a split shorter than one sequence.
+Costs one pass over [noisy; clean] of every row; under torchrun every rank holds the whole model and scores its share.
 """
 
 from __future__ import annotations
@@ -61,35 +59,36 @@ class Work:
     """Processes that split the rows; more than one needs an initialised process group."""
 
 
-def load_model(place: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
     """The plain model of an exported folder, or the averaged weights of a run's newest checkpoint, in eval mode.
 
     Args:
-        place: made by tools/convert_checkpoint.py; or a run folder, or one checkpoint of it.
+        folder: made by tools/convert_checkpoint.py; or a run folder, or one checkpoint of it.
         device: where it goes.
         dtype: of its parameters; None: as stored.
 
     Raises:
         CheckpointError: nothing there, damaged, or its weights are of another shape.
     """
-    is_run = (place / "checkpoints").is_dir() or (place / MANIFEST).is_file()
-    if is_run and not (place / "config.json").is_file():
-        config, state = _read_checkpoint(place)
+    is_run = (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file()
+    if is_run and not (folder / "config.json").is_file():
+        config, state = _read_checkpoint(folder)
     else:
-        config, state = read_config(place), read_weights(place)
+        config, state = read_config(folder), read_weights(folder)
+    # before the model is built: a float64 request must not pass through a float32 model
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     try:
         model = plain_model(config, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{place} holds weights of another model ({reason}); export the folder again.") from None
+        raise CheckpointError(f"{folder} holds weights of another model ({reason}); export the folder again.") from None
     return model.to(device), config
 
 
-def _read_checkpoint(place: Path) -> tuple[BD3Config, dict[str, Tensor]]:
+def _read_checkpoint(folder: Path) -> tuple[BD3Config, dict[str, Tensor]]:
     """The averaged weights (the raw ones where no average was kept) under plain names."""
-    reader = open_checkpoint(find_checkpoint(place))
+    reader = open_checkpoint(find_checkpoint(folder))
     config = config_from_tree(reader.manifest.config)
     described, _ = describe_model(config, reader.manifest, None)
     table = NameTable(config.model, reader.manifest.vocab_size)
@@ -162,6 +161,7 @@ def score_plain(
     table = score_table(plan, num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
     sums = ScoreSums(table, work.device)
     for share in deal(table, batch_size=work.batch_size, rank=work.rank, ranks=work.ranks):
+        # a rank may have fewer rows than others; only the final sum is collective here
         if share.num_real == 0:
             continue
         clean, draw_B = read_share(dataset, table, share)
@@ -206,6 +206,7 @@ def _row_nll(model: PlainBD3, hidden_BLD: Tensor, target_BL: Tensor, rows_R: Ten
     device = hidden_BLD.device
     hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, rows_R.to(device))
     target_R = target_BL.flatten()[rows_R].to(device)
+    # the output table is applied to masked rows only, in chunks: logits of all rows would be the largest tensor by far
     size = max(1, LOGIT_BYTES // (4 * model.model.shape.vocab_size))
     parts = []
     for hidden, target in zip(hidden_RD.split(size), target_R.split(size), strict=True):

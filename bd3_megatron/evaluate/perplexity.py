@@ -1,14 +1,9 @@
 """Perplexity with two standard errors: the pure part, shared by the training grid and exported folders.
 
-Decides which (sequence, draw) pairs are scored, how ranks share them, and what their sums mean:
     nll = sum of scores / sum of counted tokens           a sequence's score is the mean over its draws
     stderr_noise   how the result would vary with other noise on the same text: from the spread between replicates
     stderr_text    how it would vary with other text (and other noise): from the spread between sequences
-With one draw the noise is not visible in the draws themselves; a second draw of up to PROBE_SEQUENCES sequences, which
-does not enter the result, measures it. Sequences are taken evenly spaced over the split. Errors of the mean are
-linearised where sequences count different numbers of tokens. Perplexity is exp(nll); a bound gives a bound.
-Refuses: empty requests. Knows nothing of models, grids or devices.
-Costs: K forwards of every sequence, plus at most PROBE_SEQUENCES.
+Perplexity is exp(nll); a bound gives a bound. Refuses empty requests. Knows nothing of models, grids or devices.
 """
 
 from __future__ import annotations
@@ -99,6 +94,7 @@ class Estimate:
     def shifted(self, nats: float) -> float:
         """Perplexity at so many nats per token more: the ends of an interval."""
         nll = self.nll_nats_per_token + nats
+        # exp(710) overflows a float64
         return math.inf if nll > 700 else math.exp(nll)
 
     def metrics(self) -> dict[str, float | int | None]:
@@ -156,11 +152,13 @@ def score_table(plan: NoisePlan, *, num_rows: int, num_sequences: int | None) ->
     sequence_N = torch.arange(wanted)
     sequence_R = sequence_N.repeat_interleave(plan.draws)
     draw_R = torch.arange(plan.draws).repeat(wanted)
+    # One draw does not show its own noise: a second draw of some sequences, which does not enter the result, measures it.
     if plan.draws == 1 and not plan.is_exact:
         probes = min(wanted, PROBE_SEQUENCES)
         probed = torch.arange(probes) * wanted // probes
         sequence_R = torch.cat([sequence_R, probed])
         draw_R = torch.cat([draw_R, torch.ones(probes, dtype=torch.int64)])
+    # evenly spaced over the split, in integer arithmetic, so that every rank and every run takes the same rows
     return ScoreTable(sequence_N * num_rows // wanted, sequence_R, draw_R)
 
 
@@ -186,6 +184,7 @@ def deal(table: ScoreTable, *, batch_size: int, rank: int = 0, ranks: int = 1, m
     shares = []
     for number in range(rounds):
         first = (number * ranks + rank) * batch_size
+        # pipelines and ZeRO-3 need equal shapes and counts everywhere: the last batch is filled up with rows that are dropped
         row_B = torch.arange(first, first + batch_size)
         shares.append(Share(row_B.clamp(max=total - 1), max(0, min(batch_size, total - first))))
     return shares
@@ -256,6 +255,7 @@ class SequenceScores:
 def sequence_scores(plan: NoisePlan, sums: ScoreSums) -> SequenceScores:
     """The scores of every sequence, from the complete sums of all rows."""
     size, (sum_R, count_R) = len(sums.table.row_id_N), sums.both_2R.cpu()
+    # probes come behind the scored rows and never enter the result
     scored = size * plan.draws
     return SequenceScores(
         sum_R[:scored].view(size, plan.draws).mean(dim=1), count_R[:scored].view(size, plan.draws)[:, 0]
@@ -290,6 +290,7 @@ def _noise_variance(plan: NoisePlan, sums: ScoreSums) -> float:
     num_sequences, draws = len(table.row_id_N), plan.draws
     first_N = sum_R[: num_sequences * draws].view(num_sequences, draws)
     if draws > 1:
+        # replicates are independent and alike, so their spread is the noise without bias; strata inside one are not
         replicate_NR = first_N.unflatten(1, (-1, plan.replicate_size)).mean(dim=2)
         return float(replicate_NR.var(dim=1).sum()) / replicate_NR.shape[1]
     probed = table.sequence_R[num_sequences:]
@@ -302,6 +303,7 @@ def _text_error(score_N: Tensor, count_N: Tensor, nll: float) -> float | None:
     size = len(score_N)
     if size < 2:
         return None
+    # sequences count different numbers of tokens, so the mean is a ratio of sums; its error is linearised
     residual_N = score_N - nll * count_N
     return math.sqrt(size / (size - 1) * float((residual_N**2).sum())) / float(count_N.sum())
 

@@ -33,6 +33,7 @@ def render(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], form: s
         form: one of FORMS.
     """
     if form == "json":
+        # NaN and Infinity are no JSON
         return json.dumps([{key: _finite(value) for key, value in row.items()} for row in rows], indent=2)
     cells = [
         [column.heading for column in columns],

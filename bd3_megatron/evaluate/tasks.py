@@ -16,11 +16,12 @@ from bd3_megatron.compat.device import collective_backend, cuda_is_there, rank_d
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.errors import BackendError, ConfigError
 from bd3_megatron.evaluate import generative, zero_shot
-from bd3_megatron.evaluate.judge import Judge, open_tokenizer
 from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, open_split
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings
+from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.tables import render
 from bd3_megatron.sampling.generate import Sampler
+from bd3_megatron.sampling.text import folder_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,8 +111,8 @@ def print_frontier(options: argparse.Namespace) -> int:
     device = device_of(options)
     folder = Path(options.folder)
     model, config = load_model(folder, device=device, dtype=_dtype(options))
-    sampler = Sampler(model, config, open_tokenizer(folder))
-    judge = None if options.judge is None else Judge.load(options.judge, device=device)
+    sampler = Sampler(model, config, folder_tokenizer(folder))
+    scorer = None if options.scoring_model is None else ScoringModel.load(options.scoring_model, device=device)
     shared = {"top_p": options.top_p} | ({} if options.steps is None else {"steps": options.steps})
     request = generative.GenerationRequest(
         num_samples=options.num_samples,
@@ -120,7 +121,7 @@ def print_frontier(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         options=shared,
     )
-    points = generative.frontier(sampler, judge, request, generative.grid_of(options.rules, options.temperatures))
+    points = generative.frontier(sampler, scorer, request, generative.grid_of(options.rules, options.temperatures))
     print(render(generative.COLUMNS, points, options.format))
     return 0
 

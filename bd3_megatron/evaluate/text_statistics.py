@@ -1,6 +1,5 @@
-"""What generated text looks like without a judge: entropy, distinct n-grams, lengths.
+"""Statistics of generated text that need no other model: entropy, distinct n-grams, lengths.
 
-Generative perplexity alone is gamed by repeating oneself, entropy alone by drawing at random: they are read together.
 Pure: lists of token ids in, numbers out.
 Source: unigram entropy per sample as in the official metrics.py; distinct-n, Li et al. 2016 (arXiv 1510.03055).
 """
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import mean, median
 
+# Perplexity under a scoring model falls when a text repeats itself, entropy rises when it is drawn at random: read both.
 MAX_NGRAM = 4
 
 

@@ -1,9 +1,8 @@
 """Zero-shot perplexity on the paper's seven sets, with error bars.
 
-Decides: a set is a recipe of configs/data, tokenised by the model's own tokenizer and cut by the recipe's rule (rows with
-BOS and EOS around L - 2 tokens). Local files stand in for the hub where they are given. A set that cannot be had is
-reported as missing with its reason; it does not stop the others.
-Refuses: unknown sets. Costs: tokenising each set once under the work folder, then one evaluation a set.
+Contract: a set is a recipe of configs/data, tokenised by the model's own tokenizer and cut by the recipe's rule. A set
+that cannot be had is reported as missing with its reason and does not stop the others. Refuses unknown sets.
+Costs tokenising each set once under the work folder, then one evaluation a set.
 """
 
 from __future__ import annotations
@@ -88,6 +87,7 @@ def zero_shot(
     Raises:
         ConfigError: an unknown set.
     """
+    # before anything is prepared, which takes minutes
     for name in (*names, *(local or {})):
         if name not in SETS:
             raise ConfigError(f"zero-shot set {name!r} is not known; use {either(SETS)}.")
@@ -99,6 +99,7 @@ def zero_shot(
             )
             dataset = TokenDataset.open(folder / "valid", seq_len=seq_len, shuffle=False)
             rows.append(SetRow(name, score(dataset)))
+        # offline clusters have some sets and not others: the table says which and why
         except (DataError, TokenizerError) as error:
             rows.append(SetRow(name, None, str(error)))
     return rows
@@ -111,11 +112,12 @@ def prepare_set(recipe_path: Path, out: Path, *, tokenizer_folder: Path, local: 
         recipe_path: of the set; its split `valid` is scored.
         out: prepared folder.
         tokenizer_folder: the model's.
-        local: a file or folder in place of the recipe's dataset: text (a document a line) or what `datasets` reads.
+        local: a file or folder instead of the recipe's dataset: text (a document a line) or what `datasets` reads.
 
     Raises:
         DataError, TokenizerError, ConfigError: what cannot be read or prepared.
     """
+    # no held-out share: all of the scored split is scored, in rows with BOS and EOS where the recipe says so
     recipe = load_recipe(recipe_path)
     request = recipe.request(out, tokenizer=str(tokenizer_folder), valid_fraction=0.0)
     source = request.sources["valid"] if local is None else _local_source(local, recipe.sources["valid"])

@@ -1,10 +1,8 @@
 """The key/value cache of the decoding engine, and attention over it.
 
-Decides the layout: rotated keys and values, preallocated once as [layers, B, G, C + 1, H], never repeated over query
-heads; the last slot is a bin for padding rows. A forward writes the keys of all its rows into their slots, then each row
-sees a prefix of the slots, so who sees whom is one number a row (`end`). Attention runs for the active rows only.
-Costs 2 * layers * B * G * (C + 1) * H elements, whatever is generated.
-Knows nothing of blocks, positions or windows: those are window_bd3's.
+Contract: a forward writes the keys of all its rows into their slots, then each row sees a prefix of the slots, so the
+visibility of a row is one number (`end`). Costs 2 * layers * B * G * (C + 1) * H elements, whatever is generated.
+Positions, blocks and windows are the business of `window_bd3.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from .plain_bd3 import Attend, Stack, grouped_attention
 class RowPlan:
     """Where the R rows of one forward are written, and what they see.
 
-    When all sequences of the batch stand at the same place, `slots` is one slice, and `sees_BQK` is None where every row
+    When all sequences of the batch stand at the same position, `slots` is one slice, and `sees_BQK` is None where every row
     sees the whole span: the cheap form, used for every forward but a block's first.
     """
 
@@ -33,12 +31,12 @@ class RowPlan:
     """int64 [B or 1, R]: a row sees the slots below this"""
     span: int
     """no row sees a slot at or above this"""
-    is_uniform_sight: bool
+    is_uniform: bool
     """every row sees exactly [0, span)"""
 
     def sees(self, keep_BQ: Tensor | None) -> Tensor | None:
         """bool [B or 1, Q, span] for all rows or for the kept ones; None = everything below span."""
-        if self.is_uniform_sight:
+        if self.is_uniform:
             return None
         end_BQ = self.end_BR
         if keep_BQ is not None:
@@ -55,6 +53,7 @@ class KeyValueCache:
     def __init__(self, stack: Stack, *, batch_size: int, capacity: int) -> None:
         shape = stack.shape
         table = stack.embed_tokens.weight
+        # Keys are kept a group, never repeated over query heads; the last slot is a bin for padding rows.
         size = (shape.num_hidden_layers, batch_size, shape.num_key_value_heads, capacity + 1, shape.head_dim)
         # Zeros, not empty: padding rows may look at slots nobody wrote, and a NaN there would spread.
         self.keys_nBGCH = torch.zeros(size, dtype=table.dtype, device=table.device)
@@ -77,11 +76,13 @@ class KeyValueCache:
             if isinstance(slots, slice):
                 table[:, :, slots] = rows.transpose(1, 2)
             else:
+                # sequences stand at different positions: one slot a row and sequence
                 index = slots[:, None, :, None].expand(-1, rows.shape[2], -1, rows.shape[3])
                 table.scatter_(2, index, rows.transpose(1, 2))
 
     def attend(self, plan: RowPlan, keep_BQ: Tensor | None, num_layers: int) -> Attend:
         """The layers' `attend`: write this forward's keys, then look at the span. The last layer asks for kept rows."""
+        # built once a forward, not once a layer: the comparison waits for nothing but allocates B x R x span
         sees_all, sees_kept = plan.sees(None), plan.sees(keep_BQ)
 
         def attend(queries_BQNH: Tensor, keys_BRGH: Tensor, values_BRGH: Tensor, layer: int) -> Tensor:
@@ -101,7 +102,7 @@ def cached_hidden(stack: Stack, cache: KeyValueCache, ids_BR: Tensor, plan: RowP
         stack: the plain model's layers.
         cache: read and written.
         ids_BR: int64 [B, R].
-        plan: slots and sights of the R rows.
+        plan: slots and visible prefixes of the R rows.
         keep_BQ: int64 [B, Q], Q >= 1: rows whose output is wanted; the last layer computes the others' keys only.
     """
     attend = cache.attend(plan, keep_BQ, len(stack.layers))

@@ -2,8 +2,6 @@
 
 Decides the names and defaults of config.json, and refuses shapes that no layer could be built from. Token ids have no
 guessed defaults: a model without a mask token id is refused, except for the autoregressive objective, which has none.
-Source of the three semantic switches (logit alignment, block-causal prefix, absolute block grid): engines that serve
-block-diffusion models differ in them, so each is written into the file.
 """
 
 from __future__ import annotations
@@ -68,9 +66,11 @@ class BD3Config(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        # written by this class and read back by transformers: they follow from the objective, never from the file
         for fixed in ("logit_alignment", "prefix_attention", "block_grid"):
             kwargs.pop(fixed, None)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        # transformers 5 no longer keeps it in the base class, 4.x overwrites it there: set it after both
         self.tie_word_embeddings = tie_word_embeddings
         self.vocab_size = vocab_size
         self.style = style
@@ -92,6 +92,8 @@ class BD3Config(PretrainedConfig):
         self.objective = objective
         self.residual_dropout = residual_dropout
         self.initializer_range = initializer_range
+        # The three semantic switches in which engines that serve block-diffusion models differ: each is written into the
+        # file, so that a reader need not guess.
         self.logit_alignment = "shifted" if objective == "ar" else "none"
         self.prefix_attention = "block_causal"
         self.block_grid = "absolute"

@@ -1,7 +1,7 @@
 """Options of decoding: one frozen record, checked once, and the table of rules.
 
-Decides names, defaults and ranges; refuses everything outside them with a sentence. Defaults are the model's own
-distribution: first-hitting, temperature 1, no filters, the recomputed window, and text of exactly the length asked for.
+Defaults are the model's own distribution: first-hitting, temperature 1, no filters, the recomputed window, and text of
+exactly the length asked for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DecodingOptions:
     min_p: float = 0.0
     """least probability relative to the best token, in [0, 1)"""
     repetition_penalty: float = 1.0
-    """> 0; 1 = off; applies to tokens in sight"""
+    """> 0; 1 = off; applies to visible tokens"""
     window: str = "recomputed"
     """context beyond the trained length: recomputed or evicted (see window_bd3)"""
     stop_at_eos: bool = False

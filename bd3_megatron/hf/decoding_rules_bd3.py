@@ -1,22 +1,9 @@
 """Decoding rules: which positions of a block are decided by which forward.
 
-One protocol, two families. A planned rule fixes, before the block's first forward, the forward that decides each
-position; it needs the output table for those rows only, and nothing on the device has to be waited for. A scored rule
-looks at every undecided position's candidate and reveals the ones it trusts; a dynamic one must read one flag a forward
-to know whether the block is finished. Each rule states whether its text follows the model's own distribution.
-
-  first_hitting         one position a forward, in uniformly random order      exact (the T -> infinity process)
-  left_to_right         one position a forward, in reading order               exact for that order, another distribution
-  ancestral             T time steps; each position's step is uniform          exact as T grows: the positions of one
-                                                                               step are drawn independently
-  top_k_static          T forwards, the most confident candidates of each      approximate
-  confidence_threshold  every candidate above a threshold, at least one (or    approximate
-                        the share of top_k_static, where steps are given)
-  entropy_bounded       the most certain candidates within a budget of         approximate; the budget bounds the error
-                        entropy, at least one
+A planned rule fixes before the block's first forward which forward decides each position; a scored rule looks at every
+undecided position's candidate and reveals the ones it trusts. Each rule states its exactness. No mask token survives.
 Source: first-hitting, Zheng et al. 2024 (arXiv 2409.02908); low-confidence static and dynamic remasking as in SDAR and
-Fast-dLLM (arXiv 2505.22618); entropy-bounded unmasking, Ben-Hamu et al. 2025 (arXiv 2505.24857). At t = 0 every position
-is decided, so no mask token ever survives.
+Fast-dLLM (arXiv 2505.22618); entropy-bounded unmasking, Ben-Hamu et al. 2025 (arXiv 2505.24857).
 """
 
 from __future__ import annotations
@@ -74,6 +61,8 @@ class DecodingRule(Protocol):
 class PlannedBlock:
     """A block whose every position has its forward fixed beforehand."""
 
+    # The output table is needed for the due rows only, and nothing on the device has to be waited for.
+
     num_forwards: int | None
 
     def __init__(self, step_BS: Tensor) -> None:
@@ -95,6 +84,10 @@ class PlannedBlock:
         raise RuntimeError("a planned block decides before its forwards, not after.")
 
 
+# Exactness at a glance: first_hitting is exact (the limit of infinitely many steps); left_to_right is exact for another
+# distribution; ancestral converges with the number of steps; the three scored rules are approximate.
+
+
 @dataclass(frozen=True)
 class FirstHitting:
     """One position a forward in random order: the exact limit of infinitely many time steps."""
@@ -102,6 +95,7 @@ class FirstHitting:
     exactness: str = "exact: the text follows the model's own distribution (one token a forward)"
 
     def begin(self, is_masked_BS: Tensor, order_BS: Tensor) -> BlockRule:
+        # known positions sort behind every draw in [0, 1)
         rank_BS = order_BS.masked_fill(~is_masked_BS, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
         return PlannedBlock(rank_BS.masked_fill(~is_masked_BS, -1))
 
@@ -128,6 +122,8 @@ class Ancestral:
     exactness: str = "exact as the number of steps grows; positions of one step are drawn independently"
 
     def begin(self, is_masked_BS: Tensor, order_BS: Tensor) -> BlockRule:
+        # The law of t does not enter: given that a position is masked at t = 1, its step is uniform. The clamp guards a
+        # draw whose product rounds up to `steps`.
         step_BS = (order_BS * self.steps).long().clamp(max=self.steps - 1)
         return PlannedBlock(step_BS.masked_fill(~is_masked_BS, -1))
 
@@ -157,6 +153,7 @@ class StaticTopKBlock:
         return Wanted(self._rows, None, self._quota[:, forward] > 0)
 
     def reveal(self, forward: int, choice: Choice, undecided_BR: Tensor) -> Tensor:
+        # below every probability, so that decided rows never use up the quota
         confidence_BR = choice.confidence_BR.masked_fill(~undecided_BR, -1.0)
         quota_B1 = self._quota[:, forward, None].to(confidence_BR.device)
         return (ranks(confidence_BR) < quota_B1) & undecided_BR
@@ -186,6 +183,7 @@ class ThresholdBlock:
 
     def reveal(self, forward: int, choice: Choice, undecided_BR: Tensor) -> Tensor:
         confidence_BR = choice.confidence_BR.masked_fill(~undecided_BR, -1.0)
+        # at least the best ones: a threshold that nobody reaches must not loop for ever
         is_best_BR = ranks(confidence_BR) < self._at_least
         return (is_best_BR | (confidence_BR > self._threshold)) & undecided_BR
 

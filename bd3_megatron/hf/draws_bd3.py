@@ -1,9 +1,7 @@
 """The random numbers of decoding: pure functions of (seed, sample, position), never of the batch or the call order.
 
-A sample's key is made of its given tokens and of how often they occurred before in the same request: a prompt's text is
-the same alone or in a batch, in any order and at any batch size, and repeated prompts give different texts. The key and
-the position are Philox counters, so a draw is the same on every device.
-Costs one generator call for about 512 positions of a sample.
+Contract: a prompt's text is the same alone or in a batch, in any order and at any batch size; repeated prompts give
+different texts. Costs one generator call for about 512 positions of a sample.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from .philox import SAMPLE_PURPOSE, uniform
 
+# A generator call costs about as much for 512 positions as for one block.
 CHUNK_POSITIONS = 512
 ORDER_KIND = 0
 TOKEN_KIND = 1
@@ -30,6 +29,7 @@ def sample_key(ids: Sequence[int], occurrence: int) -> int:
         ids: the given tokens.
         occurrence: how many earlier samples of the request have the same ones, in [0, 2^32).
     """
+    # A digest, since keys must not depend on the batch; collisions of 31 bits only make two texts share their noise.
     text = ",".join(map(str, ids)).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
     return digest << 32 | occurrence
@@ -73,6 +73,7 @@ def block_draws(seed: int, samples: Sequence[SampleDraws], starts: Sequence[int]
         starts: first position of each sample's block, a multiple of its block size.
         size: positions of the block.
     """
+    # samples of different lengths have chunks of different sizes: one call for each size that is due
     stale: dict[int, list[tuple[SampleDraws, int]]] = {}
     for sample, start in zip(samples, starts, strict=True):
         chunk_start = start // sample.chunk * sample.chunk

@@ -1,9 +1,6 @@
-"""One forward of the engine: from ids and a row plan to the logits of the wanted rows; eager, or recorded and replayed.
+"""One forward of the engine, from ids and a row plan to the logits of the wanted rows: eager, or recorded and replayed.
 
-A forward of a small model on an accelerator is bound by launches, so forwards of one fixed shape can be recorded as a
-graph and replayed. Decides what is recorded: shapes that occur again (the first forward of a block and the others, at
-each rounded span), never a prompt's. Inputs of a recorded forward live in tensors of their own; its output is valid
-until the next forward. Refuses nothing: what cannot be replayed runs eagerly.
+Contract: what cannot be replayed runs eagerly; the output of a recorded forward is valid until the next forward.
 Not measured: recording has been run through a stand-in recorder on the CPU only.
 Source: torch.accelerator.Graph (torch >= 2.13).
 """
@@ -59,6 +56,8 @@ class Recording:
     logits_BQV: Tensor
 
 
+# A forward of a small model on an accelerator is bound by launches. Only shapes that occur again are recorded (the first
+# forward of a block and the others, at each rounded span), never a prompt's.
 class ReplayedForward:
     """Records forwards whose shape occurs a second time, and replays them from then on.
 
@@ -100,9 +99,10 @@ class ReplayedForward:
         return recording.logits_BQV
 
     def _record(self, cache: KeyValueCache, inputs: tuple[Tensor, ...], span: int) -> Recording:
+        # a graph reads fixed addresses, hence tensors of its own that every call is copied into
         own = tuple(tensor.clone() for tensor in inputs)
         ids_BR, position_BR, slot_BR, end_BR, keep_BQ = own
-        plan = RowPlan(position_BR, slot_BR, end_BR, span, is_uniform_sight=False)
+        plan = RowPlan(position_BR, slot_BR, end_BR, span, is_uniform=False)
         # Running it before and while recording writes the same keys to the same slots: harmless.
         replay, logits_BQV = self._recorder(lambda: self._eager(cache, ids_BR, plan, keep_BQ))
         return Recording(own, replay, logits_BQV)

@@ -1,14 +1,8 @@
 """The decoding engine: block after block, finished blocks cached, T forwards for T denoising steps.
 
-Decides the course of a batch. A block's first forward carries the clean rows of the block finished before (or of the
-whole prompt) together with the rows of the block to fill: the training mask restricted to the rows that matter, hence
-exact, and no forward is spent on committing alone. The output table is applied to the rows that the rule wants, the last
-layer to those rows too. Sequences of one batch may stand anywhere; finished ones leave it. Random numbers belong to
-samples and positions (draws_bd3), so a text does not depend on its batch.
-A block of B sequences is read back to the host once, when it is full; inside it only rules that choose their own number
-of forwards wait for the device.
-Refuses given tokens that the block rule cannot honour, and prompts longer than the trained length.
-Does not know tokenizers, files or clocks. Source: BD3-LM (arXiv 2503.09573) algorithm 2; algorithm first-hitting.
+Contract: a text does not depend on its batch; sequences of one batch may stand anywhere, finished ones leave. Refuses
+given tokens that the block rule cannot honour and prompts longer than the trained length. Knows no tokenizers, files or
+clocks. Source: BD3-LM (arXiv 2503.09573) algorithm 2; first-hitting as in `decoding_rules_bd3.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ from .decoding_rules_bd3 import BlockRule
 from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
 from .plain_bd3 import Shape, Stack
-from .window_bd3 import Layout, Place, Window
+from .window_bd3 import Layout, SequenceState, Window
 
 # Clean rows of one forward: bounds the memory of a long prompt's attention.
 MAX_COMMIT_ROWS = 2048
@@ -86,7 +80,7 @@ class Row:
     """One sequence of the batch."""
 
     request: int
-    place: Place
+    state: SequenceState
     draws: SampleDraws
     num_given: int
     num_total: int
@@ -193,6 +187,7 @@ class Decoder:
             self._fill_block(rows, cache, window)
             yield from [self._close_block(row) for row in rows]
             remaining = [b for b, row in enumerate(rows) if row.stop_reason is None]
+            # finished texts leave the batch, so that the others do not pay for them
             if remaining and len(remaining) < len(rows):
                 cache.keep_sequences(torch.tensor(remaining, device=self._device))
             rows = [rows[b] for b in remaining]
@@ -211,10 +206,11 @@ class Decoder:
 
     def _new_row(self, index: int, request: Request) -> Row:
         ids = list(request.ids)
+        # the grid is absolute: a prompt's tail and the first new tokens share a block
         known = ids.index(self._mask_id) if self._mask_id in ids else len(ids)
         return Row(
             request=index,
-            place=Place(ids, known // self._block_size * self._block_size),
+            state=SequenceState(ids, known // self._block_size * self._block_size),
             draws=SampleDraws(request.key, self._block_size, len(ids) + request.num_tokens),
             num_given=len(ids),
             num_total=len(ids) + request.num_tokens,
@@ -222,13 +218,15 @@ class Decoder:
 
     @torch.inference_mode()
     def _fill_block(self, rows: list[Row], cache: KeyValueCache, window: Window) -> None:
-        """Decide the current block of every sequence; afterwards `place.ids` holds it."""
-        places = [row.place for row in rows]
-        layout = self._commit(places, cache, window)
-        block = BlockState.new(places, self._block_size, self._mask_id, self._device)
+        """Decide the current block of every sequence; afterwards `state.ids` holds it."""
+        states = [row.state for row in rows]
+        # The block's first forward carries the clean rows of the block before (or of the whole prompt) together with its
+        # own rows: the training mask restricted to the rows that matter, so no forward is spent on committing alone.
+        layout = self._commit(states, cache, window)
+        block = BlockState.new(states, self._block_size, self._mask_id, self._device)
         if self._options.repetition_penalty != 1:
-            block.track_seen(places, self._shape.vocab_size, window.length, self._mask_id)
-        starts = [place.block_start for place in places]
+            block.track_seen(states, self._shape.vocab_size, window.length, self._mask_id)
+        starts = [state.block_start for state in states]
         uniform_2BS = block_draws(self._options.seed, [row.draws for row in rows], starts, self._block_size)
         rule = self._rule.begin(block.is_masked_BS, uniform_2BS[0])
         forward = 0
@@ -237,24 +235,26 @@ class Decoder:
             logits_BRV = self._logits(cache, block, layout, wanted.rows_BR, is_first=forward == 0)
             self._decide(rows, block, rule, forward, logits_BRV, uniform_2BS[1])
             forward += 1
+            # rules that choose their own number of forwards are the only ones that wait for the device here
             if rule.num_forwards is None and not block.refresh_active():
                 break
-        for place, ids in zip(places, block.ids_BS.tolist(), strict=True):
-            place.ids[place.block_start :] = ids
+        # one host read for a whole block of B sequences
+        for state, ids in zip(states, block.ids_BS.tolist(), strict=True):
+            state.ids[state.block_start :] = ids
 
-    def _commit(self, places: list[Place], cache: KeyValueCache, window: Window) -> Layout:
+    def _commit(self, states: list[SequenceState], cache: KeyValueCache, window: Window) -> Layout:
         """Enter the blocks; returns the layout of their first forward, which carries the clean rows still due."""
-        for place in places:
-            window.enter_block(place)
+        for state in states:
+            window.enter_block(state)
         while True:
-            stop_B = [window.commit_stop(place, MAX_COMMIT_ROWS) for place in places]
-            is_rest = all(stop == place.block_start for stop, place in zip(stop_B, places, strict=True))
-            layout = window.layout(places, stop_B, self._device, with_block=is_rest and not self._is_ar)
-            for place, stop in zip(places, stop_B, strict=True):
-                place.committed = stop
+            stop_B = [window.commit_stop(state, MAX_COMMIT_ROWS) for state in states]
+            is_rest = all(stop == state.block_start for stop, state in zip(stop_B, states, strict=True))
+            layout = window.layout(states, stop_B, self._device, with_block=is_rest and not self._is_ar)
+            for state, stop in zip(states, stop_B, strict=True):
+                state.committed = stop
             if is_rest:
                 return layout
-            keep_B1 = torch.zeros(len(places), 1, dtype=torch.int64, device=self._device)
+            keep_B1 = torch.zeros(len(states), 1, dtype=torch.int64, device=self._device)
             self._forward(cache, layout.clean_ids_BC, layout.plan, keep_B1)
             self.counts.commit_only += 1
 
@@ -293,6 +293,7 @@ class Decoder:
         uniform_BR = None
         if self._options.temperature > 0:
             if with_scores:
+                # a scored rule looks at every candidate at every forward, so each look has draws of its own
                 key_B = torch.tensor([row.draws.key for row in rows])
                 seed = self._options.seed
                 uniform_BS = candidate_draws(seed, key_B, block.start_B, self._block_size, forward)
@@ -305,15 +306,16 @@ class Decoder:
         block.write(rows_BR, decides_BR, choice.token_BR)
         if self._observer is not None:
             for row, ids in zip(rows, block.ids_BS.tolist(), strict=True):
-                self._observer(row.request, row.place.block_start, ids)
+                self._observer(row.request, row.state.block_start, ids)
 
     def _close_block(self, row: Row) -> BlockEvent:
         """Take a full block into the text, see whether the text ends, and move on."""
-        place = row.place
-        known = min(place.block_start + self._block_size, row.num_total)
+        state = row.state
+        known = min(state.block_start + self._block_size, row.num_total)
         before = len(row.tokens)
-        row.tokens += place.ids[max(place.block_start, row.num_given) : known]
-        place.block_start += self._block_size
+        row.tokens += state.ids[max(state.block_start, row.num_given) : known]
+        state.block_start += self._block_size
+        # whatever stops a text first wins: EOS, the caller's check, then the length
         keep, row.stop_reason = self._stop(row, before)
         if keep is not None:
             del row.tokens[keep:]
@@ -322,7 +324,7 @@ class Decoder:
         return BlockEvent(
             request=row.request,
             tokens=row.tokens[before:],
-            ids=place.ids[: row.num_given] + row.tokens if row.stop_reason else None,
+            ids=state.ids[: row.num_given] + row.tokens if row.stop_reason else None,
             stop_reason=row.stop_reason,
             num_forwards=row.num_forwards,
         )

@@ -1,17 +1,9 @@
 """Philox4x32-10: random bits as a pure function of (key, counter), in int64 tensor arithmetic.
 
-Decides: which published generator the whole stack draws from, and how a seed, a purpose, an index and two coordinates
-become its key and counter. The map is injective, so two different draws never share their bits:
-    key     = (seed mod 2^32, (seed div 2^32) * 2^16 + purpose)      seed < 2^48, purpose < 2^16
-    counter = (index mod 2^32, index div 2^32, first, second)        index < 2^63, first and second < 2^32
-Only integer operations and one exact scaling by 2^-53 are used: the bits are the same on CPU and GPU, for any
-broadcasting and for any chunking of the counters.
-Refuses: seeds and purposes that do not fit the key, and integer coordinates that do not fit the counter. Coordinates
-given as tensors are not inspected (reading them would make a GPU wait); keep them in range.
-Costs: about 120 elementwise int64 operations a call, whatever the shape: half a millisecond of launches on a GPU.
+Contract: the bits are the same on CPU and GPU, for any broadcasting and any chunking of the counters. Refuses seeds,
+purposes and integer coordinates that do not fit. Costs about 120 elementwise int64 operations a call.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123 1.14, philox.h
-(the test holds this file to the known-answer vectors published there). This file travels with exported models, hence it
-imports torch alone.
+(the test holds this file to the known-answer vectors published there).
 """
 
 from __future__ import annotations
@@ -27,7 +19,7 @@ MAX_SEED = 2**48 - 1
 MAX_PURPOSE = 2**16 - 1
 MAX_INDEX = 2**63 - 1
 
-# The purpose under which text is sampled; rng.Purpose takes it from here, since this file cannot import the house.
+# The purpose under which text is sampled; rng.Purpose takes it from here, since this file imports torch alone.
 SAMPLE_PURPOSE = 9
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,6 +67,9 @@ def key_of(seed: int, purpose: int) -> tuple[int, int]:
         raise ValueError(f"seed={seed} is outside [0, 2^48); use a seed in that range.")
     if not 0 <= purpose <= MAX_PURPOSE:
         raise ValueError(f"purpose={purpose} is outside [0, 2^16); use a purpose in that range.")
+    # The map is injective, so two different draws never share their bits:
+    #   key     = (seed mod 2^32, (seed div 2^32) * 2^16 + purpose)
+    #   counter = (index mod 2^32, index div 2^32, first, second)
     return seed & WORD, (seed >> 32) << 16 | purpose
 
 
@@ -102,13 +97,14 @@ def words(
     Raises:
         ValueError: a plain int out of its range.
     """
+    # Coordinates given as tensors are not inspected: reading them would make a GPU wait.
     key = key_of(seed, purpose)
     if device is None:
         device = next((c.device for c in (index, first, second) if isinstance(c, Tensor)), torch.device("cpu"))
-    place = torch.device(device)
-    index = _tensor("index", index, MAX_INDEX, place)
-    first = _tensor("first coordinate", first, WORD, place)
-    second = _tensor("second coordinate", second, WORD, place)
+    target = torch.device(device)
+    index = _tensor("index", index, MAX_INDEX, target)
+    first = _tensor("first coordinate", first, WORD, target)
+    second = _tensor("second coordinate", second, WORD, target)
     return philox4x32((index & WORD, index >> 32, first, second), key)
 
 
@@ -135,6 +131,7 @@ def uniform(
 
 def unit(high: Tensor, low: Tensor) -> Tensor:
     """Two random words as a float64 in [0, 1): 27 bits of `high`, then 26 of `low`, exactly."""
+    # scaling by a power of two is exact, so every device gives the same number
     return ((high >> 5) * 2**26 + (low >> 6)).to(torch.float64) * 2.0**-53
 
 

@@ -1,11 +1,8 @@
-"""The plain block-diffusion transformer: torch only, the truth in equivalence tests and the model inside the wrapper.
+"""The plain block-diffusion transformer: torch only, reference of equivalence tests, and the model inside the wrapper.
 
-Decides the parameter names of every converter, the two layer styles, the rotary table and the rule of sight of the
-plain forward. That rule is written here a second time, on purpose: an exported folder carries no house code, and a test
-ties the two. Attention is dense (a boolean matrix of 2L x 2L), which costs memory but hides nothing; the decoding
-engine hands its own `attend` to the same layers.
-
-Does not know losses, noise, caches or tokenizers.
+Decides the parameter names of every converter, the two layer styles, the rotary table and the visibility rule of the
+plain forward. Attention is dense (a boolean matrix of 2L x 2L); the decoding engine hands its own `attend` to the same
+layers. Knows no losses, noise, caches or tokenizers.
 Source: BD3-LM (arXiv 2503.09573) section 3; rotate-half rotary positions, the same 0..L-1 for both halves of the pair.
 """
 
@@ -79,12 +76,15 @@ def rotary_table(position_BR: Tensor, *, head_dim: int, theta: float, dtype: tor
         positions far beyond the trained length keep exact differences.
     """
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    # Frequencies are rounded as training rounds them; angles in float64 keep differences exact at any position.
     even = torch.arange(0, head_dim, 2, dtype=table_dtype, device=position_BR.device)
     frequency = 1.0 / (theta ** (even / head_dim))
     angle_BRh = position_BR[..., None].to(torch.float64) * frequency.to(torch.float64)
     return Rotary(angle_BRh.cos().to(table_dtype)[:, :, None], angle_BRh.sin().to(table_dtype)[:, :, None])
 
 
+# The visibility rule is written here a second time, on purpose: an exported folder carries no other file of the package.
+# tests/unit/hf/test_plain.py ties it to the package's own.
 def block_causal_sees(length: int, block_size: int, device: torch.device) -> Tensor:
     """bool [L, L]: one clean sequence, where a position sees its own block and every earlier one."""
     block_L = torch.arange(length, device=device) // block_size
@@ -122,7 +122,7 @@ def unfold_groups(mixed_BGRH: Tensor, num_heads: int) -> Tensor:
 
 
 def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tensor, sees_BQK: Tensor | None) -> Tensor:
-    """Softmax attention with shared key heads and a boolean sight.
+    """Softmax attention with shared key heads and a boolean visibility.
 
     Args:
         queries_BQNH: [B, Q, N, H].
@@ -133,11 +133,11 @@ def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tens
         [B, Q, N, H].
     """
     num_heads, num_groups = queries_BQNH.shape[2], keys_BGKH.shape[1]
-    sight = None
+    visible = None
     if sees_BQK is not None:
-        sight = sees_BQK.repeat(1, num_heads // num_groups, 1)[:, None]
+        visible = sees_BQK.repeat(1, num_heads // num_groups, 1)[:, None]
     folded = fold_groups(queries_BQNH, num_groups)
-    mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=sight)
+    mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=visible)
     return unfold_groups(mixed, num_heads)
 
 
@@ -220,6 +220,7 @@ class Layer(nn.Module):
         u_BRD = self.input_layernorm(x_BRD)
         keys_BRGH, values_BRGH = self.self_attn.keys_values(u_BRD, rotary)
         if keep_BQ is not None:
+            # the other rows are done: only their keys are looked at
             x_BRD, u_BRD, rotary = take_rows(x_BRD, keep_BQ), take_rows(u_BRD, keep_BQ), rotary.take(keep_BQ)
         queries_BQNH = self.self_attn.queries(u_BRD, rotary)
         mixed_BQNH = attend(queries_BQNH, keys_BRGH, values_BRGH, self.index)

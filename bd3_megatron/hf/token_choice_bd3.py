@@ -1,10 +1,7 @@
 """From logits to one token a row: penalties, temperature, filters, and one uniform number.
 
-Decides the order (repetition penalty, temperature, top-k, nucleus, min-p: that of transformers) and three things that
-differ elsewhere: the mask token has probability 0 whatever the logits say (the SUBS rule); the nucleus keeps the token
-that crosses p, so its mass is at least p; a token is drawn by inverting the cumulative distribution in float64 with one
-uniform number, not with one a vocabulary entry. Softmax runs in fp32 or better.
-Exact for the model when temperature is 1 and no filter or penalty is set.
+Exact for the model when temperature is 1 and no filter or penalty is set. The order is that of transformers: repetition
+penalty, temperature, top-k, nucleus, min-p. Softmax runs in fp32 or better.
 Source: nucleus sampling, Holtzman et al. 2020 (the smallest set whose mass reaches p); min-p, Nguyen et al. 2024;
 repetition penalty, Keskar et al. 2019.
 """
@@ -39,7 +36,7 @@ class TokenFilters:
         top_k: keep the k most likely tokens; 0 = all.
         top_p: keep the smallest set of mass >= p; 1 = all.
         min_p: keep tokens at least this fraction as likely as the best; 0 = all.
-        repetition_penalty: > 1 makes tokens in sight less likely; 1 = off.
+        repetition_penalty: > 1 makes visible tokens less likely; 1 = off.
     """
 
     mask_id: int | None
@@ -57,11 +54,12 @@ class TokenFilters:
         Args:
             logits_BRV: raw logits of the rows, any float dtype.
             uniform_BR: float64 in [0, 1), one a row; None only at temperature 0.
-            seen_BV: bool, tokens in sight of each sequence; None without a repetition penalty.
+            seen_BV: bool, visible tokens of each sequence; None without a repetition penalty.
             with_scores: fill confidence and entropy; else both are empty tensors.
         """
         wide = torch.float64 if logits_BRV.dtype == torch.float64 else torch.float32
         logits_BRV = logits_BRV.to(wide, copy=True)
+        # The SUBS rule: the mask token has probability 0 whatever the logits say.
         if self.mask_id is not None:
             logits_BRV[..., self.mask_id] = -torch.inf
         drawn_from_BRV = logits_BRV if seen_BV is None else self.penalised(logits_BRV, seen_BV)
@@ -109,6 +107,7 @@ def draw(weight_BRV: Tensor, uniform_BR: Tensor | None) -> Tensor:
     """
     if uniform_BR is None:
         raise ValueError("no uniform numbers were given; only temperature=0 does without them.")
+    # One uniform number inverts the cumulative distribution; a number a vocabulary entry would cost V draws a token.
     mass_BRV = weight_BRV.double().cumsum(dim=-1)
     total_BR1 = mass_BRV[..., -1:]
     # u < 1, but u * total may round up to total: step back, so that some token always lies beyond.
@@ -122,5 +121,6 @@ def scores(logits_BRV: Tensor, token_BR: Tensor) -> tuple[Tensor, Tensor]:
     """(probability of the token, entropy in nats) under the model's own distribution, each [B, R]."""
     log_probability_BRV = logits_BRV.log_softmax(dim=-1)
     confidence_BR = log_probability_BRV.gather(-1, token_BR[..., None])[..., 0].exp()
+    # exp(-inf) * -inf is NaN, exp(-inf) * finite is 0
     finite_BRV = log_probability_BRV.clamp(min=torch.finfo(logits_BRV.dtype).min)
     return confidence_BR, -(log_probability_BRV.exp() * finite_BRV).sum(dim=-1)

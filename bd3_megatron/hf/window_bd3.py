@@ -1,15 +1,8 @@
 """Which positions a block may look back on, and where their keys lie: the absolute block grid and the two windows.
 
-A model trained on L tokens sees at most L: the block being filled (S) and the L - S tokens before it. While the text is
-shorter, nothing below differs. Beyond it, by name:
-  recomputed  the context is the newest L - S tokens, encoded anew for every block with positions from 0, as if the text
-              began there. Exact for the model; costs a pass over L rows a block.
-  evicted     the oldest block's keys are overwritten and the others stay. Cheap, and not what the model would compute
-              anew: kept keys were made while now forgotten tokens were in sight, so information older than L leaks
-              through them, and a finished block is committed seeing the newest L - S tokens, itself included. Positions
-              go on; rotary attention depends on differences only.
-Decides slots, rotary positions and sights (one `end` a row) for any mixture of sequences. Pure integer arithmetic on the
-host: no tensor here waits for a device.
+Decides slots, rotary positions and visible prefixes (one `end` a row) for any mixture of sequences. Pure integer
+arithmetic on the host: no tensor here waits for a device. While a text is shorter than the trained length L the two
+windows do not differ; beyond it see `WINDOWS`.
 """
 
 from __future__ import annotations
@@ -21,11 +14,16 @@ from torch import Tensor
 
 from .cache_bd3 import RowPlan
 
+# A model trained on L tokens sees at most L: the block being filled (S) and the L - S tokens before it. Beyond L:
+#   recomputed  the newest L - S tokens are encoded anew for every block, with positions from 0, as if the text began
+#               there. Exact for the model; costs a pass over L rows a block.
+#   evicted     the oldest block's keys are overwritten and the others stay. Cheap, and not what the model would compute
+#               anew: kept keys were made while now forgotten tokens were visible, so older information leaks through.
 WINDOWS = ("recomputed", "evicted")
 
 
 @dataclass
-class Place:
+class SequenceState:
     """Where one sequence stands: what is known, and what of it is in the cache."""
 
     ids: list[int]
@@ -56,7 +54,7 @@ class Window:
 
     Args:
         kind: "recomputed" or "evicted".
-        length: L, tokens in sight at once.
+        length: L, the most tokens visible at once.
         block_size: S of the grid.
         block_rows: rows of the block in a forward: S, or 0 for autoregressive models, which have no noisy rows.
         capacity: slots of the cache without the bin; min(L, tokens ever) rounded up to S.
@@ -79,28 +77,29 @@ class Window:
         """Slots for finished blocks under eviction."""
         return self.capacity - self.block_rows
 
-    def enter_block(self, place: Place) -> None:
+    def enter_block(self, state: SequenceState) -> None:
         """Move a sequence's window to its current block, before its clean rows are committed."""
         if self.kind == "evicted":
-            # Without room for a finished block (S = L) none is ever seen, so none is committed.
-            place.committed = place.block_start if self.ring == 0 else place.committed
+            # Without free for a finished block (S = L) none is ever seen, so none is committed.
+            state.committed = state.block_start if self.ring == 0 else state.committed
             return
-        oldest = max(0, place.block_start - (self.length - self.block_rows))
-        if place.window_start != oldest:
-            place.window_start, place.committed = oldest, oldest
+        oldest = max(0, state.block_start - (self.length - self.block_rows))
+        if state.window_start != oldest:
+            state.window_start, state.committed = oldest, oldest
 
-    def commit_stop(self, place: Place, max_rows: int) -> int:
+    def commit_stop(self, state: SequenceState, max_rows: int) -> int:
         """Where the next forward's clean rows of a sequence must end: its block's start, or earlier.
 
         Earlier when more than `max_rows` are due, and under eviction where they would overwrite keys that rows of the
         same forward still see: then up to the end of the ring, and block by block beyond it.
         """
-        due = place.block_start - place.committed
+        # whole blocks only: a clean row sees its own block to the end, so a block must be committed in one forward
+        due = state.block_start - state.committed
         allowed = max_rows // self.block_size * self.block_size if due > max_rows else due
-        if self.kind == "evicted" and place.block_start > self.ring:
-            room = self.ring - place.committed if place.committed < self.ring else self.block_size
-            allowed = min(allowed, room)
-        return place.committed + min(due, max(allowed, self.block_size))
+        if self.kind == "evicted" and state.block_start > self.ring:
+            free = self.ring - state.committed if state.committed < self.ring else self.block_size
+            allowed = min(allowed, free)
+        return state.committed + min(due, max(allowed, self.block_size))
 
     def clean_rows(self, position_BR: Tensor, window_start_B1: Tensor) -> Tensor:
         """(rotary position, slot, end) of clean positions, int64 [3, B, R]."""
@@ -113,6 +112,7 @@ class Window:
     def block_rows_of(self, block_start_B1: Tensor, window_start_B1: Tensor) -> Tensor:
         """(rotary position, slot, end) of the blocks' own rows, int64 [3, B, block_rows]."""
         offset_R = torch.arange(self.block_rows)
+        # under eviction positions go on past L: rotary attention depends on differences only
         if self.kind == "recomputed":
             first_B1 = position_B1 = block_start_B1 - window_start_B1
         else:
@@ -120,19 +120,21 @@ class Window:
         end_BR = (first_B1 + self.block_rows).expand(-1, self.block_rows)
         return torch.stack([position_B1 + offset_R, first_B1 + offset_R, end_BR])
 
-    def layout(self, places: list[Place], stop_B: list[int], device: torch.device, *, with_block: bool) -> Layout:
+    def layout(
+        self, states: list[SequenceState], stop_B: list[int], device: torch.device, *, with_block: bool
+    ) -> Layout:
         """Rows of a forward that commits [committed, stop) of every sequence and, if asked, looks at its block.
 
         Args:
-            places: the batch.
+            states: the batch.
             stop_B: where each sequence's clean rows end.
             device: where the tensors go.
             with_block: append the rows of the blocks being filled.
         """
-        count_B = [stop - place.committed for place, stop in zip(places, stop_B, strict=True)]
+        count_B = [stop - state.committed for state, stop in zip(states, stop_B, strict=True)]
         width = max(count_B)
-        first_B1 = torch.tensor([[place.committed] for place in places])
-        window_start_B1 = torch.tensor([[place.window_start] for place in places])
+        first_B1 = torch.tensor([[state.committed] for state in states])
+        window_start_B1 = torch.tensor([[state.window_start] for state in states])
         offset_C = torch.arange(width)
         table_3BR = self.clean_rows(first_B1 + offset_C, window_start_B1)
         if min(count_B) < width:
@@ -141,12 +143,12 @@ class Window:
             padding_311 = torch.tensor([0, self.capacity, 1])[:, None, None]
             table_3BR = torch.where(is_real_BC, table_3BR, padding_311)
         ids = [
-            place.ids[place.committed : stop] + [0] * (width - count)
-            for place, stop, count in zip(places, stop_B, count_B, strict=True)
+            state.ids[state.committed : stop] + [0] * (width - count)
+            for state, stop, count in zip(states, stop_B, count_B, strict=True)
         ]
         block_plan = None
         if with_block:
-            block_start_B1 = torch.tensor([[place.block_start] for place in places])
+            block_start_B1 = torch.tensor([[state.block_start] for state in states])
             block_3BR = self.block_rows_of(block_start_B1, window_start_B1)
             table_3BR = torch.cat([table_3BR, block_3BR], dim=2)
             block_plan = self.row_plan(block_3BR, device)
@@ -172,5 +174,5 @@ class Window:
             slots=slice(first_slot, first_slot + rows) if is_range else slot_BR.to(device),
             end_BR=kept[2].to(device),
             span=span,
-            is_uniform_sight=not is_fixed_shape and bool((table_3BR[2] == span).all()),
+            is_uniform=not is_fixed_shape and bool((table_3BR[2] == span).all()),
         )

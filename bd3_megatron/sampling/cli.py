@@ -1,7 +1,7 @@
 """`bd3 sample FOLDER --prompt "..." --num-tokens N --seed S`: arguments, printing and the results file.
 
-Decides the flags and what is printed: texts on stdout (token ids without a tokenizer), figures on stderr, one JSON object
-a sample in --out, which appears whole or not at all. Imports torch only when it runs, so that --help is quick.
+Texts go to stdout (token ids without a tokenizer), figures to stderr, one JSON object a sample to --out, which appears
+whole or not at all. Imports torch only when it runs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTION_FLAGS: dict[str, tuple[type, str]] = {
     "top_p": (float, "mass of the nucleus; the token that crosses it is kept (default 1)"),
     "top_k": (int, "most likely tokens kept (default 0 = all)"),
     "min_p": (float, "least probability relative to the best token (default 0)"),
-    "repetition_penalty": (float, "more than 1 makes tokens in sight less likely (default 1)"),
+    "repetition_penalty": (float, "more than 1 makes visible tokens less likely (default 1)"),
     "window": (str, "beyond the trained length: recomputed (default) or evicted"),
 }  # fmt: skip
 
@@ -177,6 +177,7 @@ def write_jsonl(path: Path, results: list[SampleResult], seed: int) -> None:
     Raises:
         SamplingError: the file cannot be written.
     """
+    # beside the target, so that the rename stays on one file system
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

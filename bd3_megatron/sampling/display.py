@@ -1,7 +1,7 @@
 """Draws the block being filled: `bd3 sample --show-denoising`.
 
-Decides one line a block: its position, decided tokens as text (as ids without a tokenizer) and a shade for each undecided
-one, redrawn after every forward on a terminal, one line a forward elsewhere. Costs a wait for the device a forward.
+One line a block: its position, decided tokens as text (as ids without a tokenizer) and a shade for each undecided one,
+redrawn after every forward on a terminal, one line a forward elsewhere. Costs a wait for the device a forward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DenoisingDisplay:
 
     def __init__(self, tokenizer: Tokenizer | None, mask_id: int | None, out: TextIO) -> None:
         self._tokenizer, self._mask_id, self._out = tokenizer, mask_id, out
-        self._place = (-1, -1)
+        self._shown = (-1, -1)
 
     def __call__(self, sample: int, start: int, ids: list[int]) -> None:
         """Show one block after one forward."""
@@ -36,9 +36,9 @@ class DenoisingDisplay:
         if not self._out.isatty():
             self._out.write(line + "\n")
             return
-        if self._place not in ((-1, -1), (sample, start)):
+        if self._shown not in ((-1, -1), (sample, start)):
             self._out.write("\n")
-        self._place = (sample, start)
+        self._shown = (sample, start)
         self._out.write(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
         self._out.flush()
 
@@ -57,6 +57,6 @@ class DenoisingDisplay:
 
     def finish(self) -> None:
         """End the line being drawn."""
-        if self._place != (-1, -1):
+        if self._shown != (-1, -1):
             self._out.write("\n")
             self._out.flush()

@@ -1,9 +1,4 @@
-"""What a run of the sampler cost: tokens a second, forwards a token, cache, share of the weight-read bound.
-
-Decides the definitions. The weight-read bound: a forward must read every weight once (the token table excepted, of which
-a few rows are read), so `forwards * weight_bytes / copy bandwidth` is the least time the forwards can take. The
-bandwidth is measured on the device at hand by copying, never looked up: an unknown device is measured like a known one.
-"""
+"""What a run of the sampler cost: tokens a second, forwards a token, cache, share of the weight-read bound."""
 
 from __future__ import annotations
 
@@ -46,6 +41,7 @@ class RunFigures:
 
     def share_of_bound(self, bytes_per_second: float) -> float:
         """Least time for reading the weights over the time taken, in [0, 1] up to measuring noise."""
+        # A forward must read every weight once (of the token table a few rows), so this is the least time it can take.
         return self.num_forwards * self.weight_bytes / bytes_per_second / max(self.seconds, 1e-9)
 
     def lines(self, bytes_per_second: float) -> list[str]:
@@ -72,6 +68,7 @@ def weight_bytes(stack: nn.Module, lm_head: nn.Module, token_table: torch.Tensor
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read a second by a copy on the device (a copy reads and writes; both are counted), best of a few."""
+    # Measured on the device at hand, never looked up: an unknown device is measured like a known one.
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")

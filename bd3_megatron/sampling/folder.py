@@ -1,8 +1,8 @@
 """Files of an exported folder, read strictly.
 
-Decides what a folder must hold to be sampled from: config.json of model type bd3 and undamaged safetensors (one file, or
-shards with their index). Tensors come as stored, on the CPU. Refuses what is missing or damaged in one sentence; whether
-the weights are the configuration's is the caller's question.
+Decides what a folder must hold to be sampled from: config.json of model type bd3 and undamaged safetensors (one file,
+or shards with their index). Tensors come as stored, on the CPU. Whether the weights are the configuration's is the
+caller's question.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index_path} has no weight_map; export the folder again.")
     state: dict[str, Tensor] = {}
     for file_name in sorted(set(weight_map.values())):
+        # the name alone: an index must not lead out of the folder
         state |= read_safetensors(folder / Path(file_name).name)
     if set(state) != set(weight_map):
         raise CheckpointError(f"{folder} lacks tensors that its index names; copy the folder again, completely.")

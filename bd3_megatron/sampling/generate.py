@@ -1,11 +1,8 @@
 """The Sampler: prompts in, continuations out, from an exported folder on one device.
 
-Decides how prompts become batches (sorted by length, so that mixed lengths cost little), how results come back in the
-order asked for, and what of the engine's course is told: results, streams, figures. What to do with tokens is decided in
-hf/; the texts are those of `model.generate` in the exported folder for the same seed.
-A text depends on the weights, the seed, its own given tokens and how often the same ones came before in the request;
-never on the batch. Past the trained length the default is the recomputed window.
-Needs torch, transformers and safetensors; refuses bad requests in one sentence before any forward.
+Contract: the texts are those of `model.generate` in the exported folder for the same seed. A text depends on the
+weights, the seed, its own given tokens and how often the same ones came before in the request; never on the batch.
+Refuses bad requests in one sentence before any forward. Needs torch, transformers and safetensors.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ from bd3_megatron.sampling.text import (
     continuation_text,
     cut_at_stop,
     encode_prompt,
-    load_tokenizer,
+    folder_tokenizer,
 )
 
 DEFAULT_BATCH_SIZE = 16
@@ -108,11 +105,12 @@ class Sampler:
             raise CheckpointError(
                 f"{path} holds weights of another model ({error}); export the folder again."
             ) from None
+        # the weights are read before the device is touched: a damaged folder must not wake an accelerator
         if device is None:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
         model = model.to(device=device, dtype=wanted)
         pack_linear_layers(model, is_tied=config.tie_word_embeddings)
-        return Sampler(model, config, load_tokenizer(path), with_graphs=with_graphs)
+        return Sampler(model, config, folder_tokenizer(path), with_graphs=with_graphs)
 
     def generate(
         self,
@@ -156,9 +154,9 @@ class Sampler:
         ]
         if any(self.config.mask_token_id in ids for ids in given):
             raise SamplingError("a prompt holds the mask token; use infill to fill masks, or leave it out.")
-        places = [(index // num_samples, index % num_samples) for index in range(len(given))]
+        numbers = [(index // num_samples, index % num_samples) for index in range(len(given))]
         work = _Work(self, seed, batch_size, tuple(stop_strings), observer, on_finished, options)
-        return work.run(given, places, num_tokens)
+        return work.run(given, numbers, num_tokens)
 
     def infill(
         self,
@@ -190,6 +188,7 @@ class Sampler:
                 raise SamplingError(
                     "the text holds no mask token, so there is nothing to fill; use generate to continue it."
                 )
+            # masks behind the last given token are filled as new tokens are
             known = next((len(ids) - i for i, token in enumerate(reversed(ids)) if token != mask_id), 0)
             given.append(ids[:known])
             wanted.append(len(ids) - known)
@@ -262,7 +261,7 @@ class _Work:
         self.texts = []
 
     def run(
-        self, given: list[list[int]], places: list[tuple[int, int]], num_tokens: int | list[int]
+        self, given: list[list[int]], numbers: list[tuple[int, int]], num_tokens: int | list[int]
     ) -> list[SampleResult]:
         """Decode everything, batch by batch; results in the order of the request."""
         requests = self._requests(given, num_tokens)
@@ -277,11 +276,12 @@ class _Work:
             decoder = self._decoder([given[i] for i in batch], batch)
             for event in decoder.run([requests[i] for i in batch]):
                 now = time.perf_counter()
+                # what a reader waits for: the first block of the first batch
                 first_block_seconds = first_block_seconds or now - start
                 if event.ids is not None:
                     index = batch[event.request]
                     self.texts[index] = event.ids
-                    results[index] = self._result(event, given[index], places[index], now - batch_start)
+                    results[index] = self._result(event, given[index], numbers[index], now - batch_start)
             forwards += decoder.counts.denoising + decoder.counts.commit_only
             cache_bytes = max(cache_bytes, decoder.counts.cache_bytes)
         model = self._sampler.model
@@ -330,13 +330,13 @@ class _Work:
                 forward=sampler.forward,
             )
 
-    def _result(self, event: BlockEvent, given: list[int], place: tuple[int, int], seconds: float) -> SampleResult:
+    def _result(self, event: BlockEvent, given: list[int], numbers: tuple[int, int], seconds: float) -> SampleResult:
         tokens = (event.ids or [])[len(given) :]
         text = None
         if self._sampler.tokenizer is not None:
             text = cut_at_stop(continuation_text(self._sampler.tokenizer, given, tokens), self._stop_strings)
         reason = event.stop_reason or "length"
-        result = SampleResult(tokens, text, given, *place, event.num_forwards, seconds, reason)
+        result = SampleResult(tokens, text, given, *numbers, event.num_forwards, seconds, reason)
         if self._on_finished is not None:
             self._on_finished(result)
         return result

@@ -47,7 +47,7 @@ class StreamedBlock:
 
 @contextmanager
 def as_sampling_errors() -> Iterator[None]:
-    """The engine travels without the house's errors; its sentences become ours."""
+    """The engine travels without this package's errors: its ValueErrors become SamplingErrors."""
     try:
         yield
     except ValueError as error:
@@ -76,6 +76,7 @@ def new_options(seed: int, options: dict[str, Any]) -> DecodingOptions:
     Raises:
         SamplingError: an unknown option, or one outside its range.
     """
+    # DecodingOptions would raise a TypeError without naming what it knows
     known = sorted(DecodingOptions.__dataclass_fields__)
     unknown = sorted(set(options) - set(known))
     if unknown:

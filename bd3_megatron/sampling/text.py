@@ -1,7 +1,5 @@
 """Between text and tokens: encoding prompts, decoding continuations piece by piece, finding stop strings.
 
-Decides that prompts are encoded without added special tokens, and that a continuation's text is what it adds to the
-prompt's text (decoding new tokens alone would lose the space that many vocabularies keep in front of a word).
 Refuses text where the folder has no tokenizer: ids need none.
 """
 
@@ -20,7 +18,7 @@ UNFINISHED_CHARACTER = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """What the house needs of a transformers tokenizer."""
+    """What this package needs of a transformers tokenizer."""
 
     mask_token_id: int | None
     bos_token_id: int | None
@@ -32,23 +30,28 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer; None where it has no tokenizer files.
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model's folder, by transformers; None where it has no tokenizer files.
 
     Raises:
         TokenizerError: there are files, but they cannot be loaded without running code.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer, PretrainedConfig  # a second of import, wanted only for a tokenizer
+    # a second of import, wanted only for a tokenizer
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
     try:
-        # With a configuration in hand transformers does not read the folder's, whose remote code it would ask about.
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), config=PretrainedConfig(), trust_remote_code=False
-        )
+        tokenizer: Tokenizer
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        else:
+            # With a configuration in hand transformers does not read the folder's, whose remote code it would ask about.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), config=PretrainedConfig(), trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # transformers raises many kinds here
-        raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({error}); export the folder again.") from None
+        raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({error}); copy its files again.") from None
     return tokenizer
 
 
@@ -73,6 +76,7 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer | None, bos_
 
 def continuation_text(tokenizer: Tokenizer, given: Sequence[int], new: Sequence[int]) -> str:
     """What `new` adds to the text of `given`."""
+    # decoding new tokens alone would lose the space that many vocabularies keep in front of a word
     context = list(given[-CONTEXT_TOKENS:])
     before = tokenizer.decode(context, skip_special_tokens=True)
     whole = tokenizer.decode([*context, *new], skip_special_tokens=True)

@@ -23,11 +23,12 @@ from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of
-from bd3_megatron.evaluate.judge import Judge, open_tokenizer
 from bd3_megatron.evaluate.offline import Work, load_model, score_plain
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, SequenceScores, estimate, sequence_scores
+from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.generate import Sampler
+from bd3_megatron.sampling.text import folder_tokenizer
 from tools.mini.runs import Job
 from tools.mini.variants import SEQ_LEN, Size
 
@@ -117,25 +118,25 @@ def _block_losses(
 
 
 def frontiers(
-    jobs: Sequence[Job], judge_folder: Path, tokenizer_folder: Path, *, num_samples: int, temperatures: Sequence[float]
+    jobs: Sequence[Job], scorer_folder: Path, tokenizer_folder: Path, *, num_samples: int, temperatures: Sequence[float]
 ) -> dict[str, list[dict[str, Any]]]:
     """Points of every model's frontier, by label.
 
     Args:
         jobs: models to sample from.
-        judge_folder: an exported autoregressive model.
+        scorer_folder: an exported autoregressive model.
         tokenizer_folder: of the data.
         num_samples: texts a point.
         temperatures: of the points.
     """
-    judge, tokenizer = Judge.load(judge_folder), open_tokenizer(tokenizer_folder)
+    scorer, tokenizer = ScoringModel.load(scorer_folder), folder_tokenizer(tokenizer_folder)
     request = GenerationRequest(num_samples=num_samples, num_tokens=SEQ_LEN - 1, batch_size=num_samples)
     points = {}
     for job in jobs:
         model, config = load_model(job.folder, device=CPU)
-        special = tokenizer.bos_token_id
+        special = None if tokenizer is None else tokenizer.bos_token_id
         config.bos_token_id = special if config.bos_token_id is None else config.bos_token_id
         points[job.variant.label] = frontier(
-            Sampler(model, config, tokenizer), judge, request, grid_of(["first_hitting"], temperatures)
+            Sampler(model, config, tokenizer), scorer, request, grid_of(["first_hitting"], temperatures)
         )
     return points

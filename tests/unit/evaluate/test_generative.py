@@ -1,4 +1,4 @@
-"""Generated text under a judge: the judge is transformers' own, the points carry both sides of the trade."""
+"""Generated text under a scorer: the scorer is transformers' own, the points carry both sides of the trade."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import CheckpointError, DataError, SamplingError, TokenizerError
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of, measure
-from bd3_megatron.evaluate.judge import Judge
+from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.text_statistics import distinct_ngrams, text_statistics, unigram_entropy
 from bd3_megatron.sampling.generate import Sampler
 from tests import tolerances
@@ -28,9 +28,9 @@ WORDS = ["<unk>", "<eos>", *(f"w{n}" for n in range(20))]
 
 
 @pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GPT-2 with random weights and a vocabulary of words."""
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("scorer")
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
@@ -45,8 +45,8 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(judge_folder: Path) -> Judge:
-    return Judge.load(judge_folder)
+def scorer(scorer_folder: Path) -> ScoringModel:
+    return ScoringModel.load(scorer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,71 +68,71 @@ def export(root: Path, objective: str, vocab: int) -> Path:
     return root / objective
 
 
-def test_the_judges_perplexity_is_transformers_own(judge: Judge) -> None:
+def test_the_scoring_models_perplexity_is_transformers_own(scorer: ScoringModel) -> None:
     text = "w3 w7 w1 w1 w12 w19 w0"
-    ids = judge.tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = scorer.tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        loss = judge.model(input_ids=ids, labels=ids).loss.item()
-    found = judge.judge(text)
+        loss = scorer.model(input_ids=ids, labels=ids).loss.item()
+    found = scorer.score(text)
     assert found.num_tokens == 6
     assert found.perplexity == pytest.approx(math.exp(loss), rel=tolerances.EVALUATION)
 
 
-def test_long_texts_are_judged_in_windows_that_move_by_half(judge: Judge) -> None:
+def test_long_texts_are_scored_in_windows_that_move_by_half(scorer: ScoringModel) -> None:
     text = " ".join(f"w{n * 7 % 20}" for n in range(30))
-    ids = judge.tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = scorer.tokenizer(text, return_tensors="pt")["input_ids"]
     total = 0.0
     with torch.no_grad():
         for start, first, stop in ((0, 1, 16), (8, 16, 24), (16, 24, 30)):
-            log_p = judge.model(input_ids=ids[:, start:stop]).logits[0].log_softmax(dim=-1)
+            log_p = scorer.model(input_ids=ids[:, start:stop]).logits[0].log_softmax(dim=-1)
             total -= sum(log_p[i - 1 - start, ids[0, i]].item() for i in range(first, stop))
-    found = judge.judge(text)
+    found = scorer.score(text)
     assert found.num_tokens == 29
     assert found.nll_nats == pytest.approx(total, rel=tolerances.EVALUATION)
 
 
-def test_end_tokens_are_seen_and_are_no_targets(judge: Judge) -> None:
-    with_end = judge.judge("w3 <eos> w7")
+def test_end_tokens_are_seen_and_are_no_targets(scorer: ScoringModel) -> None:
+    with_end = scorer.score("w3 <eos> w7")
     assert with_end.num_tokens == 1
-    assert judge.judge("").perplexity is None and judge.judge("w1").num_tokens == 0
+    assert scorer.score("").perplexity is None and scorer.score("w1").num_tokens == 0
 
 
-def test_the_verdict_is_the_mean_over_texts_with_its_error(judge: Judge) -> None:
+def test_the_score_of_many_is_the_mean_over_texts_with_its_error(scorer: ScoringModel) -> None:
     texts = ["w3 w7 w1", "w1 w1 w1 w1 w1", "w9", "w4 w2"]
-    verdict = judge.judge_all(texts)
-    each = [judge.judge(text).perplexity for text in texts if judge.judge(text).num_tokens]
-    assert verdict.num_texts == 3 and verdict.perplexity == pytest.approx(sum(each) / 3)  # type: ignore[arg-type]
+    found = scorer.score_all(texts)
+    each = [scorer.score(text).perplexity for text in texts if scorer.score(text).num_tokens]
+    assert found.num_texts == 3 and found.perplexity == pytest.approx(sum(each) / 3)  # type: ignore[arg-type]
     spread = torch.tensor(each, dtype=torch.float64).std().item()
-    assert verdict.stderr == pytest.approx(spread / math.sqrt(3))
-    with pytest.raises(DataError, match="none of 1 texts has a token to judge"):
-        judge.judge_all(["w1"])
+    assert found.stderr == pytest.approx(spread / math.sqrt(3))
+    with pytest.raises(DataError, match="none of 1 texts has a token to score"):
+        scorer.score_all(["w1"])
 
 
-def test_folders_that_hold_no_judge_are_refused(judge_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_folders_that_hold_no_scorer_are_refused(scorer_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        Judge.load(tmp_path / "nothing")
+        ScoringModel.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="predicts blocks, so it gives no likelihood of the next token"):
-        Judge.load(model_folder)
+        ScoringModel.load(model_folder)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(CheckpointError, match="holds no causal language model"):
-        Judge.load(tmp_path)
-    for path in judge_folder.iterdir():
+        ScoringModel.load(tmp_path)
+    for path in scorer_folder.iterdir():
         if "token" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TokenizerError, match="holds no tokenizer"):
-        Judge.load(tmp_path)
+        ScoringModel.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="cannot be loaded"):
-        Judge.load(tmp_path)
+        ScoringModel.load(tmp_path)
 
 
-def test_our_own_autoregressive_export_judges_without_running_its_code(model_folder: Path) -> None:
+def test_our_own_autoregressive_export_scores_without_running_its_code(model_folder: Path) -> None:
     root = model_folder.parent
     folder = export(root, "ar", open_tokenizer("bytes").vocab_size)
     for path in folder.glob("*.py"):
         path.write_text("raise SystemExit('this code must not run')\n")
-    own = Judge.load(folder)
-    assert own.judge("hello").num_tokens == 4
+    own = ScoringModel.load(folder)
+    assert own.score("hello").num_tokens == 4
 
 
 def test_statistics_of_hand_made_samples() -> None:
@@ -163,20 +163,22 @@ def test_a_point_carries_diversity_and_cost(model_folder: Path) -> None:
         measure(sampler, None, request, rule="none")
 
 
-def test_text_is_judged_by_another_tokenizer(model_folder: Path, judge: Judge) -> None:
+def test_text_is_scored_by_another_tokenizer(model_folder: Path, scorer: ScoringModel) -> None:
     sampler = Sampler.from_pretrained(model_folder, device="cpu")
-    point = measure(sampler, judge, GenerationRequest(num_samples=2, num_tokens=48))
+    point = measure(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=48))
     assert point["perplexity"] > 1 and point["corpus_perplexity"] > 1
     sampler.tokenizer = None
-    with pytest.raises(TokenizerError, match="has no tokenizer, so its samples are no text to judge"):
-        measure(sampler, judge, GenerationRequest(num_samples=2, num_tokens=8))
+    with pytest.raises(TokenizerError, match="has no tokenizer, so its samples are no text to score"):
+        measure(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=8))
 
 
 def test_the_command_prints_the_frontier(
-    model_folder: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, scorer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--num-samples", "2", "--num-tokens", "48", "--device", "cpu", "--temperatures", "0.7", "1.0"]
-    code = main(["evaluate", str(model_folder), "--frontier", "--judge", str(judge_folder), *options, "--json"])
+    code = main(
+        ["evaluate", str(model_folder), "--frontier", "--scoring-model", str(scorer_folder), *options, "--json"]
+    )
     points = json.loads(capsys.readouterr().out)
     assert code == 0 and [p["temperature"] for p in points] == [0.7, 1.0] and points[0]["perplexity"] > 1
     assert main(["evaluate", str(model_folder), "--frontier", "--data", "x"]) == 2

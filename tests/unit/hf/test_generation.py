@@ -14,7 +14,7 @@ from bd3_megatron.hf.cache_bd3 import KeyValueCache, RowPlan
 from bd3_megatron.hf.decoding_options_bd3 import RULES
 from bd3_megatron.hf.forward_bd3 import EagerForward, ReplayedForward
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
-from bd3_megatron.hf.window_bd3 import Place, Window
+from bd3_megatron.hf.window_bd3 import SequenceState, Window
 from tests.tolerances import CACHED_FP32, CACHED_FP64, GOLDEN_FP64
 from tests.unit.hf.models import MASK, decode, tiny_config, tiny_model, tokens
 
@@ -121,18 +121,18 @@ def test_golden_block_by_block_logits(block_size: int, root: object) -> None:
     window = Window("recomputed", 32, block_size, block_size, 32)
     cache = KeyValueCache(model.model, batch_size=4, capacity=32)
     forward = EagerForward(model.model, model.lm_head)
-    places = [Place(row, 0) for row in golden["x0"].tolist()]
+    states = [SequenceState(row, 0) for row in golden["x0"].tolist()]
     logits = []
     for start in range(0, 32, block_size):
-        for place in places:
-            place.block_start = start
-        layout = window.layout(places, [start] * 4, torch.device("cpu"), with_block=True)
+        for state in states:
+            state.block_start = start
+        layout = window.layout(states, [start] * 4, torch.device("cpu"), with_block=True)
         ids = torch.cat([layout.clean_ids_BC, golden["xt"][:, start : start + block_size]], dim=1)
         width = layout.clean_ids_BC.shape[1]
         keep = (width + torch.arange(block_size)).expand(4, -1)
         logits.append(forward(cache, ids, layout.plan, keep))
-        for place in places:
-            place.committed = start
+        for state in states:
+            state.committed = start
     for name in ("semiar_cached_logits_f64", "semiar_uncached_logits_f64"):
         torch.testing.assert_close(torch.cat(logits, dim=1), golden[name], rtol=0, atol=GOLDEN_FP64)
 

@@ -1,10 +1,8 @@
-"""A judge: an autoregressive language model of transformers, from a local folder, that scores texts.
+"""A scoring model: an autoregressive language model of transformers, from a local folder, that scores texts.
 
-Decides: texts, not tokens, are judged: every text is tokenised anew by the judge's own tokenizer, so the judge's
-vocabulary is its own affair. Long texts are scored in windows of the judge's length that move by half of it, each token
-once with at least half a window before it. End tokens are no targets. Both follow the official metrics.py (windows of
-1024, stride 512), as does the mean: perplexity of each text, then the mean over texts.
-Refuses: folders that hold no causal language model or no tokenizer; never downloads.
+Contract: texts, not tokens, are scored: every text is tokenised by the scoring model's own tokenizer. The result is the
+mean over texts of each text's perplexity, as in the paper's tables. Refuses folders that hold no causal language model
+or no tokenizer; never downloads.
 Source: metrics.py of kuleshov-group/bd3lms, record_generative_perplexity.
 """
 
@@ -24,15 +22,15 @@ from torch.nn import functional as F
 from bd3_megatron.errors import CheckpointError, DataError, TokenizerError
 from bd3_megatron.hf.modeling_bd3 import BD3ForCausalLM
 from bd3_megatron.sampling.folder import MODEL_TYPE, read_json
-from bd3_megatron.sampling.text import TOKENIZER_FILES
+from bd3_megatron.sampling.text import Tokenizer, folder_tokenizer
 
 MAX_WINDOW = 1024
-"""Tokens in sight of a judge at once, where it could take more."""
+"""Tokens visible to a scoring model at once, where it could take more."""
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What the judge says of one text."""
+class TextScore:
+    """The score of one text."""
 
     nll_nats: float
     num_tokens: int
@@ -45,8 +43,8 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the judge says of many texts."""
+class CorpusScore:
+    """The score of many texts."""
 
     perplexity: float
     """Mean over texts of each text's perplexity, as the paper's tables have it."""
@@ -58,20 +56,20 @@ class Verdict:
     """Texts with at least one target."""
 
 
-class Judge:
+class ScoringModel:
     """A causal language model with its tokenizer.
 
     Args:
         model: in eval mode; returns `.logits` that predict the next token.
         tokenizer: of transformers.
-        window: most tokens in sight.
+        window: the most tokens visible at once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, window: int) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, window: int) -> None:
         self.model, self.tokenizer, self.window = model, tokenizer, window
 
     @staticmethod
-    def load(folder: Path | str, *, device: torch.device | None = None) -> Judge:
+    def load(folder: Path | str, *, device: torch.device | None = None) -> ScoringModel:
         """Open a local folder: a model of transformers, or one of ours with the autoregressive objective.
 
         Raises:
@@ -85,7 +83,7 @@ class Judge:
         ours = described.get("model_type") == MODEL_TYPE
         if ours and described.get("objective") != "ar":
             raise CheckpointError(
-                f"{path} predicts blocks, so it gives no likelihood of the next token; judge with an autoregressive model."
+                f"{path} predicts blocks, so it gives no likelihood of the next token; score with an autoregressive model."
             )
         try:
             # our own class, not the folder's copy of it: no code of a folder is run
@@ -93,38 +91,39 @@ class Judge:
             model = kind.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{path} holds no causal language model ({_line(error)}); give a judge's folder."
+                f"{path} holds no causal language model ({_line(error)}); give another folder."
             ) from None
-        tokenizer = open_tokenizer(path)
+        tokenizer = folder_tokenizer(path)
         if tokenizer is None:
-            raise TokenizerError(f"{path} holds no tokenizer; copy the judge's into it.")
+            raise TokenizerError(f"{path} holds no tokenizer; copy the scoring model's into it.")
         longest = described.get("max_position_embeddings") or described.get("n_positions") or MAX_WINDOW
-        return Judge(model.to(device).eval(), tokenizer, window=min(int(str(longest)), MAX_WINDOW))
+        return ScoringModel(model.to(device).eval(), tokenizer, window=min(int(str(longest)), MAX_WINDOW))
 
-    def judge(self, text: str) -> Judgement:
+    def score(self, text: str) -> TextScore:
         """Score one text; an empty one has no target."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        # End tokens are seen and are no targets, as in the official metrics.py.
         total, count = 0.0, 0
         for nll_T, target_T in self._windows(torch.tensor(ids, dtype=torch.int64)):
             counts_T = target_T != (self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else -1)
             total += float(nll_T.double()[counts_T].sum())
             count += int(counts_T.sum())
-        return Judgement(total, count)
+        return TextScore(total, count)
 
-    def judge_all(self, texts: Sequence[str]) -> Verdict:
+    def score_all(self, texts: Sequence[str]) -> CorpusScore:
         """Score texts.
 
         Raises:
             DataError: no text has two tokens.
         """
-        found = [one for one in map(self.judge, texts) if one.num_tokens]
+        found = [one for one in map(self.score, texts) if one.num_tokens]
         if not found:
-            raise DataError(f"none of {len(texts)} texts has a token to judge; generate longer ones.")
+            raise DataError(f"none of {len(texts)} texts has a token to score; generate longer ones.")
         each = [one.perplexity for one in found if one.perplexity is not None]
         centre = mean(each)
         spread = math.sqrt(sum((x - centre) ** 2 for x in each) / (len(each) - 1)) if len(each) > 1 else None
         total = sum(one.nll_nats for one in found) / sum(one.num_tokens for one in found)
-        return Verdict(
+        return CorpusScore(
             perplexity=centre,
             stderr=None if spread is None else spread / math.sqrt(len(each)),
             corpus_perplexity=math.exp(min(total, 700.0)),
@@ -143,26 +142,9 @@ class Judge:
             target_T = ids_L[scored:stop]
             rows_TV = logits_LV[scored - 1 - start : stop - 1 - start]
             parts.append((F.cross_entropy(rows_TV, target_T, reduction="none"), target_T))
+            # windows of 1024 move by 512 as in the official metrics.py: every token has half a window before it
             scored, start = stop, start + max(1, self.window // 2)
         return parts
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder for transformers, or None where it has none; no code of the folder is run.
-
-    Raises:
-        TokenizerError: there are files, but they cannot be loaded.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    # for a model type that transformers does not know, AutoTokenizer would ask on stdin whether to run the folder's code
-    opener = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return opener.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise TokenizerError(f"tokenizer in {folder} cannot be loaded ({_line(error)}); copy it again.") from None
 
 
 def _line(error: Exception) -> str:
