@@ -71,14 +71,14 @@ def describe(shards: ShardFolder) -> None:
 
 def show_samples(shards: ShardFolder, count: int, characters: int) -> None:
     """Decode the first `count` documents where the tokenizer stands beside the split."""
-    from bd3_megatron.data.shards import check_tokenizer
+    from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
     from bd3_megatron.data.tokenizer_open import load_tokenizer
 
     folder = shards.folder.parent / "tokenizer"
     if count < 1 or not folder.is_dir():
         return
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(shards, tokenizer.fingerprint)
+    check_same_tokenizer((shards.tokenizer_fingerprint, shards.where), (tokenizer.fingerprint, str(folder)))
     start = 0
     for number, end in enumerate(shards.document_ends(0)[:count].tolist()):
         text = tokenizer.decode(shards.tokens(0)[start : min(end, start + characters)])

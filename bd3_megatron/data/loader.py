@@ -25,6 +25,7 @@ from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.order import EpochOrder
 from bd3_megatron.data.packing import PackedArrays, PackedRows, PackingRule
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 _BUNDLE_ROWS = 64
@@ -282,11 +283,10 @@ def _check_alike(sources: Sequence[PackedRows]) -> None:
                 f"{other.shards.where} is packed as {other.rule.mode} of {other.rule.seq_len}, {first.shards.where} as "
                 f"{first.rule.mode} of {first.rule.seq_len}; use one packing and seq_len in a mixture."
             )
-        if (other.shards.vocab_size, other.shards.special) != (first.shards.vocab_size, first.shards.special):
-            raise ConfigError(
-                f"{other.shards.where} and {first.shards.where} were made by different tokenizers; "
-                "prepare both with the same tokenizer folder."
-            )
+        check_same_tokenizer(
+            (other.shards.tokenizer_fingerprint, other.shards.where),
+            (first.shards.tokenizer_fingerprint, first.shards.where),
+        )
 
 
 def _gather(parts: list[tuple[np.ndarray, PackedArrays]], size: int) -> PackedArrays:

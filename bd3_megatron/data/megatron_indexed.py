@@ -58,6 +58,7 @@ class MegatronIndexed:
         self._check(dtype, lengths, pointers, documents)
         tokenizer = load_tokenizer(self._tokenizer_folder())
         self._special, self._vocab_size = tokenizer.special, tokenizer.vocab_size
+        self._fingerprint = tokenizer.fingerprint
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self._ends: NDArray[np.int64] = ends[documents[1:]].astype(np.int64)
         self._dtype, self._num_tokens = dtype, int(ends[-1])
@@ -86,6 +87,10 @@ class MegatronIndexed:
     @property
     def special(self) -> SpecialIds:
         return self._special
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self._fingerprint
 
     @property
     def packing_rule(self) -> dict[str, bool]:

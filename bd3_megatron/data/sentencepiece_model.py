@@ -138,7 +138,7 @@ def from_sentencepiece(content: bytes, where: str) -> FastTokenizer:
         )
     named = _named_tokens(model)
     texts = SpecialTexts.choose(named, where)
-    tokenizer = with_mask(built.to_str(), texts, has_mask=named["mask_token"] is not None)
+    tokenizer = with_mask(built.to_str(), texts, has_mask=named["mask_token"] is not None, where=where)
     _prove_equal(content, tokenizer, where)
     return tokenizer
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bd3_megatron.data.files import disk_errors, publish, read_json
 from bd3_megatron.data.special_ids import SpecialIds
-from bd3_megatron.errors import DataError, TokenizerError
+from bd3_megatron.errors import DataError
 
 FORMAT = "bd3_megatron shards"
 VERSION = 1
@@ -168,6 +168,10 @@ class TokenShards(Protocol):
     def special(self) -> SpecialIds: ...
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer that made the ids; see tokenizer_fingerprint."""
+
+    @property
     def packing_rule(self) -> dict[str, bool]:
         """The recipe's own append_eos and wrap_special, where it has them."""
 
@@ -228,6 +232,10 @@ class ShardFolder:
     @property
     def special(self) -> SpecialIds:
         return self.header.special_ids
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.header.tokenizer_fingerprint
 
     @property
     def packing_rule(self) -> dict[str, bool]:
@@ -304,7 +312,7 @@ def read_header(folder: Path) -> Header:
         header = Header(
             dtype=str(content["dtype"]),
             vocab_size=int(content["vocab_size"]),
-            special_ids=SpecialIds.from_dict(content["special_ids"], int(content["vocab_size"])),
+            special_ids=SpecialIds.from_dict(content["special_ids"], int(content["vocab_size"]), str(path)),
             tokenizer_fingerprint=str(content["tokenizer_fingerprint"]),
             shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
             source=content["source"],
@@ -316,20 +324,6 @@ def read_header(folder: Path) -> Header:
     if header.dtype not in ("<u2", "<u4") or header.num_tokens != content.get("num_tokens"):
         raise DataError(f"{path} is damaged (dtype or counts do not fit together); {_PREPARE_AGAIN}.")
     return header
-
-
-def check_tokenizer(shards: ShardFolder, fingerprint: str) -> None:
-    """Refuse shards that another tokenizer made.
-
-    Raises:
-        TokenizerError: the fingerprints differ.
-    """
-    recorded = shards.header.tokenizer_fingerprint
-    if recorded != fingerprint:
-        raise TokenizerError(
-            f"{shards.where} was made by tokenizer {recorded[:12]}, not by {fingerprint[:12]}; "
-            "use the tokenizer folder beside the shards or prepare the data again."
-        )
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 
 META_FILE = "bd3_tokenizer.json"
-META_VERSION = 1
+META_VERSION = 2
+"""2: the fingerprint is of what decides the ids; 1: of the bytes of tokenizer.json."""
 
 Tokens = NDArray[np.uint32]
 
@@ -39,7 +40,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits that change when any id of any text could."""
+        """64 hex digits that change when any id of any text could; see tokenizer_fingerprint."""
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, no special tokens added: uint32 [num_tokens]."""

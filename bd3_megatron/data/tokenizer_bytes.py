@@ -6,7 +6,6 @@ memory; the saved tokenizer.json (byte-level BPE without merges) gives the same 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.data.tokenizer import Tokens, write_folder
+from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
 
 _TEXTS = SpecialTexts(bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>")
 _SPECIAL = SpecialIds(bos=256, eos=257, pad=258, mask=259)
@@ -36,7 +36,7 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"utf-8 bytes; bos 256, eos 257, pad 258, mask 259").hexdigest()
+        return fingerprint_of(byte_tokenizer_json(), _SPECIAL)
 
     def encode(self, text: str) -> Tokens:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)

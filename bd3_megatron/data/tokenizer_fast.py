@@ -6,7 +6,6 @@ Costs: about 3 MB/s of English a core. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.data.text_cutting import cut_text, is_cuttable
 from bd3_megatron.data.tokenizer import Tokens, write_folder
+from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
 from bd3_megatron.errors import TokenizerError
 
 CUT_CHARACTERS = 4096
@@ -28,31 +28,35 @@ class FastTokenizer:
 
     kind = "fast"
 
-    def __init__(self, tokenizer_json: str, texts: SpecialTexts, *, clean_up: bool = False) -> None:
+    def __init__(self, tokenizer_json: str, texts: SpecialTexts, *, where: str, clean_up: bool = False) -> None:
         """Build from the text of a tokenizer.json whose vocabulary holds the four special texts.
 
         Args:
-            tokenizer_json: kept byte for byte, since the fingerprint is taken from it.
+            tokenizer_json: written again byte for byte by `save`.
             texts: the special tokens as written.
+            where: name or folder, for errors.
             clean_up: transformers' clean_up_tokenization_spaces for the exported folder.
 
         Raises:
-            TokenizerError: not a tokenizer.json, or a special token is not in its vocabulary.
+            TokenizerError: not a tokenizer.json, no vocabulary, or special tokens that are missing or share the mask's id.
         """
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"tokenizer.json cannot be read ({error}); export the tokenizer again.") from error
+            raise TokenizerError(f"tokenizer.json of {where} cannot be read ({error}); export it again.") from error
         self._json, self._texts, self._clean_up = tokenizer_json, texts, clean_up
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise TokenizerError(f"tokenizer.json of {where} holds no vocabulary; export it again.")
         self._vocab_size = max(vocabulary.values()) + 1
-        ids = {name: vocabulary.get(getattr(texts, name), -1) for name in ("bos", "eos", "mask", "pad")}
-        self._special = SpecialIds.from_dict(ids, self._vocab_size)
+        ids = {name: vocabulary.get(text) for name, text in vars(texts).items()}
+        self._special = SpecialIds.from_dict(ids, self._vocab_size, f"tokenizer {where}")
+        self._fingerprint = fingerprint_of(self._tokenizer.to_str(), self._special)
         self._cuttable = is_cuttable(json.loads(tokenizer_json))
 
     @property
@@ -65,8 +69,7 @@ class FastTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        ids = json.dumps(self._special.as_dict(), sort_keys=True)
-        return hashlib.sha256(f"{self._json}\n{ids}".encode()).hexdigest()
+        return self._fingerprint
 
     def encode(self, text: str) -> Tokens:
         return self.encode_batch([text])[0]
@@ -93,13 +96,16 @@ class FastTokenizer:
         return cut_text(text, CUT_CHARACTERS) if self._cuttable else [text]
 
 
-def with_mask(tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, clean_up: bool = False) -> FastTokenizer:
+def with_mask(
+    tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, where: str, clean_up: bool = False
+) -> FastTokenizer:
     """Append the mask token where the tokenizer has none.
 
     Args:
         tokenizer_json: text of a tokenizer.json.
         texts: its special tokens; `texts.mask` is appended unless `has_mask`.
         has_mask: the tokenizer declares `texts.mask` itself.
+        where: name or folder, for errors.
         clean_up: passed on to the exported folder.
 
     Raises:
@@ -108,12 +114,12 @@ def with_mask(tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, clean
     import tokenizers
 
     if has_mask:
-        return FastTokenizer(tokenizer_json, texts, clean_up=clean_up)
+        return FastTokenizer(tokenizer_json, texts, where=where, clean_up=clean_up)
     built = tokenizers.Tokenizer.from_str(tokenizer_json)
     vocabulary = built.get_vocab(with_added_tokens=True)
     if texts.mask in vocabulary:
         raise TokenizerError(
-            f"the vocabulary holds {texts.mask} as token {vocabulary[texts.mask]} but does not declare it; "
+            f"the vocabulary of {where} holds {texts.mask} as token {vocabulary[texts.mask]} but does not declare it; "
             'write "mask_token" into its tokenizer_config.json.'
         )
     expected = max(vocabulary.values()) + 1
@@ -123,4 +129,4 @@ def with_mask(tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, clean
             f"the mask token would get id {built.token_to_id(texts.mask)} inside the vocabulary of {expected}; "
             "remove the gaps in the tokenizer's ids."
         )
-    return FastTokenizer(built.to_str(), texts, clean_up=clean_up)
+    return FastTokenizer(built.to_str(), texts, where=where, clean_up=clean_up)

@@ -44,7 +44,7 @@ def import_tokenizer(name: str) -> FastTokenizer:
     named = {key: None if getattr(foreign, key, None) is None else str(getattr(foreign, key)) for key in _NAMED}
     texts = SpecialTexts.choose(named, name)
     clean_up = bool(getattr(foreign, "clean_up_tokenization_spaces", False))
-    return with_mask(backend.to_str(), texts, has_mask=named["mask_token"] is not None, clean_up=clean_up)
+    return with_mask(backend.to_str(), texts, has_mask=named["mask_token"] is not None, where=name, clean_up=clean_up)
 
 
 def _from_vocab_and_merges(folder: Path) -> FastTokenizer:
@@ -68,7 +68,7 @@ def _from_vocab_and_merges(folder: Path) -> FastTokenizer:
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([tokenizers.AddedToken(_GPT2_END, special=True, normalized=True)])
     texts = SpecialTexts(bos=_GPT2_END, eos=_GPT2_END, mask=MASK_TEXT, pad=_GPT2_END)
-    return with_mask(built.to_str(), texts, has_mask=False)
+    return with_mask(built.to_str(), texts, has_mask=False, where=str(folder))
 
 
 def _open_with_transformers(name: str) -> object:

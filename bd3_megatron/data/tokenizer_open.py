@@ -10,12 +10,15 @@ import os
 from pathlib import Path
 
 from bd3_megatron.data.sentencepiece_model import load_sentencepiece
-from bd3_megatron.data.special_ids import SpecialTexts
+from bd3_megatron.data.special_ids import NAMES, SpecialTexts
 from bd3_megatron.data.tokenizer import META_FILE, META_VERSION, Tokenizer
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
 from bd3_megatron.data.tokenizer_fast import FastTokenizer
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_import import import_tokenizer
 from bd3_megatron.errors import TokenizerError
+
+_AGAIN = "restore the folder or prepare it again"
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -29,21 +32,24 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     record, config = _read_json(folder / META_FILE), _read_json(folder / "tokenizer_config.json")
     if record.get("version") != META_VERSION:
         raise TokenizerError(
-            f"{folder / META_FILE} has version {record.get('version')}; this release reads version {META_VERSION}, "
-            "use the release that wrote it or prepare the data again."
+            f"{folder / META_FILE} has version {str(record.get('version'))[:40]}; this release reads version "
+            f"{META_VERSION}, use the release that wrote it or prepare the data again."
         )
-    texts = SpecialTexts(**{name: config[f"{name}_token"] for name in ("bos", "eos", "mask", "pad")})
+    kind, recorded = record.get("kind"), record.get("fingerprint")
+    if kind not in (ByteTokenizer.kind, FastTokenizer.kind) or not isinstance(recorded, str):
+        raise TokenizerError(
+            f"{folder / META_FILE} is damaged (kind {str(kind)[:40]}, fingerprint {str(recorded)[:40]}); {_AGAIN}."
+        )
     tokenizer: Tokenizer
-    if record["kind"] == "bytes":
+    if kind == ByteTokenizer.kind:
         tokenizer = ByteTokenizer()
     else:
+        texts = SpecialTexts(**{name: _special_text(folder, config, name) for name in NAMES})
         text = _read_text(folder / "tokenizer.json")
-        tokenizer = FastTokenizer(text, texts, clean_up=bool(config.get("clean_up_tokenization_spaces", False)))
-    if tokenizer.fingerprint != record["fingerprint"]:
-        raise TokenizerError(
-            f"{folder} was changed after it was written: fingerprint {tokenizer.fingerprint[:12]} is not the recorded "
-            f"{str(record['fingerprint'])[:12]}; prepare the data again or restore the folder."
-        )
+        clean_up = bool(config.get("clean_up_tokenization_spaces", False))
+        tokenizer = FastTokenizer(text, texts, where=str(folder), clean_up=clean_up)
+    # The fingerprint is computed from the files: whoever swaps or edits one is told before a token is made of it.
+    check_same_tokenizer((tokenizer.fingerprint, str(folder)), (recorded, f"its own record {META_FILE}"))
     return tokenizer
 
 
@@ -64,6 +70,15 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     return import_tokenizer(str(name))
 
 
+def _special_text(folder: Path, config: dict, name: str) -> str:
+    """Text of a special token; transformers writes it plainly or as {"content": text, ...}."""
+    stated = config.get(f"{name}_token")
+    text = stated.get("content") if isinstance(stated, dict) else stated
+    if not isinstance(text, str):
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'} names no {name}_token; {_AGAIN}.")
+    return text
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -76,7 +91,7 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); prepare the tokenizer folder again.") from error
+        raise TokenizerError(f"{path} is not JSON ({error}); {_AGAIN}.") from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds no JSON object; prepare the tokenizer folder again.")
+        raise TokenizerError(f"{path} holds no JSON object; {_AGAIN}.")
     return content

@@ -22,8 +22,8 @@ from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import TokenDataset
-from bd3_megatron.data.shards import ShardFolder, check_tokenizer
 from bd3_megatron.data.tokenizer import META_FILE
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
@@ -126,8 +126,10 @@ def open_split(
             "prepare the text with the model's tokenizer."
         )
     shards = dataset.sources[0].shards
-    if isinstance(shards, ShardFolder) and (folder / META_FILE).is_file():
-        check_tokenizer(shards, load_tokenizer(folder).fingerprint)
+    if (folder / META_FILE).is_file():
+        check_same_tokenizer(
+            (shards.tokenizer_fingerprint, str(path)), (load_tokenizer(folder).fingerprint, str(folder))
+        )
     return dataset
 
 

@@ -54,7 +54,13 @@ def documents(num_documents: int, seed: int, longest: int = 60) -> list[list[int
     return [[chosen.randrange(256) for _ in range(chosen.randint(1, longest))] for _ in range(num_documents)]
 
 
-def write_split(folder: Path, shards: Sequence[Sequence[Sequence[int]]], *, vocab_size: int = VOCAB) -> Path:
+def write_split(
+    folder: Path,
+    shards: Sequence[Sequence[Sequence[int]]],
+    *,
+    vocab_size: int = VOCAB,
+    fingerprint: str = BYTES.fingerprint,
+) -> Path:
     """Write a split from shards of documents of ids, as `prepare` would."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -68,7 +74,7 @@ def write_split(folder: Path, shards: Sequence[Sequence[Sequence[int]]], *, voca
         dtype=token_dtype(vocab_size).str,
         vocab_size=vocab_size,
         special_ids=SPECIAL,
-        tokenizer_fingerprint=BYTES.fingerprint,
+        tokenizer_fingerprint=fingerprint,
         shards=tuple(records),
     )
     write_json(folder / HEADER_FILE, header.as_dict())

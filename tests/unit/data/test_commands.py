@@ -122,7 +122,7 @@ def test_inspection_finds_damage(text: Path, tmp_path: Path, capsys: pytest.Capt
     header = json.loads((out / "train" / "header.json").read_text())
     (out / "train" / "header.json").write_text(json.dumps(header | {"tokenizer_fingerprint": "0" * 64}))
     assert inspect_shards.main([str(out)]) == 2
-    assert "was made by tokenizer 000000000000" in capsys.readouterr().err
+    assert "train has the tokenizer 0000000000000000, " in capsys.readouterr().err
     assert inspect_shards.main([str(tmp_path)]) == 2
     assert inspect_shards.main([str(tmp_path / "none")]) == 2
     assert "none holds no token shards; give a folder made by tools/prepare_data.py" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import BatchLoader, TokenDataset
 from bd3_megatron.data.mixture import Mixture, Stage
 from bd3_megatron.data.sampler import BatchShare
-from bd3_megatron.errors import ConfigError, DataError, GridError
-from tests.unit.data.corpora import VOCAB, documents, write_split
+from bd3_megatron.errors import ConfigError, DataError, GridError, TokenizerError
+from tests.unit.data.corpora import BYTES, VOCAB, documents, write_split
 
 
 def steps_of(
@@ -191,9 +191,10 @@ def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     rows = [TokenDataset.open(p, seq_len=s).sources[0] for p, s in ((one, 8), (other, 16))]
     with pytest.raises(ConfigError, match="is packed as wrap of 16, .* wrap of 8; use one packing and seq_len"):
         TokenDataset(rows)
-    wide = write_split(tmp_path / "c", [documents(20, seed=1)], vocab_size=300)
-    with pytest.raises(ConfigError, match="were made by different tokenizers"):
-        TokenDataset.open([one, wide], seq_len=8)
+    foreign = write_split(tmp_path / "c", [documents(20, seed=1)], fingerprint="f" * 64)
+    sentence = f"c has the tokenizer ffffffffffffffff, .*a has {BYTES.fingerprint[:16]}: the same ids are other text"
+    with pytest.raises(TokenizerError, match=sentence):
+        TokenDataset.open([one, foreign], seq_len=8)
     with pytest.raises(ConfigError, match="the mixture has 3 weights for 2 sources; give one each"):
         TokenDataset.open([one, other], seq_len=8, mixture=Mixture.of([1, 1, 1]))
     with pytest.raises(ConfigError, match="num_workers=-1 is negative"):

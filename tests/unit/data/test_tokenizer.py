@@ -12,10 +12,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_megatron.data.sentencepiece_model import train_sentencepiece
-from bd3_megatron.data.special_ids import MASK_TEXT, SpecialIds, SpecialTexts
+from bd3_megatron.data.special_ids import MASK_TEXT, SpecialIds, SpecialTexts, check_special_ids
 from bd3_megatron.data.text_cutting import cut_text, is_cuttable
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_fast import FastTokenizer, with_mask
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.errors import TokenizerError
 from tests.unit.data.corpora import AWKWARD, english
@@ -130,6 +131,65 @@ def test_fingerprints_differ(made: dict[str, Tokenizer]) -> None:
     assert all(len(tokenizer.fingerprint) == 64 for tokenizer in made.values())
 
 
+def letters(folder: Path, *, backwards: bool = False) -> Path:
+    """A tokenizer of single letters; backwards has the same size and special ids, and other ids for the letters."""
+    vocabulary = {letter: i for i, letter in enumerate("edcba" if backwards else "abcde")} | {"<e>": 5}
+    built = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    built.add_special_tokens(["<e>"])
+    folder.mkdir(parents=True)
+    built.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizers_of_equal_size_are_not_the_same(tmp_path: Path) -> None:
+    one, other = open_tokenizer(letters(tmp_path / "a")), open_tokenizer(letters(tmp_path / "b", backwards=True))
+    assert (one.vocab_size, one.special) == (other.vocab_size, other.special)
+    check_same_tokenizer((one.fingerprint, "a"), (open_tokenizer(letters(tmp_path / "c" / "d")).fingerprint, "d"))
+    with pytest.raises(
+        TokenizerError, match=f"^a has the tokenizer {one.fingerprint[:16]}, b has {other.fingerprint[:16]}:"
+    ):
+        check_same_tokenizer((one.fingerprint, "a"), (other.fingerprint, "b"))
+
+
+def test_a_fingerprint_is_of_what_decides_ids(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    folder = letters(tmp_path / "a")
+    before, path = open_tokenizer(folder), folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    end = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    for change in (
+        {"decoder": end},
+        {"version": "1.0"},
+        {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+    ):
+        path.write_text(json.dumps(spec | change, indent=3))
+        assert open_tokenizer(folder).fingerprint == before.fingerprint
+    for name, change in (
+        ("normalizer", {"type": "Lowercase"}),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("model", spec["model"] | {"vocab": spec["model"]["vocab"] | {"ab": 6}, "merges": [["a", "b"]]}),
+    ):
+        path.write_text(json.dumps(spec | {name: change}))
+        assert open_tokenizer(folder).fingerprint != before.fingerprint
+    path.write_text(json.dumps(spec))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>", "bos_token": "a"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert open_tokenizer(folder).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_folder_without_our_record_has_the_same_fingerprint(
+    made: dict[str, Tokenizer], name: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    made[name].save(tmp_path / "a")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b" / "bd3_tokenizer.json").exists()
+    assert open_tokenizer(tmp_path / "b").fingerprint == made[name].fingerprint
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_may_leave_special_tokens_out(made: dict[str, Tokenizer], name: str) -> None:
     tokenizer = made[name]
@@ -212,16 +272,46 @@ def test_ids_with_gaps_are_refused() -> None:
     built = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 7, "<e>": 2}, []))
     texts = SpecialTexts(bos="<e>", eos="<e>", pad="<e>", mask=MASK_TEXT)
     with pytest.raises(TokenizerError, match="would get id 3 inside the vocabulary of 8; remove the gaps"):
-        with_mask(built.to_str(), texts, has_mask=False)
+        with_mask(built.to_str(), texts, has_mask=False, where="t")
 
 
 def test_a_tokenizer_json_must_hold_its_special_tokens() -> None:
     texts = SpecialTexts(bos="<e>", eos="<e>", pad="<e>", mask=MASK_TEXT)
     built = tokenizers.Tokenizer(models.BPE({"a": 0, "<e>": 1}, []))
-    with pytest.raises(TokenizerError, match=r"the mask id -1 lies outside \[0, 2\)"):
-        FastTokenizer(built.to_str(), texts)
-    with pytest.raises(TokenizerError, match="tokenizer.json cannot be read"):
-        FastTokenizer("{}", texts)
+    with pytest.raises(TokenizerError, match="^tokenizer t has no mask id; give a tokenizer that has all four"):
+        FastTokenizer(built.to_str(), texts, where="t")
+    with pytest.raises(TokenizerError, match="tokenizer.json of t cannot be read"):
+        FastTokenizer("{}", texts, where="t")
+    with pytest.raises(TokenizerError, match="tokenizer.json of t holds no vocabulary"):
+        FastTokenizer(tokenizers.Tokenizer(models.BPE()).to_str(), texts, where="t")
+
+
+@pytest.mark.parametrize("other", ["bos", "eos", "pad"])
+def test_a_mask_that_is_another_special_token_is_refused_when_opened(tmp_path: Path, other: str) -> None:
+    named = {"eos_token": "<e>", f"{other}_token": "b", "mask_token": "b"}
+    with pytest.raises(
+        TokenizerError, match=rf"tokenizer {tmp_path}.*: the mask id 1 is also the id of (bos and )?{other}"
+    ):
+        open_tokenizer(write_fast(tmp_path / "a", named))
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 1.0, True, "1", [1]])
+@pytest.mark.parametrize("name", ["bos", "eos", "mask", "pad"])
+def test_special_ids_are_whole_numbers_of_the_vocabulary(name: str, bad: object) -> None:
+    sound = {"bos": 0, "eos": 8, "mask": 1, "pad": 8}
+    assert SpecialIds.from_dict(sound, 9, "x") == SpecialIds(bos=0, eos=8, mask=1, pad=8)
+    with pytest.raises(TokenizerError, match=rf"^x: the {name} id .* is no whole number in \[0, 9\); give a tokenizer"):
+        SpecialIds.from_dict(sound | {name: bad}, 9, "x")
+    with pytest.raises(TokenizerError, match=f"^x has no {name} id"):
+        SpecialIds.from_dict(sound | {name: None}, 9, "x")
+
+
+def test_ids_that_are_not_stated_are_not_checked() -> None:
+    check_special_ids({"mask": 3, "eos": None}, 4, "x")
+    with pytest.raises(
+        TokenizerError, match="the mask id 3 is also the id of bos and eos; give the mask a token of its own"
+    ):
+        check_special_ids({"mask": 3, "eos": 3, "bos": 3}, 4, "x")
 
 
 def test_changed_or_newer_folders_are_refused(made: dict[str, Tokenizer], tmp_path: Path) -> None:
@@ -229,14 +319,24 @@ def test_changed_or_newer_folders_are_refused(made: dict[str, Tokenizer], tmp_pa
     path = tmp_path / "tokenizer.json"
     original = path.read_text()
     path.write_text(original.replace('"the"', '"thf"').replace('" the"', '" thf"'))
-    with pytest.raises(TokenizerError, match="was changed after it was written: fingerprint"):
+    sentence = rf"{tmp_path} has the tokenizer \w{{16}}, its own record bd3_tokenizer.json has {made['unigram'].fingerprint[:16]}"
+    with pytest.raises(TokenizerError, match=sentence):
         load_tokenizer(tmp_path)
     path.unlink()
     with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read \(No such file or directory\)"):
         load_tokenizer(tmp_path)
     record = json.loads((tmp_path / "bd3_tokenizer.json").read_text())
-    (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record | {"version": 2}))
-    with pytest.raises(TokenizerError, match="has version 2; this release reads version 1"):
+    (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record | {"version": 3}))
+    with pytest.raises(TokenizerError, match="has version 3; this release reads version 2"):
+        load_tokenizer(tmp_path)
+    for damaged in ({"kind": "slow"}, {"fingerprint": 3}):
+        (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record | damaged))
+        with pytest.raises(TokenizerError, match="bd3_tokenizer.json is damaged .kind .*, fingerprint .*; restore the"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(TokenizerError, match="tokenizer_config.json names no eos_token; restore the folder"):
         load_tokenizer(tmp_path)
     (tmp_path / "bd3_tokenizer.json").write_text("[]")
     with pytest.raises(TokenizerError, match="holds no JSON object"):

@@ -186,7 +186,7 @@ def test_text_of_another_tokenizer_or_vocabulary_is_refused(
         (copied / path.name).write_bytes(path.read_bytes())
     (copied / "header.json").write_text(json.dumps(header | {"tokenizer_fingerprint": "0" * 64}))
     code, _, err = evaluate(capsys, folder, "--data", copied)
-    assert code == 2 and "was made by tokenizer 000000000000" in err
+    assert code == 2 and "valid has the tokenizer 0000000000000000, " in err
 
 
 def test_a_split_shorter_than_one_sequence_is_refused(
