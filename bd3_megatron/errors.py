@@ -36,6 +36,10 @@ class DataError(BD3Error):
     """Text, shards or batches that are missing, damaged or do not fit the configuration."""
 
 
+class FileError(BD3Error, OSError):
+    """A file or folder that cannot be written; `errno` is the operating system's."""
+
+
 class WorkStopped(DataError):
     """Preparation that stopped for a reason outside the text (full disk, killed worker); what is finished is kept."""
 
