@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -31,6 +30,7 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import BD3Error, ConfigError, LaunchError
+from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
 
@@ -145,19 +145,16 @@ def begin(quickstart: Quickstart) -> str:
         done = (folder / "checkpoints" / "LATEST").exists()
         return f"quickstart: {'resumes' if done else 'starts anew (nothing was saved yet)'} in {folder}"
     aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-    folder.rename(aside)
+    move(folder, aside)
     _write_mark(folder, settings)
     # the text does not depend on the settings, so its tokens serve again
     if (aside / "data").is_dir():
-        (aside / "data").rename(folder / "data")
+        move(aside / "data", folder / "data")
     return f"quickstart: starts anew in {folder}, because the settings differ; the earlier run is now {aside}"
 
 
 def _write_mark(folder: Path, settings: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{MARK}.{os.getpid()}"
-    temporary.write_text(json.dumps(settings), encoding="utf-8")
-    temporary.replace(folder / MARK)
+    write_json(folder / MARK, settings)
 
 
 def run_steps(quickstart: Quickstart) -> None:
@@ -185,9 +182,7 @@ def run_steps(quickstart: Quickstart) -> None:
     run_command([*bd3, "sample", str(hf), *request], capture=True)
     texts = [json.loads(line)["text"].strip() for line in drawn.read_text(encoding="utf-8").splitlines()]
     drawn.unlink()
-    temporary = folder / f".samples.txt.{os.getpid()}"
-    temporary.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
-    temporary.replace(folder / "samples.txt")
+    write_text(folder / "samples.txt", "\n\n----\n\n".join(texts) + "\n")
     say(5, "looking at what came out")
 
 

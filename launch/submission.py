@@ -8,7 +8,6 @@ Costs: a copy of about 2 MB.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from bd3_megatron.config.load import dump_config, replace_field
 from bd3_megatron.config.schema import Config
+from bd3_megatron.files import whole, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT_FILE = "COMMIT"
@@ -65,19 +65,15 @@ def write_submission(folder: Path, configs: Sequence[Config], script: str, comma
         script: text of the sbatch script.
         command: what the person typed, for the record.
     """
-    building = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for number, config in enumerate(configs):
-        dump_config(config, building / f"config.{number}.yaml")
-    (building / "job.sh").write_text(script, encoding="utf-8")
-    copy_code(building / "code")
-    state = git_state()
-    # the copy is no checkout, and checkpoints and trackers name the commit
-    (building / "code" / COMMIT_FILE).write_text(f"{state['git_commit'] or ''}\n", encoding="utf-8")
-    record = {"command": list(command), **state}
-    (building / "job.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    building.rename(folder)
+    with whole(folder) as building:
+        for number, config in enumerate(configs):
+            dump_config(config, building / f"config.{number}.yaml")
+        write_text(building / "job.sh", script)
+        copy_code(building / "code")
+        state = git_state()
+        # the copy is no checkout, and checkpoints and trackers name the commit
+        write_text(building / "code" / COMMIT_FILE, f"{state['git_commit'] or ''}\n")
+        write_json(building / "job.json", {"command": list(command), **state})
 
 
 def copy_code(target: Path) -> None:

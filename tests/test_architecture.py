@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    "hf errors config cost planner rng attention diffusion data compat parallel process model engine checkpoint sampling "
-    "convert evaluate train report cli"
+    "hf errors files config cost planner rng attention diffusion data compat parallel process model engine checkpoint "
+    "sampling convert evaluate train report cli"
 ).split()
 """A room imports only from rooms to its left."""
 
@@ -142,9 +142,15 @@ def test_hf_travels_alone_and_the_others_name_full_paths(package: list[Source]) 
     assert not wrong, "\n".join(wrong)
 
 
-def test_launch_imports_errors_config_and_costs_only_and_no_torch() -> None:
+def test_launch_imports_errors_files_config_and_costs_only_and_no_torch() -> None:
     wrong = []
-    allowed = ("bd3_megatron.errors", "bd3_megatron.config.", "bd3_megatron.cost.", "bd3_megatron.planner.")
+    allowed = (
+        "bd3_megatron.errors",
+        "bd3_megatron.files",
+        "bd3_megatron.config.",
+        "bd3_megatron.cost.",
+        "bd3_megatron.planner.",
+    )
     heavy = {"torch", "numpy", "megatron", "deepspeed", "transformers", "datasets", "wandb"}
     for source in sources("launch"):
         for module, _, line in imports(source.tree):
@@ -262,6 +268,28 @@ def test_cuda_is_spoken_of_in_compat_only(package: list[Source]) -> None:
         if isinstance(n, ast.Attribute) and dotted(n) == "torch.cuda"
     ]
     assert not found, found
+
+
+def replaces_a_file(call: ast.Call) -> bool:
+    """os.replace, Path.rename, Path.replace (one argument: a string's takes two, dataclasses' keywords) and their like."""
+    name = dotted(call.func)
+    if name in {"os.replace", "os.rename", "os.renames", "os.fsync", "shutil.move"}:
+        return True
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    writes = call.func.attr in {"rename", "write_text", "write_bytes"}
+    return writes or (call.func.attr == "replace" and len(call.args) == 1 and not call.keywords)
+
+
+def test_files_are_written_and_renamed_in_one_file(shipped: list[Source]) -> None:
+    found = [
+        f"{s.path}:{n.lineno} {dotted(n.func)}"
+        for s in shipped
+        if s.path != "bd3_megatron/files.py"
+        for n in ast.walk(s.tree)
+        if isinstance(n, ast.Call) and replaces_a_file(n)
+    ]
+    assert not found, "bd3_megatron/files.py does this: " + ", ".join(found)
 
 
 def test_nothing_is_left_unfinished(shipped: list[Source]) -> None:

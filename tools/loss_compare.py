@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.files import write_text
 from bd3_megatron.report.run_record import read_run
 from bd3_megatron.report.svg_chart import Line, line_chart
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:40} {steps:6} {largest:10.2e} {mean:10.2e}")
     if options.svg is not None:
         lines = [Line(name, sorted(run.items())) for name, run in runs.items()]
-        options.svg.write_text(line_chart("Training loss", "step", "nats per token", lines), encoding="utf-8")
+        write_text(options.svg, line_chart("Training loss", "step", "nats per token", lines))
     return int(max(row[2] for row in rows) > options.tolerance)
 
 

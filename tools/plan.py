@@ -21,6 +21,7 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import BD3Error, ConfigError
+from bd3_megatron.files import write_text
 from bd3_megatron.planner.calibrate import Observation, calibrate, explain
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import GIB, KNOWN, Machine, assumptions, device_name_of, machine_of, read_cluster
@@ -199,8 +200,8 @@ def _weak_scaling(options: argparse.Namespace) -> int:
     chart = line_chart(title, "devices", "tokens/s/device, % of the smallest", lines, log_x=True)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"weak_scaling_simulated_{machine.name}"
-    (folder / f"{stem}.md").write_text(as_markdown(points, machine, constants), encoding="utf-8")
-    (folder / f"{stem}.svg").write_text(chart, encoding="utf-8")
+    write_text(folder / f"{stem}.md", as_markdown(points, machine, constants))
+    write_text(folder / f"{stem}.svg", chart)
     print(f"wrote {folder / stem}.md and .svg")
     return 0
 

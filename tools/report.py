@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.files import write_text
 from bd3_megatron.report.page import render_page
 from bd3_megatron.report.run_data import read_runs
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = read_runs([Path(folder) for folder in options.run])
         results = [one for path in options.results for one in read_results(Path(path))]
         page = render_page(runs, now=time.time(), title=options.title, results=results)
-        write_whole(Path(options.out), page)
+        write_text(Path(options.out), page)
     except BD3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -64,20 +64,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
         raise DataError(f"results '{path}' hold no list of sections; give a results.json.")
     return content
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be written ({error.strerror}); choose another -o.") from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
+from bd3_megatron.files import write_text
 from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.report.run_summary import Report, Summary, summarize
 from bd3_megatron.report.svg_chart import Line, line_chart, stacked_bars
@@ -136,7 +137,7 @@ def write_plots(runs: Sequence[RunRecord], report: Report, folder: Path) -> list
         charts["scaling.svg"] = _over_devices(report)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in charts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [folder / name for name in charts]
 
 

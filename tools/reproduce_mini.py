@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, RangeError
+from bd3_megatron.files import write_text
 from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, Size, base_tree
 
 BUILTIN = "builtin:python-docs"
@@ -97,13 +98,13 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     source = text_source(options.text)
     prepare(PrepareRequest(out=out / "data", sources={"train": source}, tokenizer="bytes", valid_fraction=0.05))
     config = out / "config.yaml"
-    config.write_text(yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False), encoding="utf-8")
+    write_text(config, yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False))
     jobs = jobs_of(size, out)
     Runner(size, config, options.jobs, say).run(jobs)
     sections = measured(size, jobs, out, options.jobs)
     markdown = as_markdown(sections)
-    (out / "results.json").write_text(json.dumps(sections, indent=2), encoding="utf-8")
-    (out / "results.md").write_text(markdown, encoding="utf-8")
+    write_text(out / "results.json", json.dumps(sections, indent=2))
+    write_text(out / "results.md", markdown)
     print(markdown)
     write_report(size, out)
 

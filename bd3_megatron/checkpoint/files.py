@@ -1,7 +1,7 @@
-"""Bytes onto the disk: hashed while they are written, flushed before anyone relies on them.
+"""Files of tensors, hashed while they are written.
 
-Decides: every file is fsynced by whoever wrote it, and its record (size, SHA-256) describes what was meant to be written,
-not what is read back. Free space is checked before the first byte. Knows nothing of tensors' names.
+A file's record (size, SHA-256) describes what was meant to be written, not what is read back. Free space is checked
+before the first byte.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import FileRecord
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import stream
 
 READ_BYTES = 8 * 2**20
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -54,22 +54,11 @@ class HashingFile:
         return FileRecord(self.bytes, self._digest.hexdigest())
 
 
-def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Write a small file and flush it to the disk."""
-    with path.open("wb") as file:
-        hashing = HashingFile(file)
-        hashing.write(content)
-        _sync(file)
-    return hashing.record()
-
-
 def write_torch(path: Path, state: Any) -> FileRecord:
     """torch.save, flushed to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with stream(path) as file:
         hashing = HashingFile(file)
         torch.save(state, hashing)  # type: ignore[arg-type]
-        _sync(file)
     return hashing.record()
 
 
@@ -99,7 +88,6 @@ def stream_safetensors(
         produce: makes the tensor of a name, on the CPU, in that dtype and shape.
         metadata: text beside them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in specs.items():
@@ -107,7 +95,7 @@ def stream_safetensors(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with stream(path) as file:
         hashing = HashingFile(file)
         hashing.write(struct.pack("<Q", len(text)) + text)
         for name, (dtype, shape) in specs.items():
@@ -119,22 +107,7 @@ def stream_safetensors(
                 hashing.write(tensor.flatten().view(torch.uint8).numpy())
             # the next one is made without this one beside it
             del tensor
-        _sync(file)
     return hashing.record()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def record_of(path: Path) -> FileRecord:

@@ -34,7 +34,6 @@ WEIGHTS_DIR = "weights"
 UNIVERSAL_SUFFIX = ".universal"
 REPLACED_SUFFIX = ".replaced"
 TEMPORARY_PREFIX = ".tmp_"
-DOOMED_PREFIX = ".gone_"
 _STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 

@@ -8,15 +8,13 @@ Old checkpoints are renamed out of sight before they are deleted: a crash never 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from bd3_megatron.checkpoint.files import record_of, sync_folder, write_bytes
+from bd3_megatron.checkpoint.files import record_of
 from bd3_megatron.checkpoint.layout import (
-    DOOMED_PREFIX,
     LATEST,
     MANIFEST,
     MANIFEST_DIGEST,
@@ -32,6 +30,7 @@ from bd3_megatron.checkpoint.layout import (
     step_of,
 )
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import discard, move, remove_leftovers, write_bytes, write_text
 
 POLL_SECONDS = 0.02
 
@@ -59,29 +58,22 @@ def publish_files(temporary: Path, manifest: Manifest) -> Path:
     _remove_strangers(temporary, manifest)
     content = manifest_bytes(manifest)
     write_bytes(temporary / MANIFEST, content)
-    write_bytes(temporary / MANIFEST_DIGEST, (digest_bytes(content) + "\n").encode())
-    for folder in [temporary, *(p for p in temporary.iterdir() if p.is_dir())]:
-        sync_folder(folder)
+    write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
     target = temporary.parent / step_name(manifest.step)
     aside = temporary.parent / f"{target.name}{REPLACED_SUFFIX}"
     if target.exists():
-        _delete(aside)
-        target.rename(aside)
-        _delete(target.with_name(target.name + UNIVERSAL_SUFFIX))
-    temporary.rename(target)
-    sync_folder(target.parent)
-    _delete(aside)
+        discard(aside)
+        move(target, aside)
+        discard(target.with_name(target.name + UNIVERSAL_SUFFIX))
+    move(temporary, target)
+    discard(aside)
     point_latest(target)
     return target
 
 
 def point_latest(target: Path) -> None:
     """LATEST names `target`; replaced in one step."""
-    pointer = target.parent / LATEST
-    part = pointer.with_name(f".{LATEST}.part")
-    write_bytes(part, f"{target.name}\n".encode())
-    part.replace(pointer)
-    sync_folder(target.parent)
+    write_text(target.parent / LATEST, f"{target.name}\n")
 
 
 def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[str, FileRecord]:
@@ -116,8 +108,9 @@ def _remove_strangers(temporary: Path, manifest: Manifest) -> None:
 def sweep(folder: Path) -> None:
     """Remove what interrupted saves and deletions left behind."""
     for path in folder.iterdir():
-        if path.is_dir() and path.name.startswith((TEMPORARY_PREFIX, DOOMED_PREFIX)):
+        if path.is_dir() and path.name.startswith(TEMPORARY_PREFIX):
             shutil.rmtree(path)
+    remove_leftovers(folder)
 
 
 def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
@@ -138,20 +131,12 @@ def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[P
         step = step_of(path.name.removesuffix(UNIVERSAL_SUFFIX))
         if path.name.endswith(UNIVERSAL_SUFFIX) and step is not None and step < current:
             # a form is for starting from its checkpoint, and nobody starts from there now
-            _delete(path)
+            discard(path)
     if keep_last == 0:
         return []
     found = {step_of(path.name): path for path in folders if not path.name.endswith(REPLACED_SUFFIX)}
     older = sorted((step for step in found if step is not None and step <= current), reverse=True)
     gone = [s for s in older[keep_last:] if not (keep_every_steps and s % keep_every_steps == 0)]
     for step in gone:
-        _delete(found[step])
+        discard(found[step])
     return [found[step] for step in gone]
-
-
-def _delete(path: Path) -> None:
-    if not path.exists():
-        return
-    doomed = path.with_name(f"{DOOMED_PREFIX}{path.name}.{os.getpid()}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)

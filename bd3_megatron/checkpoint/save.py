@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.describe import describe_run
-from bd3_megatron.checkpoint.files import check_space, write_bytes
+from bd3_megatron.checkpoint.files import check_space
 from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, Manifest, rank_name, step_name
 from bd3_megatron.checkpoint.publish import delete_old, publish, sweep
 from bd3_megatron.checkpoint.record import RankRecord, record_rank
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import write_bytes
 
 if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -175,8 +176,7 @@ def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, 
     except Exception as error:
         # rank 0 waits for this rank's sidecar: it must learn that none will come
         failure, content = error, record.failed_sidecar(error)
-    write_bytes(temporary / f"{rank_name(rank)}.part", content)
-    (temporary / f"{rank_name(rank)}.part").rename(temporary / rank_name(rank))
+    write_bytes(temporary / rank_name(rank), content)
     if failure is not None:
         raise failure
     if rank == 0:

@@ -14,7 +14,6 @@ Source: DeepSpeed 0.19.8 deepspeed/checkpoint/ds_to_universal.py, universal_chec
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
-from bd3_megatron.checkpoint.files import sync_folder, write_bytes, write_torch
+from bd3_megatron.checkpoint.files import write_torch
 from bd3_megatron.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, UNIVERSAL_SUFFIX, digest_bytes
 from bd3_megatron.checkpoint.pieces import MOMENTS
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import discard, move, write_text
 from bd3_megatron.model.partition import Partition, partition_of
 
 COMPLETE = "COMPLETE"
@@ -141,11 +141,6 @@ def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
 
 
 def _publish(temporary: Path, target: Path, source: str) -> None:
-    write_bytes(temporary / COMPLETE, f"{source}\n".encode())
-    sync_folder(temporary)
-    if target.exists():
-        doomed = target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{os.getpid()}")
-        target.rename(doomed)
-        shutil.rmtree(doomed)
-    temporary.rename(target)
-    sync_folder(target.parent)
+    write_text(temporary / COMPLETE, f"{source}\n")
+    discard(target)
+    move(temporary, target)

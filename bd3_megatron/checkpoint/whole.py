@@ -8,8 +8,6 @@ Costs: the largest tensor; files of at most SHARD_BYTES.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bd3_megatron.checkpoint.files import check_space, stream_safetensors, sync_folder, write_bytes
+from bd3_megatron.checkpoint.files import check_space, stream_safetensors
 from bd3_megatron.checkpoint.layout import (
     MANIFEST,
     MANIFEST_DIGEST,
-    TEMPORARY_PREFIX,
     WEIGHTS_DIR,
     FileRecord,
     Manifest,
@@ -29,6 +26,7 @@ from bd3_megatron.checkpoint.layout import (
     manifest_bytes,
 )
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import whole, write_bytes, write_text
 
 SHARD_BYTES = 4 * 2**30
 
@@ -54,20 +52,12 @@ def write_whole(
         raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
     out.parent.mkdir(parents=True, exist_ok=True)
     check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))
-    temporary = out.with_name(f"{TEMPORARY_PREFIX}{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole(out) as temporary:
         files = _write_weights(temporary, shapes, produce)
         complete = replace(manifest, kind="whole", files=files)
         content = manifest_bytes(complete)
         write_bytes(temporary / MANIFEST, content)
-        write_bytes(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n".encode())
-        sync_folder(temporary / WEIGHTS_DIR)
-        sync_folder(temporary)
-        temporary.rename(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
     return complete
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import yaml
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, either
+from bd3_megatron.files import write_text
 
 _WORDS: Mapping[type, str] = types.MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -61,9 +61,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def flatten(config: Config) -> dict[str, Any]:

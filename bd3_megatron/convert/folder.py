@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_megatron.errors import ConversionError
+from bd3_megatron.files import whole
 
 
 def model_type_of(folder: Path) -> str | None:
@@ -41,18 +42,9 @@ def published(out: Path, *, model_type: str) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     _check_replaceable(out, model_type)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with whole(out, replace_folder=True) as staging:
+        staging.mkdir()
         yield staging
-        for path in sorted(staging.rglob("*")):
-            _flush(path)
-        _replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _flush(out.parent)
 
 
 def _check_replaceable(out: Path, model_type: str) -> None:
@@ -62,23 +54,6 @@ def _check_replaceable(out: Path, model_type: str) -> None:
         raise ConversionError(
             f"out={out} holds something that is not a {model_type} folder; give a new folder, or empty this one first."
         )
-
-
-def _replace(staging: Path, out: Path) -> None:
-    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists():
-        os.rename(out, aside)
-    os.rename(staging, out)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder's entry list, so that the rename never precedes the bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> list[str]:

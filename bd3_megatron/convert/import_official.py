@@ -7,14 +7,13 @@ Folding runs in float64 and is stored as fp32. Both directions publish a folder 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from bd3_megatron.checkpoint.files import write_safetensors
 from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.official import (
@@ -28,6 +27,7 @@ from bd3_megatron.convert.official import (
 from bd3_megatron.convert.official_source import OfficialSource, read_source
 from bd3_megatron.convert.to_hf import is_tokenizer_file, write_folder
 from bd3_megatron.errors import ConversionError, TokenizerError, check_multiple
+from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.text import folder_tokenizer
 
@@ -168,9 +168,8 @@ def export_official(folder: Path, out: Path) -> ConversionReport:
     official = unfold({name: tensor.float() for name, tensor in state.items()}, head_dim=config.head_dim)
     with published(Path(out), model_type=OFFICIAL_TYPE) as staging:
         described = official_config_json(config, official)
-        (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        contiguous = {name: tensor.contiguous().clone() for name, tensor in official.items()}
-        save_file(contiguous, staging / "model.safetensors", metadata={"format": "pt"})
+        write_json(staging / "config.json", described)
+        write_safetensors(staging / "model.safetensors", official, {"format": "pt"})
         copied = copy_files(Path(folder), staging, is_tokenizer_file)
     notes = ["place configuration_bd3lm.py and modeling_bd3lm.py of the official repository beside the weights"]
     if config.mask_token_id != config.vocab_size - 1:

@@ -11,7 +11,6 @@ Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/confi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.stream import checked_shapes, stream_weights
 from bd3_megatron.convert.to_hf import DTYPE_NAMES, is_tokenizer_file
 from bd3_megatron.errors import ConversionError
+from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import read_config
 
@@ -61,11 +61,11 @@ def export_layout(
     shapes = {name: (vocab_size, *shape[1:]) if name in TABLES else shape for name, shape in shapes.items()}
     with published(out, model_type=layout) as staging:
         described = layout_config(config, layout, vocab_size=vocab_size, mask_id=target_mask, dtype=dtype)
-        _write_json(staging / "config.json", described)
+        write_json(staging / "config.json", described)
         unused = [i for i in range(config.vocab_size, vocab_size) if i != target_mask]
         if target_mask != config.mask_token_id and config.mask_token_id is not None:
             unused.insert(0, config.mask_token_id)
-        _write_json(staging / "generation_config.json", generation_config(config, layout, unused))
+        write_json(staging / "generation_config.json", generation_config(config, layout, unused))
         stream_weights(staging, shapes, produce, dtype=dtype)
         copied = copy_files(folder, staging, is_tokenizer_file)
     return _remarks(config, layout, target_mask, copied)
@@ -176,7 +176,3 @@ def _remarks(config: BD3Config, layout: Layout, mask_id: int | None, copied: lis
             "which are zero (generation_config.json names them; SGLang does not read that list)"
         )
     return remarks
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ read). What a folder holds besides is said by to_hf.py and its like.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from bd3_megatron.convert.to_hf import (
     model_files_dir,
 )
 from bd3_megatron.errors import ConversionError
+from bd3_megatron.files import write_json, write_text
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import MODEL_TYPE
 
@@ -66,7 +66,7 @@ def stream_weights(
     if len(shards) > 1:
         weight_map = {name: file for file, specs in zip(names, shards, strict=True) for name in specs}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def stream_folder(
@@ -98,12 +98,12 @@ def stream_folder(
     """
     shapes = checked_shapes(source, config)
     with published(Path(out), model_type=MODEL_TYPE) as staging:
-        _write_json(staging / "config.json", config_json(config, dtype))
-        _write_json(staging / "generation_config.json", generation_json(config))
+        write_json(staging / "config.json", config_json(config, dtype))
+        write_json(staging / "generation_config.json", generation_json(config))
         stream_weights(staging, shapes, source.tensor, dtype=dtype, shard_bytes=shard_bytes)
         copy_files(model_files_dir(), staging, lambda path: path.suffix == ".py" and path.name != "__init__.py")
         if card is not None:
-            (staging / "README.md").write_text(card, encoding="utf-8")
+            write_text(staging / "README.md", card)
         return [] if tokenizer_dir is None else copy_files(tokenizer_dir, staging, is_tokenizer_file)
 
 
@@ -126,7 +126,3 @@ def checked_shapes(source: PlainSource, config: BD3Config) -> dict[str, tuple[in
                 f"{name} has shape {list(source.shape(name))}; the configuration asks for {list(shape)}."
             )
     return expected
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,16 +8,16 @@ not at all. Refuses a state whose names or shapes are not exactly the configurat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from bd3_megatron.checkpoint.files import write_safetensors
 from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.errors import ConversionError
+from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.folder import MODEL_TYPE
@@ -68,8 +68,8 @@ def write_folder(
     check_state(state, config)
     tensors = {name: tensor.detach().to(device="cpu", dtype=dtype).contiguous() for name, tensor in state.items()}
     with published(Path(out), model_type=MODEL_TYPE) as staging:
-        _write_json(staging / "config.json", config_json(config, dtype))
-        _write_json(staging / "generation_config.json", generation_json(config))
+        write_json(staging / "config.json", config_json(config, dtype))
+        write_json(staging / "generation_config.json", generation_json(config))
         write_weights(tensors, staging)
         copy_files(model_files_dir(), staging, lambda path: path.suffix == ".py" and path.name != "__init__.py")
         if tokenizer_dir is None:
@@ -163,16 +163,12 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor
         filled_bytes, total_bytes = filled_bytes + size_bytes, total_bytes + size_bytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        write_safetensors(folder / file_name, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_megatron.data.files import disk_errors
 from bd3_megatron.data.shards import HEADER_FILE, ShardFolder, TokenShards
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
+from bd3_megatron.files import disk_errors
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bd3_megatron.data.detokenizers import Rule, apply_rules, detokenizer
-from bd3_megatron.data.files import disk_errors, read_json, write_json
 from bd3_megatron.data.held_out import is_held_out, placed
 from bd3_megatron.data.part_pool import Progress, Report
 from bd3_megatron.data.shards import ShardRecord, ShardWriter, token_dtype
@@ -20,6 +19,7 @@ from bd3_megatron.data.sources import Part, Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import WorkStopped
+from bd3_megatron.files import disk_errors, read_json, write_json
 
 _BATCH_CHARACTERS = 1 << 20
 _DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"

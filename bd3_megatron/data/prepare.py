@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.data.files import disk_errors, publish, read_json, write_json
 from bd3_megatron.data.held_out import check_fraction
 from bd3_megatron.data.part_maker import PartRecord, PartTask, TokenPartMaker
 from bd3_megatron.data.part_pool import make_parts
@@ -32,6 +31,7 @@ from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.data.tokenizer_sample import sample_documents
 from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped
+from bd3_megatron.files import disk_errors, move, read_json, write_json
 
 MANIFEST_FILE = "prepare.json"
 TRAINED_TOKENIZERS = {"sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
@@ -112,7 +112,7 @@ def prepare(
             tasks = [PartTask(split=split, part=part) for split, listed in parts.items() for part in listed]
             records = _make_all(request, work, tasks, num_workers, show_progress=show_progress)
             headers = _headers(request, tokenizer, records)
-        except WorkStopped:
+        except (WorkStopped, OSError):
             raise
         except BD3Error:
             work.remove()
@@ -174,7 +174,7 @@ class _WorkFolder:
         write_json(self.data / MANIFEST_FILE, plan)
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
-        publish(self.data, self.out)
+        move(self.data, self.out)
         shutil.rmtree(self.root, ignore_errors=True)
         return _prepared(self.out, headers, was_there=False)
 
@@ -260,7 +260,7 @@ def _tokenizer(request: PrepareRequest, work: _WorkFolder, say: Callable[[str], 
     temporary = work.work / "temporary" / "tokenizer"
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
-    publish(temporary, folder)
+    move(temporary, folder)
     return tokenizer
 
 

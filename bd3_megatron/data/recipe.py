@@ -17,10 +17,10 @@ import yaml
 
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.detokenizers import detokenizer
-from bd3_megatron.data.files import reason_of
 from bd3_megatron.data.prepare import PrepareRequest
 from bd3_megatron.data.sources import BuiltinText, Source, TextFiles
 from bd3_megatron.errors import ConfigError
+from bd3_megatron.files import reason_of
 
 _DATASET_KEYS = (
     "dataset",

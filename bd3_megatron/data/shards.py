@@ -23,9 +23,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_megatron.data.files import disk_errors, publish, read_json
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.errors import DataError
+from bd3_megatron.files import disk_errors, flush, move, read_json, write_bytes
 
 FORMAT = "bd3_megatron shards"
 VERSION = 1
@@ -120,13 +120,11 @@ class ShardWriter:
             self.abandon()
             return None
         ends = np.asarray(self._ends, dtype=_END_DTYPE).tobytes()
-        with open(self._path(".idx"), "wb") as file:
-            file.write(ends)
-            _flush(file)
-        _flush(self._tokens)
+        write_bytes(self._path(".idx"), ends)
         self._tokens.close()
+        flush(self._path(".bin"))
         for suffix in (".bin", ".idx"):
-            publish(self._path(suffix), self._final.with_name(self._final.name + suffix))
+            move(self._path(suffix), self._final.with_name(self._final.name + suffix))
         return ShardRecord(
             name=self._final.name,
             num_tokens=self._num_tokens,
@@ -343,8 +341,3 @@ def _sha256(path: Path) -> str:
         while content := file.read(_READ_BYTES):
             digest.update(content)
     return digest.hexdigest()
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

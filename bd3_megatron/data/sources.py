@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bd3_megatron.data.builtin_text import builtin_documents, builtin_items
-from bd3_megatron.data.files import disk_errors, reason_of
 from bd3_megatron.errors import ConfigError, DataError, either
+from bd3_megatron.files import disk_errors, reason_of
 
 DOCUMENT_RULES = ("paragraph", "line", "file")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")

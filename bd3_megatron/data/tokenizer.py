@@ -7,7 +7,6 @@ letter and never becomes a special token, although `transformers` does recognise
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
+from bd3_megatron.files import write_json, write_text
 
 META_FILE = "bd3_tokenizer.json"
 META_VERSION = 2
@@ -74,10 +74,10 @@ def write_folder(
         "fingerprint": tokenizer.fingerprint,
         "special_ids": tokenizer.special.as_dict(),
     }
-    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    write_text(folder / "tokenizer.json", tokenizer_json)
     for name, content in (
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", named),
         (META_FILE, record),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / name, content)

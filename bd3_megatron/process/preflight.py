@@ -29,6 +29,7 @@ from bd3_megatron.compat.device import device_name, occupied_fraction, release_m
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import LaunchError, NodeFailure
+from bd3_megatron.files import append_line
 from bd3_megatron.parallel.topology import Topology
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
@@ -102,8 +103,8 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
         say(f"preflight: {finding.sentence}")
     if stops:
         if topology.rank == 0 and bad_nodes:
-            with Path(bad_nodes).open("a", encoding="utf-8") as file:
-                file.writelines(f"{node}\n" for node in sorted({f.node for f in stops}))
+            for node in sorted({f.node for f in stops}):
+                append_line(Path(bad_nodes), node)
         raise NodeFailure(
             f"preflight: {'; '.join(f.sentence for f in stops)}: leave out node {', '.join(sorted({f.node for f in stops}))} "
             "(cluster.exclude, or submit with --exclude-bad), or set watch.preflight=false to run all the same."

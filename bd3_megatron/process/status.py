@@ -7,11 +7,11 @@ died. Written whole by one rank.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Literal
+
+from bd3_megatron.files import write_json
 
 Status = Literal["finished", "stopped", "failed", "hung"]
 
@@ -27,7 +27,4 @@ def write_status(run_dir: Path, status: Status, *, reason: str, step: int) -> No
     """
     plain = " ".join(reason.split()).replace('"', "'")
     record = {"status": status, "reason": plain, "step": step, "time": time.time()}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".status.json.{os.getpid()}"
-    temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "status.json")
+    write_json(run_dir / "status.json", record, indent=None)

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_megatron.config.schema import WatchConfig
+from bd3_megatron.files import write_json, write_text
 from bd3_megatron.process.status import write_status
 
 MEDIAN_STEPS = 101
@@ -142,16 +143,14 @@ class Watchdog:
         frame = sys._current_frames().get(loop)
         collective, place = where(frame)
         word = Word(rank=self._rank, node=self._node, step=self._step, collective=collective, place=place)
-        partial = folder / f".rank-{self._rank}.json"
-        partial.write_text(json.dumps(asdict(word)) + "\n", encoding="utf-8")
-        partial.replace(folder / f"rank-{self._rank}.json")
+        write_json(folder / f"rank-{self._rank}.json", asdict(word), indent=None)
         return word
 
     def _publish(self, sentence: str, *, is_author: bool) -> None:
         verdict = self._folder / "verdict.txt"
         if is_author:
             write_status(self._run_dir, "hung", reason=sentence, step=self._step)
-            verdict.write_text(sentence + "\n", encoding="utf-8")
+            write_text(verdict, f"{sentence}\n")
         # the first rank to end has the others killed, the author among them
         deadline = time.monotonic() + WORDS_SECONDS
         while not verdict.exists() and time.monotonic() < deadline:

@@ -7,15 +7,14 @@ whole or not at all. Imports torch only when it runs, so that --help is quick.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_megatron.errors import SamplingError
+from bd3_megatron.files import write_text
 
 if TYPE_CHECKING:
     from bd3_megatron.sampling.generate import Sampler
@@ -175,20 +174,7 @@ def write_jsonl(path: Path, results: list[SampleResult], seed: int) -> None:
     """One JSON object a sample; the file appears whole.
 
     Raises:
-        SamplingError: the file cannot be written.
+        FileError: it cannot be written.
     """
-    # beside the target, so that the rename stays on one file system
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staging.open("w", encoding="utf-8") as file:
-            for result in results:
-                file.write(json.dumps({**asdict(result), "seed": seed}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    except OSError as error:
-        raise SamplingError(f"{path} cannot be written ({error}); give a path in a folder you may write to.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink()
+    lines = [json.dumps({**asdict(result), "seed": seed}, ensure_ascii=False) + "\n" for result in results]
+    write_text(path, "".join(lines))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.config.schema import Config
+from bd3_megatron.files import write_bytes
 
 Values = Mapping[str, Any]
 
@@ -73,9 +73,7 @@ def cut_record(path: Path, step: int) -> None:
             continue
         if isinstance(record, dict) and record.get("step", 0) <= step and (step > 0 or "event" in record):
             kept.append(line + b"\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(path)
+    write_bytes(path, b"".join(kept))
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from bd3_megatron.files import whole
+
 KINDS = (
     "forward",
     "backward",
@@ -234,8 +236,5 @@ def profiled(step: int, profile_steps: Sequence[int], folder: Path, rank: int) -
 
     with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
         yield
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step}_rank_{rank}.json"
-    partial = folder / f".{name}"
-    profile.export_chrome_trace(str(partial))
-    partial.replace(folder / name)
+    with whole(folder / f"step_{step}_rank_{rank}.json") as partial:
+        profile.export_chrome_trace(str(partial))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint.describe import software_versions
-from bd3_megatron.checkpoint.files import record_of, write_bytes, write_safetensors, write_torch
+from bd3_megatron.checkpoint.files import record_of, write_safetensors, write_torch
 from bd3_megatron.checkpoint.layout import (
     STATE_DIR,
     TEMPORARY_PREFIX,
@@ -40,6 +40,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_checkpoint import describe_model
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.to_hf import expected_shapes
+from bd3_megatron.files import write_bytes
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, partition_of
 from tools.bench import harness
 

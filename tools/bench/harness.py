@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from bd3_megatron.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -103,12 +105,9 @@ def report(module: str, title: str, body: str, arguments: argparse.Namespace) ->
     print(note)
     if arguments.no_note:
         return
-    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{module.rpartition('.')[2]}.md"
     before = path.read_text("utf-8") if path.exists() else f"# {module}: dated results\n"
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(f"{before}\n{note}", "utf-8")
-    fresh.replace(path)
+    write_text(path, f"{before}\n{note}")
 
 
 def _now(device: str) -> float:

@@ -32,6 +32,7 @@ from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.memory import habits_on, memory_per_device
+from bd3_megatron.files import write_text
 from bd3_megatron.parallel.topology import leave
 from bd3_megatron.planner.calibrate import Observation, calibrate, explain
 from bd3_megatron.planner.constants import Constants
@@ -180,7 +181,7 @@ def whole_step_peak(config: Config, rank: int) -> int:
 
 def count_memory(config: Config, rank: int, out: Path) -> int:
     """One rank: leaves its peak in `out`/RANK."""
-    (out / str(rank)).write_text(str(whole_step_peak(config, rank)))
+    write_text(out / str(rank), str(whole_step_peak(config, rank)))
     leave()
     return 0
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
+from bd3_megatron.files import whole
 from tools.mini.variants import TRUNK, VARIANTS, Size, Variant, overrides
 
 POLL_SECONDS = 0.2
@@ -120,10 +121,8 @@ def _branch(trunk: Path, folder: Path, step: int) -> None:
     target = folder / "checkpoints" / name
     if target.exists():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".branch_{os.getpid()}")
-    shutil.copytree(trunk / "checkpoints" / name, temporary)
-    temporary.replace(target)
+    with whole(target) as temporary:
+        shutil.copytree(trunk / "checkpoints" / name, temporary)
 
 
 def _environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
 from bd3_megatron.errors import BD3Error, DataError, LaunchError
+from bd3_megatron.files import write_text
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.report.svg_chart import Line, line_chart
 from bd3_megatron.train.dataset import data_folder, open_data
@@ -266,5 +267,5 @@ def run(options: argparse.Namespace) -> int:
     folder = options.plots or options.results
     for name, svg in charts.items() if options.plots or not options.no_note else ():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.svg").write_text(svg, "utf-8")
+        write_text(folder / f"{name}.svg", svg)
     return 0

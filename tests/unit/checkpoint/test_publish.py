@@ -10,6 +10,7 @@ from bd3_megatron.checkpoint.layout import LATEST, read_manifest, step_name
 from bd3_megatron.checkpoint.publish import delete_old, publish, publish_files, sweep
 from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import temporary_name
 
 
 def folders(folder: Path) -> list[str]:
@@ -49,7 +50,9 @@ def test_none_is_deleted_without_a_limit_and_never_the_last(tmp_path: Path) -> N
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
     with_steps(tmp_path, 1)
-    for name in (".tmp_step_00000002", ".gone_step_00000001.77", ".other"):
+    host = temporary_name(tmp_path / "a").name.split(".")[2]
+    # no process has this number: it is beyond Linux's largest
+    for name in (".tmp_step_00000002", f".step_00000001.{host}.{2**22 + 1}.01234567.tmp", ".other"):
         (tmp_path / name / "inner").mkdir(parents=True)
     sweep(tmp_path)
     assert folders(tmp_path) == [".other", step_name(1)]

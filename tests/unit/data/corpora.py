@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_megatron.data.files import write_json
 from bd3_megatron.data.shards import HEADER_FILE, Header, ShardWriter, token_dtype
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
+from bd3_megatron.files import write_json
 
 BYTES = ByteTokenizer()
 SPECIAL = SpecialIds(bos=256, eos=257, pad=258, mask=259)

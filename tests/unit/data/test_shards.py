@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bd3_megatron.data.files import disk_errors, publish, write_json
 from bd3_megatron.data.shards import ShardFolder, ShardWriter, token_dtype
 from bd3_megatron.errors import DataError, TokenizerError
 from tests.unit.data.corpora import SPECIAL, documents, write_split
@@ -134,16 +133,3 @@ def test_a_shard_that_vanishes_after_opening_is_an_error_of_the_data(split: Path
     (split / "part-00000.bin").unlink()
     with pytest.raises(DataError, match="opening .*part-00000.bin failed .No such file or directory"):
         opened.tokens(0)
-
-
-def test_files_appear_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"b": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
-    (tmp_path / "t").write_text("new")
-    publish(tmp_path / "t", tmp_path / "a.json")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
-    with (
-        pytest.raises(DataError, match="reading it failed .Is a directory.; do better"),
-        disk_errors("reading it", "do better"),
-    ):
-        tmp_path.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bd3_megatron.cli import main
-from bd3_megatron.errors import SamplingError
+from bd3_megatron.errors import FileError
 from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
 from bd3_megatron.sampling.cli import OPTION_FLAGS, add_arguments, decoding_options, read_prompts, write_jsonl
 from bd3_megatron.sampling.display import CLEAR_LINE, DenoisingDisplay
@@ -119,5 +119,5 @@ def test_prompts_come_from_flags_and_files(tmp_path: Path) -> None:
 def test_a_results_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     result = SampleResult([1], None, [0], 0, 0, 1, 0.1, "length")
-    with pytest.raises(SamplingError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         write_jsonl(tmp_path / "file" / "out.jsonl", [result], 0)
