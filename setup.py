@@ -33,7 +33,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["bd3_megatron", "bd3_megatron.*", "launch"]),
-    package_data={"bd3_megatron": ["py.typed"], "launch": ["*.sh", "*.txt", "templates/*"]},
+    package_data={"bd3_megatron": ["py.typed"], "bd3_megatron.report": ["*.jinja"], "launch": ["*.sh", "*.txt", "templates/*"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
@@ -50,6 +50,8 @@ setup(
         "numpy>=1.26",
         # .jsonl.zst corpora
         "zstandard>=0.22",
+        # the report page
+        "Jinja2>=3.1",
     ],
     extras_require={
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],

@@ -30,6 +30,8 @@ OWNERS = {
     "apex": {"compat"},
     "transformer_engine": {"compat"},
     "flash_attn": {"compat"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
 }
 """Foreign engines and the rooms that may import them."""
 

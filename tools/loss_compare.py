@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.errors import BD3Error, DataError
 from bd3_megatron.files import write_text
+from bd3_megatron.report.chart import Series, line_chart, stroke
 from bd3_megatron.report.run_record import read_run
-from bd3_megatron.report.svg_chart import Line, line_chart
 
 KEY = "loss/train_nats_per_token"
 
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, steps, largest, mean in rows:
         print(f"{name:40} {steps:6} {largest:10.2e} {mean:10.2e}")
     if options.svg is not None:
-        lines = [Line(name, sorted(run.items())) for name, run in runs.items()]
-        write_text(options.svg, line_chart("Training loss", "step", "nats per token", lines))
+        series = [Series(name, sorted(run.items()), stroke(i)) for i, (name, run) in enumerate(runs.items())]
+        chart = line_chart("Training loss", "step", "nats per token", series, from_zero=True, legend=True)
+        write_text(options.svg, chart.file())
     return int(max(row[2] for row in rows) > options.tolerance)
 
 

@@ -28,8 +28,8 @@ from bd3_megatron.planner.machines import GIB, KNOWN, Machine, assumptions, devi
 from bd3_megatron.planner.peaks import PEAKS
 from bd3_megatron.planner.scaling import as_markdown, curves, weak_scaling
 from bd3_megatron.planner.search import Plan, Search, best_by_grid, search, why_not
+from bd3_megatron.report.chart import Series, line_chart, stroke
 from bd3_megatron.report.run_record import RunRecord, read_run
-from bd3_megatron.report.svg_chart import Line, line_chart
 
 COLUMNS = ("plan", "GiB", "step s", "tokens/s", "tokens/s/device", "MFU", "days", "against the best")
 
@@ -195,13 +195,13 @@ def _weak_scaling(options: argparse.Namespace) -> int:
     machine, folder = _machine(options, "bf16"), Path(options.weak_scaling)
     constants = _constants(options, machine)
     points = weak_scaling(machine, constants)
-    lines = [Line(name, curve) for name, curve in curves(points).items()]
-    title = f"weak scaling, simulated ({machine.name})"
-    chart = line_chart(title, "devices", "tokens/s/device, % of the smallest", lines, log_x=True)
+    series = [Series(name, curve, stroke(number)) for number, (name, curve) in enumerate(curves(points).items())]
+    title, unit = f"weak scaling, simulated ({machine.name})", "tokens/s/device, % of the smallest"
+    chart = line_chart(title, "devices", unit, series, log_x=True, from_zero=True, legend=True)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"weak_scaling_simulated_{machine.name}"
     write_text(folder / f"{stem}.md", as_markdown(points, machine, constants))
-    write_text(folder / f"{stem}.svg", chart)
+    write_text(folder / f"{stem}.svg", chart.file())
     print(f"wrote {folder / stem}.md and .svg")
     return 0
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
 from bd3_megatron.files import write_text
+from bd3_megatron.report.chart import Chart, Series, line_chart, stacked_bars, stroke
 from bd3_megatron.report.run_record import RunRecord, read_run
-from bd3_megatron.report.run_summary import Report, Summary, summarize
-from bd3_megatron.report.svg_chart import Line, line_chart, stacked_bars
+from bd3_megatron.report.run_summary import RunComparison, RunSummary, compare_runs
 
 COLUMNS = (
     "run",
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BD3Error as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    report = summarize(runs)
-    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](report))
+    compared = compare_runs(runs)
+    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](compared))
     if options.plots is not None:
-        for path in write_plots(runs, report, Path(options.plots)):
+        for path in write_plots(runs, compared, Path(options.plots)):
             print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -66,7 +66,7 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def _cells(row: Summary) -> list[str]:
+def _cells(row: RunSummary) -> list[str]:
     scaling = "-" if row.efficiency is None else f"{row.scaling} {row.efficiency:.0%}"
     memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**30
     return [
@@ -93,69 +93,72 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _split_line(row: Summary) -> str | None:
+def _split_line(row: RunSummary) -> str | None:
     if not row.time_split:
         return None
     shares = sorted(row.time_split.items(), key=lambda item: -item[1])
     return f"{row.run}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares)
 
 
-def _tail(report: Report) -> list[str]:
-    splits = [line for row in report.rows if (line := _split_line(row)) is not None]
+def _tail(compared: RunComparison) -> list[str]:
+    splits = [line for row in compared.rows if (line := _split_line(row)) is not None]
     tail = ["", "Where the time goes:", *(f"  {line}" for line in splits)] if splits else []
-    return tail + (["", "Notes:", *(f"  {note}" for note in report.notes)] if report.notes else [])
+    notes = [*compared.run_notes, *compared.group_notes]
+    return tail + (["", "Notes:", *(f"  {note}" for note in notes)] if notes else [])
 
 
-def as_text(report: Report) -> str:
+def as_text(compared: RunComparison) -> str:
     """Aligned columns for a terminal."""
-    table = [list(COLUMNS), *(_cells(row) for row in report.rows)]
+    table = [list(COLUMNS), *(_cells(row) for row in compared.rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return "\n".join(lines + _tail(report))
+    return "\n".join(lines + _tail(compared))
 
 
-def as_markdown(report: Report) -> str:
+def as_markdown(compared: RunComparison) -> str:
     """A Markdown table and lists."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]
-    tail = [f"* {line.strip()}" if line.startswith("  ") else line for line in _tail(report)]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in compared.rows]
+    tail = [f"* {line.strip()}" if line.startswith("  ") else line for line in _tail(compared)]
     return "\n".join(lines + [piece for line in tail for piece in ([line, ""] if line.endswith(":") else [line])])
 
 
-def as_json(report: Report) -> str:
+def as_json(compared: RunComparison) -> str:
     """Everything, unrounded; times as shares of the step."""
-    return json.dumps({"runs": [asdict(row) for row in report.rows], "notes": list(report.notes)}, indent=2)
+    notes = [*compared.run_notes, *compared.group_notes]
+    return json.dumps({"runs": [asdict(row) for row in compared.rows], "notes": notes}, indent=2)
 
 
-def write_plots(runs: Sequence[RunRecord], report: Report, folder: Path) -> list[Path]:
+def write_plots(runs: Sequence[RunRecord], compared: RunComparison, folder: Path) -> list[Path]:
     """Write the plots that the runs have data for; returns their paths."""
     charts = {"throughput.svg": _over_steps(runs)}
-    splits = {row.run: row.time_split for row in report.rows if row.time_split}
+    splits = {row.run: row.time_split for row in compared.rows if row.time_split}
     if splits:
-        charts["time_split.svg"] = stacked_bars("where the time of a step goes", "share of the step", splits)
-    if len({row.devices for row in report.rows}) > 1:
-        charts["scaling.svg"] = _over_devices(report)
+        charts["time_split.svg"] = stacked_bars("where the time of a step goes", splits)
+    if len({row.devices for row in compared.rows}) > 1:
+        charts["scaling.svg"] = _over_devices(compared)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in charts.items():
-        write_text(folder / name, text)
+    for name, chart in charts.items():
+        write_text(folder / name, chart.file())
     return [folder / name for name in charts]
 
 
-def _over_steps(runs: Sequence[RunRecord]) -> str:
+def _over_steps(runs: Sequence[RunRecord]) -> Chart:
     key = "throughput/data_tokens_per_second"
-    lines = [
-        Line(run.name, [(float(r["step"]), r[key] / run.devices) for r in run.steps if r.get(key)]) for run in runs
+    series = [
+        Series(run.name, [(float(r["step"]), r[key] / run.devices) for r in run.steps if r.get(key)], stroke(number))
+        for number, run in enumerate(runs)
     ]
-    return line_chart("throughput", "step", "data tokens/s/device", lines)
+    return line_chart("throughput", "step", "data tokens/s/device", series, from_zero=True, legend=True)
 
 
-def _over_devices(report: Report) -> str:
+def _over_devices(compared: RunComparison) -> Chart:
     models: dict[str, list[tuple[float, float]]] = {}
-    for row in report.rows:
+    for row in compared.rows:
         if row.data_tokens_per_second_per_device:
             models.setdefault(row.model, []).append((float(row.devices), row.data_tokens_per_second_per_device))
-    lines = [Line(model, sorted(points)) for model, points in models.items()]
-    return line_chart("scaling", "devices", "data tokens/s/device", lines, log_x=True)
+    series = [Series(model, sorted(points), stroke(number)) for number, (model, points) in enumerate(models.items())]
+    return line_chart("scaling", "devices", "data tokens/s/device", series, log_x=True, from_zero=True, legend=True)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ means only where there is one usual meaning. Pure: the time of reading is an arg
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import median
 
 from bd3_megatron.report.run_data import LOSS, RunData
+from bd3_megatron.report.run_summary import beyond_peak
 
 SPIKE_WINDOW = 20
 """Logged steps a loss is compared with."""
@@ -149,14 +149,11 @@ def _slow_steps(run: RunData) -> list[str]:
 
 def _utilisation(run: RunData) -> list[str]:
     said = []
-    mfu = run.run.typical("throughput/mfu")
+    mfu = run.run.utilisation("throughput/mfu")
     if mfu is not None and mfu < LOW_MFU:
         said.append(f"the device is used little: {mfu:.1%} MFU.")
-    if mfu is not None and mfu > 1.0:
-        said.append(
-            f"{mfu:.0%} MFU cannot be: the peak is too low (on CPU it is measured at start, and other work took part of the "
-            "machine then); set throughput.peak_tflops."
-        )
+    if (wrong_peak := beyond_peak(run.run)) is not None:
+        said.append(wrong_peak)
     split = run.run.time_split()
     total = sum(split.values())
     for kind, limit in SPLIT_LIMITS.items():
@@ -204,8 +201,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {word}"
     return f"{seconds:.0f} seconds"
-
-
-def all_findings(runs: Sequence[RunData], *, now: float) -> dict[str, list[str]]:
-    """{run: sentences}."""
-    return {run.name: findings(run, now=now) for run in runs}

@@ -25,6 +25,8 @@ from bd3_megatron.errors import DataError
 Record = Mapping[str, Any]
 STEP_KEYS = ("loss/train_nats_per_token", "time/step_seconds")
 """A record with one of these is of a training step (a GPU may not yet have timed the step when it is written)."""
+UTILISATION_KEYS = ("throughput/mfu", "throughput/mfu_min", "throughput/hfu")
+"""Shares of the device's peak."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class RunRecord:
         """Median of `key` over the settled records that have it."""
         values = [value for record in self.settled() if (value := _number(record, key)) is not None]
         return median(values) if values else None
+
+    def utilisation(self, key: str) -> float | None:
+        """Typical value of one of UTILISATION_KEYS; None above 1, which says that the peak is wrong, not what was used."""
+        share = self.typical(key)
+        return None if share is None or share > 1.0 else share
 
     def latest(self, key: str) -> Any:
         """Value of `key` in the newest step record that has it, or None."""

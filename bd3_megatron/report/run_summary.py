@@ -15,11 +15,11 @@ from bd3_megatron.config.load import flatten
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import ConfigError
-from bd3_megatron.report.run_record import Goodput, RunRecord, goodput
+from bd3_megatron.report.run_record import UTILISATION_KEYS, Goodput, RunRecord, goodput
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class RunSummary:
     """A row of the report; None where a run does not say."""
 
     run: str
@@ -45,23 +45,30 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Report:
-    rows: Sequence[Summary]
-    notes: Sequence[str]
+class RunComparison:
+    """Runs beside each other."""
+
+    rows: Sequence[RunSummary]
+    run_notes: Sequence[str]
+    """What is odd about single runs, the run's name in front."""
+    group_notes: Sequence[str]
+    """What limits the comparison."""
 
 
-def summarize(runs: Sequence[RunRecord]) -> Report:
-    """The report of one or many runs."""
+def compare_runs(runs: Sequence[RunRecord]) -> RunComparison:
+    """Summaries of one or many runs, each against the smallest run of its own model."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(_model_key(run.config), []).append(run)
-    notes = [note for run in runs for note in _notes(run)]
-    if len(groups) > 1:
-        notes.append(
-            f"the runs are of {len(groups)} different models (or lengths, or objectives); "
-            "scaling efficiency compares runs of one model only."
-        )
-    return Report([_row(run, groups[_model_key(run.config)]) for run in runs], notes)
+    group_notes = [
+        f"the runs are of {len(groups)} different models (or lengths, or objectives); "
+        "scaling efficiency compares runs of one model only."
+    ]
+    return RunComparison(
+        rows=[_row(run, groups[_model_key(run.config)]) for run in runs],
+        run_notes=[f"{run.name}: {note}" for run in runs for note in _notes(run)],
+        group_notes=group_notes if len(groups) > 1 else (),
+    )
 
 
 def _model_key(config: Config) -> str:
@@ -70,13 +77,13 @@ def _model_key(config: Config) -> str:
     return repr([(key, flat[key]) for key in sorted(kept)])
 
 
-def _row(run: RunRecord, group: Sequence[RunRecord]) -> Summary:
+def _row(run: RunRecord, group: Sequence[RunRecord]) -> RunSummary:
     step_seconds = run.typical("time/step_seconds")
     split = run.time_split()
     total = sum(split.values()) or 1.0
     scaling, efficiency = _against_smallest(run, group)
     useful: Goodput | None = goodput(run)
-    return Summary(
+    return RunSummary(
         run=run.name,
         model=_model_name(run.config),
         grid=_grid(run),
@@ -85,9 +92,9 @@ def _row(run: RunRecord, group: Sequence[RunRecord]) -> Summary:
         data_tokens_per_second=run.typical("throughput/data_tokens_per_second"),
         data_tokens_per_second_per_device=_per_device(run),
         model_tflops_per_second=run.typical("throughput/model_tflops_per_second"),
-        mfu=run.typical("throughput/mfu"),
-        mfu_min=run.typical("throughput/mfu_min"),
-        hfu=run.typical("throughput/hfu"),
+        mfu=run.utilisation("throughput/mfu"),
+        mfu_min=run.utilisation("throughput/mfu_min"),
+        hfu=run.utilisation("throughput/hfu"),
         step_seconds=step_seconds,
         peak_memory_bytes=run.latest("memory/peak_bytes"),
         time_split={kind: seconds / total for kind, seconds in split.items()},
@@ -137,20 +144,29 @@ def _against_smallest(run: RunRecord, group: Sequence[RunRecord]) -> tuple[str |
     return "strong" if batch == base else "weak" if same_share else "mixed", here / there
 
 
+def beyond_peak(run: RunRecord) -> str | None:
+    """Why a run shows less of its utilisation than it recorded: a share of the peak above 1 is no result."""
+    above = [key for key in UTILISATION_KEYS if (run.typical(key) or 0.0) > 1.0]
+    if not above:
+        return None
+    names = {"throughput/mfu": "MFU", "throughput/mfu_min": "MFU-min", "throughput/hfu": "HFU"}
+    return (
+        f"{', '.join(names[key] for key in above)} not shown: {run.typical(above[0]):.0%} of the peak cannot be, so the peak "
+        "is too low (on CPU it is measured at start, and other work may have taken part of the machine then); set "
+        "throughput.peak_tflops."
+    )
+
+
 def _notes(run: RunRecord) -> list[str]:
-    notes = []
-    if run.torn:
-        notes.append(
-            f"{run.name}: the last line of metrics.jsonl is incomplete (the job is writing it, or died there); left out."
-        )
+    torn = (
+        "the last line of metrics.jsonl is incomplete (the job is writing it, or died there); left out."
+        if run.torn
+        else None
+    )
     if not run.steps:
-        notes.append(
-            f"{run.name}: no step is recorded yet, so its row is empty; ask again after log.every_steps steps."
-        )
-        return notes
+        none_yet = "no step is recorded yet, so its row is empty; ask again after log.every_steps steps."
+        return [note for note in (torn, none_yet) if note is not None]
     reason = run.latest("throughput/mfu_reason")
-    if reason is not None:
-        notes.append(f"{run.name}: {reason}")
-    if goodput(run) is None:
-        notes.append(f"{run.name}: no start event with a time is recorded, so goodput is not known.")
-    return notes
+    no_start = "no start event with a time is recorded, so goodput is not known." if goodput(run) is None else None
+    found = (torn, reason, beyond_peak(run), no_start)
+    return [str(note) for note in found if note is not None]

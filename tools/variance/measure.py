@@ -26,7 +26,7 @@ from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
 from bd3_megatron.errors import BD3Error, DataError, LaunchError
 from bd3_megatron.files import write_text
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
-from bd3_megatron.report.svg_chart import Line, line_chart
+from bd3_megatron.report.chart import Chart, Series, line_chart, stroke
 from bd3_megatron.train.dataset import data_folder, open_data
 from tools.bench import harness
 
@@ -226,8 +226,8 @@ def _against(variance: float, linear: float) -> tuple[str, str]:
     return f"{variance:.4g}", f"{linear / variance:.2f}x" if variance else "-"
 
 
-def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, str]:
-    """{file name: SVG} of both variances by interval, a line for each width of the candidates."""
+def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, Chart]:
+    """{file name: chart} of both variances by interval, a line for each width of the candidates."""
     charts = {}
     for what, unit in (("loss", "nats²"), ("gradient", "nats²")):
         by_width: dict[str, list[tuple[float, float]]] = {}
@@ -237,9 +237,9 @@ def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, str]:
                 beta = 0.0 if interval.beta == FULL.beta else interval.beta
                 by_width.setdefault(f"width {interval.omega - beta:.1f}", []).append((beta, value))
         title = f"Variance of a {'block' if what == 'loss' else 'batch'}'s {what}, S = {subject.block_size}"
-        lines = [Line(name, sorted(points)) for name, points in sorted(by_width.items())]
+        series = [Series(name, sorted(points), stroke(i)) for i, (name, points) in enumerate(sorted(by_width.items()))]
         charts[f"variance_of_{what}_s{subject.block_size}"] = line_chart(
-            title, "start of the noise interval", f"variance, {unit}", lines
+            title, "start of the noise interval", f"variance, {unit}", series, from_zero=True, legend=True
         )
     return charts
 
@@ -252,7 +252,7 @@ def run(options: argparse.Namespace) -> int:
         if not places:
             raise DataError("no run was named; give a run's folder, or --train CONFIG to make one.")
         bodies: list[str] = []
-        charts: dict[str, str] = {}
+        charts: dict[str, Chart] = {}
         for place in places:
             subject = open_subject(place, options.batch_rows)
             findings = measure(subject, batches=options.batches, gradient_batches=options.gradient_batches)
@@ -265,7 +265,7 @@ def run(options: argparse.Namespace) -> int:
     title = "variance of losses and gradients by noise interval and block size"
     harness.report(MODULE, title, "\n\n".join(bodies), options)
     folder = options.plots or options.results
-    for name, svg in charts.items() if options.plots or not options.no_note else ():
+    for name, chart in charts.items() if options.plots or not options.no_note else ():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{name}.svg", svg)
+        write_text(folder / f"{name}.svg", chart.file())
     return 0

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from bd3_megatron.report.chart import MAX_POINTS, Series, line_chart, short, smoothed, thinned
 from bd3_megatron.report.findings import findings, loss_spikes
 from bd3_megatron.report.run_data import RunData, needs_tokens, read_runs
 from tests.unit.report.written_runs import start_record, step_record, write_run
@@ -151,12 +150,17 @@ def test_slow_steps_low_utilisation_and_waiting_are_named(tmp_path: Path) -> Non
     assert re.search(r"\d\d% of a step goes into waiting for data; more loader processes", words)
 
 
-def test_more_than_the_peak_is_called_impossible(tmp_path: Path) -> None:
+def test_more_than_the_peak_is_a_warning_and_never_a_result(tmp_path: Path) -> None:
     records = course()
     for record in records:
         if "optim/lr" in record:
-            record |= {"throughput/mfu": 2.07}
-    assert "207% MFU cannot be: the peak is too low" in said(tmp_path / "a", records)
+            record |= {"throughput/mfu": 2.07, "throughput/mfu_min": 0.61}
+    assert "MFU not shown: 207% of the peak cannot be, so the peak is too low" in said(tmp_path / "a", records)
+    assert main([str(tmp_path / "a"), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<td>61.0%</td>" in text and "207.0%" not in text
+    # the chart of MFU stands there without a point
+    assert re.search(r'aria-label="MFU"><text[^>]*>MFU</text><text[^>]*>no data yet</text></svg>', text)
 
 
 def test_a_held_out_loss_that_rises_is_named(tmp_path: Path) -> None:
@@ -247,30 +251,6 @@ def test_x_is_tokens_where_steps_are_not_comparable(tmp_path: Path) -> None:
     assert large.series("optim/lr", by_tokens=True)[0][0] == 512.0
 
 
-def test_thinning_keeps_extremes_and_smoothing_starts_unbiased() -> None:
-    points = [(float(i), 0.0) for i in range(5000)]
-    points[2345] = (2345.0, 9.0)
-    kept = thinned(points)
-    assert len(kept) <= MAX_POINTS and (2345.0, 9.0) in kept
-    assert smoothed([(0.0, 4.0), (1.0, 4.0)]) == [(0.0, 4.0), (1.0, 4.0)]
-
-
-def test_charts_stand_odd_series() -> None:
-    for points in ([(1.0, 2.0)], [(1.0, 0.0), (2.0, 0.0)], [(0.0, 1e-9), (1.0, 1e12)], [(1.0, -3.0), (2.0, 4.0)]):
-        for log_y in (False, True):
-            drawn = line_chart("t <b>", "x", "y", [Series("s", points, "#000")], log_y=log_y)
-            assert "nan" not in drawn and "inf" not in drawn and "t &lt;b&gt;" in drawn
-    assert [short(v) for v in (0, 0.0003, 0.05, 999, 20_000, 1.5e6, 2e9)] == [
-        "0",
-        "3e-4",
-        "0.05",
-        "999",
-        "20k",
-        "1.5M",
-        "2G",
-    ]
-
-
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
@@ -293,5 +273,11 @@ def test_bad_results_and_places_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert "hold no list of sections; give a results.json" in capsys.readouterr().err
     assert main([str(run), "--results", str(tmp_path / "none.json"), "-o", str(tmp_path / "r.html")]) == 2
     assert "cannot be read" in capsys.readouterr().err
-    assert main([str(run), "-o", str(tmp_path / "no" / "r.html")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    for place, words in (
+        ("/dev/null", "is a device or a pipe and would be replaced; name a file"),
+        (str(run), "cannot be written (Is a directory)"),
+        (str(run / "config.yaml" / "r.html"), "cannot be written (Not a directory)"),
+    ):
+        assert main([str(run), "-o", place]) == 2
+        assert words in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device() and (run / "metrics.jsonl").is_file()

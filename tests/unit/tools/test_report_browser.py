@@ -24,8 +24,8 @@ MEASURE = """
 <script>
 function measure(frame) {
   const page = frame.contentDocument, root = page.documentElement;
-  const texts = [...page.querySelectorAll('svg text')].filter(t => t.textContent);
-  const shown = [...page.querySelectorAll('svg')].map(s => s.getBoundingClientRect());
+  const texts = [...page.querySelectorAll('figure svg text')].filter(t => t.textContent);
+  const shown = [...page.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect());
   return {
     overflow: root.scrollWidth - root.clientWidth,
     smallest: Math.min(...texts.map(t => {
@@ -33,6 +33,11 @@ function measure(frame) {
       return parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b);
     })),
     widths: shown.map(r => r.width), heights: shown.map(r => r.height),
+    scrolled: [...page.querySelectorAll('table')].map(t => {
+      const box = t.parentElement;
+      box.scrollLeft = 1e6;
+      return [t.scrollWidth - box.clientWidth, box.scrollLeft];
+    }),
     columns: new Set(shown.map(r => Math.round(r.left))).size,
   };
 }
@@ -99,8 +104,11 @@ def test_the_page_fits_phones_and_desks(browser: str, report: Path, tmp_path: Pa
         seen = found[f"w{width}"]
         assert seen["overflow"] == 0, f"the page is wider than {width} px"
         assert seen["smallest"] >= SMALLEST_TEXT_PX
+        # what does not fit of a table comes into view by scrolling the table, not the page
+        assert all(scrolled >= beyond - 1 for beyond, scrolled in seen["scrolled"])
         assert min(seen["widths"]) > 300 and min(seen["heights"]) > 80
     assert found["w400"]["columns"] == 1 and found["w1400"]["columns"] == 3
+    assert max(beyond for beyond, _ in found["w400"]["scrolled"]) > 100, "no table of this page tests scrolling"
 
 
 def pixels(path: Path) -> tuple[int, int, int]:
