@@ -33,7 +33,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["bd3_megatron", "bd3_megatron.*", "launch"]),
-    package_data={"bd3_megatron": ["py.typed"], "bd3_megatron.report": ["*.jinja"], "launch": ["*.sh", "*.txt", "templates/*"]},
+    package_data={
+        "bd3_megatron": ["py.typed"],
+        "bd3_megatron.report": ["*.jinja"],
+        "launch": ["*.sh", "*.txt", "templates/*"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",

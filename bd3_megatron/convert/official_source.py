@@ -2,7 +2,7 @@
 
 Decides which weights are meant (EMA by default, as official evaluation and sampling use), and what a source says about
 its own block size, length, heads, objective and token ids. Nothing is guessed: what a source does not say stays None and
-the importer asks for it. Nothing in a checkpoint is executed (see inert_pickle); what was skipped is reported.
+the importer asks for it. Nothing in a checkpoint is executed (see convert/unread.py); what was skipped is reported.
 Refuses time-conditioned models, parameterizations other than SUBS and AR, and files that are neither format.
 Source: kuleshov-group/bd3lms diffusion.py (on_save_checkpoint, load), hub pages of the published weights.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bd3_megatron.convert.inert_pickle import Inert, plain_value, read_inert
 from bd3_megatron.convert.official import IGNORED_KEYS, strip_compile_prefix
+from bd3_megatron.convert.unread import Unread, plain_value, read_foreign
 from bd3_megatron.errors import CheckpointError, ConversionError
 from bd3_megatron.sampling.folder import read_json, read_safetensors
 
@@ -93,13 +93,13 @@ def _read_hf_folder(folder: Path, *, raw: bool) -> OfficialSource:
 def _hf_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
     if (folder / "model.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
         return read_safetensors(folder / "model.safetensors")
-    content, skipped = read_inert(folder / "pytorch_model.bin")
+    content, skipped = read_foreign(folder / "pytorch_model.bin")
     notes.extend(_skipped_notes(skipped))
     return _tensors(content, folder / "pytorch_model.bin")
 
 
 def _read_lightning(path: Path, *, raw: bool) -> OfficialSource:
-    content, skipped = read_inert(path)
+    content, skipped = read_foreign(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} has no state_dict; give a Lightning checkpoint of BD3-LM.")
     state = strip_compile_prefix(_tensors(content["state_dict"], path))
@@ -127,7 +127,7 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
 def _skipped_notes(skipped: list[str]) -> list[str]:
     if not skipped:
         return []
-    return [f"not rebuilt (nothing in the file is executed): {', '.join(skipped)}"]
+    return [f"not loaded (nothing in the file is executed): {', '.join(skipped)}"]
 
 
 def _with_moving_average(state: dict[str, Tensor], ema: Any, path: Path) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def _token_ids(tokenizer: Any) -> tuple[int | None, int | None, int | None]:
     Raises:
         ConversionError: it has a mask token, but not as a number.
     """
-    state = tokenizer.state if isinstance(tokenizer, Inert) else None
+    state = tokenizer.state if isinstance(tokenizer, Unread) else None
     state = state if isinstance(state, dict) else {}
     mask_id = _as_int(state.get("mask_token_id"))
     named_mask = state.get("mask_token") or state.get("_mask_token")

@@ -1,9 +1,8 @@
-"""Exported folders are whole, self-contained and ours; a pickle is never executed."""
+"""Exported folders are whole, self-contained and ours."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 
 from bd3_megatron.convert.folder import published
 from bd3_megatron.convert.from_hf import read_folder
-from bd3_megatron.convert.inert_pickle import Inert, plain_value, read_inert
 from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.errors import CheckpointError, ConversionError
 from tests.unit.hf.models import STYLES, tiny_config, tiny_model
@@ -110,58 +108,3 @@ def test_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text, "utf-8")
         with pytest.raises(CheckpointError, match=sentence):
             read_folder(tmp_path)
-
-
-class Bomb:
-    """Unpickling it the ordinary way writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, (f"touch {self.path}",))
-
-
-def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
-    torch.save({"weights": torch.ones(2), "payload": Bomb(tmp_path / "boom")}, tmp_path / "hostile.ckpt")
-    content, skipped = read_inert(tmp_path / "hostile.ckpt")
-    assert not (tmp_path / "boom").exists()
-    assert isinstance(content["payload"], Inert) and content["payload"].arguments == (f"touch {tmp_path / 'boom'}",)
-    assert torch.equal(content["weights"], torch.ones(2))
-    assert skipped == ["posix.system"]
-
-
-@pytest.mark.parametrize("name", ["eval", "getattr", "__import__", "open", "exec"])
-def test_dangerous_builtins_are_inert(name: str, tmp_path: Path) -> None:
-    class Caller:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (getattr(__builtins__, name) if not isinstance(__builtins__, dict) else __builtins__[name], ("1",))
-
-    torch.save({"payload": Caller()}, tmp_path / "hostile.ckpt")
-    content, skipped = read_inert(tmp_path / "hostile.ckpt")
-    assert isinstance(content["payload"], Inert)
-    assert skipped[0].endswith(f".{name}")
-
-
-def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(CheckpointError, match="is not a torch checkpoint in zip format"):
-        read_inert(tmp_path / "plain.pkl")
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), tmp_path / "program.pt")
-    with pytest.raises(CheckpointError, match="is a TorchScript program, which would run when loaded"):
-        read_inert(tmp_path / "program.pt")
-    torch.save({"a": torch.ones(4)}, tmp_path / "good.pt")
-    data = bytearray((tmp_path / "good.pt").read_bytes())
-    at = data.index(b"data.pkl") + 80
-    data[at : at + 40] = b"\xff" * 40
-    (tmp_path / "bad.pt").write_bytes(data)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        read_inert(tmp_path / "bad.pt")
-
-
-def test_inert_configuration_nodes_are_read_without_their_classes() -> None:
-    node = Inert()
-    node.__setstate__({"_content": {"block_size": 4, "inner": [1, "a", object()]}})
-    assert plain_value(node) == {"block_size": 4, "inner": [1, "a", None]}
-    assert plain_value(node, depth=0) is None
-    assert plain_value(Inert()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.import_official import ImportOptions, export_official, import_official
-from bd3_megatron.convert.official import IGNORED_KEYS, fold
+from bd3_megatron.convert.official import fold
 from bd3_megatron.convert.official_source import read_source
 from bd3_megatron.convert.to_hf import write_folder
+from bd3_megatron.convert.unread import read_foreign
 from bd3_megatron.errors import CheckpointError, ConversionError, TokenizerError
 from tests.unit.hf.models import tiny_config, tiny_model
 from tests.unit.sampling.folders import write_tokenizer
@@ -37,25 +39,30 @@ def test_a_hugging_face_folder_is_folded_in_float64_and_stored_in_fp32(tmp_path:
 
 
 def test_a_lightning_checkpoint_gives_its_moving_average_or_its_trained_weights(tmp_path: Path) -> None:
-    content = torch.load(LIGHTNING, weights_only=False, pickle_module=stand_in_pickle())
-    average = dict(
-        zip([n for n in content["state_dict"] if n not in IGNORED_KEYS], content["ema"]["shadow_params"], strict=True)
-    )
-    for raw, expected in ((False, {**content["state_dict"], **average}), (True, content["state_dict"])):
+    sources = {raw: read_source(LIGHTNING, raw=raw) for raw in (False, True)}
+    for raw, source in sources.items():
         report = import_official(LIGHTNING, tmp_path / str(raw), ImportOptions(raw=raw))
         config, state = read_folder(tmp_path / str(raw))
-        folded = fold({name: tensor.double() for name, tensor in expected.items()})
+        folded = fold({name: tensor.double() for name, tensor in source.state.items()})
         assert all(torch.equal(state[name], folded[name].float()) for name in folded)
         assert (config.block_size, config.max_position_embeddings) == (4, 32)
         assert (config.mask_token_id, config.bos_token_id, config.eos_token_id) == (49, 48, 48)
         assert any("common.FakeTok" in note for note in report.notes)
-    assert not torch.equal(content["state_dict"]["backbone.vocab_embed.embedding"], content["ema"]["shadow_params"][0])
 
 
-def stand_in_pickle() -> Any:
-    from bd3_megatron.convert.inert_pickle import restricted_pickle
-
-    return restricted_pickle(set())
+@pytest.mark.parametrize(
+    ("raw", "digest"),
+    [
+        (False, "a99f2f597f01b26607dfb1fd972f9b83b1b6581b3e09b38a367a92dd88ea23d5"),
+        (True, "6306fe08be5af3dac570fe9d7c273768a3e81d074e32c2c42ec0cde33f7f8c02"),
+    ],
+)
+def test_the_lightning_reader_gives_the_bytes_that_another_unpickler_gave(raw: bool, digest: str) -> None:
+    found = hashlib.sha256()
+    for name, tensor in read_source(LIGHTNING, raw=raw).state.items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    assert found.hexdigest() == digest
 
 
 def test_export_then_import_is_bit_equal_and_leaves_the_configuration_alone(tmp_path: Path) -> None:
@@ -73,7 +80,7 @@ def test_export_then_import_is_bit_equal_and_leaves_the_configuration_alone(tmp_
 
 def rewritten(tmp_path: Path, change: Any) -> Path:
     """The Lightning checkpoint with its content changed (unknown classes stay out)."""
-    content = torch.load(LIGHTNING, weights_only=False, pickle_module=stand_in_pickle())
+    content, _ = read_foreign(LIGHTNING)
     plain = {key: content[key] for key in ("state_dict", "ema")}
     change(plain)
     torch.save(plain, tmp_path / "changed.ckpt")
@@ -142,10 +149,10 @@ def test_a_tokenizer_folder_is_copied_and_asked_for_its_ids(tmp_path: Path) -> N
 
 
 def test_missing_and_damaged_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist; give a Lightning .ckpt file"):
+    with pytest.raises(CheckpointError, match="does not exist; copy the checkpoint again"):
         read_source(tmp_path / "nothing.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(LIGHTNING.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="is not a torch checkpoint in zip format, or is cut short"):
+    with pytest.raises(CheckpointError, match="cut.ckpt is damaged .* copy it again"):
         read_source(tmp_path / "cut.ckpt")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="has no state_dict"):
