@@ -7,7 +7,15 @@ Python exceptions on purpose: a traceback is the right report for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+
+SHOWN_CHARACTERS = 80
+"""A value or path that a sentence repeats is cut to this length: the sentence must stay readable."""
+LISTED_OPTIONS = 24
+"""A sentence that names the legal values names at most this many."""
+LARGEST_FACTORED = 10**12
+"""Trial division to the square root answers in a tenth of a second up to here."""
 
 
 class BD3Error(Exception):
@@ -88,8 +96,14 @@ def check_shape(name: str, actual: Sequence[int], expected: Sequence[int | None]
 
 
 def divisors(number: int) -> list[int]:
-    """All positive divisors of `number`, ascending (for the remedies in error sentences)."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    """All positive divisors of `number`, ascending (for the remedies in error sentences).
+
+    Raises:
+        RangeError: number above 10^12, where trial division takes too long.
+    """
+    if number > LARGEST_FACTORED:
+        raise RangeError(f"{shown(number)} has too many digits to list its divisors; use at most {LARGEST_FACTORED:g}.")
+    small = [d for d in range(1, math.isqrt(max(0, number)) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
@@ -103,7 +117,8 @@ def check_divides(
     """
     if divisor > 0 and number % divisor == 0:
         return
-    raise kind(f"{divisor_name}={divisor} does not divide {number_name}={number}; use {either(divisors(number))}.")
+    legal = either(divisors(number)) if 0 < number <= LARGEST_FACTORED else "one of its divisors"
+    raise kind(f"{divisor_name}={shown(divisor)} does not divide {number_name}={shown(number)}; use {legal}.")
 
 
 def check_multiple(
@@ -118,13 +133,35 @@ def check_multiple(
         return
     below = number // factor * factor
     near = [n for n in (below, below + factor) if n > 0] or [factor]
-    raise kind(f"{number_name}={number} is not a multiple of {factor_name}={factor}; use {either(near)}.")
+    wrong = f"{number_name}={shown(number)} is not a multiple of {factor_name}={shown(factor)}"
+    raise kind(f"{wrong}; use {either(map(shown, near))}.")
 
 
 def either(options: Iterable[object]) -> str:
-    """'1, 2 or 4' from [1, 2, 4]."""
+    """'1, 2 or 4' from [1, 2, 4]; of a long list the first ones and the last."""
     words = [str(o) for o in options]
+    if len(words) > LISTED_OPTIONS:
+        words = [*words[: LISTED_OPTIONS - 2], "...", words[-1]]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def shown(value: object) -> str:
+    """A value as a sentence repeats it: its repr in one line, the middle of a long one left out."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no int of more than 4300 digits
+        text = "a number of thousands of digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text or path in one line of at most 80 characters, the middle left out."""
+    line = " ".join(text.split())
+    if len(line) <= SHOWN_CHARACTERS:
+        return line
+    half = (SHOWN_CHARACTERS - 3) // 2
+    return f"{line[:half]}...{line[-half:]}"
 
 
 class LeakError(BD3Error):

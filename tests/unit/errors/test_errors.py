@@ -6,18 +6,22 @@ import pytest
 
 from bd3_megatron import errors
 from bd3_megatron.errors import (
+    SHOWN_CHARACTERS,
     BD3Error,
     ConfigError,
     GridError,
     LeakError,
     NodeFailure,
+    RangeError,
     RankFailure,
     ShapeError,
     check_divides,
     check_multiple,
     check_shape,
+    cut,
     divisors,
     either,
+    shown,
 )
 
 
@@ -85,3 +89,32 @@ def test_the_nearest_multiple_is_never_below_one(number: int, remedy: str) -> No
 @pytest.mark.parametrize(("options", "words"), [([1], "1"), ([1, 2], "1 or 2"), (["a", "b", "c"], "a, b or c")])
 def test_either_reads_like_a_sentence(options: list[object], words: str) -> None:
     assert either(options) == words
+
+
+def test_of_many_legal_values_the_first_and_the_last_are_named() -> None:
+    sentence = either(divisors(720720))
+    assert sentence.startswith("1, 2, 3, ") and sentence.endswith(", ... or 720720")
+    assert len(sentence) < 200
+
+
+def test_divisors_that_would_take_too_long_are_not_looked_for() -> None:
+    with pytest.raises(
+        RangeError, match=r"^1000000000001 has too many digits to list its divisors; use at most 1e\+12"
+    ):
+        divisors(10**12 + 1)
+    with pytest.raises(ConfigError, match=r"^d=0 does not divide n=1000000000000000000; use one of its divisors\.$"):
+        check_divides("d", 0, "n", 10**18)
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 1000, list(range(1000)), 10**5000, {"a": "b\n" * 99}], ids=["text", "list", "int", "map"]
+)
+def test_a_long_value_is_repeated_in_one_short_line(value: object) -> None:
+    line = shown(value)
+    assert len(line) <= SHOWN_CHARACTERS and "\n" not in line
+
+
+def test_a_short_value_is_repeated_whole_and_a_long_path_keeps_both_ends() -> None:
+    assert (shown("a"), shown(1.5), cut("a/b")) == ("'a'", "1.5", "a/b")
+    assert cut("/home/" + "deep/" * 99 + "file.yaml").startswith("/home/deep/")
+    assert cut("/home/" + "deep/" * 99 + "file.yaml").endswith("/deep/file.yaml")
