@@ -1,10 +1,9 @@
 """What the run will do at each step, as arithmetic on the configuration: budget, phase, batch size, learning rate.
 
-Decides: tokens (of the run, of a phase) are turned into steps once, with the batch size of each step; the batch-size
-warm-up grows linearly in steps, rounded down to multiples of the batch it starts with, which every grid of the run must
-be able to cut (validate sees to that): so it is the same on all of them, and the number of samples consumed before a step
-is a sum, not a memory. Noise strata are over consecutive groups of global_batch_size samples, whatever a warming-up step
-takes.
+Decides: tokens (of the run, of a phase) are turned into steps once, with the batch size of each step (`config/budget.py`).
+Every grid of the run must be able to cut each batch, which validation checks; so the plan is the same on all of them, and
+the number of samples consumed before a step is a sum, not a memory. Noise strata are over consecutive groups of
+global_batch_size samples, whatever a warming-up step takes.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from bd3_megatron.config.budget import batch_size_at, samples_before, steps_for_tokens
 from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, Place
 from bd3_megatron.diffusion.noise_level import Interval
@@ -44,14 +44,7 @@ class RunPlan:
 
     def _steps_for(self, tokens: int, first_step: int) -> int:
         """Updates from `first_step` on that it takes to see at least `tokens` clean tokens."""
-        steps = 0
-        while tokens > 0:
-            samples = self.batch_size(first_step + steps)
-            if samples == self.config.train.global_batch_size:
-                return steps - (-tokens // (samples * self.config.data.seq_len))
-            tokens -= samples * self.config.data.seq_len
-            steps += 1
-        return steps
+        return steps_for_tokens(self.config.train, self.config.data.seq_len, tokens, first_step)
 
     @cached_property
     def curriculum(self) -> Curriculum:
@@ -106,15 +99,9 @@ class RunPlan:
 
     def batch_size(self, step: int) -> int:
         """Samples of that update, over all ranks."""
-        train = self.config.train
-        first, whole = train.warmup_batch_size, train.global_batch_size
-        if first is None or step >= train.batch_warmup_steps:
-            return whole
-        return (first + (whole - first) * step // train.batch_warmup_steps) // first * first
+        return batch_size_at(self.config.train, step)
 
     def samples_before(self, step: int) -> int:
         """Samples consumed by all updates before state `step`, which is not before the origin."""
-        warm = self.config.train.batch_warmup_steps if self.config.train.warmup_batch_size is not None else 0
-        warming = range(self.origin_step, min(step, max(warm, self.origin_step)))
-        rest = step - self.origin_step - len(warming)
-        return self.origin_samples + sum(map(self.batch_size, warming)) + rest * self.config.train.global_batch_size
+        train = self.config.train
+        return self.origin_samples + samples_before(train, step) - samples_before(train, self.origin_step)
