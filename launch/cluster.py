@@ -7,13 +7,15 @@ name), a profile with neither GPUs nor ranks, times that are no times. Knows not
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from bd3_megatron.config.load import build
+from bd3_megatron.config.ranges import Range
 from bd3_megatron.errors import ConfigError, LaunchError
 from bd3_megatron.planner.machines import ClusterFile
 
@@ -40,19 +42,19 @@ class ClusterProfile:
     """Quality of service; None: the site's default."""
     constraint: str | None = None
     """Node features, for example "a100&ib"."""
-    gpus_per_node: int = 0
+    gpus_per_node: Annotated[int, Range(0, 1000)] = 0
     """GPUs of a node, one rank each; 0: a CPU job."""
     gpu_type: str | None = None
     """SLURM's name of the GPU model (as in gres.conf); None: any."""
-    ranks_per_node: int | None = None
+    ranks_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Ranks of a node; None: gpus_per_node."""
-    cpus_per_rank: int = 1
+    cpus_per_rank: Annotated[int, Range(1, 1000)] = 1
     """Cores a rank may use: itself, its loader processes, its communication threads."""
-    memory_gb: int = 0
+    memory_gb: Annotated[int, Range(0, 1e6)] = 0
     """Memory of a node for the job in GiB; 0: all of it."""
     time: str = "24:00:00"
     """Time limit: [days-]hours:minutes:seconds. A job that is not done then requeues itself."""
-    signal_lead_seconds: int = 180
+    signal_lead_seconds: Annotated[int, Range(1, 65535)] = 180
     """How long before the limit ranks are told to save: a step, a save, and SLURM's own 60 s of imprecision."""
     exclusive: bool = True
     """Nobody else on the nodes."""
@@ -84,11 +86,15 @@ class ClusterProfile:
         return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
 
 
-def load_cluster(path: Path) -> ClusterProfile:
+def load_cluster(path: Path, changes: Mapping[str, Any] | None = None) -> ClusterProfile:
     """Read a profile and refuse what it alone can refute.
 
+    Args:
+        path: a YAML file.
+        changes: keys of the command line, which replace the file's.
+
     Raises:
-        ConfigError: missing file, unknown or missing key, wrong type.
+        ConfigError: missing file, unknown or missing key, wrong type, a number outside its range.
         LaunchError: no ranks, or times that cannot hold a save.
     """
     if not path.is_file():
@@ -100,7 +106,7 @@ def load_cluster(path: Path) -> ClusterProfile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         first_line = " ".join(str(error).split())
         raise ConfigError(f"cluster profile '{path}' is not valid YAML ({first_line}); mend that line.") from error
-    profile = build(ClusterProfile, tree, where="cluster")
+    profile: ClusterProfile = build(ClusterProfile, {**(tree or {}), **(changes or {})}, where="cluster")
     check_cluster(profile)
     return profile
 
@@ -121,8 +127,6 @@ def check_cluster(profile: ClusterProfile) -> None:
             f"cluster.ranks_per_node={profile.ranks} exceeds gpus_per_node={profile.gpus_per_node}, and two ranks cannot "
             f"share a GPU; use {profile.gpus_per_node} or leave ranks_per_node unset."
         )
-    if profile.cpus_per_rank < 1:
-        raise LaunchError(f"cluster.cpus_per_rank={profile.cpus_per_rank} is below 1; give each rank a core.")
     limit = seconds_of(profile.time)
     if limit <= profile.signal_lead_seconds + 60:
         raise LaunchError(

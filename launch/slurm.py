@@ -11,7 +11,6 @@ anything is written: a grid that does not match nodes x ranks, a run folder that
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import subprocess
@@ -29,7 +28,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import BD3Error, GridError, LaunchError
 from launch.batch_script import Job, render
-from launch.cluster import ClusterProfile, check_cluster, load_cluster
+from launch.cluster import ClusterProfile, load_cluster
 from launch.local import check_run_folder
 from launch.prediction import prediction_lines
 from launch.submission import with_absolute_paths, write_submission
@@ -139,11 +138,8 @@ def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
 
 
 def _profile(options: argparse.Namespace) -> ClusterProfile:
-    profile = load_cluster(options.cluster)
     changes = {"ranks_per_node": options.ranks_per_node, "time": options.time}
-    profile = dataclasses.replace(profile, **{k: v for k, v in changes.items() if v is not None})
-    check_cluster(profile)
-    return profile
+    return load_cluster(options.cluster, {k: v for k, v in changes.items() if v is not None})
 
 
 def _array_configs(options: argparse.Namespace, main_config: Config, here: Path) -> tuple[Config, ...]:

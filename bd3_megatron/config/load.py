@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
+from bd3_megatron.config.ranges import check_range, range_of
 from bd3_megatron.config.schema import Config
-from bd3_megatron.errors import ConfigError, either
+from bd3_megatron.errors import ConfigError, cut, either, shown
 from bd3_megatron.files import write_text
 
 _WORDS: Mapping[type, str] = types.MappingProxyType(
@@ -133,16 +134,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def build(cls: type, tree: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from plain data, every key known and every value of its declared type.
+    """An instance of dataclass `cls` from plain data: every key known, every value of its declared type and in its range.
 
     Raises:
-        ConfigError: names the key by its full path `where`, with the nearest legal name or the expected type.
+        ConfigError: names the key by its full path `where`, with the nearest legal name, the expected type or the range.
     """
     if tree is None:
         tree = {}
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where or 'config'}={tree!r} is not a section; give keys and values below it.")
-    hints = typing.get_type_hints(cls)
+        raise ConfigError(f"{where or 'config'}={shown(tree)} is not a section; give keys and values below it.")
+    hints = typing.get_type_hints(cls, include_extras=True)
     prefix = f"{where}." if where else ""
     for key in tree:
         if key not in hints:
@@ -160,13 +161,19 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 
 
 def _unknown(prefix: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # the search for the nearest name takes time by the square of the length
+    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.5)
     remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
-    return f"unknown key {prefix}{key}; {remedy}"
+    return f"unknown key {prefix}{cut(key)}; {remedy}"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        typed, legal = _typed(value, args[0], where), range_of(hint)
+        if legal is not None:
+            check_range(typed, legal, where)
+        return typed
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
@@ -175,13 +182,13 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         # types too: True == 1 and 1.0 == 1, but `zero_stage: true` is a slip
         if any(value == a and type(value) is type(a) for a in args):
             return value
-        raise ConfigError(f"{where}={value!r} is not allowed; use {either(args)}.")
+        raise ConfigError(f"{where}={shown(value)} is not allowed; use {either(args)}.")
     if origin is tuple:
         return _typed_tuple(value, args, where)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}={value!r} is not a mapping; give keys and values.")
-        return {str(k): _typed(v, args[1], f"{where}.{k}") for k, v in value.items()}
+            raise ConfigError(f"{where}={shown(value)} is not a mapping; give keys and values.")
+        return {str(k): _typed(v, args[1], f"{where}.{cut(str(k))}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     return _typed_scalar(value, hint, where)
@@ -189,12 +196,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 def _typed_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}={value!r} is not a list; write it as [a, b].")
+        raise ConfigError(f"{where}={shown(value)} is not a list; write it as [a, b].")
     if args[-1] is Ellipsis:
         return tuple(_typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if len(value) != len(args):
-        raise ConfigError(f"{where}={list(value)!r} has {len(value)} values; it takes {len(args)}.")
-    return tuple(_typed(v, a, where) for v, a in zip(value, args, strict=True))
+        raise ConfigError(f"{where}={shown(list(value))} has {len(value)} values; it takes {len(args)}.")
+    return tuple(_typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
 
 
 def _typed_member(value: Any, members: list[Any], where: str) -> Any:
@@ -202,27 +209,27 @@ def _typed_member(value: Any, members: list[Any], where: str) -> Any:
         return _typed(value, members[0], where)
     if type(value) in members:
         return value
-    raise ConfigError(f"{where}={value!r} is none of {either(_WORDS[m] for m in members)}; give one of them.")
+    raise ConfigError(f"{where}={shown(value)} is none of {either(_WORDS[m] for m in members)}; give one of them.")
 
 
 def _typed_scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float:
-        value = _number_from_text(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+        value = _as_float(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}={value!r} is not finite; give a number.")
     # bool is a subclass of int: `steps: true` must not read as 1
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}={value!r} is not {_WORDS[hint]}; give {_WORDS[hint]}.")
+    raise ConfigError(f"{where}={shown(value)} is not {_WORDS[hint]}; give {_WORDS[hint]}.")
 
 
-def _number_from_text(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot) as text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _as_float(value: Any) -> Any:
+    """Whole numbers and texts such as 1e-3, which YAML 1.1 reads as text (it has no dot), as a float; others as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+    except OverflowError:
+        return math.inf

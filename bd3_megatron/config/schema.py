@@ -9,14 +9,26 @@ train, optim.lr, checkpoint.every_steps and log are relied on by scripts outside
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from bd3_megatron.config.ranges import Range
+
+MIN_T = 1e-3
+"""Smallest noise level, as in the paper: every loss weight diverges at 0."""
+MOST_STEPS = 10**9
+MOST_TOKENS = 10**18
+"""With the greatest batch and length, counts of samples and tokens still fit 63 bits."""
+
+Weight = Annotated[float, Range(0, 1e9)]
+NoiseLevel = Annotated[float, Range(MIN_T, 1)]
+Decay = Annotated[float, Range(0, 1, open_upper=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs. Relative paths are relative to the caller."""
-    seed: int = 1
+    seed: Annotated[int, Range(0, 2**48 - 1)] = 1
     """Seeds initial weights, data order and noise; each draws from its own purpose of the counter-based generator."""
     overridden: tuple[str, ...] = ()
     """Keys that were named on the command line (filled in when the file is loaded): a resumed run may change these."""
@@ -26,33 +38,33 @@ class RunConfig:
 class ModelConfig:
     style: Literal["paper", "modern"] = "modern"
     """paper: LayerNorm, biased tanh-GELU MLP, bias-free attention, head with bias. modern: RMSNorm, SwiGLU, no bias."""
-    num_layers: int
+    num_layers: Annotated[int, Range(1, 10_000)]
     """Transformer layers over all pipeline stages."""
-    hidden_size: int
+    hidden_size: Annotated[int, Range(1, 1e6)]
     """Width D of the residual stream."""
-    num_heads: int
+    num_heads: Annotated[int, Range(1, 10_000)]
     """Query heads N."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int, Range(1, 10_000)] | None = None
     """Key/value heads G (grouped-query attention); None: as many as query heads."""
-    head_dim: int | None = None
+    head_dim: Annotated[int, Range(2, 10_000, even=True)] | None = None
     """Channels H of one head; None: hidden_size / num_heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Annotated[int, Range(1, 1e7)] | None = None
     """MLP width; None: 4 D (paper), or 8/3 D rounded up to a multiple of 64 (modern), equal in parameters."""
     qk_norm: bool = False
     """RMSNorm on queries and keys per head (modern style only), as Qwen3 has it."""
     tie_embeddings: bool = False
     """One table for embedding and head. The paper's code keeps two although its yaml says otherwise."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, open_upper=True)] = 0.0
     """Probability of dropping a residual-branch output (the paper trains with 0.1); none on attention weights."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Range(1, 1e12, open_lower=True)] = 10000.0
     """Base of the rotary frequencies."""
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5
     """Added to the variance in every norm."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Range(0, 1, open_lower=True)] = 0.02
     """Standard deviation of initial matrices; residual projections get init_std / sqrt(2 num_layers)."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Range(2, 1e8)] | None = None
     """Ids the model knows, mask id included; None: what the prepared data's tokenizer says."""
-    vocab_multiple: int = 128
+    vocab_multiple: Annotated[int, Range(1, 1e6)] = 128
     """Table rows are padded to this multiple; must be a multiple of tp, and stays fixed when a run changes its grid."""
 
     @property
@@ -72,11 +84,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    mixture: dict[str, float]
+    mixture: dict[str, Weight]
     """Prepared folders with their weights in this stage; a folder that other stages name has weight 0 here."""
-    steps: int | None = None
+    steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
     """Length in optimizer steps; the last stage may leave both out and holds to the end."""
-    tokens: int | None = None
+    tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
     """Length in clean tokens, instead of steps."""
 
 
@@ -84,13 +96,13 @@ class StageConfig:
 class FilterConfig:
     column: str
     """Rows are kept whose column passes every comparison given."""
-    equals: str | int | float | bool | None = None
+    equals: Annotated[str | int | float | bool, Range(-1e18, 1e18)] | None = None
     """Exactly this."""
-    one_of: tuple[str | int | float, ...] | None = None
+    one_of: tuple[Annotated[str | int | float, Range(-1e18, 1e18)], ...] | None = None
     """One of these."""
-    at_least: float | None = None
+    at_least: Annotated[float, Range(-1e18, 1e18)] | None = None
     """Least number, or least number of characters of a text."""
-    at_most: float | None = None
+    at_most: Annotated[float, Range(-1e18, 1e18)] | None = None
     """Greatest number, or greatest number of characters of a text."""
     matches: str | None = None
     """Regular expression found anywhere in the text."""
@@ -114,9 +126,9 @@ class StreamConfig:
     """Rows to keep."""
     detokenizer: str = "none"
     """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
-    lanes: int | None = None
+    lanes: Annotated[int, Range(1, 10_000)] | None = None
     """Shares the files are dealt to; sample i is of lane i mod lanes. None: one a file, at most 64."""
-    shuffle_rows: int = 256
+    shuffle_rows: Annotated[int, Range(1, 1e7)] = 256
     """Rows of a lane permuted together; 1: none. A resumed run tokenises at most this many again."""
 
 
@@ -129,19 +141,19 @@ class DataConfig:
     """Text files or folders to prepare when path is None; `builtin:python-docs` is text every Python has."""
     tokenizer: str = "bytes"
     """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
-    tokenizer_vocab_size: int = 2048
+    tokenizer_vocab_size: Annotated[int, Range(2, 1e7)] = 2048
     """With a trained tokenizer: its number of pieces."""
-    valid_fraction: float = 0.05
+    valid_fraction: Annotated[float, Range(0, 0.5)] = 0.05
     """With `text`: share of documents held out for evaluation."""
-    seq_len: int
+    seq_len: Annotated[int, Range(2, 1e8)]
     """Clean tokens L of a sample; the model sees 2L rows."""
     packing: Literal["wrap", "isolated", "pad"] = "wrap"
     """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(0, 1000)] = 0
     """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
     shuffle: bool = True
     """Permute samples anew in every epoch (a stateless bijection of the sample number)."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, Weight] = field(default_factory=dict)
     """Prepared folders with their weights, to train on instead of path's train/. Name new ones last when resuming."""
     stages: tuple[StageConfig, ...] = ()
     """Curriculum of mixtures, instead of `mixture`: all lengths in steps, or all in tokens."""
@@ -161,19 +173,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    block_size: int
+    block_size: Annotated[int, Range(1, 1e8)]
     """Diffusion block S of this phase."""
-    steps: int | None = None
+    steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
     """Length in optimizer steps; the last phase may leave both out and runs to the end."""
-    tokens: int | None = None
+    tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
     """Length in clean tokens, instead of steps."""
-    interval: tuple[float, float] | None = None
+    interval: tuple[NoiseLevel, NoiseLevel] | None = None
     """Clipped noise interval of this phase, which no search changes; None: diffusion.interval, or what a search finds."""
-    lr_start: float = 1.0
+    lr_start: Annotated[float, Range(0, 1000)] = 1.0
     """Factor on the learning rate at the phase's first update."""
-    lr_end: float = 1.0
+    lr_end: Annotated[float, Range(0, 1000)] = 1.0
     """Factor it tends to, linearly, at the phase's end."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Updates at the phase's beginning over which the factor rises from 0."""
 
 
@@ -181,12 +193,12 @@ class PhaseConfig:
 class DiffusionConfig:
     objective: Literal["block", "ar"] = "block"
     """block: block diffusion (S = seq_len is MDLM). ar: next-token prediction, causal, through the same engine."""
-    block_size: int = 16
+    block_size: Annotated[int, Range(1, 1e8)] = 16
     """Tokens S denoised together; any divisor of seq_len."""
     noise_schedule: Literal["loglinear", "cosine", "square", "sqrt", "log"] = "loglinear"
     """Mask probability as a function of t; loglinear is p = t."""
-    interval: tuple[float, float] | None = None
-    """Noise levels are drawn from [beta, omega] (clipped schedule), 1e-3 <= beta: every loss weight diverges at 0.
+    interval: tuple[NoiseLevel, NoiseLevel] | None = None
+    """Noise levels are drawn from [beta, omega] (clipped schedule).
     None: [1e-3, 1], and [1, 1] (everything masked, the exact likelihood) at block size 1."""
     resample: bool = False
     """Redraw blocks whose masked fraction leaves the interval, as the paper does. Biases the loss: off by default."""
@@ -194,13 +206,13 @@ class DiffusionConfig:
     """Keep position 0 visible (the paper's ignore_bos)."""
     count_all_tokens: bool = False
     """Divide by all tokens, as the official training loss does, not by those that may be masked."""
-    views: int = 1
+    views: Annotated[int, Range(1, 1000)] = 1
     """Noisy copies that share one clean pass."""
-    search_every_steps: int = 0
+    search_every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Search the variance-minimising interval this often; 0: never."""
-    search_batches: int = 100
+    search_batches: Annotated[int, Range(1, 1e6)] = 100
     """Held-out batches of global_batch_size scored in one search; fewer where less text is held out."""
-    search_widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    search_widths: tuple[Annotated[float, Range(0.01, 1, open_upper=True)], ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Widths of the candidate intervals."""
     phases: tuple[PhaseConfig, ...] = ()
     """Curriculum over block sizes; empty: one phase with block_size."""
@@ -209,7 +221,7 @@ class DiffusionConfig:
         """The interval in force where a phase names none."""
         if self.interval is not None:
             return self.interval
-        return (1.0, 1.0) if block_size == 1 else (1e-3, 1.0)
+        return (1.0, 1.0) if block_size == 1 else (MIN_T, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +232,15 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    tp: int = 1
+    tp: Annotated[int, Range(1, 1000)] = 1
     """Tensor-parallel ranks: matrices and vocabulary are cut."""
-    pp: int = 1
+    pp: Annotated[int, Range(1, 1000)] = 1
     """Pipeline stages."""
-    vpp: int | None = None
+    vpp: Annotated[int, Range(1, 1000)] | None = None
     """Model chunks per pipeline stage (interleaved schedule); None: one."""
-    cp: int = 1
+    cp: Annotated[int, Range(1, 10_000)] = 1
     """Context-parallel ranks: both streams are cut along the sequence."""
-    dp: int | None = None
+    dp: Annotated[int, Range(1, 1e6)] | None = None
     """Data-parallel replicas; None: what the other axes leave of the world (1 when started locally)."""
     sequence_parallel: bool = False
     """Cut the residual stream along the sequence between tensor-parallel regions."""
@@ -238,10 +250,10 @@ class ParallelConfig:
     """Keep optimizer state in host memory."""
     overlap_grad_reduce: bool = True
     """Sum gradients over data-parallel ranks during the last backward (ZeRO 1, bf16); off: all at its end."""
-    layers_per_stage: tuple[int, ...] = ()
+    layers_per_stage: tuple[Annotated[int, Range(1, 10_000)], ...] = ()
     """Layers of each pipeline stage; empty: balanced, with embedding and head counted as layers' work."""
-    collective_timeout_seconds: int = 600
-    """A rank that waits longer than this in a collective fails by name."""
+    collective_timeout_seconds: Annotated[int, Range(1, 1e6)] = 1200
+    """A rank that waits longer than this in a collective fails by name; the watchdog must speak first (watch.hang_seconds)."""
 
     @property
     def model_ranks(self) -> int:
@@ -253,27 +265,27 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int | None = None
+    steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
     """Optimizer updates of the whole run."""
-    tokens: int | None = None
+    tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
     """Clean tokens of the whole run, instead of steps."""
-    global_batch_size: int = 512
+    global_batch_size: Annotated[int, Range(1, 1e7)] = 512
     """Sequences per optimizer update over all ranks."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, Range(1, 1e6)] = 1
     """Sequences per forward pass of one rank."""
-    warmup_batch_size: int | None = None
+    warmup_batch_size: Annotated[int, Range(1, 1e7)] | None = None
     """Start with this many sequences a step and grow linearly, in multiples of it, to global_batch_size; None: no warm-up."""
-    batch_warmup_steps: int = 0
+    batch_warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Steps of the batch-size warm-up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPU, fp32 on CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Computed again in the backward, not kept: norms, attention and MLP activation (selective), whole layers (full)."""
-    recompute_layers: int | None = None
+    recompute_layers: Annotated[int, Range(1, 10_000)] | None = None
     """So many first layers of each pipeline stage (of each chunk where interleaved) do so; None: all."""
     skip_dead_rows: bool = True
     """Compute only what the loss can see; off computes every row of every layer, for debugging."""
-    spike_factor: float = 0.0
+    spike_factor: Annotated[float, Range(1, 1e6, open_lower=True, or_zero=True)] = 0.0
     """A loss above this multiple of the recent steps' median is a spike (ZeRO 1 only); 0: nobody looks."""
     spike_action: Literal["skip", "rollback"] = "skip"
     """skip: leave the batch out. rollback: return to the newest checkpoint and go on behind the batch."""
@@ -285,35 +297,35 @@ class TrainConfig:
 class OptimConfig:
     name: Literal["auto", "torch", "apex"] = "auto"
     """AdamW of torch, or Apex's fused one where NVIDIA Apex is installed (auto falls back to torch)."""
-    lr: float = 3e-4
+    lr: Annotated[float, Range(0, 1000, open_lower=True)] = 3e-4
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = "constant"
     """After the warm-up; wsd: stable, then linear decay over the last decay_fraction of the run."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Linear warm-up; step 0 uses lr / warmup_steps (the official code's first step has lr 0)."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Annotated[float, Range(0, 1)] = 0.0
     """Final learning rate as a share of lr (cosine, wsd)."""
-    decay_fraction: float = 0.1
+    decay_fraction: Annotated[float, Range(0, 1)] = 0.1
     """Share of the steps in which wsd decays."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decays."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(1e-30, 1)] = 1e-8
     """Adam's denominator term."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
     """Decoupled decay of matrices and tables; norms and biases are never decayed."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Annotated[float, Range(0, 1e9)] = 1.0
     """Global gradient norm is clipped to this; 0: never."""
-    ema_decay: float = 0.9999
+    ema_decay: Decay = 0.9999
     """Exponential moving average of the fp32 parameters, warmed up as min(decay, (1+n)/(10+n)); 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every_steps: int = 1000
+    every_steps: Annotated[int, Range(0, MOST_STEPS)] = 1000
     """Save this often, and at the end; 0: only at the end."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Range(0, 1e6)] = 2
     """Newest checkpoints kept; 0: all."""
-    keep_every_steps: int = 0
+    keep_every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Checkpoints at multiples of this are never deleted; 0: none is special."""
     asynchronous: bool = False
     """Write while the next steps run."""
@@ -321,11 +333,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    every_steps: int = 0
+    every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Evaluate held-out perplexity this often; 0: never during training."""
-    num_sequences: int = 256
+    num_sequences: Annotated[int, Range(1, 1e9)] = 256
     """Held-out sequences scored in one evaluation."""
-    draws: int = 1
+    draws: Annotated[int, Range(1, 1e6)] = 1
     """Noise draws per sequence, stratified in t."""
     at_start_and_end: bool = False
     """Also evaluate before the first step and after the last."""
@@ -335,7 +347,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    every_steps: int = 10
+    every_steps: Annotated[int, Range(1, MOST_STEPS)] = 10
     """Write a record (and print) this often."""
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Mirror metrics.jsonl to Weights & Biases."""
@@ -343,13 +355,13 @@ class LogConfig:
     """Project name there."""
     tensorboard: bool = False
     """Mirror metrics.jsonl to TensorBoard event files where that package is installed."""
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: tuple[Annotated[int, Range(1, MOST_STEPS)], ...] = ()
     """Steps whose torch profiler trace is written to run.dir/profile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, Range(0, 1e9, open_lower=True)] | None = None
     """Peak of one device at the training precision; None: from the table of known devices, measured on CPU."""
 
 
@@ -359,9 +371,9 @@ class WatchConfig:
     """Check versions, devices, collectives and the run folder on all ranks before the first step."""
     leak_check: bool = True
     """Prove by autograd, before the first step, that no noisy block sees what it must not."""
-    hang_factor: float = 0.0
+    hang_factor: Annotated[float, Range(1, 1e6, or_zero=True)] = 0.0
     """Fail with every rank's stacks when a step takes this multiple of the median; 0: off."""
-    hang_seconds: float = 600.0
+    hang_seconds: Annotated[float, Range(0, 1e7, open_lower=True)] = 600.0
     """Least time a step may take before it counts as hung."""
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate_data import check_data
-from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either
-
-MIN_T = 1e-3
-"""Smallest noise level (diffusion.noise_schedule.MIN_T, which this torch-free room may not import; a test ties them)."""
+from bd3_megatron.config.validate_run import check_run
+from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either, shown
 
 
 def validate(config: Config, *, world_size: int | None = None) -> None:
@@ -24,12 +22,12 @@ def validate(config: Config, *, world_size: int | None = None) -> None:
     Raises:
         ConfigError, GridError: one sentence with value, law and remedy.
     """
-    _check_positive(config)
     check_data(config.data)
     _check_model(config)
     _check_diffusion(config)
     check_grid(config, world_size=world_size)
     _check_train(config, data_parallel_size(config, world_size))
+    check_run(config)
 
 
 def data_parallel_size(config: Config, world_size: int | None = None) -> int:
@@ -67,51 +65,6 @@ def block_sizes(config: Config) -> list[int]:
     return [p.block_size for p in config.diffusion.phases] or [config.diffusion.block_size]
 
 
-def _check_positive(config: Config) -> None:
-    at_least_one = {
-        "model.num_layers": config.model.num_layers,
-        "model.hidden_size": config.model.hidden_size,
-        "model.num_heads": config.model.num_heads,
-        "model.kv_heads": config.model.kv_heads,
-        "data.seq_len": config.data.seq_len,
-        "diffusion.block_size": config.diffusion.block_size,
-        "diffusion.views": config.diffusion.views,
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.cp": config.parallel.cp,
-        "parallel.dp": config.parallel.dp if config.parallel.dp is not None else 1,
-        "parallel.vpp": config.parallel.vpp if config.parallel.vpp is not None else 1,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "log.every_steps": config.log.every_steps,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} is below 1; give a whole number of at least 1.")
-    _check_not_negative(config)
-    if not 0.0 <= config.model.dropout < 1.0:
-        raise ConfigError(f"model.dropout={config.model.dropout} is outside [0, 1); use 0 or for example 0.1.")
-    if config.optim.lr <= 0:
-        raise ConfigError(f"optim.lr={config.optim.lr} is not positive; use for example 3e-4.")
-
-
-def _check_not_negative(config: Config) -> None:
-    at_least_zero = {
-        "run.seed": config.run.seed,
-        "data.num_workers": config.data.num_workers,
-        "train.batch_warmup_steps": config.train.batch_warmup_steps,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_grad_norm": config.optim.clip_grad_norm,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "evaluate.every_steps": config.evaluate.every_steps,
-    }
-    for name, value in at_least_zero.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value} is negative; give 0 or more.")
-
-
 def _check_model(config: Config) -> None:
     model = config.model
     if model.head_dim is None:
@@ -119,7 +72,8 @@ def _check_model(config: Config) -> None:
     check_divides("num_kv_heads", model.kv_heads, "num_heads", model.num_heads)
     if model.head_width % 2:
         raise ConfigError(
-            f"head width {model.head_width} is odd; rotary positions need an even one: change model.head_dim."
+            f"hidden_size={model.hidden_size} / num_heads={model.num_heads} makes heads of an odd width {model.head_width}, "
+            "and rotary positions turn channels in pairs; set model.head_dim to an even number."
         )
     if model.style == "paper":
         _check_paper_style(config)
@@ -142,24 +96,20 @@ def _check_diffusion(config: Config) -> None:
     for size in block_sizes(config):
         check_multiple("seq_len", seq_len, "block_size", size)
     for interval in (diffusion.interval, *(p.interval for p in diffusion.phases)):
-        if interval is not None:
-            _check_interval(*interval)
+        # a point is a law of its own only at full masking
+        if interval is not None and (interval[0] > interval[1] or interval[0] == interval[1] != 1.0):
+            raise ConfigError(
+                f"interval {list(interval)} is empty; give a smaller first number, for example [0.45, 0.95]."
+            )
     if diffusion.views > 1 and seq_len in block_sizes(config):
         raise ConfigError(
             f"diffusion.views={diffusion.views} with block_size={seq_len}, the whole sequence: there is no clean half to "
             "share; use views=1."
         )
-    if diffusion.objective == "ar" and (diffusion.phases or diffusion.views != 1):
-        raise ConfigError("objective=ar has no noise; remove diffusion.phases and diffusion.views.")
+    if diffusion.objective == "ar" and (diffusion.phases or diffusion.views != 1 or diffusion.search_every_steps):
+        raise ConfigError("objective=ar has no noise; remove diffusion.phases, diffusion.views and search_every_steps.")
     for number, phase in enumerate(diffusion.phases):
         _check_phase_length(number, phase.steps, phase.tokens, last=number == len(diffusion.phases) - 1)
-
-
-def _check_interval(beta: float, omega: float) -> None:
-    if not (0 < beta <= omega <= 1) or (beta == omega and beta != 1.0):
-        raise ConfigError(f"interval [{beta}, {omega}] is empty or outside (0, 1]; use for example [0.45, 0.95].")
-    if beta < MIN_T:
-        raise ConfigError(f"interval [{beta}, {omega}] starts below {MIN_T}, where loss weights diverge; use {MIN_T}.")
 
 
 def _check_phase_length(number: int, steps: int | None, tokens: int | None, *, last: bool) -> None:
@@ -199,8 +149,9 @@ def _check_pipeline(config: Config, dp: int) -> None:
     if parallel.layers_per_stage:
         _check_layer_split(config)
     elif chunks > model.num_layers:
-        fits = [n for n in range(1, model.num_layers + 1)]
-        raise GridError(f"pp x vpp = {chunks} exceeds num_layers={model.num_layers}; use at most {fits[-1]} chunks.")
+        raise GridError(
+            f"pp x vpp = {chunks} exceeds num_layers={model.num_layers}; use at most {model.num_layers} chunks."
+        )
     if (parallel.vpp or 1) > 1:
         if parallel.pp == 1:
             raise GridError(f"vpp={parallel.vpp} with pp=1 interleaves nothing; set pp above 1 or leave vpp unset.")
@@ -215,13 +166,10 @@ def _check_layer_split(config: Config) -> None:
     if (parallel.vpp or 1) > 1:
         raise GridError("layers_per_stage with vpp: interleaved chunks are of equal size; leave one of them unset.")
     if len(parallel.layers_per_stage) != parallel.pp or sum(parallel.layers_per_stage) != layers:
+        split = shown(list(parallel.layers_per_stage))
         raise GridError(
-            f"layers_per_stage={list(parallel.layers_per_stage)} does not split num_layers={layers} over pp={parallel.pp}; "
+            f"layers_per_stage={split} does not split num_layers={layers} over pp={parallel.pp}; "
             f"give {parallel.pp} numbers that add up to {layers}."
-        )
-    if min(parallel.layers_per_stage) < 1:
-        raise GridError(
-            f"layers_per_stage={list(parallel.layers_per_stage)} leaves a stage without a layer; give each one."
         )
 
 
@@ -254,9 +202,6 @@ def _check_train(config: Config, dp: int) -> None:
     train = config.train
     if (train.steps is None) == (train.tokens is None):
         raise ConfigError(f"train.steps={train.steps} and train.tokens={train.tokens}: give exactly one of them.")
-    budget = train.steps if train.steps is not None else train.tokens
-    if budget is not None and budget < 1:
-        raise ConfigError(f"the training budget {budget} is below 1; give train.steps or train.tokens of at least 1.")
     check_multiple(
         "global_batch_size",
         train.global_batch_size,
@@ -265,10 +210,10 @@ def _check_train(config: Config, dp: int) -> None:
         kind=GridError,
     )
     _check_recompute(config)
-    if train.spike_factor and (train.spike_factor <= 1 or config.parallel.zero_stage > 1):
+    if train.spike_factor and config.parallel.zero_stage > 1:
         raise ConfigError(
-            f"train.spike_factor={train.spike_factor} with zero_stage={config.parallel.zero_stage}: give a factor above 1 and "
-            "ZeRO stage 1, where gradients are whole until the loss is known."
+            f"train.spike_factor={train.spike_factor} with zero_stage={config.parallel.zero_stage}: use ZeRO stage 1, where "
+            "gradients are whole until the loss is known."
         )
     if (train.warmup_batch_size is None) != (train.batch_warmup_steps == 0):
         raise ConfigError("train.warmup_batch_size and train.batch_warmup_steps belong together; give both or neither.")
@@ -285,7 +230,7 @@ def _check_recompute(config: Config) -> None:
             f"train.recompute_layers={layers} with recompute=none recomputes nothing; set train.recompute to selective or "
             "full, or leave recompute_layers unset."
         )
-    if not 1 <= layers <= most:
+    if layers > most:
         raise ConfigError(
             f"train.recompute_layers={layers} is outside [1, {most}], the layers of the model; give how many first layers of "
             "each stage recompute, or leave it unset for all."
@@ -295,7 +240,7 @@ def _check_recompute(config: Config) -> None:
 def _check_batch_warmup(config: Config, first: int, dp: int) -> None:
     """The batch grows in multiples of its first size, so every grid must be able to cut that one."""
     train, parallel = config.train, config.parallel
-    if not 1 <= first <= train.global_batch_size:
+    if first > train.global_batch_size:
         raise ConfigError(
             f"warmup_batch_size={first} is outside [1, {train.global_batch_size}], the global batch size; use one inside."
         )

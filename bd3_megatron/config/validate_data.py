@@ -38,9 +38,6 @@ def check_data(data: DataConfig) -> None:
 
 
 def _check_weights(where: str, weights: Mapping[str, float]) -> None:
-    for folder, weight in weights.items():
-        if weight < 0:
-            raise ConfigError(f"{where}.{folder}={weight} is negative; give a weight of 0 or more.")
     if not any(weights.values()):
         raise ConfigError(f"{where} has no positive weight; give at least one folder a weight above 0.")
 
@@ -49,17 +46,11 @@ def _check_stage(where: str, stage: StageConfig, *, is_last: bool) -> None:
     _check_weights(f"{where}.mixture", stage.mixture)
     if stage.steps is not None and stage.tokens is not None:
         raise ConfigError(f"{where} gives both steps={stage.steps} and tokens={stage.tokens}; give one.")
-    length = stage.tokens if stage.steps is None else stage.steps
-    if length is None and not is_last:
+    if stage.steps is None and stage.tokens is None and not is_last:
         raise ConfigError(f"{where} gives neither steps nor tokens and is not the last; give one.")
-    if length is not None and length < 1:
-        raise ConfigError(f"{where} has a length of {length}; give 1 or more.")
 
 
 def _check_stream(stream: StreamConfig) -> None:
-    for name, value in (("lanes", stream.lanes), ("shuffle_rows", stream.shuffle_rows)):
-        if value is not None and value < 1:
-            raise ConfigError(f"data.stream.{name}={value} is below 1; give a whole number of at least 1.")
     for row_filter in stream.filters:
         if row_filter == FilterConfig(column=row_filter.column):
             raise ConfigError(

@@ -24,10 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_megatron.config.schema import MIN_T
 from bd3_megatron.errors import RangeError, either
-
-MIN_T = 1e-3
-"""Smallest noise level, as in the paper."""
 
 
 @dataclass(frozen=True)

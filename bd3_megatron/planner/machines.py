@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated
 
 import yaml
 
 from bd3_megatron.config.load import build
+from bd3_megatron.config.ranges import Range
 from bd3_megatron.errors import ConfigError, either
 
 GIB = 2**30
@@ -48,23 +50,23 @@ class Machine:
 class ClusterFile:
     """Keys of a cluster file; each replaces the number assumed for the device."""
 
-    gpus_per_node: int | None = None
+    gpus_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Devices that share fast links."""
-    intra_node_gb_per_second: float | None = None
+    intra_node_gb_per_second: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
     """Between devices of a node, each direction, per device, 1e9 bytes."""
-    inter_node_gb_per_second: float | None = None
+    inter_node_gb_per_second: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
     """Between nodes, each direction, per device (a card of 400 Gb/s for each GPU is 50)."""
-    intra_node_latency_us: float | None = None
+    intra_node_latency_us: Annotated[float, Range(0, 1e9)] | None = None
     """Of one message inside a node."""
-    inter_node_latency_us: float | None = None
+    inter_node_latency_us: Annotated[float, Range(0, 1e9)] | None = None
     """Of one message between nodes."""
-    memory_gib: float | None = None
+    memory_gib: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
     """Of one device."""
-    reserve_gib: float | None = None
+    reserve_gib: Annotated[float, Range(0, 1e6)] | None = None
     """Kept free on each device."""
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, Range(0, 1e9, open_lower=True)] | None = None
     """Of one device at the training precision; needed for a device without a known peak."""
-    cores: int | None = None
+    cores: Annotated[int, Range(1, 1e6)] | None = None
     """For CPU runs: cores of the host that all ranks share."""
 
 

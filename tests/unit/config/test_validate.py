@@ -68,28 +68,29 @@ def test_legal_combinations_pass(file: Path, overrides: list[str]) -> None:
             r"^train\.recompute_layers=5 is outside \[1, 4\], the layers of the model; give how many first layers of each "
             r"stage recompute, or leave it unset for all\.$",
         ),
-        (["model.num_layers=0"], r"^model\.num_layers=0 is below 1; give a whole number of at least 1\.$"),
-        (["parallel.dp=0"], r"^parallel\.dp=0 is below 1"),
-        (["parallel.vpp=0"], r"^parallel\.vpp=0 is below 1"),
-        (["train.micro_batch_size=-1"], r"^train\.micro_batch_size=-1 is below 1"),
-        (["optim.warmup_steps=-1"], r"^optim\.warmup_steps=-1 is negative; give 0 or more\.$"),
-        (["checkpoint.every_steps=-5"], r"^checkpoint\.every_steps=-5 is negative"),
-        (["model.dropout=1.0"], r"^model\.dropout=1\.0 is outside \[0, 1\)"),
-        (["optim.lr=0"], r"^optim\.lr=0\.0 is not positive; use for example 3e-4\.$"),
         (["model.num_heads=5"], r"^num_heads=5 does not divide hidden_size=64; use 1, 2, 4, 8, 16, 32 or 64\.$"),
         (["model.num_kv_heads=3"], r"^num_kv_heads=3 does not divide num_heads=4; use 1, 2 or 4\.$"),
-        (["model.head_dim=15"], r"^head width 15 is odd; rotary positions need an even one: change model\.head_dim\.$"),
+        (
+            ["model.hidden_size=60"],
+            r"^hidden_size=60 / num_heads=4 makes heads of an odd width 15, and rotary positions turn channels in pairs; set "
+            r"model\.head_dim to an even number\.$",
+        ),
         (
             ["model.style=paper", "model.num_kv_heads=2"],
             r"^num_kv_heads=2 with style=paper, which has full heads; use 4 or",
         ),
         (["model.style=paper", "model.qk_norm=true"], r"^qk_norm=true with style=paper"),
         (["model.style=paper", "model.tie_embeddings=true"], r"^tie_embeddings=true with style=paper"),
-        (["diffusion.interval=[0.9, 0.3]"], r"^interval \[0\.9, 0\.3\] is empty or outside \(0, 1\]"),
+        (
+            ["diffusion.interval=[0.9, 0.3]"],
+            r"^interval \[0\.9, 0\.3\] is empty; give a smaller first number, for example \[0\.45, 0\.95\]\.$",
+        ),
         (["diffusion.interval=[0.5, 0.5]"], r"^interval \[0\.5, 0\.5\] is empty"),
-        (["diffusion.interval=[0.5, 1.5]"], r"^interval \[0\.5, 1\.5\] is empty or outside"),
-        (["diffusion.interval=[0.0001, 1.0]"], r"starts below 0\.001, where loss weights diverge; use 0\.001\.$"),
-        (["diffusion.objective=ar", "diffusion.views=2"], r"^objective=ar has no noise; remove diffusion\.phases and"),
+        (
+            ["diffusion.objective=ar", "diffusion.views=2"],
+            r"^objective=ar has no noise; remove diffusion\.phases, diffusion\.views",
+        ),
+        (["diffusion.objective=ar", "diffusion.search_every_steps=2"], r"^objective=ar has no noise"),
         (
             ["diffusion.phases=[{block_size: 5, steps: 3}, {block_size: 4}]"],
             r"^seq_len=64 is not a multiple of block_size=5",
@@ -105,7 +106,6 @@ def test_legal_combinations_pass(file: Path, overrides: list[str]) -> None:
         (["diffusion.phases=[{block_size: 4, interval: [0.9, 0.1]}]"], r"^interval \[0\.9, 0\.1\] is empty"),
         (["train.tokens=5"], r"^train\.steps=10 and train\.tokens=5: give exactly one of them\.$"),
         (["train.steps=null"], r"^train\.steps=None and train\.tokens=None: give exactly one"),
-        (["train.steps=0"], r"^the training budget 0 is below 1"),
         (["train.warmup_batch_size=4"], r"belong together; give both or neither\.$"),
     ],
 )
@@ -132,10 +132,6 @@ def test_what_cannot_run_is_refused_in_one_sentence(file: Path, overrides: list[
         (
             ["parallel.pp=2", "parallel.layers_per_stage=[1, 2]"],
             r"^layers_per_stage=\[1, 2\] does not split num_layers=4 over pp=2",
-        ),
-        (
-            ["parallel.pp=2", "parallel.layers_per_stage=[0, 4]"],
-            r"^layers_per_stage=\[0, 4\] leaves a stage without a layer",
         ),
         (["parallel.pp=2", "parallel.vpp=2", "parallel.layers_per_stage=[2, 2]"], r"^layers_per_stage with vpp"),
         (

@@ -183,7 +183,11 @@ def test_nodes_are_asked_for_or_what_a_given_dp_needs(
             r"^cluster\.time=00:02:00 leaves no time to train: ranks are told to save 180 s before",
         ),
         (["--time", "90"], LaunchError, r"^cluster\.time=90 is not \[days-\]hours:minutes:seconds"),
-        (["--ranks-per-node", "0"], LaunchError, r"leave a node without ranks; set one of them to at least 1\.$"),
+        (
+            ["--ranks-per-node", "0"],
+            ConfigError,
+            r"^cluster\.ranks_per_node=0 is outside \[1, 1000\]; give a whole number",
+        ),
         (["--chain", "0"], LaunchError, r"must both be at least 1\.$"),
         (["--chain", "2", "--array", "optim.lr=1"], LaunchError, r"^--chain with --array"),
         (["--array", "run.dir=/tmp/x", "--array", "run.dir=/tmp/x"], LaunchError, r"^--array tasks share a run folder"),
@@ -221,7 +225,11 @@ def test_what_cannot_run_is_refused_and_nothing_is_written(
             LaunchError,
             r"^cluster\.ranks_per_node=8 exceeds gpus_per_node=4",
         ),
-        ("partition: a\nranks_per_node: 1\ncpus_per_rank: 0\n", LaunchError, r"^cluster\.cpus_per_rank=0 is below 1"),
+        (
+            "partition: a\nranks_per_node: 1\ncpus_per_rank: 0\n",
+            ConfigError,
+            r"^cluster\.cpus_per_rank=0 is outside \[1",
+        ),
         (
             "partition: a\nranks_per_node: 1\ncontainer: {kind: pyxis}\n",
             LaunchError,

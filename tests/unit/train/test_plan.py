@@ -74,7 +74,6 @@ def test_the_batch_does_not_depend_on_the_grid() -> None:
             {},
             r"^warmup_batch_size=32 is outside \[1, 16\], the global batch size; use one inside",
         ),
-        ({"warmup_batch_size": 0}, {}, r"^warmup_batch_size=0 is outside \[1, 16\]"),
     ],
 )
 def test_a_first_batch_that_the_grid_cannot_cut_is_refused(

@@ -1,0 +1,77 @@
+"""Legal values of a field, declared beside it: `Annotated[int, Range(1, 64)]`, also inside tuples, mappings and options.
+
+`config/load.py` checks every value that it types, so a file, an override and a stored configuration obey the same ranges.
+Both ends of every range are finite: no value makes the arithmetic of a launcher overflow or hang.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from bd3_megatron.errors import ConfigError, shown
+
+
+@dataclass(frozen=True)
+class Range:
+    """Legal numbers: from `lower` to `upper`, both included unless an end is open."""
+
+    lower: float
+    upper: float
+    _: dataclasses.KW_ONLY
+    open_lower: bool = False
+    """Every legal number is greater than `lower`."""
+    open_upper: bool = False
+    """Every legal number is smaller than `upper`."""
+    even: bool = False
+    """Odd numbers are refused."""
+    or_zero: bool = False
+    """0 is legal too; it switches something off."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is legal."""
+        if self.or_zero and value == 0:
+            return True
+        above = value > self.lower if self.open_lower else value >= self.lower
+        below = value < self.upper if self.open_upper else value <= self.upper
+        return above and below and not (self.even and value % 2)
+
+    def __str__(self) -> str:
+        """The range as mathematics writes it: "[0, 1)"."""
+        lower = f"{'(' if self.open_lower else '['}{_short(self.lower)}"
+        upper = f"{_short(self.upper)}{')' if self.open_upper else ']'}"
+        return f"{'0 or ' if self.or_zero else ''}{lower}, {upper}{', even' if self.even else ''}"
+
+    def remedy(self, kind: type) -> str:
+        """What to give instead, in words.
+
+        Args:
+            kind: int or float.
+        """
+        noun = "an even number" if self.even else "a whole number" if kind is int else "a number"
+        lower = f"{'above' if self.open_lower else 'of at least'} {_short(self.lower)}"
+        upper = f"{'below' if self.open_upper else 'at most'} {_short(self.upper)}"
+        return f"give {'0 or ' if self.or_zero else ''}{noun} {lower} and {upper}"
+
+
+def range_of(hint: Any) -> Range | None:
+    """The range that an annotation declares for itself (not for what it contains)."""
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)), None)
+
+
+def check_range(value: Any, legal: Range, where: str) -> None:
+    """Refuse a number outside its range; a value that is no number passes.
+
+    Raises:
+        ConfigError: "optim.min_lr_ratio=-1.0 is outside [0, 1]; give a number of at least 0 and at most 1."
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or legal.holds(value):
+        return
+    raise ConfigError(f"{where}={shown(value)} is outside {legal}; {legal.remedy(type(value))}.")
+
+
+def _short(number: float) -> str:
+    # 1e12 reads better than thirteen digits, where it says the same
+    text = f"{number:g}".replace("e+0", "e").replace("e+", "e")
+    return text if float(text) == number else str(number)

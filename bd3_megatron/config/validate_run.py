@@ -1,0 +1,127 @@
+"""Rules of a run as a whole: every phase and stage is reached, what is asked for can happen, time-outs fit each other.
+
+All of it is arithmetic on the configuration of a run that begins at step 0. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bd3_megatron.config.budget import samples_before, steps_for_tokens, total_steps
+from bd3_megatron.config.schema import Config, PhaseConfig
+from bd3_megatron.errors import ConfigError
+
+
+def check_run(config: Config) -> None:
+    """Refuse a run that would leave out, without a word, something that the configuration asks for.
+
+    Raises:
+        ConfigError: one sentence with value, law and remedy.
+    """
+    _check_phases(config)
+    _check_stages(config)
+    _check_held_out(config)
+    _check_search(config)
+    _check_decay(config)
+    _check_watch(config)
+
+
+def _check_phases(config: Config) -> None:
+    phases, steps = config.diffusion.phases, total_steps(config.train, config.data.seq_len)
+    first = 0
+    for number, phase in enumerate(phases):
+        if first >= steps:
+            raise ConfigError(
+                f"diffusion.phases[{number}] begins at step {first} and the run ends at step {steps} ({_budget(config)}), so "
+                "it would never train; raise the budget, shorten the phases before it, or leave it out."
+            )
+        length = _length(config, phase, first)
+        first = steps if length is None else first + length
+    if phases and first < steps:
+        raise ConfigError(
+            f"diffusion.phases end at step {first} and the run has {steps} steps ({_budget(config)}); lower the budget, or "
+            "leave out the length of the last phase."
+        )
+
+
+def _length(config: Config, phase: PhaseConfig, first_step: int) -> int | None:
+    if phase.tokens is None:
+        return phase.steps
+    return steps_for_tokens(config.train, config.data.seq_len, phase.tokens, first_step)
+
+
+def _check_stages(config: Config) -> None:
+    train, seq_len = config.train, config.data.seq_len
+    run_samples = samples_before(train, total_steps(train, seq_len))
+    steps = samples = 0
+    for number, stage in enumerate(config.data.stages):
+        first_sample = max(samples, samples_before(train, steps))
+        if first_sample >= run_samples:
+            raise ConfigError(
+                f"data.stages[{number}] begins at sample {first_sample} and the run ends at sample {run_samples} "
+                f"({_budget(config)}), so it would never be read; raise the budget, shorten the stages before it, or leave "
+                "it out."
+            )
+        steps += stage.steps or 0
+        samples += -(-(stage.tokens or 0) // seq_len)
+
+
+def _budget(config: Config) -> str:
+    train = config.train
+    return f"train.tokens={train.tokens}" if train.steps is None else f"train.steps={train.steps}"
+
+
+def _check_held_out(config: Config) -> None:
+    """An evaluation or a search needs held-out rows; text that this run prepares itself has those that it holds out."""
+    data, evaluate = config.data, config.evaluate
+    asked = {
+        "evaluate.every_steps": evaluate.every_steps,
+        "evaluate.at_start_and_end": evaluate.at_start_and_end,
+        "diffusion.search_every_steps": config.diffusion.search_every_steps,
+    }
+    wanted: Sequence[str] = [f"{name}={value}" for name, value in asked.items() if value]
+    is_prepared_here = data.path is None and not data.mixtures and bool(data.text)
+    if wanted and is_prepared_here and data.valid_fraction == 0:
+        raise ConfigError(
+            f"data.valid_fraction=0.0 holds no text out, and {wanted[0]} needs held-out rows; give for example "
+            f"data.valid_fraction=0.05, or set {wanted[0].partition('=')[0]} to {'false' if wanted[0].endswith('True') else 0}."
+        )
+
+
+def _check_search(config: Config) -> None:
+    diffusion, evaluate = config.diffusion, config.evaluate
+    if evaluate.official and evaluate.draws != 1:
+        raise ConfigError(
+            f"evaluate.draws={evaluate.draws} with evaluate.official=true, which scores one draw; leave one of them out."
+        )
+    if not diffusion.search_every_steps:
+        return
+    if not diffusion.search_widths:
+        raise ConfigError(
+            f"diffusion.search_every_steps={diffusion.search_every_steps} with search_widths=[] leaves no intervals to "
+            "compare; give widths such as [0.5, 0.7, 0.9], or set search_every_steps to 0."
+        )
+    if diffusion.phases and all(phase.interval is not None for phase in diffusion.phases):
+        raise ConfigError(
+            f"diffusion.search_every_steps={diffusion.search_every_steps} has nothing to search for, because every phase names "
+            "its interval; leave one out, or set search_every_steps to 0."
+        )
+
+
+def _check_decay(config: Config) -> None:
+    lr, decay = config.optim.lr, config.optim.weight_decay
+    if lr * decay >= 1:
+        raise ConfigError(
+            f"optim.lr={lr} x optim.weight_decay={decay} = {lr * decay:g} is 1 or more, so each update would take away all of "
+            "a weight; lower one of them (0.1 is a usual weight decay)."
+        )
+
+
+def _check_watch(config: Config) -> None:
+    watch, timeout = config.watch, config.parallel.collective_timeout_seconds
+    if watch.hang_factor > 0 and watch.hang_seconds >= timeout:
+        raise ConfigError(
+            f"watch.hang_seconds={watch.hang_seconds:g} is not below parallel.collective_timeout_seconds={timeout}, so the "
+            "collective would give up before the watchdog names the rank; raise the time-out to more than "
+            f"{watch.hang_seconds:g}, or lower hang_seconds."
+        )
