@@ -30,6 +30,21 @@ def rank_device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def raise_open_files_limit(wanted: int = 65_536) -> int:
+    """Let this process and its children open as many files as the hard limit allows; returns the soft limit in force.
+
+    Args:
+        wanted: enough; a higher or unlimited hard limit is not used up.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # 1,024 is a usual soft limit, and sockets to 1,023 peers, data shards and checkpoint files together exceed it
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= possible:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    return possible
+
+
 def collective_backend(device: torch.device) -> str:
     """NCCL on GPU, gloo on CPU."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bd3_megatron.compat.device import cuda_is_there
 
@@ -112,6 +114,35 @@ def install() -> int:
     random._get_cuda_rng_state = _get_cpu_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_cpu_state  # type: ignore[attr-defined]
     return bound
+
+
+def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
+    """Answer megatron's questions about groups with ours, in the place of `initialize_model_parallel`.
+
+    That function (parallel_state.py:548) makes every group of every axis on every rank, twins on gloo and groups for
+    experts among them: 11,273 calls on 1,024 ranks. Of its names these are the ones that schedules, layers and the random
+    tracker read; a group of one rank stands for experts, which no model here has.
+
+    Args:
+        groups: tp, pp, cp, dp, dp_cp, mp, embd (None away from the ends of a pipeline) and ep, this rank alone.
+        vpp: model chunks a stage holds, or None.
+    """
+    state: Any = sys.modules["megatron.core.parallel_state"]
+    state._TENSOR_MODEL_PARALLEL_GROUP, state._PIPELINE_MODEL_PARALLEL_GROUP = groups.tp, groups.pp
+    state._PIPELINE_GLOBAL_RANKS = dist.get_process_group_ranks(groups.pp)
+    state._MODEL_PARALLEL_GROUP, state._EMBEDDING_GROUP = groups.mp, groups.embd
+    state._CONTEXT_PARALLEL_GROUP = groups.cp
+    state._DATA_PARALLEL_GROUP, state._DATA_PARALLEL_GROUP_WITH_CP = groups.dp, groups.dp_cp
+    # the random tracker folds expert ranks into its seeds (tensor_parallel/random.py:408)
+    state._EXPERT_MODEL_PARALLEL_GROUP = state._EXPERT_TENSOR_PARALLEL_GROUP = groups.ep
+    if vpp is not None:
+        state._VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK, state._VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE = 0, vpp
+    state._set_global_memory_buffer()
+
+
+def forget_groups() -> None:
+    """Take the answers back; the groups themselves are their maker's to end."""
+    sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
 
 
 def _rebuild_norms_without_transformer_engine() -> None:

@@ -1,1 +1,1 @@
-"""Parallel: the grid as an object. The only room that calls megatron's initialize_model_parallel."""
+"""Parallel: the grid as an object, its process groups, and the rows of the pair that a rank holds."""

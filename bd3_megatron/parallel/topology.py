@@ -1,25 +1,23 @@
 """The grid of ranks as an object that everyone is handed; nobody asks megatron's globals.
 
-Decides: rank order (megatron's default tp-cp-ep-dp-pp, fastest first), process groups, and the unit DeepSpeed shards and
-averages over, which is dp x cp: context-parallel ranks hold the same weights and different rows.
-Refuses: a world size that does not match the axes (`config.validate` has already said so with remedies).
+Holds sizes, coordinates and process groups, and the unit DeepSpeed shards and averages over, which is dp x cp:
+context-parallel ranks hold the same weights and different rows. Refuses a world size that does not match the axes.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bd3_megatron.compat import megatron as megatron_compat
-from bd3_megatron.compat.device import collective_backend
+from bd3_megatron.compat.device import collective_backend, raise_open_files_limit
 from bd3_megatron.config.schema import ParallelConfig
 from bd3_megatron.errors import GridError
+from bd3_megatron.parallel.groups import Grid, GroupMaker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +84,10 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
     Raises:
         GridError: the axes do not multiply to the world size.
     """
+    raise_open_files_limit()
     megatron_compat.install()
+    timeout = datetime.timedelta(seconds=config.collective_timeout_seconds)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=config.collective_timeout_seconds)
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(
             collective_backend(device), rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
@@ -97,41 +96,51 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         raise GridError(
             f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis."
         )
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tp,
-            pipeline_model_parallel_size=config.pp,
-            virtual_pipeline_model_parallel_size=config.vpp if (config.vpp or 1) > 1 else None,
-            context_parallel_size=config.cp,
-        )
-    return _describe(config, rank=rank, world_size=world_size, device=device)
-
-
-def _describe(config: ParallelConfig, *, rank: int, world_size: int, device: torch.device) -> Topology:
+    grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp)
+    vpp = config.vpp if (config.vpp or 1) > 1 else None
+    groups = _groups(grid, rank=rank, timeout=timeout)
+    megatron_compat.publish_groups(groups, vpp=vpp)
     return Topology(
-        tp=config.tp,
-        pp=config.pp,
-        cp=config.cp,
-        dp=world_size // config.model_ranks,
-        vpp=config.vpp or 1,
+        tp=grid.tp,
+        pp=grid.pp,
+        cp=grid.cp,
+        dp=grid.dp,
+        vpp=vpp or 1,
         sequence_parallel=config.sequence_parallel,
         rank=rank,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_rank=grid.coordinate(rank, "tp"),
+        pp_rank=grid.coordinate(rank, "pp"),
+        cp_rank=grid.coordinate(rank, "cp"),
+        dp_rank=grid.coordinate(rank, "dp"),
         device=device,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
-        shard_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        model_group=parallel_state.get_model_parallel_group(),
-        embedding_group=parallel_state.get_embedding_group(check_initialized=False) if config.pp > 1 else None,
+        groups=groups,
+        shard_group=groups.dp_cp,
+        model_group=groups.mp,
+        embedding_group=groups.embd if grid.pp > 1 else None,
     )
+
+
+def _groups(grid: Grid, *, rank: int, timeout: datetime.timedelta) -> ProcessGroupCollection:
+    """The groups in use, made in the same order on every rank."""
+    maker = GroupMaker(timeout)
+    groups = ProcessGroupCollection(
+        tp=maker.group(grid.sets("tp"), "tp"),
+        cp=maker.group(grid.sets("cp"), "cp"),
+        dp=maker.group(grid.sets("dp"), "dp"),
+        pp=maker.group(grid.sets("pp"), "pp"),
+        dp_cp=maker.group(grid.sets("dp", "cp"), "dp_cp"),
+        mp=maker.group(grid.sets("tp", "pp"), "tp_pp"),
+        ep=maker.group(grid.sets(), "self"),
+        # last: inner stages are in none of these sets, and gloo's names count the groups a rank has made so far
+        embd=maker.group(grid.end_sets(), "embedding"),
+    )
+    groups.expt_tp = groups.ep
+    return groups
 
 
 def leave() -> None:
     """Tear down groups; after this the process may join another grid (tests) or end."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    megatron_compat.forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -177,10 +186,3 @@ class DeepSpeedMpu:
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         return self._topology.pp
-
-
-def environment_rank() -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) that torchrun or our launchers put in the environment, or None."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))

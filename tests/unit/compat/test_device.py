@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bd3_megatron.compat import deepspeed, device
+from bd3_megatron.compat.device import raise_open_files_limit
 
 CPU = torch.device("cpu")
 
@@ -69,3 +71,15 @@ def test_deepspeed_compiles_nothing_on_first_use() -> None:
     loaded = deepspeed.load()
     assert not any(loaded.ops.__compatible_ops__[name] for name in deepspeed.COMPILED_ON_FIRST_USE)
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_the_limit_of_open_files_is_raised_to_the_hard_one_and_never_lowered() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        assert raise_open_files_limit(512) == 512
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, before[1])
+        assert raise_open_files_limit(300) == 512
+        assert raise_open_files_limit(before[1] + 1) == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
