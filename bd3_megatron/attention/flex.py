@@ -1,34 +1,38 @@
 """Attention of the pair of streams through torch's FlexAttention, with a tile table that is computed, not evaluated.
 
-Decides: the pair is laid out as [noisy; clean] rows; tiles of 128 x 128 are skipped, run bare, or run with the visibility
-rule inside the kernel (`visibility.sees` on positions that are piecewise linear in the row index, so that the kernel
-loads no table except the document ids). The table is built once per shape, or once per batch with documents.
-Refuses training on CPU (FlexAttention has no backward there), fp64 on CUDA, and the FLASH kernels where they are not
-installed, not fast (before Hopper), too wide (head_dim > 128) or not deterministic.
-Costs: executes whole tiles: L^2 + 256 L pairs where the rule allows L^2 + S L; without a compiler (CPU) the whole square.
-Not measured on a GPU yet. Source: torch 2.13 nn/attention/flex_attention.py; arXiv 2412.05496.
+The pair is laid out as [noisy; clean] rows; tiles of 128 x 128 are skipped, run bare, or run with the visibility rule inside
+the kernel. Executes whole tiles: L^2 + 256 L pairs where the rule allows L^2 + S L. Refuses training on CPU (FlexAttention
+has no backward there), fp64 on CUDA, and the FLASH kernels where they are not installed, not fast (before Hopper), too wide
+(head_dim > 128) or not deterministic. Never runs unfused on CUDA: too many graphs are an error. Not measured on a GPU yet.
+Source: torch 2.13 nn/attention/flex_attention.py; arXiv 2412.05496.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bd3_megatron.attention.partial import capability
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
 from bd3_megatron.attention.tiles import TILE, executed_tiles, tile_table
-from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, sees
+from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, sees, shipped
 from bd3_megatron.errors import BackendError
 
 KernelName = Literal["TRITON", "FLASH"]
+Call = Callable[..., Tensor]
+
+# A graph a phase, kind of call (pair, last layer, further views), gradient mode and batch size: LLaDA2's curriculum of five
+# sizes needs some 30. torch's own limit is 8, and beyond it torch runs the unfused form, which holds all L^2 scores.
+MAX_GRAPHS = 128
 
 
 def attend(
@@ -38,6 +42,7 @@ def attend(
     *,
     scale: float,
     kernel: KernelName = "TRITON",
+    call: Call | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention of both streams under the visibility rule.
 
@@ -47,12 +52,13 @@ def attend(
         visibility: who is here and which documents they belong to.
         scale: factor on the scores.
         kernel: FlexAttention's code generator on CUDA; CPU ignores it.
+        call: FlexAttention itself; None: compiled on CUDA, eager on CPU.
 
     Returns:
         Outputs [B, rows, N, H] in the input's dtype, None for an absent stream.
 
     Raises:
-        BackendError: if a gradient is asked of it on CPU.
+        BackendError: if a gradient is asked of it on CPU, or the run needs more graphs than `MAX_GRAPHS`.
         ShapeError: if the streams do not fit the visibility.
     """
     check_streams(noisy, clean, visibility)
@@ -64,10 +70,14 @@ def attend(
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise BackendError(_NO_BACKWARD_ON_CPU)
-    call = _eager if on_cpu else _compiled()
+    if call is None:
+        call = _eager if on_cpu else compiled()
     options: dict[str, Any] = {} if on_cpu else {"kernel_options": {"BACKEND": kernel}}
     options |= {"scale": scale, "enable_gqa": q.size(1) != k.size(1)}
-    out = call(q, k, v, block_mask=block_mask(visibility, q.device), **options)
+    try:
+        out = call(q, k, v, block_mask=block_mask(visibility, q.device), **options)
+    except FailOnRecompileLimitHit as limit:
+        raise BackendError(_too_many_graphs(visibility)) from limit
     out_BQNH = out.transpose(1, 2)
     border = num_rows(visibility.noisy_rows)
     return (out_BQNH[:, :border] if noisy is not None else None, out_BQNH[:, border:] if clean is not None else None)
@@ -112,7 +122,7 @@ def executed_pairs(visibility: Visibility, *, batch: int = 1) -> int:
 
 
 def block_mask(visibility: Visibility, device: torch.device) -> BlockMask:
-    """FlexAttention's tile table and in-kernel rule for one visibility; remembered per shape (with documents: per batch).
+    """FlexAttention's tile table and in-kernel rule for one visibility, which remembers it.
 
     Args:
         visibility: rows and documents.
@@ -121,26 +131,18 @@ def block_mask(visibility: Visibility, device: torch.device) -> BlockMask:
     Returns:
         A BlockMask over [noisy; clean] query rows x [noisy; clean] key rows.
     """
-    if visibility.document_id_BL is not None:
-        return _packed_block_mask(visibility, device)
-    rows = (visibility.noisy_rows, visibility.clean_rows, visibility.clean_key_rows)
-    return _shape_block_mask(visibility.block_size, visibility.length, *rows, device)
+    return visibility.table(("flex", device), lambda: _build(visibility, device))
 
 
 _NO_BACKWARD_ON_CPU = "flex attention has no backward on CPU (torch 2.13); use structured, which is exact there."
 
 
-@lru_cache(maxsize=32)
-def _shape_block_mask(
-    block_size: int, length: int, noisy_rows: Rows, clean_rows: Rows, key_rows: Rows, device: torch.device
-) -> BlockMask:
-    return _build(Visibility(block_size, length, noisy_rows, clean_rows, key_rows), device)
-
-
-@lru_cache(maxsize=4)
-def _packed_block_mask(visibility: Visibility, device: torch.device) -> BlockMask:
-    """Keyed by the identity of the visibility, which all layers of a step share."""
-    return _build(visibility, device)
+def _too_many_graphs(visibility: Visibility) -> str:
+    return (
+        f"flex attention would need more than {MAX_GRAPHS} compiled graphs (this call: length={visibility.length}, "
+        f"block_size={visibility.block_size}), and beyond that torch runs it unfused; use fewer block sizes in the "
+        "curriculum, or another attention.backend."
+    )
 
 
 def _build(visibility: Visibility, device: torch.device) -> BlockMask:
@@ -159,15 +161,16 @@ def _ordered(tiles_BQK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per query tile: how many key tiles, and their numbers first in a row (int32 [B, 1, Q], [B, 1, Q, K])."""
     order = torch.argsort(tiles_BQK.to(torch.int8), dim=-1, descending=True, stable=True)
     count = tiles_BQK.sum(-1, dtype=torch.int32)
-    return count[:, None].to(device), order[:, None].to(torch.int32).contiguous().to(device)
+    return shipped(count[:, None], device), shipped(order[:, None].to(torch.int32).contiguous(), device)
 
 
 def _mask_mod(visibility: Visibility, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """`sees` as FlexAttention calls it: on indices of batch, head, query row, key row."""
+    # positions are piecewise linear in the row, so the kernel computes them and loads no table but the document ids
     block_size, border = visibility.block_size, num_rows(visibility.noisy_rows)
     q_position = _position_of((*visibility.noisy_rows, *visibility.clean_rows))
     k_position = _position_of((*visibility.noisy_rows, *visibility.clean_key_rows))
-    documents = None if visibility.document_id_BL is None else visibility.document_id_BL.to(device)
+    documents = None if visibility.document_id_BL is None else shipped(visibility.document_id_BL, device)
 
     def allowed(batch: Tensor, head: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
         q, k = q_position(q_row), k_position(k_row)
@@ -200,9 +203,16 @@ def _position_of(ranges: Rows) -> Callable[[Tensor], Tensor]:
     return position
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+@cache
+def compiled(backend: str | Callable[..., Any] = "inductor") -> Call:
+    """FlexAttention compiled by torch: one fused graph a shape, and FailOnRecompileLimitHit beyond `MAX_GRAPHS`.
+
+    Args:
+        backend: torch.compile's; whoever counts graphs gives its own.
+    """
+    # torch's stubs do not list these two; without fullgraph torch would give up at the limit and go on unfused
+    limits: dict[str, Any] = {"recompile_limit": MAX_GRAPHS, "isolate_recompiles": True}
+    return torch.compile(flex_attention, backend=backend, fullgraph=True, dynamic=False, **limits)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

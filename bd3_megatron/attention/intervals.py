@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.rectangles import document_ends
-from bd3_megatron.attention.visibility import Rows, Visibility, positions
+from bd3_megatron.attention.visibility import Rows, Visibility, positions, shipped
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Intervals:
 
     def to_rows(self, device: torch.device) -> Tensor:
         """int32 [T, 2, rows] as kernels read them."""
-        return torch.stack([self.low, self.high], dim=1).to(torch.int32).contiguous().to(device)
+        return shipped(torch.stack([self.low, self.high], dim=1).to(torch.int32).contiguous(), device)
 
 
 def noisy_to_clean(visibility: Visibility) -> Intervals:
@@ -107,14 +107,15 @@ def _bounds(start: Tensor, full_start: Tensor, full_stop: Tensor, stop: Tensor) 
 def _documents_of(visibility: Visibility, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Positions [rows], and first position and end of each one's document [T, rows]."""
     position = positions(rows)
-    if visibility.document_id_BL is None:
+    layouts = visibility.document_layouts
+    if layouts is None:
         return (
             position,
             torch.zeros(1, len(position), dtype=torch.int64),
             torch.full((1, len(position)), visibility.length),
         )
     starts, stops = [], []
-    for ids_L in visibility.document_id_BL.tolist():
+    for ids_L in layouts:
         ends = torch.tensor(document_ends(ids_L))
         which = torch.searchsorted(ends, position, right=True)
         starts.append(torch.cat([torch.zeros(1, dtype=torch.int64), ends])[which])

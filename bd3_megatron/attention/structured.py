@@ -1,13 +1,9 @@
 """Attention of the pair of streams as unmasked rectangles on torch's own kernels: exact, with no mask tensor.
 
-Decides: `rectangles` cuts the visibility rule, `row_runs` lays the rows out, `partial` names the kernel and merges; this file
-runs them as one autograd node, so that the backward of every rectangle is given the merged output and statistics.
-Executes exactly the allowed pairs; every other cost is one re-ordering of the rows and about log2(blocks)/2 passes over
-the output for the merges. Saves for the backward what any flash attention saves: inputs, outputs, one statistic per row.
-Serves packed documents (any boundaries), context-parallel rows, absent streams, grouped queries; sequences of a batch that
-share a layout of documents are done together, others one after the other.
-Refuses dtypes and devices without a stock kernel, and documents in two places. Document ids on a GPU cost one host read
-per call: keep them on the host.
+`rectangles` cuts the visibility rule, `row_runs` lays the rows out, `partial` names the kernel and merges; this file runs
+them as one autograd node, so that the backward of every rectangle is given the merged output and statistics. Executes
+exactly the allowed pairs. Serves packed documents, context-parallel rows, absent streams and grouped queries; refuses dtypes
+and devices without a stock kernel, documents in two places, and on CUDA documents at all.
 Source: measured on CPU in tools/bench/results; see `partial` for why the partial gradients are exact.
 """
 
@@ -72,13 +68,20 @@ def attend(
     chosen = kernel if kernel is not None else next(iter(names), None)
     if chosen not in names:
         raise BackendError(_no_kernel(q.device.type, q.dtype, q.size(-1), kernel))
-    jobs = _jobs(visibility, q.size(0), _sequences_at_once(q, visibility))
+    at_once = _sequences_at_once(q, visibility)
+    jobs = visibility.table(("structured", q.size(0), at_once), lambda: _jobs(visibility, q.size(0), at_once))
     qkv = [t for s in (noisy, clean) for t in ((None,) * 3 if s is None else (s.q_BLNH, s.k_BLGH, s.v_BLGH))]
     return _Structured.apply(jobs, partial.KERNELS[chosen], scale, *qkv)
 
 
 def refuse(request: AttentionRequest) -> str | None:
     """Why this backend cannot serve the request, or None."""
+    if request.documents and request.device_type == "cuda":
+        # every sequence has its own rectangles: 1,261 kernels a layer forward and 2,355 backward were counted
+        return (
+            "structured attention launches thousands of small kernels a layer for packed documents, which leaves a GPU "
+            "idle; use flex or triton, or data.packing=wrap."
+        )
     return None if kernels(request) else _no_kernel(request.device_type, request.dtype, request.head_dim, None)
 
 
@@ -113,11 +116,11 @@ def _no_kernel(device_type: str, dtype: torch.dtype, head_dim: int, kernel: str 
 def _jobs(visibility: Visibility, batch: int, at_once: int) -> tuple[_Job, ...]:
     """Neighbouring sequences with the same documents, at most `at_once` together."""
     rows = (visibility.block_size, visibility.noisy_rows, visibility.clean_rows)
-    documents = visibility.document_id_BL
-    if documents is None:
+    layouts = visibility.document_layouts
+    if layouts is None:
         plans = [plan(*rows, (visibility.length,))] * batch
     else:
-        plans = [plan(*rows, document_ends(ids_L)) for ids_L in documents.tolist()]
+        plans = [plan(*rows, document_ends(ids_L)) for ids_L in layouts]
     edges = [b for b in range(1, batch) if plans[b] is not plans[b - 1]]
     runs = [(start, stop) for first, stop in pairwise((0, *edges, batch)) for start in range(first, stop, at_once)]
     return tuple(_Job(start, min(start + at_once, stop), plans[start]) for start, stop in runs)

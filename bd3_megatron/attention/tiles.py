@@ -31,8 +31,7 @@ def tile_table(visibility: Visibility, *, tile: int = TILE) -> tuple[Tensor, Ten
     Returns:
         partial, full: bool [B or 1, query tiles, key tiles], disjoint, on the CPU; B = 1 without documents.
     """
-    documents = visibility.document_id_BL
-    layouts: list[list[int] | None] = [None] if documents is None else documents.tolist()
+    layouts: Sequence[list[int] | None] = visibility.document_layouts or [None]
     tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     picked = []
     for ids_L in layouts:

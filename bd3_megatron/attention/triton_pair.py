@@ -1,20 +1,15 @@
 """Attention of the pair of streams by kernels of our own: noisy and clean queries share every load of clean keys.
 
-Decides: tile sizes, which streams a launch holds, and how a visibility becomes tables of intervals (`intervals`). One
-forward kernel for the pair, one backward kernel per query stream, one per key stream. Executes whole tiles only at the
-edge of what a row sees.
-Serves every visibility with contiguous documents, grouped queries without repeating keys, any strides.
-Refuses machines without CUDA and Triton, head sizes that are no power of two from 16 to 128, and fp64. fp32 is for the
-interpreter: on CUDA it is refused, because exact fp32 products take minutes to compile.
-NOT MEASURED on a GPU: Triton's interpreter agrees with the reference on the CPU, nothing more is known. `select` holds it
-against the reference on the machine at start-up and takes it only if it is right and the fastest.
+Chooses tile sizes and turns a visibility into tables of intervals (`intervals`); one forward kernel for the pair, one backward
+kernel a query stream, one a key stream. Serves every visibility with contiguous documents, grouped queries without repeating
+keys, any strides. Refuses machines without CUDA and Triton, head sizes that are no power of two from 16 to 128, fp32 on CUDA
+and fp64. NOT MEASURED on a GPU: Triton's interpreter agrees with the reference on the CPU, nothing more is known.
 Source: arXiv 2307.08691 (flash attention 2); the shared prefix loop is the project's own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -26,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from bd3_megatron.attention import intervals
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
-from bd3_megatron.attention.visibility import Rows, Visibility
+from bd3_megatron.attention.visibility import Visibility, shipped
 from bd3_megatron.errors import BackendError
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -74,6 +69,7 @@ def refuse(request: AttentionRequest) -> str | None:
     """Why these kernels cannot serve the request, or None."""
     if request.device_type != "cuda":
         return f"the triton backend needs a CUDA device, not {request.device_type!r}; use structured."
+    # exact fp32 products take minutes to compile; the interpreter on CPU does use them
     if request.dtype == torch.float32:
         return "the triton backend compiles for minutes in fp32; use bfloat16 or float16, or structured."
     return _refusal(request.dtype, request.head_dim)
@@ -112,23 +108,8 @@ class Tables:
 
 
 def tables(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables:
-    """The tables of a visibility; remembered per shape, with documents per batch (by identity of the visibility)."""
-    if visibility.document_id_BL is not None:
-        return _packed_tables(visibility, tiles, device)
-    rows = (visibility.noisy_rows, visibility.clean_rows, visibility.clean_key_rows)
-    return _shape_tables(visibility.block_size, visibility.length, rows, tiles, device)
-
-
-@lru_cache(maxsize=32)
-def _shape_tables(
-    block_size: int, length: int, rows: tuple[Rows, Rows, Rows], tiles: Tiles, device: torch.device
-) -> Tables:
-    return _build(Visibility(block_size, length, *rows), tiles, device)
-
-
-@lru_cache(maxsize=4)
-def _packed_tables(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables:
-    return _build(visibility, tiles, device)
+    """The tables of a visibility, which remembers them."""
+    return visibility.table(("triton", tiles, device), lambda: _build(visibility, tiles, device))
 
 
 def _build(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables:
@@ -142,11 +123,11 @@ def _build(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables
         if not some:
             return torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
         bounds = intervals.bounds_of_queries(some, row_tile=tiles.rows, key_tile=tiles.keys)
-        return bounds.to(torch.int32).contiguous().to(device)
+        return shipped(bounds.to(torch.int32).contiguous(), device)
 
     def keys(run: intervals.Intervals, num_keys: int) -> Tensor:
         bounds = intervals.bounds_of_keys(run, num_keys, row_tile=tiles.rows, key_tile=tiles.keys)
-        return bounds.to(torch.int32).contiguous().to(device)
+        return shipped(bounds.to(torch.int32).contiguous(), device)
 
     return Tables(
         tiles=tiles,

@@ -1,22 +1,18 @@
-"""The visibility rule: who may see whom in the pair [noisy; clean], and across documents. Written once, here.
+"""The visibility rule: who may see whom in the pair [noisy; clean], and across documents.
 
-Every sequence is there twice: noisy rows (partly masked, they carry the loss) and clean rows (their context). With
-b = position // S the block of a row:
-    noisy -> noisy   same block               (a block is denoised as one)
-    noisy -> clean   key block <  query block (the past, unmasked)
-    clean -> clean   key block <= query block (block-causal; S = 1 is causal)
-    clean -> noisy   never                    (or the context would depend on the draw)
-and, where documents are given, only inside one document: two positions of one block in different documents do not see
-each other. The dense mask, FlexAttention's mask and tile table, the structured backend and the FLOP counts derive from
-`sees` and `Visibility`.
-Refuses: a length that is no multiple of S, rows out of range, a noisy block cut in two, queries whose keys are absent.
-Costs: `mask` is as large as queries x keys; only the reference and tests should ask for it.
+Training's statement of the rule is `sees`, and `Visibility` is the rule for the rows that one rank holds. The tables of the
+backends (`tiles`, `intervals`, `rectangles`) reach the same answers by arithmetic and tests hold them to `sees`; so is the
+second, independent statement that travels with an exported model. Refuses rows out of range, a noisy block cut in two,
+missing keys, and document ids that are not on the host.
 Source: BD3-LM (arXiv 2503.09573), vectorised training; models/dit.py of kuleshov-group/bd3lms, block_diff_mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +20,7 @@ from torch import Tensor
 from bd3_megatron.errors import RangeError, ShapeError, check_multiple
 
 Rows = tuple[tuple[int, int], ...]
+Table = TypeVar("Table")
 
 
 def sees(
@@ -36,6 +33,10 @@ def sees(
     k_document: Tensor | None = None,
 ) -> Tensor:
     """Whether a query row sees a key row. Everything broadcasts.
+
+    noisy -> noisy: the same block, which is denoised as one. noisy -> clean: blocks before its own. clean -> clean: blocks
+    up to its own (S = 1 is causal). clean -> noisy: never, or the context would depend on the draw. With documents only
+    inside one document, also where two of them share a block.
 
     Args:
         q_is_noisy, k_is_noisy: bool, or bool tensor: the half the row belongs to.
@@ -76,7 +77,8 @@ class Visibility:
     clean_key_rows: Rows
     """Half-open ranges of positions whose clean keys are here; = clean_rows unless gathered by context parallelism."""
     document_id_BL: Tensor | None = None
-    """int [B, L], the document of every position of the whole sequence; None = all one document."""
+    """int [B, L] on the host, the document of every position of the whole sequence; None = all one document."""
+    _tables: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_multiple("length", self.length, "block_size", self.block_size)
@@ -96,6 +98,9 @@ class Visibility:
             raise ShapeError(
                 f"document_id_BL is {documents.dtype} {list(documents.shape)}; expected integers [any, {self.length}]."
             )
+        # ids on a GPU would be read back by every layer, and the host would wait for the device each time
+        if documents is not None and documents.device.type != "cpu":
+            raise ShapeError(f"document_id_BL is on {documents.device}; keep document ids on the host (cpu).")
 
     @classmethod
     def pair(cls, length: int, block_size: int, documents: Tensor | None = None) -> Visibility:
@@ -113,6 +118,27 @@ class Visibility:
         """Clean rows alone, block-causal: inference, and with block_size = 1 the autoregressive baseline."""
         rows = ((0, length),)
         return cls(block_size, length, (), rows, rows, documents)
+
+    def table(self, name: Hashable, build: Callable[[], Table]) -> Table:
+        """What a backend derives from this visibility, built when first asked for and kept as long as the visibility.
+
+        Args:
+            name: of the table; whatever it depends on beside the visibility is part of it.
+            build: makes the table.
+        """
+        if name not in self._tables:
+            self._tables[name] = build()
+        return self._tables[name]  # type: ignore[return-value]
+
+    @cached_property
+    def without_clean_queries(self) -> Visibility:
+        """Noisy rows alone ask, of the same keys: the last layer, and every noisy view but the first."""
+        return replace(self, clean_rows=())
+
+    @cached_property
+    def document_layouts(self) -> list[list[int]] | None:
+        """Document ids of every sequence as plain numbers, or None without documents."""
+        return None if self.document_id_BL is None else self.document_id_BL.tolist()
 
     def block_of(self, position: Tensor) -> Tensor:
         """The diffusion block of positions (int tensor in [0, L))."""
@@ -178,3 +204,11 @@ def positions(rows: Rows, device: torch.device | str = "cpu") -> Tensor:
 def num_rows(rows: Rows) -> int:
     """How many positions a list of half-open ranges holds."""
     return sum(stop - start for start, stop in rows)
+
+
+def shipped(table: Tensor, device: torch.device) -> Tensor:
+    """A table made on the host, on `device`; the host does not wait for the device."""
+    if device.type == "cpu":
+        return table
+    # from pageable memory the copy would first let the device finish all that it was given
+    return table.pin_memory().to(device, non_blocking=True)

@@ -9,7 +9,6 @@ no mask over rows x rows is ever made here.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ class CoreAttention(nn.Module):
         """
         visibility = self.context.layout.visibility(document_id_BL)
         if self.context.layout.num_noisy:
-            visibility = replace(visibility, clean_rows=())
+            visibility = visibility.without_clean_queries
         present = [out for out in self._attend(query, key, value, visibility) if out is not None]
         return present[0].transpose(0, 1).flatten(2)
 
@@ -136,8 +135,8 @@ class CoreAttention(nn.Module):
             return out, out_clean
         # further views have no clean queries of their own: they bring their noisy rows to the same clean keys
         keys_only = Stream(clean.q_BLNH[:, :0], clean.k_BLGH, clean.v_BLGH)
-        noisy_alone = replace(visibility, clean_rows=())
-        outs = [out, *(self.context.attend(view, keys_only, noisy_alone, scale=self.scale)[0] for view in noisy[1:])]
+        alone = visibility.without_clean_queries
+        outs = [out, *(self.context.attend(view, keys_only, alone, scale=self.scale)[0] for view in noisy[1:])]
         return torch.cat([one for one in outs if one is not None], dim=1), out_clean
 
 

@@ -28,7 +28,7 @@ class PairBatch:
     position_PB: Tensor
     """Rotary positions: int64 [P], or [P, B] where they restart at documents."""
     document_id_BL: Tensor | None
-    """int64 [B, L] of the whole sequences, or None."""
+    """int64 [B, L] of the whole sequences, on the host, or None."""
     loss_row_R: Tensor
     """int64 index of each loss row in its stream, flattened as row x B + sample."""
     target_R: Tensor
@@ -47,9 +47,11 @@ class PairBatch:
         return self.token_BP.shape[0]
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same batch on `device`."""
+        """The same batch on `device`, but for the document ids, which attention reads on the host."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "document_id_BL"
         }
         return replace(self, **moved)
 

@@ -60,7 +60,17 @@ class PairLayout:
         return torch.cat([positions(self.noisy_rows).repeat(self.views), positions(self.clean_rows)])
 
     def visibility(self, document_id_BL: Tensor | None = None) -> Visibility:
-        """The visibility rule over these rows; documents are those of the whole sequences, [B, L]."""
+        """The visibility rule over these rows; documents are those of the whole sequences, [B, L].
+
+        Without documents it is one object for the life of the layout, and so are the tables that backends keep with it.
+        """
+        return self._without_documents if document_id_BL is None else self._visibility(document_id_BL)
+
+    @cached_property
+    def _without_documents(self) -> Visibility:
+        return self._visibility(None)
+
+    def _visibility(self, document_id_BL: Tensor | None) -> Visibility:
         return Visibility(
             self.block_size, self.length, self.noisy_rows, self.clean_rows, self.clean_key_rows, document_id_BL
         )

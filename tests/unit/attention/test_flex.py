@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,12 +83,54 @@ def test_the_rule_inside_the_kernel_is_the_rule_of_sight(length: int, block_size
         assert torch.equal(allowed, mask_BQK)
 
 
-def test_the_table_is_built_once_per_shape_and_once_per_batch_of_documents() -> None:
-    first, again = (flex.block_mask(Visibility.pair(256, 16), CPU) for _ in range(2))
-    assert first is again
-    packed = Visibility.pair(256, 16, random_documents(256, 1))
-    assert flex.block_mask(packed, CPU) is flex.block_mask(packed, CPU)
-    assert flex.block_mask(Visibility.pair(256, 16, random_documents(256, 1)), CPU) is not flex.block_mask(packed, CPU)
+def test_a_visibility_keeps_its_table() -> None:
+    for documents in (None, random_documents(256, 1)):
+        visibility = Visibility.pair(256, 16, documents)
+        assert flex.block_mask(visibility, CPU) is flex.block_mask(visibility, CPU)
+        assert flex.block_mask(Visibility.pair(256, 16, documents), CPU) is not flex.block_mask(visibility, CPU)
+
+
+class Graphs:
+    """A compiler for torch.compile that counts graphs and their fused calls, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.fused_calls: list[int] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+        nodes = list(module.graph.nodes)
+        self.fused_calls.append(sum("FlexAttentionHOP" in type(node.target).__name__ for node in nodes))
+        outputs = nodes[-1].args[0]
+        return lambda *_: [
+            output.meta["example_value"].new_zeros(output.meta["example_value"].shape) for output in outputs
+        ]
+
+
+def test_new_documents_need_no_new_graph_and_a_new_block_size_needs_one() -> None:
+    graphs = Graphs()
+    for block_size in (4, 8):
+        for documents in (None, random_documents(32, 1), random_documents(32, 2)):
+            p = problem(Visibility.pair(32, block_size, documents), head_dim=16)
+            with torch.no_grad():
+                outputs(partial(flex.attend, call=flex.compiled(graphs)), p)
+    assert graphs.fused_calls == [1, 1, 1, 1]
+
+
+def test_beyond_the_limit_of_graphs_is_an_error_and_never_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "MAX_GRAPHS", 2)
+    call = flex.compiled(graphs := Graphs())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block_size in (1, 2, 4):
+            p = problem(Visibility.pair(32, block_size), head_dim=16)
+            if block_size < 4:
+                outputs(partial(flex.attend, call=call), p)
+                continue
+            with pytest.raises(
+                BackendError,
+                match=r"more than 2 compiled graphs \(this call: length=32, block_size=4\).*unfused; use fewer",
+            ):
+                outputs(partial(flex.attend, call=call), p)
+    assert graphs.fused_calls == [1, 1]
 
 
 def test_training_on_cpu_is_refused() -> None:

@@ -148,3 +148,14 @@ def test_optional_packages_are_detected_not_required() -> None:
     found = select.optional_packages()
     assert set(found) == {"triton", "flash-attn", "flash-attn-4", "transformer-engine"}
     assert all(version is None or isinstance(version, str) for version in found.values())
+
+
+@pytest.mark.usefixtures("hopper")
+def test_structured_attention_leaves_packed_documents_on_a_gpu_to_others() -> None:
+    able = {"measure": lambda *_: 1.0, "compare": lambda *_: 0.0}
+    with pytest.raises(
+        BackendError, match="thousands of small kernels a layer for packed documents.*use flex or triton"
+    ):
+        choose("structured", replace(CUDA, documents=True), **able)
+    assert not choose("auto", replace(CUDA, documents=True), **able).label.startswith("structured")
+    assert structured.refuse(replace(CPU, documents=True)) is None

@@ -49,9 +49,11 @@ def test_tables_have_a_row_for_every_row_and_a_turn_for_every_tile() -> None:
     assert all(t.dtype == torch.int32 for t in vars(table).values() if isinstance(t, torch.Tensor))
 
 
-def test_tables_are_built_once_per_shape() -> None:
-    first, again = (triton_pair.tables(Visibility.pair(64, 4), Tiles(), CPU) for _ in range(2))
+def test_a_visibility_keeps_its_tables() -> None:
+    visibility = Visibility.pair(64, 4)
+    first, again = (triton_pair.tables(visibility, Tiles(), CPU) for _ in range(2))
     assert first is again and not first.packed
+    assert triton_pair.tables(visibility, Tiles(keys=32), CPU) is not first
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(24, 3), (16, 16)])

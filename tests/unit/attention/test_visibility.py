@@ -120,3 +120,18 @@ def test_what_breaks_the_law_is_refused() -> None:
         Visibility.pair(32, 4, torch.zeros(2, 16, dtype=torch.int64))
     with pytest.raises(ShapeError, match=r"document_id_BL is torch.float32"):
         Visibility.pair(32, 4, torch.zeros(2, 32))
+
+
+def test_document_ids_stay_on_the_host() -> None:
+    with pytest.raises(ShapeError, match=r"document_id_BL is on meta; keep document ids on the host \(cpu\)\."):
+        Visibility.pair(32, 4, torch.zeros(1, 32, dtype=torch.int64, device="meta"))
+
+
+def test_a_table_is_made_once_and_belongs_to_its_visibility() -> None:
+    visibility, made = Visibility.pair(32, 4), []
+    for name in ("a", "a", "b"):
+        visibility.table(name, lambda: made.append(0) or len(made))
+    assert len(made) == 2
+    alone = visibility.without_clean_queries
+    assert alone is visibility.without_clean_queries and alone.clean_rows == () and alone.noisy_rows == ((0, 32),)
+    assert alone.table("a", lambda: "its own") == "its own"

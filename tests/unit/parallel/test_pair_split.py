@@ -79,3 +79,10 @@ def test_slices_that_cut_a_block_are_refused(block_size: int) -> None:
     sentence = rf"^cp=2 cuts seq_len=48 into slices of 12, not a multiple of block_size={block_size}; use a cp that"
     with pytest.raises(GridError, match=sentence):
         pair_layout(length=LENGTH, block_size=block_size, objective="block", cp=2)
+
+
+def test_without_documents_every_call_gets_one_visibility() -> None:
+    layout = pair_layout(length=16, block_size=4, objective="block")
+    assert layout.visibility() is layout.visibility(None)
+    documents = torch.zeros(1, 16, dtype=torch.int64)
+    assert layout.visibility(documents) is not layout.visibility(documents)
