@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bd3_megatron import __version__
-from bd3_megatron.errors import BD3Error
+from bd3_megatron.errors import BD3Error, sentence
 
 INTERRUPTED = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(error: BD3Error, where: str = "") -> None:
     """Print an error as the one line users read."""
-    print(f"bd3: error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"bd3: error: {where}{sentence(error)}", file=sys.stderr, flush=True)
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 SHOWN_CHARACTERS = 80
 """A value or path that a sentence repeats is cut to this length: the sentence must stay readable."""
+SENTENCE_CHARACTERS = 600
+"""A message is never longer, whatever it repeats."""
 LISTED_OPTIONS = 24
 """A sentence that names the legal values names at most this many."""
 LARGEST_FACTORED = 10**12
@@ -155,13 +157,18 @@ def shown(value: object) -> str:
     return cut(text)
 
 
-def cut(text: str) -> str:
-    """A text or path in one line of at most 80 characters, the middle left out."""
+def cut(text: str, characters: int = SHOWN_CHARACTERS) -> str:
+    """A text or path in one line of at most so many characters, the middle of a long one left out."""
     line = " ".join(text.split())
-    if len(line) <= SHOWN_CHARACTERS:
+    if len(line) <= characters:
         return line
-    half = (SHOWN_CHARACTERS - 3) // 2
+    half = (characters - 3) // 2
     return f"{line[:half]}...{line[-half:]}"
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error as programs print it: one line of at most 600 characters."""
+    return cut(str(error), SENTENCE_CHARACTERS)
 
 
 class LeakError(BD3Error):

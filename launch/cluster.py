@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
 from bd3_megatron.config.load import build
-from bd3_megatron.config.ranges import Range
-from bd3_megatron.errors import ConfigError, LaunchError
+from bd3_megatron.config.ranges import FilePath, Range
+from bd3_megatron.config.yaml_file import read_yaml
+from bd3_megatron.errors import ConfigError, LaunchError, cut, shown
 from bd3_megatron.planner.machines import ClusterFile
 
 
@@ -66,11 +65,11 @@ class ClusterProfile:
     """`module load` these."""
     setup: tuple[str, ...] = ()
     """Shell lines run on the first node before the ranks start."""
-    environment_file: str | None = None
+    environment_file: Annotated[str, FilePath()] | None = None
     """A file of export lines that is sourced (secrets such as a tracker's key belong there, not here)."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of every rank; they win over launch/env.py's table."""
-    python: str | None = None
+    python: Annotated[str, FilePath()] | None = None
     """Interpreter on the nodes; None: the one that submits."""
     planner_gpu: str | None = None
     """Device as tools/plan.py names it (a100-80g, h100-sxm, ...); None: no speed is predicted."""
@@ -97,16 +96,10 @@ def load_cluster(path: Path, changes: Mapping[str, Any] | None = None) -> Cluste
         ConfigError: missing file, unknown or missing key, wrong type, a number outside its range.
         LaunchError: no ranks, or times that cannot hold a save.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"cluster profile '{path}' does not exist; copy one of configs/cluster/ and name your partition."
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = " ".join(str(error).split())
-        raise ConfigError(f"cluster profile '{path}' is not valid YAML ({first_line}); mend that line.") from error
-    profile: ClusterProfile = build(ClusterProfile, {**(tree or {}), **(changes or {})}, where="cluster")
+    tree = read_yaml(path, "cluster profile", "a copy of one of configs/cluster/ that names your partition") or {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"cluster profile '{cut(str(path))}' holds {shown(tree)}, not keys; see configs/cluster/.")
+    profile: ClusterProfile = build(ClusterProfile, tree | dict(changes or {}), where="cluster")
     check_cluster(profile)
     return profile
 

@@ -20,7 +20,8 @@ from typing import NoReturn
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BD3Error, LaunchError
+from bd3_megatron.config.validate_run import refuse_without_held_out
+from bd3_megatron.errors import BD3Error, ConfigError, LaunchError, cut, sentence
 from launch.env import rank_settings, visible_gpus
 
 HOLDER = "bd3_megatron.train.local_ranks"
@@ -51,6 +52,7 @@ def plan(config_path: str, overrides: Sequence[str], environ: Mapping[str, str])
     ranks, gpus = config.parallel.world_size(), visible_gpus(environ)
     check_gpus(ranks, gpus)
     check_run_folder(config)
+    check_training_data(config)
     command = [sys.executable, "-m", HOLDER, "--ranks", str(ranks)]
     if gpus:
         command.append("--gpu")
@@ -78,11 +80,29 @@ def check_run_folder(config: Config) -> None:
         LaunchError: a part of the path is a file, or the nearest folder that exists is not writable.
     """
     folder = Path(config.run.dir).absolute()
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    said = f"run.dir={cut(config.run.dir)}"
+    # os.path.exists says no where a part of the path may not be entered; the part before it is then the nearest
+    nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not nearest.is_dir():
-        raise LaunchError(f"run.dir={config.run.dir}: '{nearest}' is a file; give a folder.")
+        raise LaunchError(f"{said}: '{cut(str(nearest))}' is a file; give a folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise LaunchError(f"run.dir={config.run.dir}: '{nearest}' is not writable; give a folder you may write to.")
+        raise LaunchError(f"{said}: '{cut(str(nearest))}' is not writable; give a folder you may write to.")
+
+
+def check_training_data(config: Config) -> None:
+    """Refuse a configuration that names no data, or a prepared folder here that lacks what is asked of it.
+
+    Raises:
+        ConfigError: nothing to train on, or an evaluation without held-out rows. A folder that only the ranks see passes.
+    """
+    data = config.data
+    if data.path is None and not data.mixtures:
+        if not data.text:
+            raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
+        return
+    folder = Path(data.path or data.mixed_folders[0])
+    if (folder / "train").is_dir() and not (folder / "valid").is_dir():
+        refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
 
 
 def start(config_path: str, overrides: Sequence[str]) -> NoReturn:
@@ -108,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start(arguments[0], arguments[1:])
     except BD3Error as error:
-        print(f"bd3: error: {error}", file=sys.stderr)
+        print(f"bd3: error: {sentence(error)}", file=sys.stderr)
         return error.exit_code
 
 

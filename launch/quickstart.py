@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BD3Error, ConfigError, LaunchError
+from bd3_megatron.errors import BD3Error, ConfigError, LaunchError, sentence
 from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_steps(quickstart)
         print(summary(quickstart, time.monotonic() - started))
     except BD3Error as error:
-        print(f"quickstart: error: {error}", file=sys.stderr)
+        print(f"quickstart: error: {sentence(error)}", file=sys.stderr)
         return error.exit_code
     except StepFailed as failed:
         return failed.code

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bd3_megatron.config.load import load_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BD3Error, GridError, LaunchError
+from bd3_megatron.errors import BD3Error, GridError, LaunchError, sentence
 from launch.batch_script import Job, render
 from launch.cluster import ClusterProfile, load_cluster
-from launch.local import check_run_folder
+from launch.local import check_run_folder, check_training_data
 from launch.prediction import prediction_lines
 from launch.submission import with_absolute_paths, write_submission
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         submit(submission, typed)
     except BD3Error as error:
-        print(f"slurm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"slurm: error: {sentence(error)}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # the reader of --dry-run (head, less) is gone
@@ -122,6 +122,7 @@ def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
     for config in configs:
         validate(config, world_size=nodes * profile.ranks)
         check_run_folder(config)
+        check_training_data(config)
     run_dir = Path(main_config.run.dir)
     job = Job(
         name=options.name or f"bd3-{run_dir.name}",

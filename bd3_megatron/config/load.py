@@ -18,11 +18,13 @@ from typing import Any
 
 import yaml
 
-from bd3_megatron.config.ranges import check_range, range_of
 from bd3_megatron.config.schema import Config
+from bd3_megatron.config.yaml_file import DEEPEST, parse_yaml, read_yaml
 from bd3_megatron.errors import ConfigError, cut, either, shown
 from bd3_megatron.files import write_text
 
+MOST_BASES = 10
+"""Files that name each other as base, one after another."""
 _WORDS: Mapping[type, str] = types.MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 )
@@ -83,25 +85,20 @@ def _plain(value: Any) -> Any:
 
 
 def _read_tree(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(
-            f"config file '{path}' does not exist; give the path of a YAML file such as configs/debug_cpu.yaml."
-        )
+    tree = read_yaml(path, "config file", "the path of a YAML file such as configs/debug_cpu.yaml")
+    named = f"config file '{cut(str(path))}'"
     if path.resolve() in parents:
-        raise ConfigError(f"config file '{path}' names itself as its base; remove the `base:` line from one of them.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file '{path}' cannot be read ({error.strerror}); check its permissions.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).replace("\n", " ")
-        raise ConfigError(f"config file '{path}' is not valid YAML ({first_line}); mend that line.") from error
+        raise ConfigError(f"{named} names itself as its base; remove the `base:` line from one of them.")
+    if len(parents) >= MOST_BASES:
+        raise ConfigError(f"{named} is the base of {len(parents)} files in a row; join some of them.")
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file '{path}' holds no sections; it must map section names to keys.")
+        raise ConfigError(f"{named} holds no sections; it must map section names to keys.")
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read_tree(path.parent / str(base), (*parents, path.resolve())), tree)
+    if not isinstance(base, str):
+        raise ConfigError(f"{named} has base={shown(base)}; give the path of one YAML file, relative to this one.")
+    return _merge(_read_tree(path.parent / base, (*parents, path.resolve())), tree)
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,22 +112,19 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     parts = name.split(".")
-    if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(
-            f"override '{override}' is not of the form section.key=value; write for example parallel.tp=2."
-        )
+    said = f"override '{cut(override)}'"
+    # no key lies deeper than YAML may be nested
+    if not equals or not 2 <= len(parts) <= DEEPEST or not all(parts):
+        raise ConfigError(f"{said} is not of the form section.key=value; write for example parallel.tp=2.")
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override '{override}': '{part}' is a value, not a section; write section.key=value.")
+            raise ConfigError(f"{said}: '{cut(part)}' is a value, not a section; write section.key=value.")
         node = child
-    try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}' has a value that is not YAML; quote it.") from error
+    node[parts[-1]] = parse_yaml(text, said)
 
 
 def build(cls: type, tree: Any, where: str) -> Any:
@@ -170,9 +164,9 @@ def _unknown(prefix: str, key: str, known: list[str]) -> str:
 def _typed(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        typed, legal = _typed(value, args[0], where), range_of(hint)
-        if legal is not None:
-            check_range(typed, legal, where)
+        typed = _typed(value, args[0], where)
+        for law in args[1:]:
+            law.check(typed, where)
         return typed
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -188,7 +182,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={shown(value)} is not a mapping; give keys and values.")
-        return {str(k): _typed(v, args[1], f"{where}.{cut(str(k))}") for k, v in value.items()}
+        return {_typed(k, args[0], where): _typed(v, args[1], f"{where}.{cut(str(k))}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     return _typed_scalar(value, hint, where)

@@ -1,6 +1,6 @@
 """Legal values of a field, declared beside it: `Annotated[int, Range(1, 64)]`, also inside tuples, mappings and options.
 
-`config/load.py` checks every value that it types, so a file, an override and a stored configuration obey the same ranges.
+`config/load.py` checks every value that it types, so a file, an override and a stored configuration obey the same laws.
 Both ends of every range are finite: no value makes the arithmetic of a launcher overflow or hang.
 """
 
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.errors import ConfigError, shown
+
+LONGEST_PATH_BYTES = 4000
+"""Linux takes 4096, and files are made below a folder that is named here."""
+LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,50 @@ class Range:
         upper = f"{_short(self.upper)}{')' if self.open_upper else ']'}"
         return f"{'0 or ' if self.or_zero else ''}{lower}, {upper}{', even' if self.even else ''}"
 
-    def remedy(self, kind: type) -> str:
-        """What to give instead, in words.
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a number outside the range; a value that is no number passes.
 
-        Args:
-            kind: int or float.
+        Raises:
+            ConfigError: "optim.min_lr_ratio=-1.0 is outside [0, 1]; give a number of at least 0 and at most 1."
         """
+        if isinstance(value, bool) or not isinstance(value, int | float) or self.holds(value):
+            return
+        raise ConfigError(f"{where}={shown(value)} is outside {self}; {self._remedy(type(value))}.")
+
+    def _remedy(self, kind: type) -> str:
         noun = "an even number" if self.even else "a whole number" if kind is int else "a number"
         lower = f"{'above' if self.open_lower else 'of at least'} {_short(self.lower)}"
         upper = f"{'below' if self.open_upper else 'at most'} {_short(self.upper)}"
         return f"give {'0 or ' if self.or_zero else ''}{noun} {lower} and {upper}"
 
 
-def range_of(hint: Any) -> Range | None:
-    """The range that an annotation declares for itself (not for what it contains)."""
-    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)), None)
+@dataclass(frozen=True)
+class FilePath:
+    """A path as a program opens it: nothing replaces ~ or variables in it."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse a text that cannot be a path.
+
+        Raises:
+            ConfigError: empty, with a leading ~, with control characters, or too long for a file system.
+        """
+        if not value:
+            raise ConfigError(f"{where}='' is empty; give a path, or leave the key out.")
+        if value.startswith("~"):
+            raise ConfigError(
+                f"{where}={shown(value)} begins with ~, which only a shell replaces; write the whole path ($HOME/... in a shell)."
+            )
+        if any(ord(character) < 32 or ord(character) == 127 for character in value):
+            raise ConfigError(f"{where}={shown(value)} holds a control character, such as a line break; remove it.")
+        if len(value.encode("utf-8", "replace")) > LONGEST_PATH_BYTES or _longest_name(value) > LONGEST_NAME_BYTES:
+            raise ConfigError(
+                f"{where}={shown(value)} is too long for a file system: {LONGEST_PATH_BYTES} bytes, {LONGEST_NAME_BYTES} "
+                "between two slashes; shorten it."
+            )
 
 
-def check_range(value: Any, legal: Range, where: str) -> None:
-    """Refuse a number outside its range; a value that is no number passes.
-
-    Raises:
-        ConfigError: "optim.min_lr_ratio=-1.0 is outside [0, 1]; give a number of at least 0 and at most 1."
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or legal.holds(value):
-        return
-    raise ConfigError(f"{where}={shown(value)} is outside {legal}; {legal.remedy(type(value))}.")
+def _longest_name(path: str) -> int:
+    return max(len(name.encode("utf-8", "replace")) for name in path.split("/"))
 
 
 def _short(number: float) -> str:

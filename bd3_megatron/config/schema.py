@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from bd3_megatron.config.ranges import Range
+from bd3_megatron.config.ranges import FilePath, Range
 
 MIN_T = 1e-3
 """Smallest noise level, as in the paper: every loss weight diverges at 0."""
@@ -22,11 +22,12 @@ MOST_TOKENS = 10**18
 Weight = Annotated[float, Range(0, 1e9)]
 NoiseLevel = Annotated[float, Range(MIN_T, 1)]
 Decay = Annotated[float, Range(0, 1, open_upper=True)]
+PathText = Annotated[str, FilePath()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    dir: str
+    dir: PathText
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs. Relative paths are relative to the caller."""
     seed: Annotated[int, Range(0, 2**48 - 1)] = 1
     """Seeds initial weights, data order and noise; each draws from its own purpose of the counter-based generator."""
@@ -84,7 +85,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    mixture: dict[str, Weight]
+    mixture: dict[PathText, Weight]
     """Prepared folders with their weights in this stage; a folder that other stages name has weight 0 here."""
     steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
     """Length in optimizer steps; the last stage may leave both out and holds to the end."""
@@ -110,7 +111,7 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    dataset: str
+    dataset: PathText
     """Dataset file, folder or hub name, read as a stream and tokenised while training."""
     name: str | None = None
     """Configuration of the dataset, where it has several."""
@@ -134,12 +135,12 @@ class StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str | None = None
+    path: PathText | None = None
     """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); None: made from `text` under run.dir/data.
     With mixture, stages or stream it gives tokenizer and held-out rows only."""
-    text: tuple[str, ...] = ()
+    text: tuple[PathText, ...] = ()
     """Text files or folders to prepare when path is None; `builtin:python-docs` is text every Python has."""
-    tokenizer: str = "bytes"
+    tokenizer: PathText = "bytes"
     """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
     tokenizer_vocab_size: Annotated[int, Range(2, 1e7)] = 2048
     """With a trained tokenizer: its number of pieces."""
@@ -153,7 +154,7 @@ class DataConfig:
     """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
     shuffle: bool = True
     """Permute samples anew in every epoch (a stateless bijection of the sample number)."""
-    mixture: dict[str, Weight] = field(default_factory=dict)
+    mixture: dict[PathText, Weight] = field(default_factory=dict)
     """Prepared folders with their weights, to train on instead of path's train/. Name new ones last when resuming."""
     stages: tuple[StageConfig, ...] = ()
     """Curriculum of mixtures, instead of `mixture`: all lengths in steps, or all in tokens."""
@@ -289,7 +290,7 @@ class TrainConfig:
     """A loss above this multiple of the recent steps' median is a spike (ZeRO 1 only); 0: nobody looks."""
     spike_action: Literal["skip", "rollback"] = "skip"
     """skip: leave the batch out. rollback: return to the newest checkpoint and go on behind the batch."""
-    stop_file: str | None = None
+    stop_file: PathText | None = None
     """Training saves and stops when this file appears."""
 
 

@@ -5,8 +5,6 @@ All of it is arithmetic on the configuration of a run that begins at step 0. Tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from bd3_megatron.config.budget import samples_before, steps_for_tokens, total_steps
 from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.errors import ConfigError
@@ -71,21 +69,33 @@ def _budget(config: Config) -> str:
     return f"train.tokens={train.tokens}" if train.steps is None else f"train.steps={train.steps}"
 
 
-def _check_held_out(config: Config) -> None:
-    """An evaluation or a search needs held-out rows; text that this run prepares itself has those that it holds out."""
-    data, evaluate = config.data, config.evaluate
-    asked = {
+def refuse_without_held_out(config: Config, why: str) -> None:
+    """Refuse an evaluation or a search where no rows are held out.
+
+    Args:
+        config: what is asked for.
+        why: begins the sentence, for example "data.valid_fraction=0.0 holds no text out".
+
+    Raises:
+        ConfigError: something is asked for that needs held-out rows.
+    """
+    evaluate = config.evaluate
+    asked: dict[str, int | bool] = {
         "evaluate.every_steps": evaluate.every_steps,
         "evaluate.at_start_and_end": evaluate.at_start_and_end,
         "diffusion.search_every_steps": config.diffusion.search_every_steps,
     }
-    wanted: Sequence[str] = [f"{name}={value}" for name, value in asked.items() if value]
-    is_prepared_here = data.path is None and not data.mixtures and bool(data.text)
-    if wanted and is_prepared_here and data.valid_fraction == 0:
-        raise ConfigError(
-            f"data.valid_fraction=0.0 holds no text out, and {wanted[0]} needs held-out rows; give for example "
-            f"data.valid_fraction=0.05, or set {wanted[0].partition('=')[0]} to {'false' if wanted[0].endswith('True') else 0}."
-        )
+    for name, value in asked.items():
+        if value:
+            off = "false" if value is True else "0"
+            raise ConfigError(f"{why}, and {name}={value} needs held-out rows; hold some out, or set {name} to {off}.")
+
+
+def _check_held_out(config: Config) -> None:
+    data = config.data
+    is_prepared_by_the_run = data.path is None and not data.mixtures and bool(data.text)
+    if is_prepared_by_the_run and data.valid_fraction == 0:
+        refuse_without_held_out(config, "data.valid_fraction=0.0 holds no text out")
 
 
 def _check_search(config: Config) -> None:

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.detokenizers import detokenizer
 from bd3_megatron.data.prepare import PrepareRequest
 from bd3_megatron.data.sources import BuiltinText, Source, TextFiles
 from bd3_megatron.errors import ConfigError
-from bd3_megatron.files import reason_of
 
 _DATASET_KEYS = (
     "dataset",
@@ -77,14 +75,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: see the module's refusals.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"recipe {path} cannot be read ({reason_of(error)}); see configs/data for those there are."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML ({str(error).splitlines()[0]}); mend it.") from error
+    content = read_yaml(path, "recipe", "one of configs/data")
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path} holds no keys; see configs/data for examples.")
     _check_keys(content, [f.name for f in fields(Recipe)], str(path))

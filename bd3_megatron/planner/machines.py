@@ -14,10 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-import yaml
-
 from bd3_megatron.config.load import build
 from bd3_megatron.config.ranges import Range
+from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.errors import ConfigError, either
 
 GIB = 2**30
@@ -166,13 +165,7 @@ def read_cluster(path: Path) -> ClusterFile:
     Raises:
         ConfigError: missing file, YAML that does not parse, unknown key, wrong type.
     """
-    if not path.is_file():
-        raise ConfigError(f"cluster file '{path}' does not exist; give a YAML file with keys such as gpus_per_node.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        first_line = str(error).replace("\n", " ")
-        raise ConfigError(f"cluster file '{path}' is not valid YAML ({first_line}); mend that line.") from error
+    tree = read_yaml(path, "cluster file", "a YAML file with keys such as gpus_per_node")
     cluster = build(ClusterFile, tree, where="")
     return cluster if isinstance(cluster, ClusterFile) else ClusterFile()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from bd3_megatron.checkpoint.layout import candidates
 from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
 from bd3_megatron.config.validate import block_sizes
+from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.loader import BatchLoader, BatchSource, TokenDataset
@@ -31,7 +32,7 @@ from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.stream_lane import StreamPlan
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
-from bd3_megatron.errors import ConfigError, TokenizerError
+from bd3_megatron.errors import ConfigError, TokenizerError, cut
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
 
@@ -167,12 +168,15 @@ def open_data(config: Config) -> RunData:
 
     Raises:
         DataError: a split is missing or damaged, or the stream cannot be opened.
+        ConfigError: an evaluation or a search is asked for and no rows are held out.
         TokenizerError: the model's table is smaller than the tokenizer's vocabulary.
     """
     folder = data_folder(config)
     shards, train = _open_train(config, folder)
     valid_folder = folder / "valid"
     valid = _open(config, [valid_folder], shuffle=False) if (valid_folder / HEADER_FILE).exists() else None
+    if valid is None:
+        refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
     given = config.model.vocab_size
     if given is not None and given < shards.vocab_size:
         raise TokenizerError(

@@ -117,7 +117,12 @@ def test_flatten_and_replace_speak_of_section_and_key(file: Path) -> None:
         ("parallel.tp", r"^override 'parallel\.tp' is not of the form"),
         ("parallel..tp=2", r"is not of the form"),
         ("run.dir.deep=2", r"^override 'run\.dir\.deep=2': 'dir' is a value, not a section"),
-        ("run.dir=[", r"^override 'run\.dir=\[' has a value that is not YAML; quote it\.$"),
+        ("run.dir=[", r"^override 'run\.dir=\[' is not valid YAML \(line 1, column 2: .*\); mend that line\.$"),
+        (f"run.dir{'.a' * 5000}=2", r"^override 'run\.dir\.a.*a=2' is not of the form section\.key=value"),
+        (f"optim.{'x' * 5000}=2", r"^unknown key optim\.x+\.\.\.x+; known keys are name, lr, "),
+        (f"parallel.tp={'x' * 5000}", r"^parallel\.tp='x+\.\.\.x+' is not a whole number"),
+        ("data.mixture={a: 1, a: 2}", r"^override '.*' gives the key 'a' a second time"),
+        ("diffusion.interval=[1, 2, 3]", r"^diffusion\.interval=\[1, 2, 3\] has 3 values; it takes 2\.$"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_sentence(file: Path, override: str, sentence: str) -> None:
@@ -140,7 +145,8 @@ def test_bad_overrides_are_refused_in_one_sentence(file: Path, override: str, se
         (MINIMAL.replace("seq_len: 64", ""), r"^data\.seq_len is not set and has no default"),
         ("base: config.yaml\n", "names itself as its base"),
         ("base: gone.yaml\n", r"gone\.yaml' does not exist"),
-        ("run: {dir: \xff}\n", "."),
+        ("base: [a]\n", r"has base=\['a'\]; give the path of one YAML file, relative to this one\.$"),
+        ("run: {dir: \xff}\n", r"is not UTF-8 \(byte 0xff in line 1\); save it in UTF-8"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(file: Path, text: str, sentence: str) -> None:
@@ -148,6 +154,13 @@ def test_bad_files_are_refused_in_one_sentence(file: Path, text: str, sentence: 
     with pytest.raises(ConfigError, match=sentence) as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_chain_of_bases_is_refused(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.yaml").write_text(f"base: {number + 1}.yaml\n")
+    with pytest.raises(ConfigError, match=r"10\.yaml' is the base of 10 files in a row; join some of them\.$"):
+        load_config(tmp_path / "0.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -165,5 +178,5 @@ def test_an_unreadable_file_is_named(file: Path) -> None:
 def test_nothing_in_a_value_is_evaluated(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     assert load_config(file, ["run.dir=$SECRET/${SECRET}"]).run.dir == "$SECRET/${SECRET}"
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="has a tag"):
         load_config(file, ["run.dir=!!python/object/apply:os.getcwd []"])

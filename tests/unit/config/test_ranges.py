@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.load import build, config_from_tree, load_config, to_tree
-from bd3_megatron.config.ranges import Range, range_of
+from bd3_megatron.config.ranges import Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError
 from launch.cluster import ClusterProfile
@@ -66,8 +66,9 @@ def leaves_of(owner: type) -> Iterator[Leaf]:
 def numbers_in(hint: Any) -> Iterator[tuple[str, type, Range | None, Wrap]]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
+        declared = next((law for law in args[1:] if isinstance(law, Range)), None)
         for place, kind, legal, wrap in numbers_in(args[0]):
-            yield place, kind, legal or range_of(hint), wrap
+            yield place, kind, legal or declared, wrap
     elif origin in (types.UnionType, typing.Union):
         found = [leaf for arg in args for leaf in numbers_in(arg)]
         # of `int | float` the wider one
@@ -182,6 +183,19 @@ def file(tmp_path: Path) -> Path:
             "watch.hang_factor=0.5",
             r"^watch\.hang_factor=0\.5 is outside 0 or \[1, 1e6\]; give 0 or a number of at least 1 and",
         ),
+        ("run.dir=''", r"^run\.dir='' is empty; give a path, or leave the key out\.$"),
+        (
+            "data.path=~/data",
+            r"^data\.path='~/data' begins with ~, which only a shell replaces; write the whole path \(\$HOME/.* in a shell\)\.$",
+        ),
+        ("data.text=[a, ~root/b]", r"^data\.text\[1\]='~root/b' begins with ~"),
+        ("data.mixture={~/a: 1}", r"^data\.mixture='~/a' begins with ~"),
+        ('run.dir="a\\nb"', r"^run\.dir='a\\nb' holds a control character, such as a line break; remove it\.$"),
+        (
+            f"run.dir={'x' * 300}",
+            r"^run\.dir='x+\.\.\.x+' is too long for a file system: 4000 bytes, 255 between two slashes;",
+        ),
+        (f"run.dir={'x/' * 2100}", r"is too long for a file system"),
         ("data.mixture={a: -1}", r"^data\.mixture\.a=-1\.0 is outside \[0, 1e9\]"),
         ("data.stages=[{mixture: {a: 1}, steps: 0}]", r"^data\.stages\[0\]\.steps=0 is outside \[1, 1e9\]"),
         ("parallel.layers_per_stage=[0, 4]", r"^parallel\.layers_per_stage\[0\]=0 is outside \[1, 10000\]"),

@@ -58,8 +58,8 @@ def test_what_happens_as_asked_passes(overrides: list[str]) -> None:
         ([STAGES.format("tokens: 15297")], r"^data\.stages\[1\] begins at sample 240 and the run ends at sample 240"),
         (
             ["data.valid_fraction=0", "evaluate.every_steps=5"],
-            r"^data\.valid_fraction=0\.0 holds no text out, and evaluate\.every_steps=5 needs held-out rows; give for example "
-            r"data\.valid_fraction=0\.05, or set evaluate\.every_steps to 0\.$",
+            r"^data\.valid_fraction=0\.0 holds no text out, and evaluate\.every_steps=5 needs held-out rows; hold some "
+            r"out, or set evaluate\.every_steps to 0\.$",
         ),
         (
             ["data.valid_fraction=0", "evaluate.at_start_and_end=true"],

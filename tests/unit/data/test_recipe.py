@@ -71,7 +71,7 @@ def test_filters_travel_from_the_recipe(tmp_path: Path) -> None:
         ("sources: {}", "has no key about; add it"),
         ("about: x", "has no key sources; add it"),
         ("- a", "holds no keys; see configs/data"),
-        ("a: [", "is not YAML"),
+        ("a: [", "is not valid YAML"),
         ("about: x\nsources: {}\nvocab_size: many", "vocab_size='many' of recipe .* is not int; mend it"),
         ("about: x\nsources: {}\nvalid_fraction: true", "valid_fraction=True of recipe .* is not int or float"),
         ("about: x\nsources: {train: 3}", "source train holds 3, not keys; use text"),
@@ -100,5 +100,5 @@ def test_recipes_that_cannot_be_are_refused(tmp_path: Path, content: str, senten
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none.yaml cannot be read \(No such file or directory\); see configs/data"):
+    with pytest.raises(ConfigError, match=r"^recipe '.*none.yaml' does not exist; give one of configs/data"):
         load_recipe(tmp_path / "none.yaml")

@@ -6,6 +6,7 @@ import pytest
 
 from bd3_megatron import errors
 from bd3_megatron.errors import (
+    SENTENCE_CHARACTERS,
     SHOWN_CHARACTERS,
     BD3Error,
     ConfigError,
@@ -21,6 +22,7 @@ from bd3_megatron.errors import (
     cut,
     divisors,
     either,
+    sentence,
     shown,
 )
 
@@ -118,3 +120,9 @@ def test_a_short_value_is_repeated_whole_and_a_long_path_keeps_both_ends() -> No
     assert (shown("a"), shown(1.5), cut("a/b")) == ("'a'", "1.5", "a/b")
     assert cut("/home/" + "deep/" * 99 + "file.yaml").startswith("/home/deep/")
     assert cut("/home/" + "deep/" * 99 + "file.yaml").endswith("/deep/file.yaml")
+
+
+def test_a_message_is_one_line_of_bounded_length() -> None:
+    assert sentence(ConfigError("a is b;\nuse c.")) == "a is b; use c."
+    long = sentence(ConfigError("x" * 5000))
+    assert len(long) <= SENTENCE_CHARACTERS and "..." in long

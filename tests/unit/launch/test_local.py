@@ -63,6 +63,26 @@ def test_an_unwritable_run_folder_is_refused(debug: str, monkeypatch: pytest.Mon
         local.plan(debug, [f"run.dir={tmp_path}/run"], {})
 
 
+def test_a_configuration_without_data_is_refused(debug: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.path is not set and data\.text is empty; name a prepared folder or text"
+    ):
+        local.plan(debug, [f"run.dir={tmp_path}/run", "data.text=[]"], {})
+
+
+def test_an_evaluation_on_a_folder_without_held_out_rows_is_refused(debug: str, tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}/run", f"data.path={tmp_path}/data", "evaluate.every_steps=5"]
+    local.plan(debug, overrides, {})  # a folder that only the ranks see
+    (tmp_path / "data/train").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"data' has no split valid, and evaluate\.every_steps=5 needs held-out rows; hold"
+    ):
+        local.plan(debug, overrides, {})
+    local.plan(debug, overrides[:2], {})
+    (tmp_path / "data/valid").mkdir()
+    local.plan(debug, overrides, {})
+
+
 def test_an_invalid_config_is_refused(debug: str) -> None:
     with pytest.raises(ConfigError, match="does not divide"):
         local.plan(debug, ["parallel.tp=3"], {})

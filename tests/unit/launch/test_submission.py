@@ -251,7 +251,7 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str, kind: type[BD3Error
 
 def test_a_missing_profile_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"cluster profile '.*none\.yaml' does not exist; copy one of configs/cluster/"
+        ConfigError, match=r"cluster profile '.*none\.yaml' does not exist; give a copy of one of configs/cluster/"
     ):
         load_cluster(tmp_path / "none.yaml")
 
