@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -71,13 +70,14 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
 
     from bd3_megatron.convert.folder import model_type_of
     from bd3_megatron.convert.sdar import export_layout
+    from bd3_megatron.files import scratch_folder
     from bd3_megatron.sampling.folder import MODEL_TYPE
 
     dtype = getattr(torch, DTYPES[parsed.dtype])
-    with tempfile.TemporaryDirectory(prefix=f".{parsed.out.name}.", dir=parsed.out.resolve().parent) as between:
+    with scratch_folder(parsed.out) as between:
         folder, lines = parsed.place, []
         if model_type_of(folder) != MODEL_TYPE:
-            folder = Path(between) / "bd3"
+            folder = between / "bd3"
             lines = convert(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
         remarks = export_layout(folder, parsed.out, parsed.layout, remap_mask=parsed.remap_mask, dtype=dtype)
     return [f"{parsed.out}: {parsed.layout} layout of {parsed.place}", *lines, *remarks]

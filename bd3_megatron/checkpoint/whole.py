@@ -26,38 +26,57 @@ from bd3_megatron.checkpoint.layout import (
     manifest_bytes,
 )
 from bd3_megatron.errors import CheckpointError
-from bd3_megatron.files import whole, write_bytes, write_text
+from bd3_megatron.files import claimed, whole, write_bytes, write_text
 
 SHARD_BYTES = 4 * 2**30
 
 
 def write_whole(
-    out: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], produce: Callable[[str], Tensor]
+    out: Path,
+    manifest: Manifest,
+    shapes: Mapping[str, tuple[int, ...]],
+    produce: Callable[[str], Tensor],
+    *,
+    check: Callable[[Path], object] | None = None,
 ) -> Manifest:
-    """Write and publish.
+    """Write a checkpoint of weights.
 
     Args:
         out: the checkpoint's folder; must not exist.
         manifest: without files; its kind is set here.
         shapes: of every parameter, by global name, padding rows included.
         produce: makes one whole parameter; stored as fp32.
+        check: called with the finished folder before it gets its name; its error leaves nothing behind.
 
     Returns:
         The manifest as written.
 
     Raises:
         CheckpointError: `out` exists, or the disk is too small.
+        FileError: it cannot be written, or another process is writing it.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    with claimed(out):
+        if out.exists():
+            raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
+        check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))
+        return _write(out, manifest, shapes, produce, check)
+
+
+def _write(
+    out: Path,
+    manifest: Manifest,
+    shapes: Mapping[str, tuple[int, ...]],
+    produce: Callable[[str], Tensor],
+    check: Callable[[Path], object] | None,
+) -> Manifest:
     with whole(out) as temporary:
         files = _write_weights(temporary, shapes, produce)
         complete = replace(manifest, kind="whole", files=files)
         content = manifest_bytes(complete)
         write_bytes(temporary / MANIFEST, content)
         write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
+        if check is not None:
+            check(temporary)
     return complete
 
 

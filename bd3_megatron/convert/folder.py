@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all.
+"""Folders that appear whole or not at all, and that never cost anybody a file of theirs.
 
-Decides how a converted folder is published: written under a temporary name beside its place, flushed to disk, then
-renamed. Refuses to replace a folder that is not one of ours, so that a mistyped path never costs anybody their files.
+An output folder is written under a temporary name and then renamed. One that is there already is replaced only if all
+that it holds is what an export of that kind writes; one that another process is writing is refused.
 """
 
 from __future__ import annotations
@@ -14,46 +14,72 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_megatron.errors import ConversionError
-from bd3_megatron.files import whole
+from bd3_megatron.files import claimed, whole
+
+WRITTEN_NAMES = frozenset(
+    {
+        *("config.json", "generation_config.json", "README.md", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+        *("bd3_tokenizer.json", "chat_template.jinja", "chat_template.json", "configuration_sdar.py"),
+    }
+)
+"""What exports write beside weights and the plain model's files; other tokenizer files are kept from replacement."""
 
 
 def model_type_of(folder: Path) -> str | None:
     """`model_type` in a folder's config.json; None where there is no readable one."""
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return described.get("model_type") if isinstance(described, dict) else None
 
 
 @contextmanager
 def published(out: Path, *, model_type: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out` when the body ends without an error.
+    """A temporary folder that takes the name `out` when the body ends without an error.
 
     Args:
-        out: the final place. An empty folder, or one whose config.json has this `model_type`, is replaced.
+        out: the final name. An empty folder is replaced, and one of this `model_type` that an export wrote.
         model_type: what the new folder will be.
 
     Yields:
         The temporary folder, on the same disk.
 
     Raises:
-        ConversionError: `out` is a file, or a folder of something else.
+        ConversionError: `out` is a file, or a folder that holds something else.
+        FileError: it cannot be written, or another process is writing it.
     """
     out = Path(os.path.abspath(out))
-    _check_replaceable(out, model_type)
-    with whole(out, replace_folder=True) as staging:
-        staging.mkdir()
-        yield staging
+    with claimed(out):
+        _check_replaceable(out, model_type)
+        with whole(out, replace_folder=True) as staging:
+            staging.mkdir()
+            yield staging
 
 
 def _check_replaceable(out: Path, model_type: str) -> None:
     if out.is_file():
         raise ConversionError(f"out={out} is a file; give a folder that does not exist yet.")
-    if out.is_dir() and any(out.iterdir()) and model_type_of(out) != model_type:
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    if there and model_type_of(out) != model_type:
         raise ConversionError(
             f"out={out} holds something that is not a {model_type} folder; give a new folder, or empty this one first."
         )
+    excess = next((path.name for path in there if not _is_written(path)), None)
+    if excess is not None:
+        raise ConversionError(
+            f"out={out} holds '{excess:.80}', which no export writes and replacing the folder would delete; "
+            "give a new folder, or move that file away."
+        )
+
+
+def _is_written(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    is_weights = path.name.startswith("model") and path.suffix == ".safetensors"
+    return is_weights or path.name in WRITTEN_NAMES or path.name.endswith("_bd3.py") or path.name == "philox.py"
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> list[str]:

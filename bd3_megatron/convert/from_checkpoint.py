@@ -28,7 +28,7 @@ from bd3_megatron.convert.model_card import model_card
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
-from bd3_megatron.convert.stream import stream_folder
+from bd3_megatron.convert.to_hf import stream_folder
 from bd3_megatron.data.shards import read_header
 from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -110,16 +110,20 @@ def convert_checkpoint(
         "num_parameters": sum(math.prod(source.shape(name)) for name in source.names()),
     }
     card = model_card(described, config, manifest, licence=licence, run_dir=path.parent.parent, **facts)
-    stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype, card=card)
-    source.release()
-    difference = prove(reader, which, config, FolderSource(out), described, dtype=dtype)
+    proof: list[float] = []
+
+    def check(folder: Path) -> None:
+        source.release()
+        proof.append(prove(reader, which, config, FolderSource(folder), described, dtype=dtype))
+
+    stream_folder(source, described, out, tokenizer_dir=tokenizer, dtype=dtype, card=card, check=check)
     return ConversionReport(
         out=out,
         source=path,
         step=manifest.step,
         which=WEIGHTS[which],
         num_parameters=facts["num_parameters"],
-        max_logit_difference=difference,
+        max_logit_difference=proof[0],
         notes=tuple(notes),
     )
 

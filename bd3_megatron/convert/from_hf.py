@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bd3_megatron.convert.to_hf import check_state
+from bd3_megatron.convert.plain_source import StateSource
+from bd3_megatron.convert.to_hf import checked_shapes
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import read_config, read_weights
 
@@ -33,5 +34,5 @@ def read_folder(path: Path | str) -> tuple[BD3Config, dict[str, Tensor]]:
     state = read_weights(folder)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    check_state(state, config)
+    checked_shapes(StateSource(state), config)
     return config, state

@@ -7,6 +7,7 @@ Decides: what a streamed conversion reads from. Nothing is held but the parallel
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,33 @@ class PlainSource(Protocol):
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Some rows of a table, as `tensor(name)[start:end]`, without the others where that can be."""
+
+
+class StateSource:
+    """Tensors in memory.
+
+    Args:
+        state: by plain name.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def names(self) -> list[str]:
+        """As PlainSource, in the state's order."""
+        return list(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As PlainSource."""
+        return tuple(self._state[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """As PlainSource."""
+        return self._state[name].detach().cpu()
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """As PlainSource."""
+        return self.tensor(name)[start:end]
 
 
 class CheckpointSource:

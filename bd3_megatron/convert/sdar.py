@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.plain_source import FolderSource
-from bd3_megatron.convert.stream import checked_shapes, stream_weights
-from bd3_megatron.convert.to_hf import DTYPE_NAMES, is_tokenizer_file
+from bd3_megatron.convert.stream import stream_weights
+from bd3_megatron.convert.to_hf import DTYPE_NAMES, checked_shapes, is_tokenizer_file
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config

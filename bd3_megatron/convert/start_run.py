@@ -27,7 +27,7 @@ from bd3_megatron.convert.from_checkpoint import block_size_at, checked_differen
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
-from bd3_megatron.convert.stream import checked_shapes
+from bd3_megatron.convert.to_hf import checked_shapes
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import MODEL_TYPE, read_config
@@ -88,12 +88,19 @@ def start_run(
         return table.to_parallel(name, {plain: source.tensor(plain).float() for plain in table.plain_names(name)})
 
     path = checkpoints / step_name(0)
-    write_whole(path, _manifest(config, vocab_size, mask_id, origin), shapes, produce)
+    proof: list[float] = []
+    write_whole(
+        path,
+        _manifest(config, vocab_size, mask_id, origin),
+        shapes,
+        produce,
+        check=lambda folder: proof.append(_prove(folder, config, source, described)),
+    )
     return StartReport(
         path=path,
         model_type=str(origin["model_type"]),
         num_parameters=sum(math.prod(shape) for shape in plain_shapes.values()),
-        max_logit_difference=_prove(path, config, source, described),
+        max_logit_difference=proof[0],
     )
 
 

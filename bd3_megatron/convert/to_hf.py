@@ -1,28 +1,28 @@
 """Write an exported folder: what transformers, the sampler and other engines load.
 
-Decides the folder's content: config.json with the remote-code map, safetensors (one file, or shards with an index),
-generation_config.json, every file of the plain model, and the tokenizer's files where there are any. The folder is
-self-contained: loading it needs torch, transformers and safetensors, and nothing of this package. It appears whole or
-not at all. Refuses a state whose names or shapes are not exactly the configuration's.
+It holds config.json with the remote-code map, generation_config.json, safetensors, every file of the plain model and the
+tokenizer's files where there are any; loading it needs torch, transformers and safetensors, and nothing of this package.
+Parameters whose names or shapes are not exactly the configuration's are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bd3_megatron.checkpoint.files import write_safetensors
 from bd3_megatron.convert.folder import copy_files, published
+from bd3_megatron.convert.plain_source import PlainSource, StateSource
+from bd3_megatron.convert.stream import SHARD_BYTES, stream_weights
+from bd3_megatron.data.special_ids import check_special_ids
 from bd3_megatron.errors import ConversionError
-from bd3_megatron.files import write_json
+from bd3_megatron.files import write_json, write_text
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.folder import MODEL_TYPE
 
-SHARD_BYTES = 8 * 2**30
 AUTO_MAP = {
     "AutoConfig": "configuration_bd3.BD3Config",
     "AutoModel": "modeling_bd3.BD3ForMaskedLM",
@@ -48,38 +48,81 @@ def write_folder(
     tokenizer_dir: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[str]:
-    """Write `state` as a folder that `AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True)` loads.
+    """`stream_folder` of a state in memory.
 
     Args:
-        state: plain names (see hf/plain_bd3); exactly the parameters of `config`, without `lm_head.weight` when tied.
+        state: plain names (see hf/plain_bd3.py); exactly the parameters of `config`, without `lm_head.weight` when tied.
+        config, out, tokenizer_dir, dtype: as `stream_folder`.
+    """
+    return stream_folder(StateSource(state), config, out, tokenizer_dir=tokenizer_dir, dtype=dtype)
+
+
+def stream_folder(
+    source: PlainSource,
+    config: BD3Config,
+    out: Path,
+    *,
+    tokenizer_dir: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> list[str]:
+    """Write a folder that `AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True)` loads.
+
+    Args:
+        source: exactly the parameters of `config`.
         config: shape and meaning of the model.
         out: the folder; an older exported folder there is replaced.
-        tokenizer_dir: a folder whose tokenizer files are copied; None = the folder has no tokenizer.
-        dtype: dtype of the stored weights.
+        tokenizer_dir: whose tokenizer files are copied; None: none.
+        dtype: of the stored weights.
+        shard_bytes: size of one weight file.
+        card: text of README.md; None: none is written.
+        check: called with the finished folder before it gets its name; its error keeps `out` as it was.
 
     Returns:
         Names of the tokenizer files copied, sorted.
 
     Raises:
         ConversionError: a missing, unknown or misshapen parameter, a dtype without a name, or an `out` that is not ours.
+        TokenizerError: special ids that no model can have.
+        FileError: `out` cannot be written, or another process is writing it.
     """
     if dtype not in DTYPE_NAMES:
         raise ConversionError(f"dtype={dtype} cannot be exported; use {', '.join(DTYPE_NAMES.values())}.")
-    check_state(state, config)
-    tensors = {name: tensor.detach().to(device="cpu", dtype=dtype).contiguous() for name, tensor in state.items()}
+    check_ids(config, "the model")
+    shapes = checked_shapes(source, config)
     with published(Path(out), model_type=MODEL_TYPE) as staging:
         write_json(staging / "config.json", config_json(config, dtype))
         write_json(staging / "generation_config.json", generation_json(config))
-        write_weights(tensors, staging)
-        copy_files(model_files_dir(), staging, lambda path: path.suffix == ".py" and path.name != "__init__.py")
-        if tokenizer_dir is None:
-            return []
-        return copy_files(Path(tokenizer_dir), staging, is_tokenizer_file)
+        stream_weights(staging, shapes, source.tensor, dtype=dtype, shard_bytes=shard_bytes)
+        copy_files(model_files_dir(), staging, is_model_file)
+        if card is not None:
+            write_text(staging / "README.md", card)
+        copied = [] if tokenizer_dir is None else copy_files(Path(tokenizer_dir), staging, is_tokenizer_file)
+        if check is not None:
+            check(staging)
+    return copied
+
+
+def check_ids(config: BD3Config, where: str) -> None:
+    """Refuse special ids outside the vocabulary, and a mask that is another special token too.
+
+    Raises:
+        TokenizerError: names them.
+    """
+    ids = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")}
+    check_special_ids(ids, config.vocab_size, where)
 
 
 def model_files_dir() -> Path:
     """Where the files that travel with a folder live."""
     return Path(__file__).resolve().parent.parent / "hf"
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file of the folder above is one of those that travel."""
+    return path.suffix == ".py" and path.name != "__init__.py"
 
 
 def is_tokenizer_file(path: Path) -> bool:
@@ -99,24 +142,25 @@ def expected_shapes(config: BD3Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_state(state: Mapping[str, Tensor], config: BD3Config) -> None:
-    """Refuse a state that is not exactly the configuration's.
+def checked_shapes(source: PlainSource, config: BD3Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of `config`, after comparing them with the source's.
 
     Raises:
-        ConversionError: names the first offenders.
+        ConversionError: names the first parameters that differ.
     """
-    expected = expected_shapes(config)
-    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    expected, there = expected_shapes(config), set(source.names())
+    missing, unknown = sorted(set(expected) - there), sorted(there - set(expected))
     if missing or unknown:
         raise ConversionError(
-            f"state lacks {len(missing)} parameters {missing[:3]} and has {len(unknown)} unknown ones {unknown[:3]}; "
+            f"the source lacks {len(missing)} parameters {missing[:3]} and has {len(unknown)} unknown ones {unknown[:3]}; "
             f"it must hold exactly those of style={config.style} with {config.num_hidden_layers} layers."
         )
     for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
+        if source.shape(name) != shape:
             raise ConversionError(
-                f"{name} has shape {list(state[name].shape)}; the configuration asks for {list(shape)}."
+                f"{name} has shape {list(source.shape(name))}; the configuration asks for {list(shape)}."
             )
+    return expected
 
 
 def config_json(config: BD3Config, dtype: torch.dtype) -> dict[str, object]:
@@ -149,26 +193,3 @@ def generation_json(config: BD3Config) -> dict[str, object]:
         "pad_token_id": config.pad_token_id,
     }
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES with model.safetensors.index.json."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled_bytes = total_bytes = 0
-    for name, tensor in tensors.items():
-        size_bytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled_bytes + size_bytes > SHARD_BYTES:
-            shards.append({})
-            filled_bytes = 0
-        shards[-1][name] = tensor
-        filled_bytes, total_bytes = filled_bytes + size_bytes, total_bytes + size_bytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file_name, shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)

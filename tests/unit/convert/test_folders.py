@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from bd3_megatron.convert.folder import published
 from bd3_megatron.convert.from_hf import read_folder
-from bd3_megatron.convert.to_hf import write_folder
-from bd3_megatron.errors import CheckpointError, ConversionError
+from bd3_megatron.convert.plain_source import StateSource
+from bd3_megatron.convert.to_hf import stream_folder, write_folder
+from bd3_megatron.errors import CheckpointError, ConversionError, FileError, TokenizerError
+from bd3_megatron.files import claimed
 from tests.unit.hf.models import STYLES, tiny_config, tiny_model
 
 
@@ -30,10 +33,9 @@ def test_a_folder_gives_back_its_state_bit_by_bit(style: str, tmp_path: Path) ->
     }
 
 
-def test_large_states_are_sharded_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bd3_megatron.convert.to_hf.SHARD_BYTES", 4096)
+def test_large_states_are_sharded_and_read_back(tmp_path: Path) -> None:
     state = tiny_model(4, dtype=torch.float32).state_dict()
-    write_folder(state, tiny_config(4), tmp_path / "out")
+    stream_folder(StateSource(state), tiny_config(4), tmp_path / "out", shard_bytes=4096)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     again = read_folder(tmp_path / "out")[1]
     assert all(torch.equal(again[name], state[name]) for name in state)
@@ -91,6 +93,49 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
         raise OSError("disk is full")
     assert sorted(os.listdir(tmp_path / "out")) == before
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_no_export_writes_is_never_deleted(tmp_path: Path) -> None:
+    state = tiny_model(4, dtype=torch.float32).state_dict()
+    write_folder(state, tiny_config(4), tmp_path / "out")
+    for name in ("notes.txt", ".git/HEAD", "modeling_bd3lm.py"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine", "utf-8")
+        with pytest.raises(
+            ConversionError, match=f"holds '{name.split('/')[0]}', which no export writes .* move that file away"
+        ):
+            write_folder(state, tiny_config(8), tmp_path / "out")
+        assert path.read_text("utf-8") == "mine" and read_folder(tmp_path / "out")[0].block_size == 4
+        path.unlink()
+        if path.parent != tmp_path / "out":
+            path.parent.rmdir()
+    write_folder(state, tiny_config(8), tmp_path / "out")
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path / "out"), pytest.raises(FileError, match=rf"is being written by process {os.getpid()} on"):
+        write_folder(tiny_model(4, dtype=torch.float32).state_dict(), tiny_config(4), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_exported_files_are_readable_by_colleagues(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_folder(tiny_model(4, dtype=torch.float32).state_dict(), tiny_config(4), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o644}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "pad"])
+def test_a_mask_that_is_another_special_token_is_not_exported(name: str, tmp_path: Path) -> None:
+    config = tiny_config(4)
+    setattr(config, f"{name}_token_id", config.mask_token_id)
+    with pytest.raises(TokenizerError, match=rf"the model: the mask id \d+ is also the id of {name}"):
+        write_folder(tiny_model(4, dtype=torch.float32).state_dict(), config, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
 
 
 def test_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.checkpoint.save import save
 from bd3_megatron.config.load import config_from_tree
-from bd3_megatron.convert import stream
 from bd3_megatron.convert.from_checkpoint import (
     block_size_at,
     checked_difference,
@@ -26,7 +27,7 @@ from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.layerwise import parallel_logits, plain_logits, random_tokens
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
-from bd3_megatron.convert.to_hf import write_folder
+from bd3_megatron.convert.to_hf import stream_folder, write_folder
 from bd3_megatron.errors import CheckpointError, ConversionError
 from bd3_megatron.hf.plain_bd3 import plain_model
 from bd3_megatron.parallel.topology import Topology
@@ -91,7 +92,7 @@ def test_a_large_model_is_cut_into_files_with_an_index(run_dir: Path, tmp_path: 
     convert_checkpoint(run_dir, tmp_path / "hf")
     config, state = read_folder(tmp_path / "hf")
     table = NameTable(config_from_tree(reader.manifest.config).model, VOCAB)
-    stream.stream_folder(CheckpointSource(reader, table, "model"), config, tmp_path / "cut", shard_bytes=8000)
+    stream_folder(CheckpointSource(reader, table, "model"), config, tmp_path / "cut", shard_bytes=8000)
     assert len(list((tmp_path / "cut").glob("model-*-of-*.safetensors"))) > 2
     again = read_folder(tmp_path / "cut")[1]
     assert all(torch.equal(again[name], state[name]) for name in state) and set(again) == set(state)
@@ -119,6 +120,44 @@ def test_the_proof_sees_a_wrong_tensor(name: str, tmp_path: Path) -> None:
         ConversionError, match="logits of the written folder and the checkpoint differ by .* do not use"
     ):
         prove(open_checkpoint(path), "model", config, FolderSource(tmp_path / "hf"), described, dtype=torch.float32)
+
+
+def test_a_folder_that_fails_its_proof_never_gets_its_name(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bd3_megatron.convert.from_checkpoint.PROOF_TOLERANCE", -1.0)
+    with pytest.raises(ConversionError, match="do not use"):
+        convert_checkpoint(run_dir, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".hf")]
+
+
+@pytest.mark.parametrize("at", ["weights", "proof", "name"])
+def test_a_killed_conversion_leaves_the_old_folder_and_the_next_one_tidies(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path / "run")
+    whole_checkpoint(tmp_path / "run" / "checkpoints" / step_name(3), config)
+    arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "out" / "hf")]
+    assert tool.main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "hf").iterdir()}
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        target = {
+            "weights": "bd3_megatron.convert.to_hf.copy_files",
+            "proof": "bd3_megatron.convert.from_checkpoint.prove",
+            "name": "bd3_megatron.files._swap",
+        }[at]
+        monkeypatch.setattr(target, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            tool.main([*arguments, "--dtype", "bf16"])
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "hf").iterdir()} == before
+    assert len(os.listdir(tmp_path / "out")) == 3
+    assert tool.main(arguments) == 0
+    assert os.listdir(tmp_path / "out") == ["hf"]
 
 
 def test_numbers_that_are_none_are_no_proof() -> None:
