@@ -8,6 +8,9 @@ EXACT_FP64 = 1e-12  # two float64 evaluations of one formula, values of order 1
 CHAIN_RULE = 1e-6  # block size 1 against the same model's own chain rule
 GRID_LOSS = 1e-6  # relative; fp32 sums in another order on another grid, losses of about 4
 GRID_NORM = 2e-6  # relative; a sum of squares over all parameters, in another order
+GRID_NORMS_LATER = (
+    1e-4  # relative; gradient norms of steps 2 to 5: the parameters have drifted by up to GRID_PARAMETERS
+)
 GRID_GRADIENT = 5e-6  # relative to the tensor's largest gradient; fp32, a few hundred terms in another order
 GRID_PARAMETERS = (
     1e-5  # after 5 AdamW steps at lr 1e-3: Adam divides by sqrt(v), which magnifies rounding of small gradients

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from bd3_megatron.config.ranges import FilePath, Range
+from bd3_megatron.diffusion.constants import MIN_T
 
-MIN_T = 1e-3
-"""Smallest noise level, as in the paper: every loss weight diverges at 0."""
 MOST_STEPS = 10**9
 MOST_TOKENS = 10**18
 """With the greatest batch and length, counts of samples and tokens still fit 63 bits."""

@@ -6,6 +6,7 @@ rule and the nearest legal values. Costs microseconds; imports no torch.
 
 from __future__ import annotations
 
+from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate_data import check_data
 from bd3_megatron.config.validate_run import check_run
@@ -58,13 +59,6 @@ def data_parallel_size(config: Config, world_size: int | None = None) -> int:
     return parallel.dp
 
 
-def block_sizes(config: Config) -> list[int]:
-    """Every block size the run will train at, curriculum included."""
-    if config.diffusion.objective == "ar":
-        return [1]
-    return [p.block_size for p in config.diffusion.phases] or [config.diffusion.block_size]
-
-
 def _check_model(config: Config) -> None:
     model = config.model
     if model.head_dim is None:
@@ -106,8 +100,7 @@ def _check_diffusion(config: Config) -> None:
             f"diffusion.views={diffusion.views} with block_size={seq_len}, the whole sequence: there is no clean half to "
             "share; use views=1."
         )
-    if diffusion.objective == "ar" and (diffusion.phases or diffusion.views != 1 or diffusion.search_every_steps):
-        raise ConfigError("objective=ar has no noise; remove diffusion.phases, diffusion.views and search_every_steps.")
+    objective_of(config).refuse(num_phases=len(diffusion.phases), searches=diffusion.search_every_steps > 0)
     for number, phase in enumerate(diffusion.phases):
         _check_phase_length(number, phase.steps, phase.tokens, last=number == len(diffusion.phases) - 1)
 

@@ -124,7 +124,7 @@ def convention_flops(config: Config, *, block_size: int | None = None, pairs: Pa
     shape = shape_of(config, block_size=block_size)
     pairs = pairs or attended_pairs(shape.length, shape.block)
     allowed = executed_pairs(shape, "structured", pairs=pairs)
-    head = shape.length if shape.kind == "ar" else shape.noisy_rows
+    head = shape.objective.loss_stream_rows(shape.length)
     rows = _Rows(full=shape.rows, last_kv=shape.rows, last=shape.rows, head=head, pairs=allowed, last_pairs=allowed)
     return _trained(shape, rows, shape.vocab)
 
@@ -140,22 +140,18 @@ def min_flops(
     """
     shape = shape_of(config, block_size=block_size)
     pairs = pairs or attended_pairs(shape.length, shape.block)
-    if shape.kind == "ar":
-        kept = shape.length - pairs.dead_rows
-        live = pairs.clean - pairs.dead_pairs
-        return _trained(
-            shape, _Rows(full=kept, last_kv=kept, last=kept, head=kept, pairs=live, last_pairs=live), shape.vocab
-        )
-    clean = shape.length - pairs.dead_rows if shape.kind == "block" else 0.0
-    clean_pairs = pairs.clean - pairs.dead_pairs if shape.kind == "block" else 0.0
-    masked = masked_fraction * shape.noisy_rows
+    # clean rows that no loss row sees are not needed, wherever the loss is
+    clean = shape.clean_rows - pairs.dead_rows if shape.clean_rows else 0.0
+    clean_pairs = pairs.clean - pairs.dead_pairs if shape.clean_rows else 0.0
+    noisy_pairs = shape.views * pairs.noisy if shape.noisy_rows else 0.0
+    scored = shape.objective.scored_rows(shape.length, masked_fraction, dead_rows=pairs.dead_rows)
     rows = _Rows(
         full=shape.noisy_rows + clean,
         last_kv=shape.noisy_rows + clean,
-        last=masked,
-        head=masked,
-        pairs=shape.views * pairs.noisy + clean_pairs,
-        last_pairs=masked_fraction * shape.views * pairs.noisy,
+        last=scored,
+        head=scored,
+        pairs=noisy_pairs + clean_pairs,
+        last_pairs=masked_fraction * noisy_pairs if shape.noisy_rows else clean_pairs,
     )
     return _trained(shape, rows, shape.vocab)
 
@@ -208,10 +204,9 @@ def executed_flops(
     dropped = execution.dropped_rows
     run = executed_pairs(shape, execution.backend, pairs=pairs, dropped_rows=dropped, tile=execution.tile)
     full = shape.rows - dropped
-    noisy = shape.noisy_rows or shape.length
-    # the baseline predicts all but the last token of each document
-    masked = masked_fraction * noisy if shape.kind != "ar" else noisy - pairs.dead_rows
-    count = {"all": full, "noisy": noisy, "masked": masked}
+    stream = shape.objective.loss_stream_rows(shape.length)
+    scored = shape.objective.scored_rows(shape.length, masked_fraction, dead_rows=pairs.dead_rows)
+    count = {"all": full, "noisy": stream, "masked": scored}
     last = count[execution.last_layer]
     rows = _Rows(
         full=full,
@@ -219,14 +214,14 @@ def executed_flops(
         last=last,
         head=count[execution.head_rows],
         pairs=run,
-        last_pairs=_last_pairs(shape, execution, pairs, run, masked / noisy),
+        last_pairs=_last_pairs(shape, execution, pairs, run, scored / stream),
     )
     forward = _forward(shape, rows, shape.padded_vocab if execution.padded else shape.vocab)
     return _executed(shape, rows, forward, execution)
 
 
 def _last_pairs(shape: Shape, execution: Execution, pairs: Pairs, run: float, masked_share: float) -> float:
-    if execution.last_pairs == "all" or shape.kind == "ar":
+    if execution.last_pairs == "all" or not shape.noisy_rows:
         return run
     share = 1.0 if execution.last_pairs == "noisy" else masked_share
     if execution.backend == "structured":

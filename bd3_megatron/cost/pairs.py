@@ -124,9 +124,8 @@ def executed_pairs(
     """
     pairs = pairs or attended_pairs(shape.length, shape.block)
     if backend == "structured":
-        dropped_pairs = dropped_rows * shape.length if shape.kind != "mdlm" else 0
-        noisy = shape.views * pairs.noisy if shape.kind != "ar" else 0
-        clean = pairs.clean - dropped_pairs if shape.kind != "mdlm" else 0
+        noisy = shape.views * pairs.noisy if shape.noisy_rows else 0
+        clean = pairs.clean - dropped_rows * shape.length if shape.clean_rows else 0
         return noisy + clean
     if backend == "dense":
         return float((shape.rows - dropped_rows) ** 2)
@@ -152,8 +151,8 @@ def _tiled_pairs(shape: Shape, dropped_rows: int, tile: int) -> int:
         if start < clean_length:
             causal += _tiles(0, min(last, clean_length), tile)
     area = tile * tile
-    noisy = (own + (before if shape.kind == "block" else 0)) * shape.views if shape.kind != "ar" else 0
-    return area * (noisy + (causal if shape.kind != "mdlm" else 0))
+    noisy = (own + (before if shape.clean_rows else 0)) * shape.views if shape.noisy_rows else 0
+    return area * (noisy + (causal if shape.clean_rows else 0))
 
 
 def _tiles(start: int, stop: int, tile: int) -> int:

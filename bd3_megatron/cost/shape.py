@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.stages import split_layers
+from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.errors import ConfigError
 
 
@@ -26,8 +28,8 @@ from bd3_megatron.errors import ConfigError
 class Shape:
     """Sizes of one sequence and one model; every count is arithmetic on these."""
 
-    kind: str
-    """block, mdlm or ar."""
+    objective: Objective
+    """At the block size of the phase being counted."""
     layers: int
     hidden: int
     heads: int
@@ -41,22 +43,29 @@ class Shape:
     padded_vocab: int
     """Rows of the tables, V rounded up to model.vocab_multiple. What runs."""
     length: int
-    block: int
-    views: int
     paper: bool
     qk_norm: bool
     tied: bool
     dropout: float
 
     @property
+    def block(self) -> int:
+        """S."""
+        return self.objective.block_size
+
+    @property
+    def views(self) -> int:
+        return self.objective.views
+
+    @property
     def noisy_rows(self) -> int:
         """Noisy rows of a sequence before any is skipped."""
-        return 0 if self.kind == "ar" else self.views * self.length
+        return self.objective.noisy_rows(self.length)
 
     @property
     def clean_rows(self) -> int:
         """Clean rows of a sequence before any is skipped."""
-        return 0 if self.kind == "mdlm" else self.length
+        return self.objective.clean_rows(self.length)
 
     @property
     def rows(self) -> int:
@@ -88,10 +97,8 @@ def shape_of(config: Config, *, block_size: int | None = None) -> Shape:
             "model.vocab_size is not set, and without prepared data nothing can be counted; "
             "set it to the number of ids, mask included (for example model.vocab_size=50258)."
         )
-    size = block_size if block_size is not None else first_block_size(config)
-    kind = "ar" if config.diffusion.objective == "ar" else "mdlm" if size == data.seq_len else "block"
     return Shape(
-        kind=kind,
+        objective=objective_of(config, block_size=block_size),
         layers=model.num_layers,
         hidden=model.hidden_size,
         heads=model.num_heads,
@@ -102,20 +109,11 @@ def shape_of(config: Config, *, block_size: int | None = None) -> Shape:
         vocab=model.vocab_size,
         padded_vocab=-(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple,
         length=data.seq_len,
-        block=size,
-        views=config.diffusion.views,
         paper=model.style == "paper",
         qk_norm=model.qk_norm,
         tied=model.tie_embeddings,
         dropout=model.dropout,
     )
-
-
-def first_block_size(config: Config) -> int:
-    """Block size the run starts with (1 for the autoregressive baseline)."""
-    if config.diffusion.objective == "ar":
-        return 1
-    return config.diffusion.phases[0].block_size if config.diffusion.phases else config.diffusion.block_size
 
 
 def expected_masked_fraction(config: Config, *, interval: tuple[float, float] | None = None) -> float:
@@ -126,11 +124,11 @@ def expected_masked_fraction(config: Config, *, interval: tuple[float, float] | 
     Args:
         interval: (beta, omega) in use, when a search has moved it; None: the configuration's, of the first phase.
     """
-    if config.diffusion.objective == "ar":
+    objective, diffusion = objective_of(config), config.diffusion
+    if not objective.has_noise:
         return 1.0
-    diffusion = config.diffusion
     phase = diffusion.phases[0].interval if diffusion.phases else None
-    beta, omega = interval or phase or diffusion.interval_at(first_block_size(config))
+    beta, omega = interval or phase or diffusion.interval_at(objective.block_size)
     probability = _mean_probability(diffusion.noise_schedule, beta, omega)
     if diffusion.never_mask_first:
         probability *= (config.data.seq_len - 1) / config.data.seq_len
@@ -244,8 +242,9 @@ def last_layer_is_trimmed(config: Config) -> bool:
 
 def scored_rows(config: Config, shape: Shape, masked_fraction: float) -> float:
     """Rows of a micro-batch on one context-parallel rank that carry loss (the baseline: all but the last token)."""
-    per_sample = shape.length - 1 if shape.kind == "ar" else masked_fraction * shape.noisy_rows
-    return per_sample * config.train.micro_batch_size / config.parallel.cp
+    return (
+        shape.objective.scored_rows(shape.length, masked_fraction) * config.train.micro_batch_size / config.parallel.cp
+    )
 
 
 def pipeline_rows(config: Config, shape: Shape) -> int:
@@ -257,7 +256,8 @@ def pipeline_rows(config: Config, shape: Shape) -> int:
     parallel = config.parallel
     if parallel.cp > 1:
         return shape.rows // parallel.cp
-    if not config.train.skip_dead_rows or shape.kind != "block":
+    # where the clean stream carries the loss itself its last block is not dropped, only left out of the head
+    if not (config.train.skip_dead_rows and shape.noisy_rows and shape.clean_rows):
         return shape.rows
     short = shape.rows - shape.block
     return shape.rows if parallel.sequence_parallel and short % parallel.tp else short

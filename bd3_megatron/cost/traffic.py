@@ -240,7 +240,7 @@ def _pipeline(at: _Stage) -> list[Transfer]:
 
 
 def _context(at: _Stage) -> list[Transfer]:
-    if at.shape.kind == "mdlm":
+    if not at.shape.clean_rows:
         return []
     tokens = at.shape.length * at.config.train.micro_batch_size
     size = tokens * at.shape.kv_width // at.config.parallel.tp * at.habits.element_bytes

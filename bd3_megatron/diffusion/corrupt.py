@@ -57,6 +57,16 @@ class NoisyBatch:
     def block_size(self) -> int:
         return self.clean_BL.shape[1] // self.t_BK.shape[1]
 
+    @property
+    def level_BL(self) -> Tensor:
+        """float32: the noise level of each token's block."""
+        return per_token(self.t_BK.to(torch.float32), self.clean_BL.shape[1])
+
+    @property
+    def text_BL(self) -> Tensor:
+        """bool: every token of the text, also those that are never masked."""
+        return torch.ones_like(self.countable_BL) if self.is_padding_BL is None else ~self.is_padding_BL
+
 
 def corrupt(
     clean_BL: Tensor,

@@ -86,8 +86,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a step stands in the curriculum."""
+class PhaseOfStep:
+    """The phase of one optimizer update, and how far into it the update is."""
 
     number: int
     """Of the phase, from 0."""
@@ -144,14 +144,14 @@ class Curriculum:
             firsts.append(firsts[-1] + (length or 0))
         return tuple(firsts)
 
-    def phase_at(self, step: int) -> Place:
+    def phase_at(self, step: int) -> PhaseOfStep:
         """The phase of the update that leaves state `step`; of the final state, the phase that led to it.
 
         Args:
             step: in [0, total_steps].
 
         Returns:
-            Place.
+            The phase with the step's offset in it.
 
         Raises:
             RangeError: step outside the run.
@@ -162,7 +162,7 @@ class Curriculum:
         firsts = self.seams()
         number = max(n for n, first in enumerate(firsts) if first <= step)
         length = self._lengths()[number]
-        return Place(
+        return PhaseOfStep(
             number=number,
             phase=self.phases[number],
             first_step=firsts[number],

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.noise_schedule import MIN_T, NoiseSchedule
+from bd3_megatron.diffusion.noise_schedule import NoiseSchedule
 from bd3_megatron.diffusion.resample import allowed_counts, has_allowed_count, inside_probability
 from bd3_megatron.errors import RangeError, check_shape
 

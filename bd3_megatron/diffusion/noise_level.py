@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron import rng
-from bd3_megatron.diffusion.noise_schedule import MIN_T
+from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.errors import RangeError, ShapeError
 from bd3_megatron.rng import Purpose
 

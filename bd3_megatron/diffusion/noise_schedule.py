@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3_megatron.config.schema import MIN_T
+from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.errors import RangeError, either
 
 

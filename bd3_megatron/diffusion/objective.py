@@ -1,229 +1,228 @@
-"""The objective: what a model's logits cost, as sums. The mean is taken once, by whoever holds the global count.
+"""The objective: which rows exist, which of them carry loss, what they predict, how they weigh, and what is counted.
 
-Block diffusion: sum of weight * NLL over masked tokens, over the number of tokens that may be masked. MDLM is the same
-with one block of the whole length. Block size 1 at t = 1 has weight 1 and everything masked: the sum is then the exact
-negative log-likelihood by the chain rule of that model. The autoregressive baseline predicts the next token.
-SUBS rule: the model never predicts the mask token, and a token that is visible is known.
-Decides: numerics (fp32, or fp64 for fp64 logits), what counts in the denominator. Divides by nothing except in
-`LossSums.mean`.
-Source: BD3-LM (arXiv 2503.09573), the NELBO over blocks; MDLM (arXiv 2406.07524), SUBS; diffusion.py of
-kuleshov-group/bd3lms for the two official denominators.
+Block diffusion over blocks of S tokens is masked diffusion (MDLM) at S = L and the chain rule at S = 1 with t = 1; next
+token is the autoregressive baseline. Nobody else asks which objective runs: they ask it for rows, targets and counts.
+Contract: importing this file imports no torch, because planners count rows on a login node.
+Source: BD3-LM (arXiv 2503.09573), the NELBO over blocks; MDLM (arXiv 2406.07524); kuleshov-group/bd3lms diffusion.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from bd3_megatron.errors import ConfigError, check_shape, either
 
-from bd3_megatron.diffusion.corrupt import NoisyBatch
-from bd3_megatron.errors import RangeError, ShapeError, check_shape
+if TYPE_CHECKING:
+    from torch import Tensor
 
-IMPOSSIBLE = -1e6
-"""Log-probability of what the SUBS rule forbids, as in the official code: finite, so that 0 * log p stays 0."""
+    from bd3_megatron.diffusion.corrupt import NoisyBatch
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Numerator and denominator of a loss; sums of several are sums over all their tokens."""
+class LossRows:
+    """What one stream of a batch contributes to the loss; every tensor is [B, L] in the order of the clean tokens."""
 
-    weighted_nll_sum: Tensor
-    """Scalar, fp32 or fp64, nats."""
-    token_count: Tensor
-    """Scalar int64."""
-
-    def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(self.weighted_nll_sum + other.weighted_nll_sum, self.token_count + other.token_count)
-
-    def mean(self) -> Tensor:
-        """Nats per token. NaN when nothing was counted."""
-        return self.weighted_nll_sum / self.token_count
+    has_loss_BL: Tensor
+    """bool: the row enters the sum."""
+    target_BL: Tensor
+    """int64: the id the row predicts."""
+    weight_BL: Tensor
+    """float32 or float64: its loss weight; read only where has_loss_BL."""
+    level_BL: Tensor
+    """float32: its noise level t, for diagnostics (1 where there is no noise)."""
 
 
-def subs_log_probs(logits_BLV: Tensor, noisy_BL: Tensor, is_masked_BL: Tensor, *, mask_id: int) -> Tensor:
-    """Log-probabilities of every token under the SUBS rule.
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """One training objective at one block size. Lengths L are clean tokens of a sample, rows are rows of the model."""
+
+    block_size: int = 1
+    """S, tokens denoised together; 1 for next token."""
+    views: int = 1
+    """Noisy copies that share one clean pass."""
+
+    name: ClassVar[str]
+    """The value of `diffusion.objective` and of an exported folder's `objective`."""
+    has_noise: ClassVar[bool]
+    """There are noisy rows, a mask token, noise levels and intervals."""
+
+    @abstractmethod
+    def at(self, block_size: int, *, views: int | None = None) -> Objective:
+        """The same objective in another phase; `views` None keeps their number."""
+
+    @abstractmethod
+    def noisy_rows(self, length: int) -> int:
+        """Noisy rows of a sample, all views together."""
+
+    @abstractmethod
+    def clean_rows(self, length: int) -> int:
+        """Clean rows of a sample; 0 where no noisy row sees them."""
+
+    @abstractmethod
+    def scored_rows(self, length: int, masked_fraction: float, *, dead_rows: float = 1.0) -> float:
+        """Mean rows of a sample that carry loss.
+
+        Args:
+            length: L.
+            masked_fraction: share of noisy rows that are masked.
+            dead_rows: clean rows whose keys nobody needs (the last block of every document).
+        """
+
+    def loss_stream_rows(self, length: int) -> int:
+        """Rows of the stream that carries the loss: the noisy one, or the clean one where there is no noise."""
+        return self.noisy_rows(length) or self.clean_rows(length)
+
+    @abstractmethod
+    def copies(self, draw: Callable[[int], NoisyBatch]) -> list[NoisyBatch]:
+        """The noisy copies of a batch: `draw(view)` for every view, none where there is no noise."""
+
+    @abstractmethod
+    def loss_rows(
+        self,
+        tokens_BL: Tensor,
+        copies: Sequence[NoisyBatch],
+        *,
+        document_id_BL: Tensor | None = None,
+        is_padding_BL: Tensor | None = None,
+    ) -> list[LossRows]:
+        """Loss rows of every stream that carries loss.
+
+        Args:
+            tokens_BL: int64 [B, L] clean tokens.
+            copies: what `copies` gave for these tokens.
+            document_id_BL: int [B, L] where packed documents do not see each other.
+            is_padding_BL: bool [B, L].
+        """
+
+    @abstractmethod
+    def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        """Tokens of these rows in the loss's denominator; the mean is sum of weight x NLL over their global number."""
+
+    @abstractmethod
+    def refuse(self, *, num_phases: int, searches: bool) -> None:
+        """Refuse settings that contradict the objective.
+
+        Raises:
+            ConfigError: with the setting and the remedy.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDiffusion(Objective):
+    """Masked tokens of every block of S, given the noisy block and the clean blocks before it. S = L is MDLM."""
+
+    count_all_tokens: bool = False
+    """Divide by all tokens of the text, as the official training loss does, not by those that may be masked."""
+
+    name: ClassVar[str] = "block"
+    has_noise: ClassVar[bool] = True
+
+    def at(self, block_size: int, *, views: int | None = None) -> BlockDiffusion:
+        return replace(self, block_size=block_size, views=self.views if views is None else views)
+
+    def noisy_rows(self, length: int) -> int:
+        return self.views * length
+
+    def clean_rows(self, length: int) -> int:
+        # with one block no noisy row has a clean block before it
+        return length if self.block_size < length else 0
+
+    def scored_rows(self, length: int, masked_fraction: float, *, dead_rows: float = 1.0) -> float:
+        return masked_fraction * self.noisy_rows(length)
+
+    def copies(self, draw: Callable[[int], NoisyBatch]) -> list[NoisyBatch]:
+        return [draw(view) for view in range(self.views)]
+
+    def loss_rows(
+        self,
+        tokens_BL: Tensor,
+        copies: Sequence[NoisyBatch],
+        *,
+        document_id_BL: Tensor | None = None,
+        is_padding_BL: Tensor | None = None,
+    ) -> list[LossRows]:
+        # corrupt() has left padding out of is_masked_BL, and documents do not matter: a row predicts its own token
+        return [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
+
+    def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        return sum(int((copy.text_BL if self.count_all_tokens else copy.countable_BL).sum()) for copy in copies)
+
+    def refuse(self, *, num_phases: int, searches: bool) -> None:
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken(Objective):
+    """The autoregressive baseline: every clean row predicts the token after it, causally."""
+
+    name: ClassVar[str] = "ar"
+    has_noise: ClassVar[bool] = False
+
+    def at(self, block_size: int, *, views: int | None = None) -> NextToken:
+        return self
+
+    def noisy_rows(self, length: int) -> int:
+        return 0
+
+    def clean_rows(self, length: int) -> int:
+        return length
+
+    def scored_rows(self, length: int, masked_fraction: float, *, dead_rows: float = 1.0) -> float:
+        # the last token of a document predicts nothing, and at S = 1 it is that document's only dead row
+        return length - dead_rows
+
+    def copies(self, draw: Callable[[int], NoisyBatch]) -> list[NoisyBatch]:
+        return []
+
+    def loss_rows(
+        self,
+        tokens_BL: Tensor,
+        copies: Sequence[NoisyBatch],
+        *,
+        document_id_BL: Tensor | None = None,
+        is_padding_BL: Tensor | None = None,
+    ) -> list[LossRows]:
+        # tensor methods only: this file must not import torch
+        has_loss_BL = tokens_BL.new_ones(tokens_BL.shape).bool()
+        has_loss_BL[:, -1] = False
+        if document_id_BL is not None:
+            check_shape("document_id_BL", document_id_BL.shape, tokens_BL.shape)
+            has_loss_BL &= document_id_BL == document_id_BL.roll(-1, dims=1)
+        if is_padding_BL is not None:
+            check_shape("is_padding_BL", is_padding_BL.shape, tokens_BL.shape)
+            has_loss_BL &= ~is_padding_BL.roll(-1, dims=1)
+        ones_BL = tokens_BL.new_ones(tokens_BL.shape).float()
+        return [LossRows(has_loss_BL, tokens_BL.roll(-1, dims=1), ones_BL, ones_BL)]
+
+    def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        return sum(int(one.has_loss_BL.sum()) for one in rows)
+
+    def refuse(self, *, num_phases: int, searches: bool) -> None:
+        if num_phases or searches or self.views != 1:
+            raise ConfigError(
+                "objective=ar has no noise; remove diffusion.phases, diffusion.views and search_every_steps."
+            )
+
+
+def objective_named(
+    name: str, *, block_size: int = 1, views: int = 1, count_all_tokens: bool = False
+) -> BlockDiffusion | NextToken:
+    """The objective of a configuration or of an exported folder.
 
     Args:
-        logits_BLV: float [B, L, V], raw.
-        noisy_BL: int64 [B, L].
-        is_masked_BL: bool [B, L].
-        mask_id: in [0, V).
-
-    Returns:
-        fp32 (fp64 for fp64 logits) [B, L, V]: log-softmax without the mask token where masked; elsewhere 0 for the
-        visible token and IMPOSSIBLE for all others.
+        name: "block" or "ar".
+        block_size: S; next token has none and ignores it.
+        views: noisy copies.
+        count_all_tokens: see `BlockDiffusion`.
 
     Raises:
-        ShapeError: shapes differ.
-        RangeError: mask_id outside [0, V).
+        ConfigError: an unknown name.
     """
-    _check_logits(logits_BLV, noisy_BL, mask_id)
-    check_shape("is_masked_BL", is_masked_BL.shape, noisy_BL.shape)
-    allowed_BLV = _without_mask_token(logits_BLV, mask_id)
-    predicted_BLV = allowed_BLV - allowed_BLV.logsumexp(dim=-1, keepdim=True)
-    known_BLV = torch.full_like(predicted_BLV, IMPOSSIBLE).scatter(-1, noisy_BL[..., None], 0.0)
-    return torch.where(is_masked_BL[..., None], predicted_BLV, known_BLV)
-
-
-def masked_token_nll(logits_BLV: Tensor, clean_BL: Tensor, *, mask_id: int) -> Tensor:
-    """-log p of the clean token, as if its position were masked; any leading shape, e.g. masked positions only.
-
-    Args:
-        logits_BLV: float [..., V], raw.
-        clean_BL: int64 [...].
-        mask_id: in [0, V).
-
-    Returns:
-        fp32 (fp64 for fp64 logits) [...], nats.
-
-    Raises:
-        ShapeError: shapes differ.
-        RangeError: mask_id outside [0, V).
-    """
-    _check_logits(logits_BLV, clean_BL, mask_id)
-    return _nll(_without_mask_token(logits_BLV, mask_id), clean_BL)
-
-
-def next_token_nll(logits_BLV: Tensor, target_BL: Tensor) -> Tensor:
-    """-log p of the target under the whole vocabulary: the autoregressive baseline knows no mask token.
-
-    Args:
-        logits_BLV: float [..., V], raw.
-        target_BL: int64 [...].
-
-    Returns:
-        fp32 (fp64 for fp64 logits) [...], nats.
-
-    Raises:
-        ShapeError: shapes differ.
-    """
-    check_shape("logits_BLV", logits_BLV.shape, (*target_BL.shape, None))
-    return _nll(logits_BLV.to(_decisive(logits_BLV)), target_BL)
-
-
-def weighted_nll(nll_BL: Tensor, batch: NoisyBatch) -> Tensor:
-    """The loss of every token: weight * NLL where masked, exactly 0 elsewhere, whatever nll_BL holds there.
-
-    Args:
-        nll_BL: float [B, L], nats.
-        batch: of the same samples.
-
-    Returns:
-        fp32 or wider [B, L]. Its sum over L is the bound on a sample's NLL.
-
-    Raises:
-        ShapeError: nll_BL is not [B, L].
-    """
-    check_shape("nll_BL", nll_BL.shape, batch.clean_BL.shape)
-    weighted_BL = nll_BL.to(_decisive(nll_BL)) * batch.weight_BL
-    return torch.where(batch.is_masked_BL, weighted_BL, 0.0)
-
-
-def loss_sums(nll_BL: Tensor, batch: NoisyBatch, *, count_all_tokens: bool = False) -> LossSums:
-    """Numerator and denominator of the block-diffusion loss.
-
-    Args:
-        nll_BL: float [B, L], nats.
-        batch: of the same samples.
-        count_all_tokens: also count tokens that are never masked (the official training loss; its evaluation does not).
-            Padding is never counted.
-
-    Returns:
-        LossSums.
-
-    Raises:
-        ShapeError: nll_BL is not [B, L].
-    """
-    counted_BL = batch.countable_BL
-    if count_all_tokens:
-        counted_BL = torch.ones_like(counted_BL) if batch.is_padding_BL is None else ~batch.is_padding_BL
-    return LossSums(weighted_nll(nll_BL, batch).sum(), counted_BL.sum())
-
-
-def block_losses(nll_BL: Tensor, batch: NoisyBatch) -> Tensor:
-    """The estimate that each block alone gives of the loss: its weighted NLL over its S positions.
-
-    Args:
-        nll_BL: float [B, L], nats.
-        batch: of the same samples.
-
-    Returns:
-        fp32 or wider [B, K], nats per token.
-
-    Raises:
-        ShapeError: nll_BL is not [B, L].
-    """
-    return weighted_nll(nll_BL, batch).unflatten(1, (-1, batch.block_size)).mean(dim=2)
-
-
-def next_token_targets(
-    clean_BL: Tensor, document_id_BL: Tensor | None = None, is_padding_BL: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What the autoregressive baseline predicts at each position.
-
-    Args:
-        clean_BL: int64 [B, L].
-        document_id_BL: int [B, L]; no prediction crosses from one document to the next. None = one document.
-        is_padding_BL: bool [B, L]; padding is no target.
-
-    Returns:
-        (target_BL int64, is_predicted_BL bool): the next token, and whether there is one. A sequence has L - 1.
-
-    Raises:
-        ShapeError: shapes differ.
-    """
-    is_predicted_BL = torch.ones_like(clean_BL, dtype=torch.bool)
-    is_predicted_BL[:, -1] = False
-    if document_id_BL is not None:
-        check_shape("document_id_BL", document_id_BL.shape, clean_BL.shape)
-        is_predicted_BL &= document_id_BL == document_id_BL.roll(-1, dims=1)
-    if is_padding_BL is not None:
-        check_shape("is_padding_BL", is_padding_BL.shape, clean_BL.shape)
-        is_predicted_BL &= ~is_padding_BL.roll(-1, dims=1)
-    return clean_BL.roll(-1, dims=1), is_predicted_BL
-
-
-def next_token_loss_sums(nll_BL: Tensor, is_predicted_BL: Tensor) -> LossSums:
-    """Numerator and denominator of the autoregressive loss.
-
-    Args:
-        nll_BL: float [B, L], nats, of the targets.
-        is_predicted_BL: bool [B, L], from `next_token_targets`.
-
-    Returns:
-        LossSums; the count is the number of predictions.
-
-    Raises:
-        ShapeError: shapes differ.
-    """
-    check_shape("nll_BL", nll_BL.shape, is_predicted_BL.shape)
-    nll_BL = nll_BL.to(_decisive(nll_BL))
-    return LossSums(torch.where(is_predicted_BL, nll_BL, 0.0).sum(), is_predicted_BL.sum())
-
-
-def _decisive(tensor: Tensor) -> torch.dtype:
-    """The dtype in which losses are computed: fp32, or fp64 where the input already is."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _without_mask_token(logits_BLV: Tensor, mask_id: int) -> Tensor:
-    forbidden_V = torch.zeros(logits_BLV.shape[-1], dtype=_decisive(logits_BLV), device=logits_BLV.device)
-    forbidden_V[mask_id] = IMPOSSIBLE
-    return logits_BLV + forbidden_V
-
-
-def _nll(logits_BLV: Tensor, target_BL: Tensor) -> Tensor:
-    at_target_BL = logits_BLV.gather(-1, target_BL[..., None]).squeeze(-1)
-    return logits_BLV.logsumexp(dim=-1) - at_target_BL
-
-
-def _check_logits(logits_BLV: Tensor, tokens_BL: Tensor, mask_id: int) -> None:
-    check_shape("logits_BLV", logits_BLV.shape, (*tokens_BL.shape, None))
-    if tokens_BL.dtype != torch.int64:
-        raise ShapeError(f"tokens are {tokens_BL.dtype}; expected torch.int64.")
-    if not 0 <= mask_id < logits_BLV.shape[-1]:
-        raise RangeError(
-            f"mask_id={mask_id} is outside the vocabulary of {logits_BLV.shape[-1]}; "
-            f"use the id of the tokenizer's mask token."
-        )
+    if name == BlockDiffusion.name:
+        return BlockDiffusion(block_size=block_size, views=views, count_all_tokens=count_all_tokens)
+    if name == NextToken.name:
+        return NextToken(views=views)
+    raise ConfigError(f"objective={name!r} is unknown; use {either((BlockDiffusion.name, NextToken.name))}.")

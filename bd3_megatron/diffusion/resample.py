@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.noise_schedule import MIN_T
 from bd3_megatron.errors import RangeError
 
 # beta * S and omega * S are rarely whole in binary: .45 * 20 must count as 9.

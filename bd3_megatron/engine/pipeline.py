@@ -18,11 +18,8 @@ from torch import Tensor
 
 from bd3_megatron.model.bd3_model import BD3Model, LossOutput
 from bd3_megatron.model.build import ParallelModel
+from bd3_megatron.model.loss_sums import LossSums, loss_sums
 from bd3_megatron.model.pair_batch import PairBatch
-
-MicroLog = dict[str, Tensor]
-"""What a last stage reports of one micro-batch: tensors on its device, summed later."""
-
 
 Span = Callable[[str], AbstractContextManager[None]]
 """Opens a named stretch of time: "forward", "backward", "optimizer"."""
@@ -38,8 +35,6 @@ class Pipeline:
     """Runs micro-batches through the chunks of this rank."""
 
     model: ParallelModel
-    describe: Callable[[PairBatch, Tensor], MicroLog]
-    """Turns a micro-batch and the NLL [R] of its loss rows into sums worth logging."""
 
     def run(
         self,
@@ -48,7 +43,7 @@ class Pipeline:
         loss_scale: float | Tensor,
         forward_only: bool = False,
         span: Span = no_span,
-    ) -> list[MicroLog]:
+    ) -> list[LossSums]:
         """One pass over the micro-batches; gradients accumulate in the parameters.
 
         Args:
@@ -58,7 +53,7 @@ class Pipeline:
             span: forwards are opened inside; what the schedule does between them is its own (backward and waiting).
 
         Returns:
-            One log a micro-batch on the last stage, nothing elsewhere.
+            The sums of each micro-batch on the last stage, nothing elsewhere.
         """
         cp = self.model.topology.cp
 
@@ -82,8 +77,8 @@ class Pipeline:
 
     def _loss(
         self, batch: PairBatch, output: LossOutput, loss_scale: float | Tensor
-    ) -> tuple[Tensor, Tensor, MicroLog]:
+    ) -> tuple[Tensor, Tensor, LossSums]:
         # megatron counts tokens in int; ours are counted once for the whole step, so it is given none
         weighted_sum, nll_R = output
         no_tokens = torch.zeros((), dtype=torch.int, device=nll_R.device)
-        return weighted_sum * loss_scale, no_tokens, self.describe(batch, nll_R)
+        return weighted_sum * loss_scale, no_tokens, loss_sums(batch, nll_R)

@@ -25,13 +25,14 @@ from bd3_megatron.engine.ema import Ema
 from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients, late_parameters
 from bd3_megatron.engine.overlapped_reduction import OverlappedReduction
 from bd3_megatron.engine.param_groups import param_groups
-from bd3_megatron.engine.pipeline import MicroLog, Pipeline, Span, no_span
+from bd3_megatron.engine.pipeline import Pipeline, Span, no_span
 from bd3_megatron.model.bd3_model import LossOutput
 from bd3_megatron.model.build import ParallelModel
+from bd3_megatron.model.loss_sums import LossSums, loss_sums
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import DeepSpeedMpu
 
-Veto = Callable[[list[MicroLog]], bool]
+Veto = Callable[[list[LossSums]], bool]
 
 MIN_BUCKETS = 16
 """Into at least so many buckets gradients are cut for their reduction."""
@@ -41,7 +42,7 @@ MIN_BUCKETS = 16
 class StepResult:
     """What one optimizer step reports on this rank."""
 
-    logs: list[MicroLog]
+    logs: list[LossSums]
     """One a micro-batch on the last stage; empty elsewhere."""
     grad_norm: float
     """Global gradient norm before clipping, over all axes; inf or nan when the step was skipped."""
@@ -58,22 +59,12 @@ class ZeroEngine:
         config: the run.
         num_micro_batches: of a full step.
         dtype: of parameters.
-        describe: what the last stage logs of a micro-batch.
     """
 
-    def __init__(
-        self,
-        model: ParallelModel,
-        config: Config,
-        *,
-        num_micro_batches: int,
-        dtype: torch.dtype,
-        describe: Callable[[PairBatch, Tensor], MicroLog],
-    ) -> None:
+    def __init__(self, model: ParallelModel, config: Config, *, num_micro_batches: int, dtype: torch.dtype) -> None:
         self.model = model
         self.stage = effective_stage(config)
-        self.describe = describe
-        self.pipeline = Pipeline(model, describe)
+        self.pipeline = Pipeline(model)
         topology, root = model.topology, model.root
         self.optimizer = _adamw(param_groups(root, config.optim.weight_decay), config.optim, topology.device)
         if self.stage > 1:
@@ -168,7 +159,7 @@ class ZeroEngine:
                     grad.zero_()
             parameter.grad = None
 
-    def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[MicroLog]:
+    def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[LossSums]:
         logs = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
@@ -178,10 +169,10 @@ class ZeroEngine:
                 self.engine.backward(weighted_sum * loss_scale, scale_wrt_gas=False)
             with span("optimizer"):
                 self.engine.step()
-            logs.append(self.describe(batch, nll_R))
+            logs.append(loss_sums(batch, nll_R))
         return logs
 
-    def evaluate(self, batches: Sequence[PairBatch]) -> list[MicroLog]:
+    def evaluate(self, batches: Sequence[PairBatch]) -> list[LossSums]:
         """Losses without gradients or dropout; logs on the last stage."""
         self.model.root.eval()
         with torch.no_grad():
@@ -189,8 +180,8 @@ class ZeroEngine:
                 return [self._evaluate_gathered(batch) for batch in batches]
             return self.pipeline.run(batches, loss_scale=1.0, forward_only=True)
 
-    def _evaluate_gathered(self, batch: PairBatch) -> MicroLog:
-        log = self.describe(batch, self.engine(batch)[1])
+    def _evaluate_gathered(self, batch: PairBatch) -> LossSums:
+        log = loss_sums(batch, self.engine(batch)[1])
         # without a backward ZeRO-3 keeps what it gathered: all weights on every rank, and stale ones after a swap
         self.engine.optimizer.empty_partition_cache()
         return log
@@ -221,11 +212,6 @@ class ZeroEngine:
             for index, partition in enumerate(optimizer.fp32_partitioned_groups_flat):
                 optimizer.fp16_partitioned_groups_flat[index].data.copy_(partition.data)
                 optimizer._unflatten_partitioned_parameters(index)
-
-    @property
-    def num_skipped(self) -> int:
-        """Updates skipped so far because a gradient was not finite."""
-        return int(self.engine.skipped_steps)
 
 
 class _OneChunk(nn.Module):

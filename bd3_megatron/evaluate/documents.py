@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
-from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll
+from bd3_megatron.diffusion.objective import objective_named
+from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.errors import DataError
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, ScoreSums, Share, estimate, score_table
@@ -104,7 +105,7 @@ def document_sums(
     Raises:
         DataError: nothing to score.
     """
-    is_ar = model.model.shape.objective == "ar"
+    is_ar = not objective_named(model.model.shape.objective).has_noise
     first = max(given, 1) if is_ar else given
     if len(ids) <= first:
         raise DataError(

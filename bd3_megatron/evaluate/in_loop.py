@@ -30,8 +30,6 @@ from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.pair_batch import pair_batch
 from bd3_megatron.parallel.topology import Topology
 
-SUMS_KEY = "weighted_nll_B"
-"""What `describe` must put in a micro-batch's log: float64 [B], each sample's sum of weight x NLL over this rank's rows."""
 BATCHES_PER_CALL = 64
 """Micro-batches in memory at once (rounded to the pipeline's needs)."""
 
@@ -53,7 +51,7 @@ def evaluate_on_grid(
     """Held-out perplexity under the averaged weights; collective over all ranks.
 
     Args:
-        engine: whose `describe` logs what SUMS_KEY names.
+        engine: the model and its averaged weights.
         topology: the grid.
         dataset: held-out rows of data.seq_len, the same on every rank, not shuffled.
         config: evaluate and diffusion sections, and the micro-batch size.
@@ -93,14 +91,15 @@ def _score(engine: ZeroEngine, dataset: HeldOut, plan: NoisePlan, sums: ScoreSum
     batches = []
     for share in shares:
         clean, draw_B = read_share(dataset, sums.table, share)
-        batches.append(pair_batch(clean, plan.noisy(clean, draw_B), layout).to(topology.device))
+        noisy = plan.noisy(clean, draw_B)
+        batches.append(pair_batch(clean, [] if noisy is None else [noisy], layout).to(topology.device))
         # counts are whole on every rank, sums are partial over context-parallel ranks: only one may put counts
         if topology.is_last_stage and topology.cp_rank == 0:
             sums.put_counts(share, plan.counted(clean))
     logs = engine.evaluate(batches)
     if topology.is_last_stage:
         for share, log in zip(shares, logs, strict=True):
-            sums.put_sums(share, log[SUMS_KEY])
+            sums.put_sums(share, log.weighted_nll_B)
 
 
 def _share_sums(sums: ScoreSums, topology: Topology) -> None:

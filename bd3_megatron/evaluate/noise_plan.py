@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt, hidden, per_token
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
-from bd3_megatron.diffusion.noise_schedule import MIN_T, noise_schedule
-from bd3_megatron.diffusion.objective import next_token_targets
+from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import NextToken, objective_named
 from bd3_megatron.errors import RangeError, check_multiple
 from bd3_megatron.rng import Purpose, generator_seed, uniform
 
@@ -88,8 +89,8 @@ def noise_plan(
     """
     # The network does not see t, so the bound does not depend on the noise schedule of training, and four plans share it:
     # next token (exact), all mask patterns of a block (exact), drawn counts, drawn levels (the official way).
-    if objective == "ar":
-        return NextToken()
+    if not objective_named(objective).has_noise:
+        return NextTokenPlan()
     if mask_id is None:
         raise RangeError("a block-diffusion model without mask_id cannot be scored; give the tokenizer's mask token.")
     if exact or block_size == 1:
@@ -99,7 +100,7 @@ def noise_plan(
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextTokenPlan:
     """The autoregressive objective: the next token under the whole past, the first one given."""
 
     draws: int = 1
@@ -110,8 +111,10 @@ class NextToken:
         return None
 
     def counted(self, clean: CleanBatch) -> Tensor:
-        is_predicted_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)[1]
-        return is_predicted_BL.sum(dim=1)
+        rows = NextToken().loss_rows(
+            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+        )
+        return rows[0].has_loss_BL.sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

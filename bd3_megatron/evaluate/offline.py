@@ -26,7 +26,8 @@ from bd3_megatron.data.tokenizer import META_FILE
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
-from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
+from bd3_megatron.diffusion.objective import NextToken
+from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.errors import CheckpointError, DataError
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import (
@@ -190,8 +191,10 @@ def weighted_sums(
     documents_BL = None if clean.document_id_BL is None else clean.document_id_BL.to(device)
     clean_BL = clean.tokens_BL.to(device)
     if noisy is None:
-        target_BL, is_loss_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)
-        weight_BL = is_loss_BL.double()
+        rows = NextToken().loss_rows(
+            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+        )[0]
+        target_BL, is_loss_BL, weight_BL = rows.target_BL, rows.has_loss_BL, rows.weight_BL
         hidden_BLD = model.model(clean_BL, None, documents_BL)
     else:
         target_BL, is_loss_BL, weight_BL = noisy.clean_BL, noisy.is_masked_BL, noisy.weight_BL

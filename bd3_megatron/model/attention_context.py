@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bd3_megatron.attention.streams import Attend
+from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.parallel.topology import Topology
 
@@ -31,12 +32,12 @@ LayoutOf = Callable[[int, int], PairLayout]
 """(block size, views) -> this rank's rows; the phases of a curriculum differ in nothing else."""
 
 
-def layout_function(*, length: int, objective: str, topology: Topology, skip_dead_rows: bool) -> LayoutOf:
+def layout_function(objective: Objective, *, length: int, topology: Topology, skip_dead_rows: bool) -> LayoutOf:
     """The rows this rank holds at each block size of a run.
 
     Args:
+        objective: of the run.
         length: L.
-        objective: "block" or "ar".
         topology: the grid; its coordinates choose the context-parallel slice.
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
@@ -46,13 +47,11 @@ def layout_function(*, length: int, objective: str, topology: Topology, skip_dea
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
         divides = not topology.sequence_parallel or ((views + 1) * length - block_size) % topology.tp == 0
         return pair_layout(
+            objective.at(block_size, views=views),
             length=length,
-            block_size=block_size,
-            objective=objective,
             cp=topology.cp,
             cp_rank=topology.cp_rank,
             drop_last_clean=skip_dead_rows and divides,
-            views=views,
         )
 
     return layout_of

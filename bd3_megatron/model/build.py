@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bd3_megatron.attention.streams import Attend
 from bd3_megatron.config.load import replace_field
+from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes
 from bd3_megatron.cost.shape import layers_per_chunk
 from bd3_megatron.model.attention_context import AttentionContext, LayoutOf, layout_function
 from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
@@ -43,8 +43,8 @@ class ParallelModel:
         self.vocabulary = vocabulary
         self.topology = topology
         self._layout_of: LayoutOf = layout_function(
+            objective_of(config),
             length=config.data.seq_len,
-            objective=config.diffusion.objective,
             topology=topology,
             skip_dead_rows=config.train.skip_dead_rows,
         )
@@ -103,5 +103,5 @@ def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerL
 def vocabulary_of(config: Config, *, size: int, mask_id: int | None) -> Vocabulary:
     """The model's ids: those of the data, or more when model.vocab_size asks for a larger table."""
     given = config.model.vocab_size
-    known = Vocabulary(size, mask_id if config.diffusion.objective == "block" else None)
+    known = Vocabulary(size, mask_id if objective_of(config).has_noise else None)
     return known if given is None else replace(known, size=given)

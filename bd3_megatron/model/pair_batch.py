@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
-from bd3_megatron.diffusion.corrupt import NoisyBatch, per_token
-from bd3_megatron.diffusion.objective import next_token_targets
+from bd3_megatron.diffusion.corrupt import NoisyBatch
+from bd3_megatron.diffusion.objective import LossRows
 from bd3_megatron.parallel.pair_split import PairLayout
 
 
@@ -36,7 +36,7 @@ class PairBatch:
     weight_R: Tensor
     """float32 loss weight, positive."""
     level_R: Tensor
-    """float32 noise level t of the row's block (1 for the AR baseline), for diagnostics."""
+    """float32 noise level t of the row's block (1 where there is no noise), for diagnostics."""
     block_R: Tensor
     """int64 diffusion block of the row in its whole sequence."""
     num_blocks: int
@@ -56,25 +56,30 @@ class PairBatch:
         return replace(self, **moved)
 
 
-def pair_batch(clean: CleanBatch, noisy: NoisyBatch | Sequence[NoisyBatch] | None, layout: PairLayout) -> PairBatch:
-    """The micro-batch of block diffusion, or with `noisy` None of the autoregressive baseline.
+def loss_rows(clean: CleanBatch, copies: Sequence[NoisyBatch], layout: PairLayout) -> list[LossRows]:
+    """What the objective says of every row of the stream that carries loss, for whole sequences."""
+    return layout.objective.loss_rows(
+        clean.tokens_BL, copies, document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+    )
+
+
+def pair_batch(clean: CleanBatch, copies: Sequence[NoisyBatch], layout: PairLayout) -> PairBatch:
+    """The micro-batch of some sequences on one rank.
 
     Args:
         clean: whole sequences [B, L].
-        noisy: their corruption, one a view, equal on every rank that holds the same samples.
+        copies: their noisy copies, one a view, equal on every rank that holds the same samples; none without noise.
         layout: this rank's rows.
     """
+    return pair_rows(clean, copies, loss_rows(clean, copies, layout), layout)
+
+
+def pair_rows(
+    clean: CleanBatch, copies: Sequence[NoisyBatch], streams: Sequence[LossRows], layout: PairLayout
+) -> PairBatch:
+    """As `pair_batch`, where `loss_rows` has been asked already."""
     tokens_BL = clean.tokens_BL
-    views = [noisy] if isinstance(noisy, NoisyBatch) else list(noisy or ())
-    if not views:
-        target_BL, is_loss_BL = next_token_targets(tokens_BL, clean.document_id_BL, clean.is_padding_BL)
-        ones_BL = torch.ones(tokens_BL.shape, dtype=torch.float32)
-        is_loss, target, weight, level = [is_loss_BL], [target_BL], [ones_BL], [ones_BL]
-    else:
-        is_loss, target = [view.is_masked_BL for view in views], [tokens_BL] * len(views)
-        weight = [view.weight_BL for view in views]
-        level = [per_token(view.t_BK.to(torch.float32), layout.length) for view in views]
-    is_loss_PB = layout.loss_rows(is_loss).t()
+    is_loss_PB = layout.loss_rows([one.has_loss_BL for one in streams]).t()
     rows = is_loss_PB.flatten().nonzero()[:, 0]
 
     def at_loss_rows(value_BL: Sequence[Tensor]) -> Tensor:
@@ -82,13 +87,13 @@ def pair_batch(clean: CleanBatch, noisy: NoisyBatch | Sequence[NoisyBatch] | Non
 
     block_P = layout.visibility().block_of(layout.position_P)[: is_loss_PB.shape[0]]
     return PairBatch(
-        token_BP=layout.rows_of([view.noisy_BL for view in views], tokens_BL),
+        token_BP=layout.rows_of([copy.noisy_BL for copy in copies], tokens_BL),
         position_PB=_positions(clean, layout),
         document_id_BL=clean.document_id_BL,
         loss_row_R=rows,
-        target_R=at_loss_rows(target),
-        weight_R=at_loss_rows(weight).to(torch.float32),
-        level_R=at_loss_rows(level).to(torch.float32),
+        target_R=at_loss_rows([one.target_BL for one in streams]),
+        weight_R=at_loss_rows([one.weight_BL for one in streams]).to(torch.float32),
+        level_R=at_loss_rows([one.level_BL for one in streams]),
         block_R=block_P[rows // tokens_BL.shape[0]],
         num_blocks=layout.length // layout.block_size,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, positions
+from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.errors import GridError
 
 
@@ -28,12 +29,20 @@ class PairLayout:
     """The rows of one rank. `length` and `block_size` are global; row ranges are positions of the clean sequence."""
 
     length: int
-    block_size: int
+    objective: Objective
+    """At the block size and number of noisy views in force."""
     noisy_rows: Rows
     clean_rows: Rows
     clean_key_rows: Rows
-    views: int = 1
-    """Noisy copies of the same positions; each sees itself and the one clean half."""
+
+    @property
+    def block_size(self) -> int:
+        return self.objective.block_size
+
+    @property
+    def views(self) -> int:
+        """Noisy copies of the same positions; each sees itself and the one clean half."""
+        return self.objective.views
 
     @cached_property
     def num_noisy(self) -> int:
@@ -87,39 +96,28 @@ class PairLayout:
 
 
 def pair_layout(
-    *,
-    length: int,
-    block_size: int,
-    objective: str,
-    cp: int = 1,
-    cp_rank: int = 0,
-    drop_last_clean: bool = True,
-    views: int = 1,
+    objective: Objective, *, length: int, cp: int = 1, cp_rank: int = 0, drop_last_clean: bool = True
 ) -> PairLayout:
     """The layout of one context-parallel rank.
 
     Args:
+        objective: says which streams there are.
         length: L, clean tokens of a sample.
-        block_size: S; ignored by objective "ar", which is block-causal with S = 1.
-        objective: "block" or "ar".
         cp, cp_rank: context-parallel size and this rank in it.
-        drop_last_clean: leave out the last clean block where nothing is cut (cp = 1).
-        views: noisy copies that share the clean half (1 where there is no clean half to share).
+        drop_last_clean: leave out the last clean block where no row that carries loss sees it and nothing is cut (cp = 1).
 
     Raises:
         GridError: L / (2 cp) is not a multiple of S.
     """
-    if objective == "ar":
-        rows = _zigzag(length, 1, cp, cp_rank)
-        return PairLayout(length, 1, (), rows, ((0, length),))
-    if block_size == length:
-        _zigzag(length, block_size, cp, cp_rank)
-        return PairLayout(length, block_size, ((0, length),), (), ())
-    rows = _zigzag(length, block_size, cp, cp_rank)
-    if cp > 1:
-        return PairLayout(length, block_size, rows, rows, ((0, length),), views)
-    clean: Rows = ((0, length - block_size),) if drop_last_clean else rows
-    return PairLayout(length, block_size, rows, clean, clean, views)
+    rows = _zigzag(length, objective.block_size, cp, cp_rank)
+    noisy = rows if objective.noisy_rows(length) else ()
+    if not objective.clean_rows(length):
+        return PairLayout(length, objective, noisy, (), ())
+    # a clean row carries loss only where there is no noisy stream: then its last block is needed too
+    if cp == 1 and noisy and drop_last_clean:
+        clean: Rows = ((0, length - objective.block_size),)
+        return PairLayout(length, objective, noisy, clean, clean)
+    return PairLayout(length, objective, noisy, rows, ((0, length),))
 
 
 def _zigzag(length: int, block_size: int, cp: int, cp_rank: int) -> Rows:

@@ -20,8 +20,7 @@ from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
-from bd3_megatron.diffusion.objective import next_token_targets
-from bd3_megatron.model.pair_batch import PairBatch, pair_batch
+from bd3_megatron.model.pair_batch import PairBatch, loss_rows, pair_rows
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
@@ -75,20 +74,26 @@ class StepBatch:
     """Of them, how many carry loss."""
 
 
-def make_micro_batch(
-    clean: CleanBatch, noise: Noise | None, config: DiffusionConfig, layout: PairLayout
-) -> tuple[PairBatch, int, int]:
-    """(rows of this rank, tokens in the mean, tokens with loss) of one micro-batch; `noise` None is the AR baseline."""
-    if noise is None:
-        has_loss_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL)[1]
-        count = int(has_loss_BL.sum())
-        return pair_batch(clean, None, layout), count, count
-    views = [noise.of_view(view).corrupt(clean, config) for view in range(layout.views)]
-    counted = views[0].countable_BL
-    if config.count_all_tokens:
-        counted = torch.ones_like(counted) if clean.is_padding_BL is None else ~clean.is_padding_BL
-    masked = sum(int(view.is_masked_BL.sum()) for view in views)
-    return pair_batch(clean, views, layout), layout.views * int(counted.sum()), masked
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch: this rank's rows, and the counts of its whole sequences."""
+
+    pair: PairBatch
+    token_count: int
+    """Tokens in the loss's denominator."""
+    masked_count: int
+    """Rows with loss."""
+
+
+def make_micro_batch(clean: CleanBatch, noise: Noise, config: DiffusionConfig, layout: PairLayout) -> MicroBatch:
+    """The micro-batch of some sequences in the phase that `layout` is of."""
+    copies = layout.objective.copies(lambda view: noise.of_view(view).corrupt(clean, config))
+    rows = loss_rows(clean, copies, layout)
+    return MicroBatch(
+        pair_rows(clean, copies, rows, layout),
+        token_count=layout.objective.token_count(rows, copies),
+        masked_count=sum(int(stream.has_loss_BL.sum()) for stream in rows),
+    )
 
 
 class StepBatches:
@@ -156,19 +161,19 @@ class StepBatches:
             interval: noise interval in force.
         """
         config = self._plan.config
-        noise = None
-        if config.diffusion.objective == "block":
-            noise = Noise(
-                seed=config.run.seed,
-                mask_id=self._mask_id,
-                group_size=config.train.global_batch_size,
-                block_size=layout.block_size,
-                interval=interval,
-            )
+        noise = Noise(
+            seed=config.run.seed,
+            mask_id=self._mask_id,
+            group_size=config.train.global_batch_size,
+            block_size=layout.block_size,
+            interval=interval,
+        )
         made = [
             make_micro_batch(next(self._reading.batches), noise, config.diffusion, layout)
             for _ in range(self._share(step).num_micro_batches)
         ]
         return StepBatch(
-            [batch.to(self._topology.device) for batch, _, _ in made], sum(m[1] for m in made), sum(m[2] for m in made)
+            [one.pair.to(self._topology.device) for one in made],
+            token_count=sum(one.token_count for one in made),
+            masked_count=sum(one.masked_count for one in made),
         )

@@ -18,8 +18,9 @@ from bd3_megatron.attention.select import Backend, choose
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device
 from bd3_megatron.config.load import dump_config, replace_field
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes, validate
+from bd3_megatron.config.validate import validate
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
@@ -30,12 +31,13 @@ from bd3_megatron.process.stop import StopRequest
 from bd3_megatron.process.watchdog import Watchdog
 from bd3_megatron.train.dataset import RunData, prepare_and_open
 from bd3_megatron.train.doctor import BLOCKS_BEFORE_TRAINING, diagnose, streams_of
+from bd3_megatron.train.hooks import Hooks
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
-from bd3_megatron.train.metrics import describe
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.resume import resume
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.throughput import measure_cpu_peak_tflops
+from bd3_megatron.train.timeline import Timeline, device_event_factory
 from bd3_megatron.train.trainer import Trainer
 
 CPU_PEAK_SECONDS = 0.5
@@ -49,7 +51,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     """
     validate(config, world_size=world_size)
     # what only the curriculum's arithmetic can refute, before a process group exists
-    RunPlan(config).place(0)
+    RunPlan(config).phase_at(0)
     limit_cpu_threads()
     keep_freed_memory()
     device = rank_device(local_rank)
@@ -67,6 +69,43 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     say(f"attention: {backend.label} ({backend.why})")
     if config.watch.leak_check and rank == 0:
         say(diagnose(config, backend, max_blocks=BLOCKS_BEFORE_TRAINING, dtype=dtype, device=device))
+    engine = _engine(config, topology, data, backend, dtype)
+    state = resume(engine, run_dir, config, say)
+    plan = RunPlan(config, state.step, state.samples_consumed)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        dump_config(config, run_dir / "config.yaml")
+    stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
+    stop.install()
+    loggers = _loggers(config, plan, state) if rank == 0 else None
+    timeline = Timeline(event_factory=device_event_factory())
+    hooks = Hooks(
+        config=config,
+        topology=topology,
+        data=data,
+        engine=engine,
+        saver=Saver(engine, run_dir / "checkpoints", asynchronous=config.checkpoint.asynchronous, warn=say),
+        timeline=timeline,
+        loggers=loggers,
+    )
+    return Trainer(
+        config=config,
+        plan=plan,
+        topology=topology,
+        data=data,
+        engine=engine,
+        state=state,
+        hooks=hooks,
+        stop=stop,
+        watchdog=Watchdog(config.watch, run_dir, rank=rank, world_size=world_size),
+        peak=device_peak(config, topology),
+        loggers=loggers,
+        timeline=timeline,
+    )
+
+
+def _engine(config: Config, topology: Topology, data: RunData, backend: Backend, dtype: torch.dtype) -> ZeroEngine:
+    """The model with its optimizer."""
     vocabulary = vocabulary_of(config, size=data.vocab_size, mask_id=data.special.mask)
     model = ParallelModel(config, vocabulary, topology, attend=backend.attend, dtype=dtype)
     share = BatchShare(
@@ -75,27 +114,7 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
         dp=topology.dp,
         dp_rank=topology.dp_rank,
     )
-    engine = ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype, describe=describe)
-    state = resume(engine, run_dir, config, say)
-    plan = RunPlan(config, state.step, state.samples_consumed)
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        dump_config(config, run_dir / "config.yaml")
-    stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
-    stop.install()
-    return Trainer(
-        config=config,
-        plan=plan,
-        topology=topology,
-        data=data,
-        engine=engine,
-        state=state,
-        saver=Saver(engine, run_dir / "checkpoints", asynchronous=config.checkpoint.asynchronous, warn=say),
-        stop=stop,
-        watchdog=Watchdog(config.watch, run_dir, rank=rank, world_size=world_size),
-        peak=device_peak(config, topology),
-        loggers=_loggers(config, plan, state) if rank == 0 else None,
-    )
+    return ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype)
 
 
 def training_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import candidates
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
-from bd3_megatron.config.validate import block_sizes
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
-from bd3_megatron.data.loader import BatchLoader, BatchSource, TokenDataset
+from bd3_megatron.data.loader import BatchLoader, TokenDataset
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.packing import PackingRule
@@ -58,17 +58,6 @@ class TrainingRows(Protocol):
 
 
 @dataclass(frozen=True)
-class IndexedRows:
-    """Rows that any process can read by index."""
-
-    source: BatchSource
-
-    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
-        """As TrainingRows; nothing is remembered."""
-        return RowReading(iter(BatchLoader(self.source, indices(), num_workers=workers, pin_memory=pin)), dict)
-
-
-@dataclass(frozen=True)
 class ShardRows:
     """Rows of prepared splits, mixed as the configuration says."""
 
@@ -82,10 +71,9 @@ class ShardRows:
             ConfigError: sources were taken away.
         """
         stages = mixture_stages(self.data, plan, saved)
-        reading = IndexedRows(self.dataset.mixed(Mixture(stages))).read(
-            plan, indices, workers=workers, pin=pin, saved=None
-        )
-        return RowReading(reading.batches, lambda: stages_state(stages))
+        source = self.dataset.mixed(Mixture(stages))
+        batches = BatchLoader(source, indices(), num_workers=workers, pin_memory=pin)
+        return RowReading(iter(batches), lambda: stages_state(stages))
 
 
 @dataclass(frozen=True)

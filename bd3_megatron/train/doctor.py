@@ -23,8 +23,9 @@ from bd3_megatron.attention.select import Backend, choose
 from bd3_megatron.attention.streams import Attend
 from bd3_megatron.compat.device import rank_device
 from bd3_megatron.config.load import load_config
+from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes, validate
+from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import LeakError
 from bd3_megatron.hf.plain_bd3 import Layer, rotary_table
 from bd3_megatron.model.attention_context import AttentionContext
@@ -172,9 +173,7 @@ def diagnose(
         blocks = config.data.seq_len // size
         length = size * (blocks if max_blocks is None else min(blocks, max_blocks))
         for drop in (True, False):
-            layout = pair_layout(
-                length=length, block_size=size, objective=config.diffusion.objective, drop_last_clean=drop
-            )
+            layout = pair_layout(objective_of(config, block_size=size), length=length, drop_last_clean=drop)
             documents = None if config.data.packing != "isolated" else example_documents(length, size)
             violations = examine(backend.attend, layout, documents, dtype=dtype, device=device)
             if violations:
@@ -190,9 +189,11 @@ def diagnose(
 
 def streams_of(config: Config) -> Literal["pair", "noisy", "clean"]:
     """Which streams attention sees in a run: the AR baseline has no noisy rows, masked diffusion no clean ones."""
-    if config.diffusion.objective == "ar":
+    length = config.data.seq_len
+    phases = [objective_of(config, block_size=size) for size in block_sizes(config)]
+    if not any(phase.noisy_rows(length) for phase in phases):
         return "clean"
-    return "noisy" if set(block_sizes(config)) == {config.data.seq_len} else "pair"
+    return "pair" if any(phase.clean_rows(length) for phase in phases) else "noisy"
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,126 +1,145 @@
-"""What runs between steps, on all ranks alike: evaluation, interval search, saving.
+"""What runs between steps, on all ranks alike: evaluation, interval search, saving, going back after a loss spike.
 
-Decides when; how is the business of evaluate/, diffusion/interval_search and checkpoint/.
+Contract: a hook is handed a `StepInfo` and returns what it found; only the trainer changes the run's state.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bd3_megatron.checkpoint.load import load
+from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
+from bd3_megatron.config.objective import objective_of
+from bd3_megatron.config.schema import Config
+from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.in_loop import evaluate_on_grid
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.dataset import RunData
+from bd3_megatron.train.loggers import Loggers
 from bd3_megatron.train.search import search_interval
 from bd3_megatron.train.state import TrainState
-
-if TYPE_CHECKING:
-    from bd3_megatron.train.trainer import Trainer
+from bd3_megatron.train.timeline import Timeline
 
 
-def after_step(trainer: Trainer, *, stopping: bool) -> None:
-    """Whatever is due at the state just reached."""
-    step, config = trainer.state.step, trainer.config
-    is_last = step == trainer.plan.total_steps
-    at_end = is_last and config.evaluate.at_start_and_end
-    if at_end or _is_due(step, config.evaluate.every_steps):
-        evaluate(trainer)
-    if not is_last and _is_due(step, config.diffusion.search_every_steps):
-        search(trainer)
-    if is_last or stopping or _is_due(step, config.checkpoint.every_steps):
-        save_checkpoint(trainer)
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """The state just reached, as hooks see it."""
+
+    step: int
+    """Optimizer updates made."""
+    block_size: int
+    """S of the next update (of the last one at the end of the run)."""
+    is_searched: bool
+    """A search may choose the noise interval of the next update."""
+    is_last: bool
+    is_stopping: bool
 
 
-def finish(trainer: Trainer) -> None:
-    """Wait for what still runs in the background.
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """The hooks of one run on one rank."""
 
-    Raises:
-        CheckpointError: the last checkpoint could not be written.
-    """
-    trainer.saver.finish()
+    config: Config
+    topology: Topology
+    data: RunData
+    engine: ZeroEngine
+    saver: Saver
+    timeline: Timeline
+    loggers: Loggers | None
+    """On rank 0; None elsewhere."""
+
+    def evaluates(self, info: StepInfo) -> bool:
+        """Whether an evaluation is due."""
+        evaluate = self.config.evaluate
+        at_edge = evaluate.at_start_and_end and (info.is_last or info.step == 0)
+        return at_edge or (info.step > 0 and _is_due(info.step, evaluate.every_steps))
+
+    def searches(self, info: StepInfo) -> bool:
+        """Whether a search for the noise interval is due."""
+        diffusion = self.config.diffusion
+        return (
+            not info.is_last
+            and _is_due(info.step, diffusion.search_every_steps)
+            and info.is_searched
+            and objective_of(self.config).has_noise
+        )
+
+    def saves(self, info: StepInfo) -> bool:
+        """Whether a checkpoint is due."""
+        return info.is_last or info.is_stopping or _is_due(info.step, self.config.checkpoint.every_steps)
+
+    def evaluate(self, info: StepInfo) -> None:
+        """Held-out perplexity with the averaged weights, written as a record of the current step. Collective."""
+        if self.data.valid is None:
+            return
+        with self.timeline.span("evaluation"):
+            estimate = evaluate_on_grid(
+                self.engine, self.topology, self.data.valid, self.config, block_size=info.block_size
+            )
+        if self.loggers is not None:
+            self.loggers.write({"step": info.step, **estimate.metrics()})
+
+    def search(self, info: StepInfo) -> Interval | None:
+        """The noise interval of least variance for the next update's block size; None without held-out text. Collective."""
+        if self.data.valid is None:
+            return None
+        # one noisy copy is what the search scores; the next step takes the training rows up again
+        self.engine.model.enter_phase(info.block_size, views=1)
+        with self.timeline.span("evaluation"):
+            choice = search_interval(
+                self.engine, self.topology, self.data.valid, self.config, block_size=info.block_size, step=info.step
+            )
+        if self.loggers is not None:
+            self.loggers.write({"step": info.step, **choice.metrics()})
+        return choice.interval
+
+    def save(self, state: TrainState) -> None:
+        """Save the state, published whole. Collective."""
+        with self.timeline.span("checkpoint"):
+            self.saver.save(
+                step=state.step,
+                samples_consumed=state.samples_consumed,
+                config=self.config,
+                train_state=state.to_json(),
+            )
+
+    def roll_back(self, state: TrainState) -> TrainState | None:
+        """Load the newest checkpoint after a loss spike; the run goes on behind the data it has seen. Collective.
+
+        Args:
+            state: of the run now; not changed.
+
+        Returns:
+            The state to go on from; None where there is no checkpoint, or the run came back to it before: then the batch
+            stays skipped.
+        """
+        self.saver.finish()
+        found = newest_valid(Path(self.config.run.dir) / "checkpoints")
+        if found is None or found[1].step == state.rolled_back_to:
+            return None
+        loaded = TrainState.from_json(load(self.engine, found[0]).train_state)
+        after = replace(
+            loaded,
+            samples_consumed=state.samples_consumed,
+            skipped_steps=state.skipped_steps,
+            rolled_back_to=loaded.step,
+            wandb_id=state.wandb_id,
+        )
+        if self.loggers is not None:
+            self.loggers.cut(after.step)
+            self.loggers.write(
+                {
+                    "step": after.step,
+                    "event": "rollback",
+                    "from_step": state.step,
+                    "samples_consumed": state.samples_consumed,
+                }
+            )
+        return after
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def evaluate(trainer: Trainer) -> None:
-    """Held-out perplexity with the averaged weights, written as a record of the current step."""
-    if trainer.data.valid is None:
-        return
-    block_size = trainer.plan.place(trainer.state.step).phase.block_size
-    with trainer.timeline.span("evaluation"):
-        estimate = evaluate_on_grid(
-            trainer.engine, trainer.topology, trainer.data.valid, trainer.config, block_size=block_size
-        )
-    if trainer.loggers is not None:
-        trainer.loggers.write({"step": trainer.state.step, **estimate.metrics()})
-
-
-def search(trainer: Trainer) -> None:
-    """Choose the interval of the phase that the next step is in; resumed runs find it in the train state."""
-    if trainer.data.valid is None or trainer.config.diffusion.objective == "ar":
-        return
-    if not trainer.plan.is_searched(trainer.state.step):
-        return
-    place = trainer.plan.place(trainer.state.step)
-    # one noisy copy is what the search scores; the next step takes the training rows up again
-    trainer.engine.model.enter_phase(place.phase.block_size, views=1)
-    with trainer.timeline.span("evaluation"):
-        choice = search_interval(
-            trainer.engine,
-            trainer.topology,
-            trainer.data.valid,
-            trainer.config,
-            block_size=place.phase.block_size,
-            step=trainer.state.step,
-        )
-    trainer.state.intervals[place.phase.block_size] = (choice.interval.beta, choice.interval.omega)
-    if trainer.loggers is not None:
-        trainer.loggers.write({"step": trainer.state.step, **choice.metrics()})
-
-
-def roll_back(trainer: Trainer) -> bool:
-    """Return to the newest checkpoint after a loss spike and go on behind the data seen since.
-
-    Returns:
-        False where there is no checkpoint, or the run came back to it before: then the batch stays skipped.
-    """
-    trainer.saver.finish()
-    found = newest_valid(Path(trainer.config.run.dir) / "checkpoints")
-    if found is None or found[1].step == trainer.state.rolled_back_to:
-        return False
-    path = found[0]
-    before = trainer.state
-    trainer.state = TrainState.from_json(load(trainer.engine, path).train_state)
-    trainer.state.samples_consumed = before.samples_consumed
-    trainer.state.skipped_steps = before.skipped_steps
-    trainer.state.rolled_back_to = trainer.state.step
-    trainer.state.wandb_id = before.wandb_id
-    trainer.plan = replace(trainer.plan, origin_step=trainer.state.step, origin_samples=trainer.state.samples_consumed)
-    if trainer.loggers is not None:
-        trainer.loggers.cut(trainer.state.step)
-        trainer.loggers.write(
-            {
-                "step": trainer.state.step,
-                "event": "rollback",
-                "from_step": before.step,
-                "samples_consumed": before.samples_consumed,
-            }
-        )
-    return True
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    """Save the state, published whole."""
-    state = trainer.state
-    if trainer.batches is not None:
-        state.data = trainer.batches.data_state()
-    with trainer.timeline.span("checkpoint"):
-        trainer.saver.save(
-            step=state.step,
-            samples_consumed=state.samples_consumed,
-            config=trainer.config,
-            train_state=state.to_json(),
-        )

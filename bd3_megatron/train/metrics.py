@@ -15,30 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_megatron.model.pair_batch import PairBatch
+from bd3_megatron.model.loss_sums import NUM_BINS, LossSums
 from bd3_megatron.parallel.topology import Topology
-
-NUM_BINS = 10
-"""Noise levels are binned in tenths."""
-
-
-def describe(batch: PairBatch, nll_R: Tensor) -> dict[str, Tensor]:
-    """Sums of one micro-batch on a last stage, partial over context-parallel ranks.
-
-    Returns:
-        weighted_nll_BK: float64 [B, K], sum of weight x NLL of each diffusion block; weighted_nll_B: its sums;
-        bins: float64 [2, NUM_BINS], NLL sums and counts by noise level.
-    """
-    nll_R = nll_R.double()
-    sample_R = batch.loss_row_R % batch.batch_size
-    weighted = torch.zeros(batch.batch_size * batch.num_blocks, dtype=torch.float64, device=nll_R.device)
-    weighted.index_add_(0, sample_R * batch.num_blocks + batch.block_R, nll_R * batch.weight_R)
-    weighted_BK = weighted.view(batch.batch_size, batch.num_blocks)
-    bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=nll_R.device)
-    bin_R = (batch.level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
-    bins[0].index_add_(0, bin_R, nll_R)
-    bins[1].index_add_(0, bin_R, torch.ones_like(nll_R))
-    return {"weighted_nll_BK": weighted_BK, "weighted_nll_B": weighted_BK.sum(1), "bins": bins}
 
 
 @dataclass(frozen=True)
@@ -72,12 +50,12 @@ class StepSums:
 
 
 def reduce_step(
-    logs: Sequence[dict[str, Tensor]], topology: Topology, *, num_samples: int, token_count: int, masked_count: int
+    logs: Sequence[LossSums], topology: Topology, *, num_samples: int, token_count: int, masked_count: int
 ) -> StepSums:
     """Sum a step over the grid. Entry: logs on last stages only, partial over cp; exit: equal on every rank.
 
     Args:
-        logs: this rank's micro-batch logs, in order.
+        logs: of this rank's micro-batches, in order.
         topology: the grid.
         num_samples: of the step over all ranks.
         token_count, masked_count: of this data-parallel rank's samples.
@@ -85,7 +63,7 @@ def reduce_step(
     table = torch.zeros(num_samples + 2 * NUM_BINS + 2, dtype=torch.float64, device=topology.device)
     if logs and topology.tp_rank == 0:
         table[:num_samples] = _in_sample_order(logs, topology, num_samples)
-        table[num_samples : num_samples + 2 * NUM_BINS] = torch.stack([log["bins"] for log in logs]).sum(0).flatten()
+        table[num_samples : num_samples + 2 * NUM_BINS] = torch.stack([log.bins for log in logs]).sum(0).flatten()
     if topology.tp_rank == 0 and topology.cp_rank == 0 and topology.is_first_stage:
         table[-2], table[-1] = token_count, masked_count
     dist.all_reduce(table)
@@ -98,9 +76,9 @@ def reduce_step(
     )
 
 
-def _in_sample_order(logs: Sequence[dict[str, Tensor]], topology: Topology, num_samples: int) -> Tensor:
+def _in_sample_order(logs: Sequence[LossSums], topology: Topology, num_samples: int) -> Tensor:
     """This rank's per-sample sums at their places in the step: index = (micro-batch x dp + dp rank) x mbs + row."""
     whole = torch.zeros(len(logs), topology.dp, num_samples // (len(logs) * topology.dp), dtype=torch.float64)
     whole = whole.to(topology.device)
-    whole[:, topology.dp_rank] = torch.stack([log["weighted_nll_B"] for log in logs])
+    whole[:, topology.dp_rank] = torch.stack([log.weighted_nll_B for log in logs])
     return whole.flatten()

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bd3_megatron.config.budget import batch_size_at, samples_before, steps_for_tokens
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config, PhaseConfig
-from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, Place
+from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, PhaseOfStep
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.engine.lr_schedule import learning_rate
 
@@ -50,13 +51,13 @@ class RunPlan:
     def curriculum(self) -> Curriculum:
         """The phases; one where the configuration names none."""
         diffusion = self.config.diffusion
-        size = 1 if diffusion.objective == "ar" else diffusion.block_size
         phases: list[Phase] = []
         first = 0
         for phase in diffusion.phases:
             phases.append(self._phase(phase, first))
             first += phases[-1].steps or 0
         if not phases:
+            size = objective_of(self.config).block_size
             phases = [Phase(block_size=size, interval=Interval(*diffusion.interval_at(size)))]
         train = self.config.train
         return Curriculum(tuple(phases), self.total_steps, self.config.data.seq_len, train.global_batch_size)
@@ -70,14 +71,14 @@ class RunPlan:
             lr=LrSegment(start=phase.lr_start, end=phase.lr_end, warmup_steps=phase.lr_warmup_steps),
         )
 
-    def place(self, step: int) -> Place:
-        """Where the update that leaves state `step` stands."""
+    def phase_at(self, step: int) -> PhaseOfStep:
+        """The phase of the update that leaves state `step`."""
         return self.curriculum.phase_at(step)
 
     def is_searched(self, step: int) -> bool:
         """Whether a search may choose the interval of that update: not where its phase names one."""
         phases = self.config.diffusion.phases
-        return not phases or phases[self.place(step).number].interval is None
+        return not phases or phases[self.phase_at(step).number].interval is None
 
     def interval(self, step: int, found: Mapping[int, tuple[float, float]]) -> Interval:
         """Noise interval of that update: the configured one, or what a search found for its block size.
@@ -86,7 +87,7 @@ class RunPlan:
             step: updates made so far.
             found: block size -> searched interval.
         """
-        phase = self.place(step).phase
+        phase = self.phase_at(step).phase
         return (
             Interval(*found[phase.block_size])
             if self.is_searched(step) and phase.block_size in found
@@ -95,7 +96,7 @@ class RunPlan:
 
     def lr(self, step: int) -> float:
         """Learning rate of that update."""
-        return learning_rate(self.config.optim, step, self.total_steps) * self.place(step).lr_factor
+        return learning_rate(self.config.optim, step, self.total_steps) * self.phase_at(step).lr_factor
 
     def batch_size(self, step: int) -> int:
         """Samples of that update, over all ranks."""

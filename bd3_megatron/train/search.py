@@ -108,10 +108,10 @@ def _score(
     """Moments of the rows below `num_rows`: on last stages this data-parallel rank's own, elsewhere none."""
     topology, layout = engine.model.topology, engine.model.layout
     moments = Moments.none(len(intervals))
-    logs = engine.evaluate([pair_batch(clean, noisy, layout).to(topology.device) for clean, noisy in batches])
+    logs = engine.evaluate([pair_batch(clean, [noisy], layout).to(topology.device) for clean, noisy in batches])
     # stages before the last have no logs
     for log, (clean, noisy) in zip(logs, batches, strict=False):
-        loss_BK = log["weighted_nll_BK"] / layout.block_size
+        loss_BK = log.weighted_nll_BK / layout.block_size
         dist.all_reduce(loss_BK, group=topology.groups.cp)
         is_asked_B1 = (clean.index_B < num_rows)[:, None]
         moments = moments.merge(_moments(loss_BK.cpu(), noisy, is_asked_B1, config, intervals, drawn_from))

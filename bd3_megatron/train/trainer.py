@@ -1,49 +1,43 @@
-"""The loop: batch, step, record, hooks, until the budget is used up or someone asks to stop.
+"""The training loop: step, record, hooks, until the budget is used up or someone asks to stop.
 
-Decides: what happens in which order around a step, and nothing about how any of it is done. Step n is the state after
-n updates; a record of step n describes the update that led to it. Hooks (evaluation, interval search, saving) run
-between steps, on all ranks alike.
+Contract: step n is the state after n updates; a record of step n describes the update that led to it. What an update is
+stands in `step.py`, what runs between updates in `hooks.py`; this file owns the order and the run's state.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
-
 from bd3_megatron.checkpoint.describe import source_commit
-from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import peak_memory_bytes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.pairs import Pairs
-from bd3_megatron.engine.pipeline import MicroLog
-from bd3_megatron.engine.zero_engine import StepResult, Veto, ZeroEngine
-from bd3_megatron.model.dropout import seed_dropout
+from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.planner.peaks import PeakTflops
 from bd3_megatron.process.status import write_status
 from bd3_megatron.process.stop import StopRequest
 from bd3_megatron.process.watchdog import Watchdog, straggler_metrics
-from bd3_megatron.train import hooks
-from bd3_megatron.train.batches import StepBatch, StepBatches
+from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.dataset import RunData
 from bd3_megatron.train.document_pairs import step_pairs
+from bd3_megatron.train.hooks import Hooks, StepInfo
 from bd3_megatron.train.loggers import Loggers
-from bd3_megatron.train.metrics import StepSums, reduce_step
+from bd3_megatron.train.metrics import StepSums
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.step import StepOutcome, TrainingStep
 from bd3_megatron.train.throughput import figures
-from bd3_megatron.train.timeline import Timeline, device_event_factory, profiled, time_metrics
+from bd3_megatron.train.timeline import Timeline, time_metrics
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """Everything a run needs, wired by train/build."""
+    """A run on one rank, wired by `build.py`."""
 
     config: Config
     plan: RunPlan
@@ -51,15 +45,21 @@ class Trainer:
     data: RunData
     engine: ZeroEngine
     state: TrainState
-    saver: Saver
+    hooks: Hooks
     stop: StopRequest
     watchdog: Watchdog
     peak: PeakTflops
     loggers: Loggers | None
     """On rank 0; None elsewhere."""
+    timeline: Timeline
     batches: StepBatches | None = None
     """What the steps read; None before the first."""
-    timeline: Timeline = field(default_factory=lambda: Timeline(event_factory=device_event_factory()))
+    training_step: TrainingStep = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.training_step = TrainingStep(
+            config=self.config, topology=self.topology, engine=self.engine, timeline=self.timeline
+        )
 
     def run(self) -> str:
         """Train to the end of the budget.
@@ -67,13 +67,12 @@ class Trainer:
         Returns:
             "finished", or why it stopped early: "signal", "file" or "deadline".
         """
-        state = self.state
         self._record_start()
-        if state.step >= self.plan.total_steps:
+        if self.state.step >= self.plan.total_steps:
             return self._end("finished")
-        if self.config.evaluate.at_start_and_end and state.step == 0:
-            hooks.evaluate(self)
-        with self.watchdog.watching(state.step):
+        if self.state.step == 0 and self.hooks.evaluates(self._info()):
+            self.hooks.evaluate(self._info())
+        with self.watchdog.watching(self.state.step):
             reason = self._loop()
         return self._end(reason)
 
@@ -84,10 +83,10 @@ class Trainer:
             vetoed = self._step(self.batches)
             self.watchdog.step_done(self.state.step)
             reason = self.stop.agreed(self.topology.device)
-            if vetoed and self.config.train.spike_action == "rollback" and hooks.roll_back(self):
+            if vetoed and self.config.train.spike_action == "rollback" and self._roll_back():
                 self.batches = self._batches()
                 continue
-            hooks.after_step(self, stopping=reason is not None)
+            self._between_steps(stopping=reason is not None)
             self.watchdog.alive(self.state.step)
             if reason is not None and self.state.step < self.plan.total_steps:
                 return reason
@@ -105,114 +104,102 @@ class Trainer:
         )
 
     def _step(self, batches: StepBatches) -> bool:
-        """One optimizer update, and its record where one is due; True when the spike guard left it out."""
+        """One update and its record where one is due; True when the spike guard left the update out."""
         state = self.state
-        place = self.plan.place(state.step)
-        self.timeline.start_step(state.step + 1)
-        self.engine.model.enter_phase(place.phase.block_size)
-        if self.config.model.dropout > 0:
-            seed_dropout(self.config.run.seed, state.step, self.topology)
-        with self.timeline.span("data_wait"):
-            interval = self.plan.interval(state.step, state.intervals)
-            batch = batches.next(state.step, self.engine.model.layout, interval)
-            tokens = self._global_count(batch)
-        num_samples, lr = self.plan.batch_size(state.step), self.plan.lr(state.step)
-        with profiled(
-            state.step + 1, self.config.log.profile_steps, Path(self.config.run.dir) / "profile", self.topology.rank
-        ):
-            result = self.engine.train_step(
-                batch.micro_batches,
-                loss_scale=self.topology.shard_size / tokens,
-                lr=lr,
-                span=self.timeline.span,
-                veto=self._veto_for(batch, num_samples) if self.config.train.spike_factor else None,
-            )
-        self.timeline.end_step()
+        outcome = self.training_step.run(
+            self.plan, state, batches, veto=self._is_spike if self.config.train.spike_factor else None
+        )
         state.step += 1
-        state.samples_consumed += num_samples
-        state.skipped_steps += not result.applied
-        if result.vetoed or state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps:
-            self._record_step(batch, result, num_samples=num_samples, lr=lr)
+        state.samples_consumed += outcome.num_samples
+        state.skipped_steps += not outcome.result.applied
+        is_due = state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps
+        if outcome.result.vetoed or is_due:
+            self._record_step(outcome)
         if self.loggers is not None:
             self.loggers.console.advance()
-        return result.vetoed
+        return outcome.result.vetoed
 
-    def _veto_for(self, batch: StepBatch, num_samples: int) -> Veto:
-        """Asked between backward and update: is this step's loss a spike? The same answer on every rank."""
+    def _is_spike(self, loss: float) -> bool:
+        # the loss is global, so every rank comes to the same answer
+        if is_spike(loss, self.state.recent_losses, self.config.train.spike_factor):
+            return True
+        remember(self.state.recent_losses, loss)
+        return False
 
-        def veto(logs: list[MicroLog]) -> bool:
-            loss = self._sums(logs, batch, num_samples).loss
-            if is_spike(loss, self.state.recent_losses, self.config.train.spike_factor):
-                return True
-            remember(self.state.recent_losses, loss)
-            return False
-
-        return veto
-
-    def _global_count(self, batch: StepBatch) -> float | Tensor:
-        """Tokens of the whole step: known by arithmetic, or summed over dp where samples differ."""
-        if self.config.data.packing == "wrap":
-            return batch.token_count * self.topology.dp
-        count = Tensor([batch.token_count]).double().to(self.topology.device)
-        dist.all_reduce(count, group=self.topology.groups.dp)
-        return count[0]
-
-    def _record_step(self, batch: StepBatch, result: StepResult, *, num_samples: int, lr: float) -> None:
-        sums = self._sums(result.logs, batch, num_samples)
-        times = time_metrics(self.timeline.finished())
-        times |= straggler_metrics(times, self.topology.device)
-        block_size = self.plan.place(self.state.step - 1).phase.block_size
-        pairs = step_pairs(self.config, batch.micro_batches, self.topology, block_size=block_size)
-        if self.loggers is not None:
-            speed = self._speed(times, sums, num_samples, pairs)
-            record = self._step_record(sums, result, speed | times, num_samples=num_samples, lr=lr)
-            self.loggers.write(record | {"event": "loss_spike"} if result.vetoed else record)
-
-    def _sums(self, logs: list[MicroLog], batch: StepBatch, num_samples: int) -> StepSums:
-        return reduce_step(
-            logs,
-            self.topology,
-            num_samples=num_samples,
-            token_count=batch.token_count,
-            masked_count=batch.masked_count,
+    def _info(self, *, stopping: bool = False) -> StepInfo:
+        step = self.state.step
+        return StepInfo(
+            step=step,
+            block_size=self.plan.phase_at(step).phase.block_size,
+            is_searched=self.plan.is_searched(step),
+            is_last=step == self.plan.total_steps,
+            is_stopping=stopping,
         )
 
-    def _step_record(
-        self, sums: StepSums, result: StepResult, times: dict[str, Any], *, num_samples: int, lr: float
-    ) -> dict[str, Any]:
-        state, place = self.state, self.plan.place(self.state.step - 1)
-        interval = self.plan.interval(state.step - 1, state.intervals)
+    def _between_steps(self, *, stopping: bool) -> None:
+        """Whatever is due at the state just reached; a found interval is in the state before it is saved."""
+        info = self._info(stopping=stopping)
+        if self.hooks.evaluates(info):
+            self.hooks.evaluate(info)
+        if self.hooks.searches(info):
+            found = self.hooks.search(info)
+            if found is not None:
+                self.state.intervals[info.block_size] = (found.beta, found.omega)
+        if self.hooks.saves(info):
+            if self.batches is not None:
+                self.state.data = self.batches.data_state()
+            self.hooks.save(self.state)
+
+    def _roll_back(self) -> bool:
+        """Go back to the newest checkpoint; False where the batch stays skipped instead."""
+        after = self.hooks.roll_back(self.state)
+        if after is None:
+            return False
+        self.state = after
+        self.plan = replace(self.plan, origin_step=after.step, origin_samples=after.samples_consumed)
+        return True
+
+    def _record_step(self, outcome: StepOutcome) -> None:
+        sums = outcome.sums()
+        times = time_metrics(self.timeline.finished())
+        times |= straggler_metrics(times, self.topology.device)
+        pairs = step_pairs(self.config, outcome.batch.micro_batches, self.topology, block_size=outcome.phase.block_size)
+        if self.loggers is not None:
+            record = self._step_record(outcome, sums) | self._speed(outcome, sums, times, pairs) | times
+            self.loggers.write(record | {"event": "loss_spike"} if outcome.result.vetoed else record)
+
+    def _step_record(self, outcome: StepOutcome, sums: StepSums) -> dict[str, Any]:
+        state = self.state
         return {
             "step": state.step,
             "tokens": state.samples_consumed * self.config.data.seq_len,
             **sums.metrics(),
-            "optim/lr": lr,
-            "optim/grad_norm": result.grad_norm,
+            "optim/lr": outcome.lr,
+            "optim/grad_norm": outcome.result.grad_norm,
             "optim/skipped_steps": state.skipped_steps,
-            "noise/interval_beta": interval.beta,
-            "noise/interval_omega": interval.omega,
-            "noise/block_size": place.phase.block_size,
+            "noise/interval_beta": outcome.interval.beta,
+            "noise/interval_omega": outcome.interval.omega,
+            "noise/block_size": outcome.phase.block_size,
             "noise/views": self.engine.model.layout.views,
-            **times,
             "time": time.time(),
             "memory/peak_bytes": peak_memory_bytes(self.topology.device),
         }
 
-    def _speed(self, times: dict[str, float], sums: StepSums, num_samples: int, pairs: Pairs | None) -> dict[str, Any]:
+    def _speed(
+        self, outcome: StepOutcome, sums: StepSums, times: dict[str, float], pairs: Pairs | None
+    ) -> dict[str, Any]:
         """Throughput entries; none while a GPU has not yet passed the events that time the step."""
         if "time/step_seconds" not in times:
             return {}
-        place = self.plan.place(self.state.step - 1)
-        interval = self.plan.interval(self.state.step - 1, self.state.intervals)
         return figures(
             self.config,
             times["time/step_seconds"],
             sums.masked_count / max(1, sums.token_count),
             self.topology.world_size,
             self.peak,
-            sequences=num_samples,
-            block_size=place.phase.block_size,
-            interval=(interval.beta, interval.omega),
+            sequences=outcome.num_samples,
+            block_size=outcome.phase.block_size,
+            interval=(outcome.interval.beta, outcome.interval.omega),
             pairs=pairs,
         ).metrics()
 
@@ -235,7 +222,7 @@ class Trainer:
 
     def _end(self, reason: str) -> str:
         """Say how the run ended, in status.json too, by which a batch script decides whether to go on."""
-        hooks.finish(self)
+        self.hooks.saver.finish()
         if self.loggers is not None:
             write_status(
                 Path(self.config.run.dir),

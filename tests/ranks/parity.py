@@ -1,26 +1,30 @@
 """One training job on any grid, and the same job on the plain model: what the parity tests compare.
 
-The plain side knows no megatron and no DeepSpeed: the exported model's file, torch's AdamW and global-norm clipping, one
-sample after another in fp32.
+The grid side makes its updates with the trainer's own `TrainingStep` and `StepBatches`. The plain side knows no megatron
+and no DeepSpeed: the exported model's file, torch's AdamW and global-norm clipping, whole batches in fp32, and its own
+learning rate, batch size, block size and token count of every step.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor
 
 from bd3_megatron.attention.select import BACKENDS
-from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.load import config_from_tree, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.objective import masked_token_nll, next_token_nll, next_token_targets
+from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.engine.grads import local_grad
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.hf.plain_bd3 import PlainBD3
@@ -28,8 +32,12 @@ from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.init_weights import initial_value
 from bd3_megatron.model.partition import partition_of, unshard
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train.batches import Noise, make_micro_batch
-from bd3_megatron.train.metrics import describe, reduce_step
+from bd3_megatron.train.batches import Noise, StepBatches
+from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.step import StepOutcome, TrainingStep
+from bd3_megatron.train.timeline import Timeline
+from tests.unit.train.samples import SourceRows
 
 VOCAB, MASK_ID, LENGTH, BATCH = 61, 60, 32, 8
 
@@ -62,9 +70,27 @@ def job_config(
         "optim": {"lr": 1e-3, "clip_grad_norm": 0.5, "ema_decay": 0.9, "weight_decay": 0.1},
         "attention": {"backend": "dense"},
     }
+    # every step another rate, so that a wrong one shows
+    tree["optim"] |= {"schedule": "cosine", "warmup_steps": 1, "min_lr_ratio": 0.5}
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
     return config_from_tree(tree)
+
+
+class Rows(Protocol):
+    """Clean rows as a function of their index."""
+
+    def batch_for(self, index_B: Tensor) -> CleanBatch: ...
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Random tokens; with documents, two or three a sample, cut at odd positions."""
+
+    documents: bool = False
+
+    def batch_for(self, index_B: Tensor) -> CleanBatch:
+        return clean_batch(index_B, documents=self.documents)
 
 
 def clean_batch(index_B: Tensor, *, documents: bool) -> CleanBatch:
@@ -80,12 +106,12 @@ def clean_batch(index_B: Tensor, *, documents: bool) -> CleanBatch:
     )
 
 
-def noise_of(config: Config) -> Noise | None:
-    if config.diffusion.objective == "ar":
-        return None
-    size = config.diffusion.block_size
+def noise_of(config: Config, *, block_size: int | None = None, mask_id: int = MASK_ID) -> Noise:
+    """The noise of a phase, as the trainer draws it."""
+    size = config.diffusion.block_size if block_size is None else block_size
     interval = Interval(*config.diffusion.interval_at(size))
-    return Noise(seed=config.run.seed, mask_id=MASK_ID, group_size=BATCH, block_size=size, interval=interval)
+    group = config.train.global_batch_size
+    return Noise(seed=config.run.seed, mask_id=mask_id, group_size=group, block_size=size, interval=interval)
 
 
 @dataclass
@@ -94,52 +120,68 @@ class Outcome:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     first_grads: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """Exponential moving averages of the parameters."""
 
 
 def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
     """The job of one rank; its result is joined by `join_ranks`."""
+    if documents:
+        config = replace_field(config, "data.packing", "isolated")
 
     def run(topology: Topology) -> dict[str, Any]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         attend = BACKENDS[config.attention.backend][0]
         model = ParallelModel(config, vocabulary, topology, attend=attend, dtype=torch.float32)
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
-        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32, describe=describe)
+        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}
-        out["losses"], out["norms"], out["grads"] = [], [], {}
-        for step in range(steps):
-            batches, tokens, masked = _micro_batches(config, topology, model, step, micro, documents)
-            total = torch.tensor(tokens)
-            torch.distributed.all_reduce(total, group=topology.groups.dp)
-            scale = topology.shard_size / int(total)
-            if step == 0 and engine.stage == 1:
-                engine.pipeline.run(batches, loss_scale=scale)
-                out["grads"] = _whole_over_shards(engine, topology)
-                for parameter in model.root.parameters():
-                    parameter.grad = None
-            result = engine.train_step(batches, loss_scale=scale, lr=config.optim.lr)
-            sums = reduce_step(result.logs, topology, num_samples=BATCH, token_count=tokens, masked_count=masked)
-            out["losses"].append(sums.loss)
-            out["norms"].append(result.grad_norm)
+        out |= {"losses": [], "norms": [], "rates": [], "grads": {}}
+
+        def keep_gradients(loss: float) -> bool:
+            out["grads"] = _whole_over_shards(engine, topology)
+            return False
+
+        for outcome in updates(config, topology, engine, RandomRows(documents), steps, keep_gradients):
+            out["losses"].append(outcome.sums().loss)
+            out["norms"].append(outcome.result.grad_norm)
+            out["rates"].append(engine.optimizer.param_groups[0]["lr"])
         with deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3):
             out["parameters"] = {n: p.detach().clone() for n, p in model.root.named_parameters()}
+        with (
+            engine.averaged_weights(),
+            deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3),
+        ):
+            out["averages"] = {n: p.detach().clone() for n, p in model.root.named_parameters()}
         return out
 
     return run
 
 
-def _micro_batches(
-    config: Config, topology: Topology, model: ParallelModel, step: int, micro: int, documents: bool
-) -> tuple[list[Any], int, int]:
-    size = config.train.micro_batch_size
-    made = []
-    for number in range(micro):
-        first = step * BATCH + (number * topology.dp + topology.dp_rank) * size
-        clean = clean_batch(torch.arange(first, first + size), documents=documents)
-        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout))
-    return [m[0] for m in made], sum(m[1] for m in made), sum(m[2] for m in made)
+def updates(
+    config: Config, topology: Topology, engine: ZeroEngine, rows: Rows, steps: int, first_veto: Any = None
+) -> Any:
+    """The trainer's own updates of an engine, one outcome a step.
+
+    Args:
+        config: the run.
+        topology, engine: of this rank.
+        rows: what is trained on.
+        steps: how many updates.
+        first_veto: asked between backward and update of the first step (ZeRO 1), where gradients can be looked at.
+    """
+    plan, state = RunPlan(config), TrainState()
+    training_step = TrainingStep(config=config, topology=topology, engine=engine, timeline=Timeline())
+    batches = StepBatches(SourceRows(rows), plan, topology, first_step=0, mask_id=MASK_ID, num_workers=0)
+    for step in range(steps):
+        veto = first_veto if step == 0 and engine.stage == 1 else None
+        outcome: StepOutcome = training_step.run(plan, state, batches, veto=veto)
+        state.step += 1
+        state.samples_consumed += outcome.num_samples
+        yield outcome
 
 
 def _whole_over_shards(engine: ZeroEngine, topology: Topology) -> dict[str, Tensor]:
@@ -152,27 +194,44 @@ def _whole_over_shards(engine: ZeroEngine, topology: Topology) -> dict[str, Tens
     return grads
 
 
-def join_ranks(config: Config, results: list[dict[str, Any]]) -> Outcome:
+def join_ranks(config: Config, results: list[dict[str, Any]], *, vocab: int = VOCAB) -> Outcome:
     """Whole tensors under plain names from what the ranks returned."""
-    table = NameTable(config.model, VOCAB)
-    outcome = Outcome(results[0]["losses"], results[0]["norms"])
-    for kind, into in (("grads", outcome.first_grads), ("parameters", outcome.parameters)):
+    first = results[0]
+    outcome = Outcome(first["losses"], first["norms"], first["rates"])
+    kinds = {"grads": outcome.first_grads, "parameters": outcome.parameters, "averages": outcome.averages}
+    for kind, into in kinds.items():
         pieces: dict[str, dict[int, Tensor]] = {}
         for result in results:
             tp_rank, cp_rank, dp_rank, _ = result["place"]
             if cp_rank == 0 and dp_rank == 0:
                 for name, tensor in result[kind].items():
                     pieces.setdefault(name, {})[tp_rank] = tensor
-        for name, by_rank in pieces.items():
-            parts = [by_rank[rank] for rank in sorted(by_rank)]
-            partition = partition_of(name, gated=config.model.style == "modern")
-            into.update(table.to_plain(name, unshard(parts, partition)))
+        into.update(plain_names(config, pieces, vocab=vocab))
     return outcome
 
 
-def plain_job(config: Config, *, documents: bool = False, steps: int = 5) -> Outcome:
-    """The same job without a grid."""
-    model = plain_model(config)
+def plain_names(config: Config, pieces: Mapping[str, Mapping[int, Tensor]], *, vocab: int = VOCAB) -> dict[str, Tensor]:
+    """Whole tensors under plain names from global name -> tensor-parallel rank -> piece."""
+    table, found = NameTable(config.model, vocab), {}
+    for name, by_rank in pieces.items():
+        parts = [by_rank[rank] for rank in sorted(by_rank)]
+        partition = partition_of(name, gated=config.model.style == "modern")
+        found.update(table.to_plain(name, unshard(parts, partition)))
+    return found
+
+
+def plain_job(
+    config: Config,
+    *,
+    documents: bool = False,
+    steps: int = 5,
+    rows: Rows | None = None,
+    vocab: int = VOCAB,
+    mask_id: int = MASK_ID,
+) -> Outcome:
+    """The same job without a grid: on `rows`, or on random ones."""
+    rows = RandomRows(documents) if rows is None else rows
+    model = plain_model(config, vocab=vocab, mask_id=mask_id)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     optim = config.optim
@@ -182,51 +241,106 @@ def plain_job(config: Config, *, documents: bool = False, steps: int = 5) -> Out
         betas=optim.betas,
         eps=optim.adam_eps,
     )
-    outcome = Outcome()
+    outcome, consumed = Outcome(), 0
+    averages = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(steps):
-        clean = clean_batch(torch.arange(step * BATCH, (step + 1) * BATCH), documents=documents)
-        loss = plain_loss(model, config, clean)
+        samples = plain_batch_size(config, step)
+        clean = rows.batch_for(torch.arange(consumed, consumed + samples))
+        consumed += samples
+        size, factor = plain_phase(config, step)
+        model.model.shape = copy.copy(model.model.shape)
+        model.model.shape.block_size = size
+        loss = plain_loss(model, config, clean, block_size=size, mask_id=mask_id)
+        rate = plain_rate(config, step) * factor
+        for group in adam.param_groups:
+            group["lr"] = rate
         adam.zero_grad()
         loss.backward()
         if step == 0:
             outcome.first_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         outcome.losses.append(loss.item())
+        outcome.rates.append(rate)
         outcome.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad_norm).item())
         adam.step()
+        keep = min(optim.ema_decay, (2 + step) / (11 + step))
+        averages = {n: keep * averages[n] + (1 - keep) * p.detach() for n, p in model.named_parameters()}
     outcome.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+    outcome.averages = averages
     return outcome
 
 
-def plain_loss(model: PlainBD3, config: Config, clean: CleanBatch) -> Tensor:
+def plain_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then constant or cosine to min_lr_ratio at the run's last step."""
+    optim, total = config.optim, config.train.steps
+    assert total is not None
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    assert optim.schedule == "cosine"
+    share = (step - optim.warmup_steps) / (total - optim.warmup_steps)
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def plain_batch_size(config: Config, step: int) -> int:
+    """Samples of a step, growing linearly in multiples of the first size."""
+    train = config.train
+    if train.warmup_batch_size is None or step >= train.batch_warmup_steps:
+        return train.global_batch_size
+    grown = (
+        train.warmup_batch_size + (train.global_batch_size - train.warmup_batch_size) * step / train.batch_warmup_steps
+    )
+    return int(grown / train.warmup_batch_size) * train.warmup_batch_size
+
+
+def plain_phase(config: Config, step: int) -> tuple[int, float]:
+    """(block size, factor on the learning rate) of a step; phases are given in steps."""
+    first = 0
+    for phase in config.diffusion.phases:
+        if phase.steps is None or step < first + phase.steps:
+            length = phase.steps or (config.train.steps or 0) - first
+            share = (step - first) / length
+            return phase.block_size, phase.lr_start + (phase.lr_end - phase.lr_start) * share
+        first += phase.steps
+    return (1 if config.diffusion.objective == "ar" else config.diffusion.block_size), 1.0
+
+
+def plain_loss(
+    model: PlainBD3, config: Config, clean: CleanBatch, *, block_size: int | None = None, mask_id: int = MASK_ID
+) -> Tensor:
     """Nats per token of the plain model on some samples."""
-    tokens_BL, documents_BL = clean.tokens_BL, clean.document_id_BL
-    noise = noise_of(config)
-    if noise is None:
-        target_BL, has_loss_BL = next_token_targets(tokens_BL, documents_BL)
-        nll_BL = next_token_nll(model(tokens_BL, None, documents_BL), target_BL)
-        return nll_BL[has_loss_BL].sum() / has_loss_BL.sum()
+    tokens_BL, documents_BL, padding_BL = clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL
+    if config.diffusion.objective == "ar":
+        nll_BL = next_token_nll(model(tokens_BL, None, documents_BL)[:, :-1], tokens_BL[:, 1:])
+        counts_BL = torch.ones_like(nll_BL, dtype=torch.bool)
+        if documents_BL is not None:
+            counts_BL = documents_BL[:, 1:] == documents_BL[:, :-1]
+        if padding_BL is not None:
+            counts_BL = counts_BL & ~padding_BL[:, 1:]
+        return nll_BL[counts_BL].sum() / counts_BL.sum()
     losses = []
+    noise = noise_of(config, block_size=block_size, mask_id=mask_id)
     for view in range(config.diffusion.views):
         noisy = noise.of_view(view).corrupt(clean, config.diffusion)
-        nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=MASK_ID)
+        nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=mask_id)
         losses.append((nll_BL * noisy.weight_BL)[noisy.is_masked_BL].sum() / noisy.countable_BL.sum())
     return torch.stack(losses).mean()
 
 
-def plain_model(config: Config) -> PlainBD3:
+def plain_model(config: Config, *, vocab: int = VOCAB, mask_id: int = MASK_ID) -> PlainBD3:
     """The plain model with the weights that every grid starts from."""
     shape = config.model
     plain = PlainBD3(
         plain_config(
             shape,
-            vocab_size=VOCAB,
-            seq_len=LENGTH,
-            block_size=config.diffusion.block_size,
-            mask_id=MASK_ID,
+            vocab_size=vocab,
+            seq_len=config.data.seq_len,
+            block_size=plain_phase(config, 0)[0],
+            mask_id=mask_id,
             objective=config.diffusion.objective,
         )
     )
-    table = NameTable(shape, VOCAB)
+    table = NameTable(shape, vocab)
     state: dict[str, Tensor] = {}
     for name in table.parallel_names():
         shapes = _parallel_shape(name, table, plain)

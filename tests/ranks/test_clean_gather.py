@@ -11,6 +11,7 @@ import torch.distributed as dist
 from bd3_megatron.attention import dense
 from bd3_megatron.attention.streams import Stream
 from bd3_megatron.config.schema import ParallelConfig
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.parallel import context
 from bd3_megatron.parallel.context import gather_clean
 from bd3_megatron.parallel.pair_split import pair_layout
@@ -30,7 +31,7 @@ def whole_streams() -> list[torch.Tensor]:
 @pytest.mark.parametrize("cp", [2, 4])
 def test_attention_and_its_gradients_are_those_of_the_whole_sequence(cp: int) -> None:
     def on_rank(topology: Topology) -> Any:
-        layout = pair_layout(length=L, block_size=S, objective="block", cp=cp, cp_rank=topology.cp_rank)
+        layout = pair_layout(BlockDiffusion(block_size=S), length=L, cp=cp, cp_rank=topology.cp_rank)
         mine = layout.position_P[: layout.num_noisy]
         q0, k0, v0, q1, k1, v1 = (t.detach()[:, mine].requires_grad_() for t in whole_streams())
         clean = Stream(q1, *gather_clean(k1, v1, topology.groups.cp))
@@ -40,7 +41,7 @@ def test_attention_and_its_gradients_are_those_of_the_whole_sequence(cp: int) ->
         return mine, [out.detach() for out in outs if out is not None], grads
 
     streams = whole_streams()
-    layout = pair_layout(length=L, block_size=S, objective="block", drop_last_clean=False)
+    layout = pair_layout(BlockDiffusion(block_size=S), length=L, drop_last_clean=False)
     outs = dense.attend(Stream(*streams[:3]), Stream(*streams[3:]), layout.visibility(), scale=0.5)
     grads = torch.autograd.grad(sum(out.sin().sum() for out in outs if out is not None), streams)
     for mine, found_outs, found_grads in run_ranks(on_rank, ParallelConfig(cp=cp)):

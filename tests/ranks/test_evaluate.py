@@ -21,11 +21,9 @@ from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.partition import partition_of, unshard
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train.batches import make_micro_batch
-from bd3_megatron.train.metrics import describe
 from tests import tolerances
 from tests.ranks.harness import run_ranks
-from tests.ranks.parity import BATCH, MASK_ID, VOCAB, clean_batch, job_config, noise_of, plain_model
+from tests.ranks.parity import BATCH, MASK_ID, VOCAB, RandomRows, clean_batch, job_config, plain_model, updates
 
 HELD_OUT = 10_000
 
@@ -62,12 +60,9 @@ def job(config: Config, text: Text) -> Any:
             dtype=torch.float32,
         )
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
-        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32, describe=describe)
-        batches = []
-        for number in range(micro):
-            clean = clean_batch(torch.tensor([number * topology.dp + topology.dp_rank]), documents=False)
-            batches.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout)[0])
-        engine.train_step(batches, loss_scale=topology.shard_size / (BATCH * 32), lr=1e-2)
+        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
+        for _ in updates(config, topology, engine, RandomRows(), 1):
+            pass
         result = evaluate_on_grid(engine, topology, text, config, block_size=config.diffusion.block_size)
         gathered = deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3)
         with engine.averaged_weights(), gathered:

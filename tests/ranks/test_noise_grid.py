@@ -9,14 +9,14 @@ import pytest
 
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import StepBatches
-from bd3_megatron.train.dataset import IndexedRows
 from bd3_megatron.train.plan import RunPlan
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import MASK_ID, job_config
-from tests.unit.train.samples import Samples, rows_by_place
+from tests.unit.train.samples import Samples, SourceRows, rows_by_place
 
 GRIDS: list[tuple[dict[str, Any], int, bool]] = [
     ({"dp": 2}, 2, False),
@@ -39,12 +39,11 @@ def on_rank(parallel: dict[str, Any], micro: int, *, resample: bool) -> Any:
 
     def run(topology: Topology) -> tuple[dict[Any, Any], dict[Any, Any], int]:
         plan = RunPlan(config)
-        batches = StepBatches(IndexedRows(Samples()), plan, topology, first_step=FIRST, mask_id=MASK_ID, num_workers=0)
+        batches = StepBatches(SourceRows(Samples()), plan, topology, first_step=FIRST, mask_id=MASK_ID, num_workers=0)
         # every row, also the dead ones that a rank without cp may leave out
         layout = pair_layout(
+            BlockDiffusion(block_size=4),
             length=config.data.seq_len,
-            block_size=4,
-            objective="block",
             cp=topology.cp,
             cp_rank=topology.cp_rank,
             drop_last_clean=False,

@@ -54,8 +54,16 @@ def check(config: Config, *, documents: bool = False) -> None:
         diffusion,
     )
     found = join_ranks(config, run_ranks(rank_job(config, documents=documents), config.parallel))
+    compare(found, expected)
+
+
+def compare(found: Outcome, expected: Outcome) -> None:
+    """Every number of a job on a grid against the plain model's."""
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=tolerances.GRID_LOSS)
+    assert found.losses == pytest.approx(expected.losses, rel=tolerances.GRID_LOSSES_LATER)
     assert found.norms[0] == pytest.approx(expected.norms[0], rel=tolerances.GRID_NORM)
+    assert found.norms == pytest.approx(expected.norms, rel=tolerances.GRID_NORMS_LATER)
+    assert found.rates == pytest.approx(expected.rates, rel=tolerances.EXACT_FP64)
     for name, grad in found.first_grads.items():
         bound = tolerances.GRID_GRADIENT * expected.first_grads[name].abs().max()
         assert (grad - expected.first_grads[name]).abs().max() <= bound, name
@@ -64,6 +72,8 @@ def check(config: Config, *, documents: bool = False) -> None:
     for name, parameter in found.parameters.items():
         worst = (parameter - expected.parameters[name]).abs().max()
         assert worst <= tolerances.GRID_PARAMETERS, f"{name}: {worst:.2e}"
+        apart = (found.averages[name] - expected.averages[name]).abs().max()
+        assert apart <= tolerances.GRID_PARAMETERS, f"average of {name}: {apart:.2e}"
 
 
 @pytest.mark.parametrize(("style", "shape", "parallel"), COVERING, ids=str)

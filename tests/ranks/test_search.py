@@ -15,13 +15,12 @@ from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.interval_search import FULL, candidates, passes
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
-from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
+from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
-from bd3_megatron.train.metrics import describe
 from bd3_megatron.train.search import Choice, search_interval
 from tests import tolerances
 from tests.ranks.harness import run_ranks
@@ -49,7 +48,7 @@ def on_grid(config: Config) -> list[tuple[Choice, int]]:
     def on_rank(topology: Topology) -> tuple[Choice, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=torch.float32)
-        engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32, describe=describe)
+        engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32)
         rows, evaluate = [], engine.evaluate
 
         def counted(batches: Sequence[PairBatch]) -> Any:

@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from bd3_megatron.config.load import config_from_tree
@@ -24,17 +25,29 @@ STABLE = ("step", "tokens", "loss/", "optim/", "noise/", "search/", "eval/")
 """What a record may be compared by."""
 
 
-def write_data(folder: Path) -> Path:
-    """Random tokens as prepare would leave them: 200 training rows and 40 held-out ones, with pairs that can be learnt."""
+def write_data(folder: Path, *, longest_document: int | None = None) -> Path:
+    """Random tokens as prepare would leave them: 200 training rows and 40 held-out ones, with pairs that can be learnt.
+
+    Args:
+        folder: to write to.
+        longest_document: cut the text into documents of 5 to so many tokens; None: one document.
+    """
     chosen = random.Random(1)
     for split, rows in (("train", 200), ("valid", 40)):
         tokens = [chosen.randrange(VOCAB // 2) for _ in range(rows * LENGTH // 2)]
-        documents = [[t for token in tokens for t in (token, token + VOCAB // 2)]]
+        text = [t for token in tokens for t in (token, token + VOCAB // 2)]
+        documents = [text]
+        if longest_document is not None:
+            documents = []
+            while text:
+                size = chosen.randint(5, longest_document)
+                documents.append(text[:size])
+                text = text[size:]
         write_split(folder / split, [documents])
     return folder
 
 
-def train_config(data: Path, run_dir: Path, **sections: Any) -> Config:
+def train_config(data: Path, run_dir: Path, /, **sections: Any) -> Config:
     """A run of 8 steps; `sections` holds overrides by section, e.g. train={...}."""
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
@@ -70,7 +83,8 @@ def train(config: Config, *, stop_after: int | None = None) -> list[dict[str, An
         stop_after: ask every rank to stop once this state is reached, as a time limit would.
 
     Returns:
-        One dict a rank: how it ended, the train state, and the weights by global name (this rank's pieces).
+        One dict a rank: how it ended, the train state, and the weights by global name (this rank's pieces) with
+        the rank's coordinates (tp, cp, dp, pp).
     """
 
     def on_rank(topology: Topology) -> dict[str, Any]:
@@ -84,8 +98,11 @@ def train(config: Config, *, stop_after: int | None = None) -> list[dict[str, An
 
             trainer.stop.agreed = stop  # type: ignore[method-assign]
         reason = trainer.run()
-        weights = {name: p.detach().clone() for name, p in trainer.engine.model.root.named_parameters()}
-        return {"reason": reason, "state": trainer.state.to_json(), "weights": weights}
+        root = trainer.engine.model.root
+        with deepspeed.zero.GatheredParameters(list(root.parameters()), enabled=trainer.engine.stage == 3):
+            weights = {name: p.detach().clone() for name, p in root.named_parameters()}
+        place = (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)
+        return {"reason": reason, "state": trainer.state.to_json(), "weights": weights, "place": place}
 
     return run_ranks(on_rank, config.parallel)
 

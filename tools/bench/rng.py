@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train.batches import Noise, make_micro_batch
 from tools.bench import harness
@@ -81,7 +82,7 @@ def draws(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
         seed=1, mask_id=options.vocab - 1, group_size=options.rows, block_size=options.block, interval=Interval()
     )
     diffusion = make_problem(options).config.diffusion
-    layout = pair_layout(length=options.length, block_size=options.block, objective="block")
+    layout = pair_layout(BlockDiffusion(block_size=options.block), length=options.length)
     blocks = options.length // options.block
     found: dict[str, Callable[[], object]] = {
         "levels": lambda: noise_levels(

@@ -106,7 +106,7 @@ def shipped(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Te
     chosen = choose(backend, request)
     vocabulary = vocabulary_of(config, size=vocab, mask_id=vocab - 1)
     model = ParallelModel(config, vocabulary, topology, attend=chosen.attend, dtype=problem.dtype)
-    batch = pair_batch(problem.clean, problem.noisy, model.layout).to(problem.device)
+    batch = pair_batch(problem.clean, [problem.noisy], model.layout).to(problem.device)
 
     def step() -> Tensor:
         model.root.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
-from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
+from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of
 from bd3_megatron.evaluate.offline import Work, load_model, score_plain
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, SequenceScores, estimate, sequence_scores

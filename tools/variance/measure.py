@@ -22,7 +22,7 @@ from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes, score
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
-from bd3_megatron.diffusion.objective import block_losses, masked_token_nll
+from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
 from bd3_megatron.errors import BD3Error, DataError, LaunchError
 from bd3_megatron.files import write_text
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model

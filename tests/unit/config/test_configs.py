@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bd3_megatron.config.load import config_from_tree, load_config, to_tree
-from bd3_megatron.config.validate import block_sizes, validate
+from bd3_megatron.config.objective import block_sizes
+from bd3_megatron.config.validate import validate
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bd3_megatron.config.load import config_from_tree, load_config
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes, check_grid, data_parallel_size, validate
+from bd3_megatron.config.validate import check_grid, data_parallel_size, validate
 from bd3_megatron.errors import ConfigError, GridError
 
 TREE = """

@@ -22,7 +22,6 @@ from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import make_micro_batch
-from bd3_megatron.train.metrics import describe
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import BATCH, LENGTH, MASK_ID, VOCAB, clean_batch, job_config, noise_of
 
@@ -64,7 +63,7 @@ def _batches(config: Config, topology: Topology, model: ParallelModel, micro: in
     for number in range(micro):
         first = (number * topology.dp + topology.dp_rank) * size
         clean = clean_batch(torch.arange(first, first + size), documents=False)
-        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout)[0])
+        made.append(make_micro_batch(clean, noise_of(config), config.diffusion, model.layout).pair)
     return made
 
 
@@ -77,7 +76,7 @@ def _counted_step(config: Config) -> Any:
     def run(topology: Topology) -> tuple[int, int, dict[str, int], int]:
         model = _parallel_model(config, topology)
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
-        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32, describe=describe)
+        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         batches = _batches(config, topology, model, micro)
         # the first step also builds what later ones keep
         engine.train_step(batches, loss_scale=1e-3, lr=1e-3)

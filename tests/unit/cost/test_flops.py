@@ -136,11 +136,11 @@ class _MinimalPass:
         document_L = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
         ends = torch.tensor(documents).cumsum(0)[document_L] - 1
         alive_L = torch.arange(length) // block != ends // block
-        noisy = torch.arange(length).repeat(0 if self.shape.kind == "ar" else self.shape.views)
-        clean = torch.arange(length)[alive_L] if self.shape.kind != "mdlm" else torch.arange(0)
+        noisy = torch.arange(length).repeat(0 if not self.shape.noisy_rows else self.shape.views)
+        clean = torch.arange(length)[alive_L] if self.shape.clean_rows else torch.arange(0)
         self.position_R = torch.cat([noisy, clean])
         is_noisy_R = torch.arange(len(self.position_R)) < len(noisy)
-        if self.shape.kind == "ar":
+        if not self.shape.noisy_rows:
             self.keep_Q = torch.arange(len(clean))
         else:
             drawn = torch.rand(len(noisy), generator=torch.Generator().manual_seed(3))
@@ -179,7 +179,7 @@ class _MinimalPass:
 
 def _exact_pairs(run: _MinimalPass, seen: Tensor, is_last: bool) -> float:
     """Pairs of the mask; for the last layer's random choice of rows the mean over choices of as many rows."""
-    if not is_last or run.shape.kind == "ar":
+    if not is_last or not run.shape.noisy_rows:
         return float(seen.sum())
     noisy = run.sees_RR[: run.shape.noisy_rows]
     return float(noisy.sum()) * run.masked_fraction

@@ -12,6 +12,7 @@ from bd3_megatron.attention import structured
 from bd3_megatron.attention.visibility import Visibility, sees
 from bd3_megatron.cost.pairs import Pairs, attended_pairs, document_lengths, executed_pairs, mean_pairs
 from bd3_megatron.cost.shape import shape_of
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.errors import ConfigError, ShapeError
 from tests.unit.cost.cases import case
 
@@ -98,7 +99,7 @@ def test_dropping_the_last_clean_block_drops_its_pairs() -> None:
 
 @pytest.mark.parametrize(("length", "block"), [(1024, 16), (2048, 32), (512, 64)])
 def test_flex_runs_l_squared_plus_two_tiles_of_l(length: int, block: int) -> None:
-    shape = replace(shape_of(case()), length=length, block=block)
+    shape = replace(shape_of(case()), length=length, objective=BlockDiffusion(block_size=block))
     assert executed_pairs(shape, "flex") == length**2 + 256 * length
 
 
@@ -110,7 +111,7 @@ def test_flex_tiles_are_those_that_hold_a_pair(block: int, dropped: int) -> None
     kind = "mdlm" if block == length else "block"
     if kind == "mdlm" and dropped:
         return
-    shape = replace(shape_of(case()), length=length, block=block, kind=kind)
+    shape = replace(shape_of(case()), length=length, objective=BlockDiffusion(block_size=block))
     q, k = torch.arange(length)[:, None] // block, torch.arange(length)[None, :] // block
     own, before = q == k, (k < q)[:, :clean]
     causal = (k <= q)[:clean, :clean]

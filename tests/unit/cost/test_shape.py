@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.cost.shape import expected_masked_fraction, layers_per_stage, pipeline_rows, shape_of
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.parallel.pair_split import pair_layout
 from tests.unit.cost.cases import case
@@ -50,8 +52,8 @@ def test_a_vocabulary_still_to_be_read_is_refused() -> None:
 def test_a_phase_decides_block_size_and_interval() -> None:
     phases = [{"block_size": 32, "steps": 5}, {"block_size": 4}]
     config = case(diffusion={"phases": phases})
-    assert shape_of(config).kind == "mdlm"
-    assert shape_of(config, block_size=4).kind == "block"
+    assert shape_of(config).clean_rows == 0
+    assert shape_of(config, block_size=4).clean_rows == shape_of(config).length
     config = case(diffusion={"phases": [{"block_size": 4, "interval": [0.4, 0.6]}]})
     assert expected_masked_fraction(config) == pytest.approx(0.5)
 
@@ -61,13 +63,13 @@ def test_a_phase_decides_block_size_and_interval() -> None:
 def test_pipeline_rows_are_the_rows_of_the_layout(kind: str, skip: bool) -> None:
     config = case(kind=kind, train={"steps": 1, "skip_dead_rows": skip})
     shape = shape_of(config)
-    layout = pair_layout(length=32, block_size=shape.block, objective=config.diffusion.objective, drop_last_clean=skip)
+    layout = pair_layout(objective_of(config, block_size=shape.block), length=32, drop_last_clean=skip)
     assert pipeline_rows(config, shape) == layout.num_rows
 
 
 def test_context_parallel_rows_are_the_rows_of_the_layout() -> None:
     config = case(parallel={"cp": 2})
-    layout = pair_layout(length=32, block_size=4, objective="block", cp=2, cp_rank=1)
+    layout = pair_layout(BlockDiffusion(block_size=4), length=32, cp=2, cp_rank=1)
     assert pipeline_rows(config, shape_of(config)) == layout.num_rows == 32
 
 

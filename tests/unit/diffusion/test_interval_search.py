@@ -18,7 +18,7 @@ from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
 from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
-from bd3_megatron.diffusion.objective import block_losses
+from bd3_megatron.diffusion.token_nll import block_losses
 from bd3_megatron.errors import RangeError, ShapeError
 from tests.unit.diffusion.laws import all_masks, estimator_variance
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from bd3_megatron.diffusion.noise_schedule import MIN_T, SCHEDULES, NoiseSchedule, noise_schedule
+from bd3_megatron.diffusion.constants import MIN_T
+from bd3_megatron.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, noise_schedule
 from bd3_megatron.errors import RangeError
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)

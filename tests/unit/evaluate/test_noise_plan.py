@@ -15,7 +15,7 @@ from bd3_megatron.evaluate.noise_plan import (
     CountDrawn,
     Enumerated,
     LevelDrawn,
-    NextToken,
+    NextTokenPlan,
     count_law,
     noise_plan,
     pattern_weights,
@@ -102,7 +102,7 @@ def test_blocks_of_one_token_are_scored_exactly_by_one_pass() -> None:
 
 def test_next_token_predicts_all_but_the_first() -> None:
     plan = noise_plan(objective="ar", block_size=16, mask_id=None, draws=8)
-    assert isinstance(plan, NextToken) and plan.counted(clean(2)).tolist() == [11, 11]
+    assert isinstance(plan, NextTokenPlan) and plan.counted(clean(2)).tolist() == [11, 11]
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.objective import masked_token_nll
+from bd3_megatron.diffusion.token_nll import masked_token_nll
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, ScoreSums, estimate, score_table
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3

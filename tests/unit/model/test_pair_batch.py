@@ -7,7 +7,7 @@ import torch
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.objective import next_token_targets
+from bd3_megatron.diffusion.objective import BlockDiffusion, NextToken
 from bd3_megatron.model.pair_batch import PairBatch, pair_batch
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise
@@ -30,12 +30,12 @@ def clean_batch() -> CleanBatch:
 
 def made(layout: PairLayout, clean: CleanBatch) -> PairBatch:
     noise = Noise(seed=1, mask_id=MASK_ID, group_size=8, block_size=layout.block_size, interval=Interval())
-    return pair_batch(clean, noise.corrupt(clean, case().diffusion), layout)
+    return pair_batch(clean, [noise.corrupt(clean, case().diffusion)], layout)
 
 
 @pytest.mark.parametrize(("cp", "cp_rank"), [(1, 0), (2, 0), (2, 1)])
 def test_positions_restart_with_documents_in_both_streams(cp: int, cp_rank: int) -> None:
-    layout, clean = pair_layout(length=L, block_size=S, objective="block", cp=cp, cp_rank=cp_rank), clean_batch()
+    layout, clean = pair_layout(BlockDiffusion(block_size=S), length=L, cp=cp, cp_rank=cp_rank), clean_batch()
     batch = made(layout, clean)
     assert clean.position_BL is not None
     expected = clean.position_BL[:, layout.position_P].t()
@@ -45,14 +45,14 @@ def test_positions_restart_with_documents_in_both_streams(cp: int, cp_rank: int)
 
 
 def test_without_documents_positions_are_those_of_the_rows() -> None:
-    layout = pair_layout(length=L, block_size=S, objective="block", drop_last_clean=False)
+    layout = pair_layout(BlockDiffusion(block_size=S), length=L, drop_last_clean=False)
     plain = CleanBatch(tokens_BL=clean_batch().tokens_BL, index_B=torch.tensor([4, 5]))
     assert made(layout, plain).position_PB.tolist() == [*range(L), *range(L)]
 
 
 @pytest.mark.parametrize(("cp", "cp_rank"), [(1, 0), (2, 1)])
 def test_loss_rows_point_at_mask_tokens(cp: int, cp_rank: int) -> None:
-    layout, clean = pair_layout(length=L, block_size=S, objective="block", cp=cp, cp_rank=cp_rank), clean_batch()
+    layout, clean = pair_layout(BlockDiffusion(block_size=S), length=L, cp=cp, cp_rank=cp_rank), clean_batch()
     batch = made(layout, clean)
     row, sample = batch.loss_row_R // batch.batch_size, batch.loss_row_R % batch.batch_size
     assert (batch.token_BP[sample, row] == MASK_ID).all()
@@ -65,17 +65,17 @@ def test_loss_rows_point_at_mask_tokens(cp: int, cp_rank: int) -> None:
 
 
 def test_the_ar_baseline_has_one_stream_and_no_mask_token() -> None:
-    layout, clean = pair_layout(length=L, block_size=S, objective="ar"), clean_batch()
-    batch = pair_batch(clean, None, layout)
-    target_BL, is_predicted_BL = next_token_targets(clean.tokens_BL, clean.document_id_BL)
+    layout, clean = pair_layout(NextToken(), length=L), clean_batch()
+    batch = pair_batch(clean, [], layout)
+    (rows,) = NextToken().loss_rows(clean.tokens_BL, [], document_id_BL=clean.document_id_BL)
     assert torch.equal(batch.token_BP, clean.tokens_BL)
-    assert torch.equal(batch.target_R, target_BL.t()[is_predicted_BL.t()])
+    assert torch.equal(batch.target_R, rows.target_BL.t()[rows.has_loss_BL.t()])
     assert len(batch.target_R) == 2 * L - 4, "no prediction crosses from one document to the next"
     assert batch.weight_R.unique().tolist() == batch.level_R.unique().tolist() == [1.0]
 
 
 def test_a_moved_batch_is_the_same_batch() -> None:
-    batch = made(pair_layout(length=L, block_size=S, objective="block"), clean_batch())
+    batch = made(pair_layout(BlockDiffusion(block_size=S), length=L), clean_batch())
     moved = batch.to(torch.device("cpu"))
     for name, value in vars(batch).items():
         same = (

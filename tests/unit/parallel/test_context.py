@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bd3_megatron.attention.visibility import positions
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.parallel.context import gather_clean, position_to_rank_order, rank_order_to_position
 from bd3_megatron.parallel.pair_split import pair_layout
 
@@ -18,7 +19,7 @@ def test_the_orders_are_inverse(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_orders_are_those_of_the_rows(size: int) -> None:
-    layouts = [pair_layout(length=32, block_size=2, objective="block", cp=size, cp_rank=r) for r in range(size)]
+    layouts = [pair_layout(BlockDiffusion(block_size=2), length=32, cp=size, cp_rank=r) for r in range(size)]
     held = torch.cat([positions(layout.clean_rows) for layout in layouts])
     chunks = held.chunk(2 * size)
     assert torch.cat([chunks[i] for i in rank_order_to_position(size)]).tolist() == list(range(32))

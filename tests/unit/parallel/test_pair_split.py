@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bd3_megatron.attention.visibility import positions
+from bd3_megatron.diffusion.objective import BlockDiffusion, objective_named
 from bd3_megatron.errors import GridError
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 
@@ -13,8 +14,8 @@ LENGTH = 48
 
 
 def all_ranks(block_size: int, cp: int, objective: str = "block") -> list[PairLayout]:
-    make = {"length": LENGTH, "block_size": block_size, "objective": objective, "cp": cp}
-    return [pair_layout(**make, cp_rank=rank, drop_last_clean=False) for rank in range(cp)]
+    made = objective_named(objective, block_size=block_size)
+    return [pair_layout(made, length=LENGTH, cp=cp, cp_rank=rank, drop_last_clean=False) for rank in range(cp)]
 
 
 CASES = [(1, 2), (2, 4), (4, 2), (4, 3), (8, 3), (1, 8), (2, 1), (24, 1)]
@@ -46,14 +47,14 @@ def test_the_ar_baseline_is_causal_over_all_ranks(cp: int) -> None:
 
 
 def test_masked_diffusion_has_no_clean_rows() -> None:
-    layout = pair_layout(length=LENGTH, block_size=LENGTH, objective="block")
+    layout = pair_layout(BlockDiffusion(block_size=LENGTH), length=LENGTH)
     assert (layout.num_noisy, layout.num_clean, layout.num_rows) == (LENGTH, 0, LENGTH)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 24])
 def test_only_rows_that_no_loss_sees_are_dropped(block_size: int) -> None:
     whole = all_ranks(block_size, 1)[0]
-    short = pair_layout(length=LENGTH, block_size=block_size, objective="block")
+    short = pair_layout(BlockDiffusion(block_size=block_size), length=LENGTH)
     kept = LENGTH - block_size
     assert (short.num_noisy, short.num_clean) == (LENGTH, kept)
     mask = whole.visibility().pair_mask("cpu")[0]
@@ -78,11 +79,11 @@ def test_rows_are_taken_from_both_streams(block_size: int, cp: int) -> None:
 def test_slices_that_cut_a_block_are_refused(block_size: int) -> None:
     sentence = rf"^cp=2 cuts seq_len=48 into slices of 12, not a multiple of block_size={block_size}; use a cp that"
     with pytest.raises(GridError, match=sentence):
-        pair_layout(length=LENGTH, block_size=block_size, objective="block", cp=2)
+        pair_layout(BlockDiffusion(block_size=block_size), length=LENGTH, cp=2)
 
 
 def test_without_documents_every_call_gets_one_visibility() -> None:
-    layout = pair_layout(length=16, block_size=4, objective="block")
+    layout = pair_layout(BlockDiffusion(block_size=4), length=16)
     assert layout.visibility() is layout.visibility(None)
     documents = torch.zeros(1, 16, dtype=torch.int64)
     assert layout.visibility(documents) is not layout.visibility(documents)

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from bd3_megatron.config.load import load_config
-from bd3_megatron.config.validate import block_sizes, validate
+from bd3_megatron.config.objective import block_sizes
+from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.perplexity import SequenceScores
 from tools.mini.runs import Job, RunFailed, Runner, jobs_of

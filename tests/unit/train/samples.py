@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.loader import BatchLoader, BatchSource
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.pair_split import PairLayout
+from bd3_megatron.train.dataset import DataState, Indices, RowReading
+from bd3_megatron.train.plan import RunPlan
 
 LENGTH, WORDS = 32, 60
 
@@ -26,6 +30,17 @@ class Samples:
         tokens_BL = (rows[:, None] * 7 + torch.arange(LENGTH) ** 2) % WORDS
         padding_BL = torch.arange(LENGTH) >= LENGTH - rows[:, None] % 9 if self._padded else None
         return CleanBatch(tokens_BL=tokens_BL, index_B=index_B, is_padding_BL=padding_BL)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Training rows of any source, as StepBatches reads them; nothing is remembered of them."""
+
+    source: BatchSource
+
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+        """As train.dataset.TrainingRows."""
+        return RowReading(iter(BatchLoader(self.source, indices(), num_workers=workers, pin_memory=pin)), dict)
 
 
 def rows_by_place(

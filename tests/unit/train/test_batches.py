@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.objective import loss_sums, next_token_targets
+from bd3_megatron.diffusion.objective import NextToken
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
-from bd3_megatron.train.dataset import IndexedRows
 from bd3_megatron.train.plan import RunPlan
 from tests.unit.cost.cases import case
 from tests.unit.parallel.places import place
-from tests.unit.train.samples import LENGTH, WORDS, Samples, rows_by_place
+from tests.unit.train.samples import LENGTH, WORDS, Samples, SourceRows, rows_by_place
 
 MASK_ID = WORDS
 SPLITS = [(dp, size) for dp in (1, 2, 4, 8) for size in (1, 2, 4, 8) if 8 % (dp * size) == 0]
@@ -26,7 +26,7 @@ SPLITS = [(dp, size) for dp in (1, 2, 4, 8) for size in (1, 2, 4, 8) if 8 % (dp 
 
 
 def layout_of(config: Config, block_size: int) -> PairLayout:
-    return pair_layout(length=LENGTH, block_size=block_size, objective=config.diffusion.objective)
+    return pair_layout(objective_of(config, block_size=block_size), length=LENGTH)
 
 
 def held(config: Config, source: Samples, *, dp: int = 1, first: int = 0, steps: int = 3, block_size: int = 4) -> Any:
@@ -37,7 +37,7 @@ def held(config: Config, source: Samples, *, dp: int = 1, first: int = 0, steps:
     counts = {step: [0, 0] for step in range(first, first + steps)}
     for dp_rank in range(dp):
         topology = place(dp=dp, dp_rank=dp_rank)
-        batches = StepBatches(IndexedRows(source), plan, topology, first_step=first, mask_id=MASK_ID, num_workers=0)
+        batches = StepBatches(SourceRows(source), plan, topology, first_step=first, mask_id=MASK_ID, num_workers=0)
         for step in counts:
             batch = batches.next(step, layout, Interval(0.2, 0.9))
             share = BatchShare(
@@ -73,7 +73,7 @@ def test_loader_processes_change_nothing() -> None:
     made = []
     for workers in (0, 2):
         batches = StepBatches(
-            IndexedRows(Samples()), RunPlan(config), place(), first_step=1, mask_id=MASK_ID, num_workers=workers
+            SourceRows(Samples()), RunPlan(config), place(), first_step=1, mask_id=MASK_ID, num_workers=workers
         )
         batch = batches.next(1, layout, Interval())
         made.append([rows_by_place(micro, torch.tensor([n]), layout) for n, micro in enumerate(batch.micro_batches)])
@@ -112,19 +112,19 @@ def noisy_of(source: Samples, config: Config) -> NoisyBatch:
 )
 def test_counts_are_those_of_the_objective(padded: bool, diffusion: dict[str, Any]) -> None:
     config, source = case(diffusion=diffusion), Samples(padded=padded)
-    _, tokens, masked = make_micro_batch(
-        source.batch_for(torch.arange(8)), noise_of(), config.diffusion, layout_of(config, 4)
-    )
-    noisy = noisy_of(source, config)
-    expected = loss_sums(torch.zeros(8, LENGTH), noisy, count_all_tokens=config.diffusion.count_all_tokens)
-    assert tokens == expected.token_count and masked == noisy.is_masked_BL.sum()
+    made = make_micro_batch(source.batch_for(torch.arange(8)), noise_of(), config.diffusion, layout_of(config, 4))
+    text = 8 * LENGTH - sum(row % 9 for row in range(8)) * padded
+    # the first token is text, and counts where all tokens do
+    exempt = 8 if config.diffusion.never_mask_first and not config.diffusion.count_all_tokens else 0
+    assert made.token_count == text - exempt
+    assert made.masked_count == noisy_of(source, config).is_masked_BL.sum()
 
 
 def test_rows_with_loss_are_the_masked_ones() -> None:
     config = case()
     layout = layout_of(config, 4)
     clean = Samples().batch_for(torch.arange(8))
-    batch, _, _ = make_micro_batch(clean, noise_of(), config.diffusion, layout)
+    batch = make_micro_batch(clean, noise_of(), config.diffusion, layout).pair
     noisy = noisy_of(Samples(), config)
     _, found = rows_by_place(batch, torch.arange(8), layout)
     assert found.keys() == {tuple(place) for place in noisy.is_masked_BL.nonzero().tolist()}
@@ -137,8 +137,8 @@ def test_rows_with_loss_are_the_masked_ones() -> None:
 def test_the_ar_baseline_counts_its_predictions() -> None:
     config = case(kind="ar")
     clean = Samples(padded=True).batch_for(torch.arange(8))
-    batch, tokens, with_loss = make_micro_batch(clean, None, config.diffusion, layout_of(config, 1))
-    target_BL, is_predicted_BL = next_token_targets(clean.tokens_BL, None, clean.is_padding_BL)
-    assert tokens == with_loss == is_predicted_BL.sum() == len(batch.loss_row_R)
-    _, found = rows_by_place(batch, torch.arange(8), layout_of(config, 1))
-    assert all(found[tuple(p)][0] == target_BL[tuple(p)] for p in is_predicted_BL.nonzero().tolist())
+    made = make_micro_batch(clean, noise_of(1), config.diffusion, layout_of(config, 1))
+    (rows,) = NextToken().loss_rows(clean.tokens_BL, [], is_padding_BL=clean.is_padding_BL)
+    assert made.token_count == made.masked_count == rows.has_loss_BL.sum() == len(made.pair.loss_row_R)
+    _, found = rows_by_place(made.pair, torch.arange(8), layout_of(config, 1))
+    assert all(found[tuple(p)][0] == rows.target_BL[tuple(p)] for p in rows.has_loss_BL.nonzero().tolist())

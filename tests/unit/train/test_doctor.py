@@ -17,8 +17,9 @@ from bd3_megatron.attention.select import Backend
 from bd3_megatron.attention.streams import Attend, Stream
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.load import dump_config
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate import block_sizes
+from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.errors import LeakError
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train import doctor
@@ -166,7 +167,7 @@ def test_a_long_table_of_offenders_is_cut() -> None:
 
 def test_violations_are_per_pair_of_blocks() -> None:
     change, _ = LEAKS["the noisy block before"]
-    layout = pair_layout(length=16, block_size=4, objective="block")
+    layout = pair_layout(BlockDiffusion(block_size=4), length=16)
     found = examine(planted(change), layout, None, dtype=torch.float32, device=CPU)
     # in two layers what block k - 2 is reaches block k through block k - 1
     assert {(o.query_block, o.source_block) for o in found if o.source == "noisy"} == {

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.diffusion.objective import block_losses, loss_sums
+from bd3_megatron.diffusion.objective import BlockDiffusion
+from bd3_megatron.diffusion.token_nll import block_losses
+from bd3_megatron.model.loss_sums import NUM_BINS, loss_sums
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train.batches import Noise, make_micro_batch
-from bd3_megatron.train.metrics import NUM_BINS, StepSums, describe
+from bd3_megatron.train.metrics import StepSums
 from tests import tolerances
 from tests.unit.cost.cases import case
 from tests.unit.train.samples import LENGTH, Samples
@@ -27,16 +29,14 @@ def test_block_sums_are_those_of_the_objective(cp: int) -> None:
     found = torch.zeros(8, LENGTH // 4, dtype=torch.float64)
     bins = torch.zeros(2, NUM_BINS, dtype=torch.float64)
     for cp_rank in range(cp):
-        layout = pair_layout(length=LENGTH, block_size=4, objective="block", cp=cp, cp_rank=cp_rank)
-        batch, _, _ = make_micro_batch(clean, NOISE, diffusion, layout)
-        log = describe(batch, layout.loss_rows([nll_BL]).t().flatten()[batch.loss_row_R])
-        assert torch.equal(log["weighted_nll_B"], log["weighted_nll_BK"].sum(1))
-        found += log["weighted_nll_BK"]
-        bins += log["bins"]
+        layout = pair_layout(BlockDiffusion(block_size=4), length=LENGTH, cp=cp, cp_rank=cp_rank)
+        batch = make_micro_batch(clean, NOISE, diffusion, layout).pair
+        sums = loss_sums(batch, layout.loss_rows([nll_BL]).t().flatten()[batch.loss_row_R])
+        assert torch.equal(sums.weighted_nll_B, sums.weighted_nll_BK.sum(1))
+        found += sums.weighted_nll_BK
+        bins += sums.bins
     # context-parallel ranks have parts: together they are the whole
     assert torch.allclose(found / 4, block_losses(nll_BL.double(), noisy), atol=tolerances.EXACT_FP64)
-    sums = loss_sums(nll_BL.double(), noisy)
-    assert found.sum().item() == pytest.approx(sums.weighted_nll_sum.item())
     level_BL = noisy.t_BK.repeat_interleave(4, dim=1)[noisy.is_masked_BL]
     counts = torch.histc(level_BL, bins=NUM_BINS, min=0.0, max=1.0)
     assert bins[1].tolist() == counts.tolist() and bins[0].sum().item() == pytest.approx(
@@ -46,9 +46,9 @@ def test_block_sums_are_those_of_the_objective(cp: int) -> None:
 
 def test_full_masking_falls_in_the_last_bin() -> None:
     noise = replace(NOISE, block_size=1, interval=Interval(1.0, 1.0))
-    layout = pair_layout(length=LENGTH, block_size=1, objective="block")
-    batch, _, _ = make_micro_batch(Samples().batch_for(torch.arange(2)), noise, case(kind="s1").diffusion, layout)
-    bins = describe(batch, torch.ones(2 * LENGTH))["bins"]
+    layout = pair_layout(BlockDiffusion(block_size=1), length=LENGTH)
+    made = make_micro_batch(Samples().batch_for(torch.arange(2)), noise, case(kind="s1").diffusion, layout)
+    bins = loss_sums(made.pair, torch.ones(2 * LENGTH)).bins
     assert bins[:, -1].tolist() == [2 * LENGTH, 2 * LENGTH] and bins[:, :-1].abs().sum() == 0
 
 

@@ -95,7 +95,7 @@ def test_a_resumed_plan_is_the_same_plan(train: dict[str, Any]) -> None:
         assert resumed.total_steps == whole.total_steps
         for step in range(origin, whole.total_steps):
             assert resumed.samples_before(step) == whole.samples_before(step) == sum(map(whole.batch_size, range(step)))
-            assert (resumed.place(step), resumed.lr(step)) == (whole.place(step), whole.lr(step))
+            assert (resumed.phase_at(step), resumed.lr(step)) == (whole.phase_at(step), whole.lr(step))
 
 
 def test_a_changed_batch_size_neither_repeats_nor_skips_a_sample() -> None:
@@ -110,17 +110,17 @@ def test_phases_in_tokens_are_counted_with_the_batch_that_runs() -> None:
     phases = [{"block_size": 8, "tokens": 24 * LENGTH}, {"block_size": 4, "tokens": 16 * LENGTH}, {"block_size": 32}]
     plan = RunPlan(config_of({"steps": 20, **WARMING}, diffusion={"phases": phases}))
     # batches of 4, 4, 8, 8: the first phase is four steps; then 12 + 12
-    assert [plan.place(step).phase.block_size for step in range(8)] == [8, 8, 8, 8, 4, 4, 32, 32]
+    assert [plan.phase_at(step).phase.block_size for step in range(8)] == [8, 8, 8, 8, 4, 4, 32, 32]
 
 
 def test_without_phases_the_run_is_one_phase() -> None:
-    plain = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 8})).place(3).phase
+    plain = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 8})).phase_at(3).phase
     assert (plain.block_size, plain.interval) == (8, Interval())
-    full = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 1})).place(0).phase
+    full = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 1})).phase_at(0).phase
     assert full.interval == Interval(1.0, 1.0)
-    clipped = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 4, "interval": [0.45, 0.95]})).place(0).phase
+    clipped = RunPlan(config_of({"steps": 5}, diffusion={"block_size": 4, "interval": [0.45, 0.95]})).phase_at(0).phase
     assert clipped.interval == Interval(0.45, 0.95)
-    assert RunPlan(config_of({"steps": 5}, diffusion={"objective": "ar"})).place(0).phase.block_size == 1
+    assert RunPlan(config_of({"steps": 5}, diffusion={"objective": "ar"})).phase_at(0).phase.block_size == 1
 
 
 def test_a_search_chooses_only_where_the_phase_names_no_interval() -> None:
@@ -148,7 +148,7 @@ def test_the_rate_is_the_runs_times_the_phases() -> None:
 def test_a_curriculum_that_ends_before_the_run_is_refused() -> None:
     plan = RunPlan(config_of({"steps": 9}, diffusion={"phases": [{"block_size": 4, "steps": 8}]}))
     with pytest.raises(ConfigError, match=r"^The phases end at step 8 but the run has 9 steps; shorten the run or"):
-        plan.place(0)
+        plan.phase_at(0)
 
 
 def test_the_shipped_curricula_are_the_recipes() -> None:
@@ -157,7 +157,7 @@ def test_the_shipped_curricula_are_the_recipes() -> None:
     assert [(p.block_size, p.interval, p.lr) for p in paper.curriculum.phases] == [
         (p.block_size, p.interval, p.lr) for p in recipe
     ]
-    assert paper.curriculum.seams() == (0, 1700) and paper.place(1999).num_steps == 300
+    assert paper.curriculum.seams() == (0, 1700) and paper.phase_at(1999).num_steps == 300
     wsd = RunPlan(load_config(CONFIGS / "curriculum_llada2_wsd.yaml"))
     assert wsd.curriculum.phases == llada2_wsd(128, warmup_phase_steps=200, stable_steps=1000, decay_steps=400)
     assert [wsd.is_searched(seam) for seam in wsd.curriculum.seams()] == [False, True, True, False, True]

@@ -1,0 +1,46 @@
+"""What a last stage keeps of one micro-batch for the record: sums in fp64, partial over context-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.model.pair_batch import PairBatch
+
+NUM_BINS = 10
+"""Noise levels are binned in tenths."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums of one micro-batch of B samples with K diffusion blocks each, on the training device."""
+
+    weighted_nll_BK: Tensor
+    """float64 [B, K], sum of weight x NLL of each diffusion block, nats."""
+    bins: Tensor
+    """float64 [2, NUM_BINS], NLL sums and row counts by noise level."""
+
+    @property
+    def weighted_nll_B(self) -> Tensor:
+        """float64 [B], sum of weight x NLL of each sample."""
+        return self.weighted_nll_BK.sum(1)
+
+
+def loss_sums(batch: PairBatch, nll_R: Tensor) -> LossSums:
+    """The sums of a micro-batch.
+
+    Args:
+        batch: what the last stage computed.
+        nll_R: float [R] NLL of its loss rows, nats.
+    """
+    nll_R = nll_R.double()
+    sample_R = batch.loss_row_R % batch.batch_size
+    weighted = torch.zeros(batch.batch_size * batch.num_blocks, dtype=torch.float64, device=nll_R.device)
+    weighted.index_add_(0, sample_R * batch.num_blocks + batch.block_R, nll_R * batch.weight_R)
+    bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=nll_R.device)
+    bin_R = (batch.level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
+    bins[0].index_add_(0, bin_R, nll_R)
+    bins[1].index_add_(0, bin_R, torch.ones_like(nll_R))
+    return LossSums(weighted.view(batch.batch_size, batch.num_blocks), bins)
