@@ -33,3 +33,6 @@ FOREIGN_LOGITS = 1e-5  # logits of one model in transformers and here, fp32: sum
 PEAK_MEMORY = (
     0.10  # relative; predicted peak of a step against tensors alive: temporaries inside kernels are not modelled
 )
+HEAD_BF16_NLL = 1e-5  # nats; fp32 sums of exact products of bf16 inputs against fp64, logits of order 10
+HEAD_BF16_SUM = 2e-6  # of the largest; some hundred exact products added in fp32, against fp64
+HEAD_BF16_GRADIENT = 3 * 2**-9  # of the largest; logits' gradients, result and its scaling are each rounded to bf16

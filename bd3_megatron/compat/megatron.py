@@ -124,7 +124,7 @@ def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
     tracker read; a group of one rank stands for experts, which no model here has.
 
     Args:
-        groups: tp, pp, cp, dp, dp_cp, mp, embd (None away from the ends of a pipeline) and ep, this rank alone.
+        groups: tp, pp, cp, dp, dp_cp, mp, embd (None away from the ends of a pipeline), and ep and expt_tp, this rank alone.
         vpp: model chunks a stage holds, or None.
     """
     state: Any = sys.modules["megatron.core.parallel_state"]
@@ -134,12 +134,21 @@ def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
     state._CONTEXT_PARALLEL_GROUP = groups.cp
     state._DATA_PARALLEL_GROUP, state._DATA_PARALLEL_GROUP_WITH_CP = groups.dp, groups.dp_cp
     # the random tracker folds expert ranks into its seeds (tensor_parallel/random.py:408)
-    state._EXPERT_MODEL_PARALLEL_GROUP = state._EXPERT_TENSOR_PARALLEL_GROUP = groups.ep
+    state._EXPERT_MODEL_PARALLEL_GROUP, state._EXPERT_TENSOR_PARALLEL_GROUP = groups.ep, groups.expt_tp
     if vpp is not None:
         state._VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK, state._VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE = 0, vpp
     # a process that joins a second grid (tests do) keeps the first one's buffer
     if state._GLOBAL_MEMORY_BUFFER is None:
         state._set_global_memory_buffer()
+
+
+def published_groups() -> ProcessGroupCollection | None:
+    """What `publish_groups` was given in this process, or None."""
+    if not sys.modules["megatron.core.parallel_state"].model_parallel_is_initialized():
+        return None
+    return ProcessGroupCollection.use_mpu_process_groups(
+        ["tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "ep", "expt_tp"]
+    )
 
 
 def forget_groups() -> None:

@@ -45,6 +45,19 @@ from bd3_megatron.cost.shape import (
 FP32 = 4
 
 
+def head_chunk_bytes(device: str, *, is_sharded: bool = False) -> int:
+    """fp32 logits that the head holds at a time on "cuda" or "cpu"; the working set is one and a half of them.
+
+    Args:
+        device: type of the device.
+        is_sharded: tensor-parallel ranks share the vocabulary.
+    """
+    if device == "cpu":
+        return 32 * 2**20
+    # every chunk of a shared vocabulary costs two all-reduces, so that all rows go in one wherever 2 GiB allow
+    return 2**31 if is_sharded else 2**29
+
+
 @dataclass(frozen=True, kw_only=True)
 class Habits:
     """What arithmetic must be told about the engine; the defaults describe it on a GPU."""
@@ -53,7 +66,7 @@ class Habits:
     """bf16 or fp32."""
     fused: bool = True
     """Activation of the MLP and AdamW fused (GPU); on CPU both are off."""
-    head_chunk_bytes: int = 32 * 2**20
+    head_chunk_bytes: int = head_chunk_bytes("cuda")
     """fp32 logits of the rows that exist at a time; under bf16 half as much again in low precision."""
     reduce_bucket_elements: int = 50_000_000
     """Elements of a ZeRO-2/3 reduction bucket."""
@@ -72,7 +85,12 @@ def habits_on(device: str, config: Config, *, reduce_bucket_elements: int = 50_0
     """Habits on "cuda" or "cpu" at the configuration's precision."""
     auto = "bf16" if device == "cuda" else "fp32"
     precision = auto if config.train.precision == "auto" else config.train.precision
-    return Habits(precision=precision, fused=device == "cuda", reduce_bucket_elements=reduce_bucket_elements)
+    return Habits(
+        precision=precision,
+        fused=device == "cuda",
+        head_chunk_bytes=head_chunk_bytes(device, is_sharded=config.parallel.tp > 1),
+        reduce_bucket_elements=reduce_bucket_elements,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,8 +369,8 @@ def _head(config: Config, shape: Shape, habits: Habits) -> _Head:
     # masked rows and their gradient; under sequence parallelism all rows are gathered first
     gathered = 2 * scored * shape.hidden * habits.element_bytes
     gathered += rows * shape.hidden * habits.element_bytes if config.parallel.sequence_parallel else 0
-    # fp32 from forward to backward; a chunk's share of it in low precision beside it
-    weight_gradient = vocab * shape.hidden * (FP32 + low)
+    # fp32 from forward to backward; on CPU a low-precision table is widened beside it
+    weight_gradient = vocab * shape.hidden * (FP32 + (FP32 if low and not habits.fused else 0))
     return _Head(chunk, final_norm + gathered + weight_gradient, final_norm + gathered)
 
 

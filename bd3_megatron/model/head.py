@@ -1,13 +1,9 @@
 """The vocabulary-parallel head: NLL of the rows that carry loss, in chunks, never a [rows, V] table.
 
-Decides: hidden states are gathered at the loss rows before the projection, so unmasked and clean rows cost nothing.
-Loss and gradients are computed together in the forward pass, chunk by chunk (fp32 softmax statistics): the logits exist
-for one chunk at a time, and the backward pass only scales what is kept. That is three matrix products where
-recomputing the logits in the backward would take four; its price is that the head's weight gradient (fp32, as large as
-the local table) lives from the forward to the backward of a micro-batch.
-SUBS: the mask id and the padding rows of the table get probability zero.
-Refuses nothing; shapes are its caller's business. Source: BD3-LM section 3 (SUBS parameterisation); the fused form is
-known from Liger-Kernel's linear cross entropy.
+Loss and gradients are computed together in the forward pass, chunk by chunk, and the backward only scales what is kept: three
+matrix products where recomputing the logits would take four. Products of bf16 inputs are accumulated and kept in fp32, the
+table's gradient included. SUBS: the mask id and the padding rows of the table get probability zero.
+Source: BD3-LM section 3 (SUBS parameterisation); the fused form is known from Liger-Kernel's linear cross entropy.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of one chunk's fp32 logits; the working set is about three of them."""
+from bd3_megatron.cost.memory import head_chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,14 @@ class _WeightedNll(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         nll_R = torch.empty(hidden_RD.shape[0], dtype=wide, device=hidden_RD.device)
+        # the table's gradient, in fp32, lives from here to the backward of the micro-batch
         grads = _Gradients(hidden_RD, weight_VD, bias_V, wide) if needs_grad else None
-        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        # without kernels that multiply bf16 into fp32, the inputs are widened, once for all chunks
+        hidden, table = (t if _multiplies_into_fp32(t) else t.to(wide) for t in (hidden_RD, weight_VD))
+        rows = _chunk_rows(weight_VD, shard)
         for start in range(0, hidden_RD.shape[0], rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden_RD[part], weight_VD, bias_V, shard, wide)
+            logits = _logits(hidden[part], table, bias_V, shard, wide)
             local = target_R[part] - shard.start
             here = (local >= 0) & (local < weight_VD.shape[0])
             local = torch.where(here, local, 0)
@@ -92,7 +90,7 @@ class _WeightedNll(torch.autograd.Function):
             if grads is not None:
                 # logits now hold probabilities: d nll / d logits = p - onehot
                 logits.scatter_add_(1, local[:, None], -here.to(wide)[:, None])
-                grads.add(part, logits.mul_(row_weight_R[part, None]))
+                grads.add(part, logits.mul_(row_weight_R[part, None]), hidden[part], table)
         if grads is not None:
             ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.mark_non_differentiable(nll_R)
@@ -106,30 +104,49 @@ class _WeightedNll(torch.autograd.Function):
         return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None, None
 
 
+def _chunk_rows(weight_VD: Tensor, shard: VocabShard) -> int:
+    """Rows whose logits exist at a time. On a GPU few large chunks: each costs some 30 kernels and two passes over dW."""
+    chunk = head_chunk_bytes(weight_VD.device.type, is_sharded=shard.group is not None)
+    return max(1, chunk // (4 * weight_VD.shape[0]))
+
+
+def _multiplies_into_fp32(low: Tensor) -> bool:
+    """Whether products of this tensor's dtype can be returned in fp32 without widening it first (torch: on CUDA)."""
+    return low.device.type == "cuda" and low.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    return a @ b if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
+
+
 class _Gradients:
     """Gradients of the weighted sum, filled chunk by chunk; the table's in fp32 whatever the table's dtype."""
 
     def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wide: torch.dtype) -> None:
-        self._hidden_RD, self._weight_VD = hidden_RD, weight_VD
+        self._narrow = weight_VD.dtype
         self.hidden = torch.empty_like(hidden_RD)
         self.weight = torch.zeros_like(weight_VD, dtype=wide)
         self.bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
 
-    def add(self, part: slice, d_logits_RV: Tensor) -> None:
+    def add(self, part: slice, d_logits_RV: Tensor, hidden_RD: Tensor, table_VD: Tensor) -> None:
         if self.bias is not None:
             self.bias += d_logits_RV.sum(0)
-        narrow = d_logits_RV.to(self._weight_VD.dtype)
-        torch.mm(narrow, self._weight_VD, out=self.hidden[part])
-        if self.weight.dtype == narrow.dtype:
-            self.weight.addmm_(narrow.t(), self._hidden_RD[part])
+        # rounded to the table's dtype on every device, so that a CPU run says what a GPU run computes
+        d_RV = d_logits_RV.to(self._narrow).to(table_VD.dtype)
+        if table_VD.dtype == self._narrow:
+            torch.mm(d_RV, table_VD, out=self.hidden[part])
         else:
-            self.weight += narrow.t() @ self._hidden_RD[part]
+            self.hidden[part] = d_RV @ table_VD
+        if d_RV.dtype == self.weight.dtype:
+            self.weight.addmm_(d_RV.t(), hidden_RD)
+        else:
+            torch.addmm(self.weight, d_RV.t(), hidden_RD, out_dtype=self.weight.dtype, out=self.weight)
 
 
 def _logits(
     hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, wide: torch.dtype
 ) -> Tensor:
-    logits = (hidden_RD @ weight_VD.t()).to(wide)
+    logits = _product(hidden_RD, weight_VD.t(), wide)
     if bias_V is not None:
         logits += bias_V.to(wide)
     first_padding = max(0, shard.vocab_size - shard.start)

@@ -64,15 +64,26 @@ class GroupMaker:
     """
 
     timeout: datetime.timedelta
-    _made: dict[RankSets, dist.ProcessGroup | None] = field(default_factory=dict)
+    _made: dict[tuple[RankSets, str], dist.ProcessGroup | None] = field(default_factory=dict)
 
-    def group(self, sets: RankSets, name: str) -> dist.ProcessGroup | None:
-        """This rank's group among `sets`, or None if it is in none of them. All ranks ask for the same groups in one order."""
-        if len(sets) == 1 and len(sets[0]) == dist.get_world_size():
+    def group(self, sets: RankSets, name: str, *, own: bool = False) -> dist.ProcessGroup | None:
+        """This rank's group among `sets`; all ranks ask for the same groups in one order.
+
+        Args:
+            sets: of ranks.
+            name: for debuggers.
+            own: not shared with an equal cut, because collectives of both overlap: on one communicator they would queue.
+
+        Returns:
+            The group, or None if this rank is in none of the sets.
+        """
+        alone = own and len(sets) < dist.get_world_size()
+        if not alone and len(sets) == 1 and len(sets[0]) == dist.get_world_size():
             return dist.group.WORLD
-        if sets not in self._made:
-            self._made[sets] = self._make(sets, name)
-        return self._made[sets]
+        key = (sets, name if alone else "")
+        if key not in self._made:
+            self._made[key] = self._make(sets, name)
+        return self._made[key]
 
     def _make(self, sets: RankSets, name: str) -> dist.ProcessGroup | None:
         if dist.get_backend() == "nccl":

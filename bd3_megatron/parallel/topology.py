@@ -98,8 +98,11 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         )
     grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp)
     vpp = config.vpp if (config.vpp or 1) > 1 else None
-    groups = _groups(grid, rank=rank, timeout=timeout)
-    megatron_compat.publish_groups(groups, vpp=vpp)
+    # joining again in one process finds the groups that are there
+    groups = megatron_compat.published_groups()
+    if groups is None:
+        groups = _groups(grid, timeout)
+        megatron_compat.publish_groups(groups, vpp=vpp)
     return Topology(
         tp=grid.tp,
         pp=grid.pp,
@@ -120,12 +123,13 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
     )
 
 
-def _groups(grid: Grid, *, rank: int, timeout: datetime.timedelta) -> ProcessGroupCollection:
+def _groups(grid: Grid, timeout: datetime.timedelta) -> ProcessGroupCollection:
     """The groups in use, made in the same order on every rank."""
     maker = GroupMaker(timeout)
     groups = ProcessGroupCollection(
         tp=maker.group(grid.sets("tp"), "tp"),
-        cp=maker.group(grid.sets("cp"), "cp"),
+        # gathers of keys run while buckets of gradients are reduced over dp x cp
+        cp=maker.group(grid.sets("cp"), "cp", own=True),
         dp=maker.group(grid.sets("dp"), "dp"),
         pp=maker.group(grid.sets("pp"), "pp"),
         dp_cp=maker.group(grid.sets("dp", "cp"), "dp_cp"),

@@ -65,6 +65,9 @@ def test_a_rank_makes_few_groups_in_a_world_of_any_size(
     assert topology.grid == {"vpp": 1, "cp": 1, "tp": 1, "pp": 1} | axes | {"dp": topology.dp}
     assert dist.get_process_group_ranks(topology.shard_group)[-1] == world_size - 1
     assert len(dist.get_process_group_ranks(topology.model_group)) == topology.tp * topology.pp
+    again = join(parallel, rank=world_size - 1, world_size=world_size, device=torch.device("cpu"))
+    assert again.groups.pp is topology.groups.pp and again.shard_group is topology.shard_group
+    assert len(count_calls) <= most
 
 
 def test_cuts_that_are_alike_share_a_group(count_calls: list[Any]) -> None:
@@ -72,6 +75,9 @@ def test_cuts_that_are_alike_share_a_group(count_calls: list[Any]) -> None:
     assert topology.shard_group is topology.groups.dp and topology.groups.cp is topology.groups.pp
     assert topology.model_group is topology.groups.tp
     assert topology.groups.ep.size() == 1 and topology.embedding_group is None
+    leave()
+    overlapping = join_alone(ParallelConfig(cp=8), rank=5, world_size=8)
+    assert overlapping.groups.cp is not overlapping.shard_group is dist.group.WORLD
     leave()
     assert join_alone(ParallelConfig(), rank=0, world_size=8).shard_group is dist.group.WORLD
 
