@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 SHOWN_CHARACTERS = 80
 """A value or path that a sentence repeats is cut to this length: the sentence must stay readable."""
@@ -18,6 +19,35 @@ LISTED_OPTIONS = 24
 """A sentence that names the legal values names at most this many."""
 LARGEST_FACTORED = 10**12
 """Trial division to the square root answers in a tenth of a second up to here."""
+
+
+@dataclass(frozen=True)
+class ExitCode:
+    """One row of the table of exit codes."""
+
+    code: str
+    """The number, or "128 + N" for a process that signal N ended."""
+    meaning: str
+    """What happened, as README says it."""
+    may_retry: bool
+    """Whether the same command may go on without a change: batch scripts submit only such runs again."""
+
+
+EXIT_CODES = (
+    ExitCode("0", "finished, or stopped on request after saving", True),
+    ExitCode("1", "a rank or node failed, hung, or met a programming error (the only case with a traceback)", True),
+    ExitCode("2", "a mistake in the input: configuration, data, checkpoint, command line", False),
+    ExitCode("3", "`bd3 doctor` found that a block sees what it must not", False),
+    ExitCode("4", "another launch holds the folder", False),
+    ExitCode("5", "the run learns nothing: too many updates in a row were not finite", False),
+    ExitCode("128 + N", "ended by signal N before it could save (130: Ctrl-C)", True),
+)
+"""All exit codes of `bd3`; README shows this table, and launch/templates/job.sh decides by it."""
+
+
+def final_codes() -> list[int]:
+    """Exit codes after which the same command would fail again."""
+    return [int(row.code) for row in EXIT_CODES if not row.may_retry]
 
 
 class BD3Error(Exception):
@@ -78,10 +108,28 @@ class LaunchError(BD3Error):
     """A job that cannot be started as described."""
 
 
-class RankFailure(BD3Error):
-    """Another rank of the job died or stopped answering; names it."""
+class NodeFailure(BD3Error):
+    """A node of the job that is broken, slow or unlike the others; names it. Another attempt elsewhere may succeed."""
 
     exit_code = 1
+
+
+class LeakError(BD3Error):
+    """A noisy block sees what it must not, or does not see what it must; the table of violations is in the message."""
+
+    exit_code = 3
+
+
+class FolderHeldError(BD3Error):
+    """Another launch holds the folder; names its host, process and SLURM job."""
+
+    exit_code = 4
+
+
+class NonFiniteError(BD3Error):
+    """Too many updates in a row were not finite: the run learns nothing."""
+
+    exit_code = 5
 
 
 def check_shape(name: str, actual: Sequence[int], expected: Sequence[int | None]) -> None:
@@ -169,15 +217,3 @@ def cut(text: str, characters: int = SHOWN_CHARACTERS) -> str:
 def sentence(error: BaseException) -> str:
     """The message of an error as programs print it: one line of at most 600 characters."""
     return cut(str(error), SENTENCE_CHARACTERS)
-
-
-class LeakError(BD3Error):
-    """A noisy block sees what it must not, or does not see what it must; the table of offenders is in the message."""
-
-    exit_code = 3
-
-
-class NodeFailure(BD3Error):
-    """A node of the job that is broken, slow or unlike the others; names it. Another attempt elsewhere may succeed."""
-
-    exit_code = 1

@@ -59,6 +59,35 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def create(path: Path, text: str) -> bool:
+    """Write a small text file only where there is none: of many writers, on any hosts, one succeeds.
+
+    Until it returns, readers may see the file empty.
+
+    Returns:
+        False where the file is there already.
+
+    Raises:
+        FileError: it cannot be written, and is not there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # O_EXCL is atomic on network file systems too, a hard link is not to be had on all of them
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink()
+                raise
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return True
+
+
 @contextmanager
 def stream(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to, which becomes `path` when the body ends without an error.

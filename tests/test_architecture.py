@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    "hf errors files rng diffusion config cost planner attention data compat parallel process model engine checkpoint "
+    "hf errors files lease rng diffusion config cost planner attention data compat parallel process model engine checkpoint "
     "sampling convert evaluate train report cli"
 ).split()
 """A room imports only from rooms to its left."""

@@ -11,9 +11,7 @@ Costs: memory of about one part a worker (16 MiB of text at most, plus its token
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.data.tokenizer_sample import sample_documents
 from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped
 from bd3_megatron.files import disk_errors, move, read_json, write_json
+from bd3_megatron.lease import held
 
 MANIFEST_FILE = "prepare.json"
 TRAINED_TOKENIZERS = {"sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
@@ -132,23 +131,15 @@ class _WorkFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out.
+        """Keep a second process out, of this machine or another.
 
         Raises:
-            DataError: another process is preparing the same DIR, or the place cannot be written.
+            FolderHeldError: another process is preparing the same DIR.
+            LaunchError: the place cannot be written.
         """
-        with disk_errors(f"writing {self.root}", "choose an --out that can be written"):
-            self._made = [p for p in (self.root, *self.root.parents) if not p.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / "lock", os.O_CREAT | os.O_RDWR)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DataError(f"another process is preparing {self.out}; wait for it or stop it.") from error
+        self._made = [p for p in (self.root, *self.root.parents) if not p.exists()]
+        with held(self.root, name=f"out={self.out}"):
             yield
-        finally:
-            os.close(lock)
 
     def begin(self, plan: dict[str, Any]) -> bool:
         """Set the folder up for a plan; True where an earlier run of the same plan goes on."""

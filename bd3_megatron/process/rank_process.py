@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from bd3_megatron.errors import BD3Error, RankFailure
+from bd3_megatron.errors import BD3Error
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal this process gets when the thread that created it dies."""
@@ -54,8 +54,7 @@ def run_reported(run: Callable[[], int], rank: int, report_fd: int) -> NoReturn:
         code = run()
     except BD3Error as error:
         code = error.exit_code
-        kind = "peer" if isinstance(error, RankFailure) else "error"
-        report = {"kind": kind, "text": str(error)}
+        report = {"kind": "error", "text": str(error)}
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bd3_megatron import cli
-from bd3_megatron.errors import BD3Error, RankFailure
+from bd3_megatron.errors import BD3Error, NodeFailure
 
 CpuSeconds = Callable[..., tuple[float, subprocess.CompletedProcess[str]]]
 HELP_SECONDS = 1.0
@@ -129,7 +129,7 @@ def test_half_a_rendezvous_is_refused(root: Path, clean_environment: Mapping[str
     )
 
 
-@pytest.mark.parametrize(("error", "code"), [(BD3Error("a is b;\nuse c."), 2), (RankFailure("rank 1 is gone."), 1)])
+@pytest.mark.parametrize(("error", "code"), [(BD3Error("a is b;\nuse c."), 2), (NodeFailure("n1 is slow."), 1)])
 def test_every_house_error_becomes_one_line_and_its_code(
     error: BD3Error, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

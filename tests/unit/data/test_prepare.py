@@ -21,7 +21,16 @@ from bd3_megatron.data.prepare_progress import ProgressBar
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.sources import TextFiles
 from bd3_megatron.data.tokenizer_open import load_tokenizer
-from bd3_megatron.errors import BD3Error, ConfigError, DataError, TokenizerError, WorkStopped
+from bd3_megatron.errors import (
+    BD3Error,
+    ConfigError,
+    DataError,
+    FolderHeldError,
+    LaunchError,
+    TokenizerError,
+    WorkStopped,
+)
+from bd3_megatron.lease import held
 from tests.unit.data.corpora import content_of, english
 
 
@@ -231,19 +240,18 @@ def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_pat
         prepare(request(text, tmp_path / "out"), num_workers=0)
     with pytest.raises(ConfigError, match="text.txt is a file; name a folder"):
         prepare(request(text, text))
-    with pytest.raises(DataError, match="writing .* failed .Not a directory.; choose an --out that can be written"):
+    with pytest.raises(LaunchError, match=r"^out=.*below: '.*' cannot be written \(Not a directory\); choose another"):
         prepare(request(text, text / "below"))
 
 
 def test_two_processes_do_not_prepare_the_same_folder(text: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    (tmp_path / ".out.partial").mkdir()
-    with open(tmp_path / ".out.partial" / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is preparing .*out; wait for it or stop it"):
+    partial = tmp_path / ".out.partial"
+    with held(partial, name="out"):
+        with pytest.raises(FolderHeldError, match=rf"^out={tmp_path}/out is held by another launch \(host .*, process"):
             prepare(request(text, tmp_path / "out"))
-    assert (tmp_path / ".out.partial").is_dir()
+        assert [p.name for p in partial.iterdir()] == ["lease.json"], "the other one's work is left alone"
+    prepare(request(text, tmp_path / "out"))
+    assert not partial.exists()
 
 
 def test_splits_may_have_sources_of_their_own(text: Path, tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import pytest
 
 from bd3_megatron import errors
 from bd3_megatron.errors import (
+    EXIT_CODES,
     SENTENCE_CHARACTERS,
     SHOWN_CHARACTERS,
     BD3Error,
     ConfigError,
+    FolderHeldError,
     GridError,
     LeakError,
     NodeFailure,
+    NonFiniteError,
     RangeError,
-    RankFailure,
     ShapeError,
     check_divides,
     check_multiple,
@@ -22,18 +24,25 @@ from bd3_megatron.errors import (
     cut,
     divisors,
     either,
+    final_codes,
     sentence,
     shown,
 )
 
 
 def test_every_error_is_a_users_mistake_with_exit_code_2_except_the_named_few() -> None:
-    others = {RankFailure: 1, NodeFailure: 1, LeakError: 3}
+    others = {NodeFailure: 1, LeakError: 3, FolderHeldError: 4, NonFiniteError: 5}
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, BD3Error)]
     assert len(kinds) >= 12
     for kind in kinds:
         assert kind.exit_code == others.get(kind, 2)
         assert kind.__doc__
+        assert str(kind.exit_code) in {row.code for row in EXIT_CODES}
+
+
+def test_another_attempt_is_made_only_where_it_may_end_otherwise() -> None:
+    assert final_codes() == [2, 3, 4, 5]
+    assert NodeFailure.exit_code not in final_codes()
 
 
 @pytest.mark.parametrize(("actual", "expected"), [((2, 3), (2, 3)), ((2, 3), (None, 3)), ((), ()), ((0, 5), (0, None))])

@@ -18,6 +18,7 @@ from bd3_megatron.errors import BD3Error, DataError, FileError
 from bd3_megatron.files import (
     append_line,
     claimed,
+    create,
     discard,
     disk_errors,
     move,
@@ -58,6 +59,23 @@ def test_what_is_written_is_there_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "b").read_bytes() == "ü\n".encode()
     assert (tmp_path / "new" / "c").read_text("utf-8") == '{"a": "ü", "z": 2}\n'
     assert sorted(os.listdir(tmp_path / "new")) == ["a", "b", "c"]
+
+
+def test_of_many_who_create_a_file_one_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    statuses = [in_a_child(lambda number=n: os._exit(0 if create(path, f"{number}\n") else 1)) for n in range(3)]
+    assert statuses == [0, 256, 256] and path.read_text() == "0\n"
+    assert os.listdir(path.parent) == ["a"]
+
+
+def test_a_file_that_cannot_be_created_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match=r"a cannot be written \(No space left on device\)"):
+        create(tmp_path / "a", "text")
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_are_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
