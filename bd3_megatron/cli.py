@@ -116,6 +116,7 @@ def _train_as_rank(
     from bd3_megatron.config.load import load_config
     from bd3_megatron.config.validate import validate
     from bd3_megatron.process.quiet import drop_known_warnings
+    from bd3_megatron.process.status import record_error
     from launch.env import rank_settings, visible_gpus
 
     try:
@@ -125,6 +126,8 @@ def _train_as_rank(
         # every rank reads the same files and finds the same fault: one of them says it
         if rank == 0:
             report(error)
+            # exit codes do not survive srun; the batch script must know that no other attempt would do better
+            record_error(None, error)
         return error.exit_code
     os.environ.update(variables)
     os.environ.update(rank_settings(os.environ, gpu=visible_gpus() > 0, local=False))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bd3_megatron.errors import final_codes
 from launch.cluster import ClusterProfile
 from launch.env import rank_settings
 
@@ -116,6 +117,7 @@ def _values(profile: ClusterProfile, job: Job) -> list[str]:
         f"chained={int(job.chained)}",
         f"exclude_bad={int(job.exclude_bad)}",
         f"max_attempts={job.max_attempts}",
+        f"final_codes={shlex.quote(' '.join(map(str, final_codes())))}",
         f"signal_lead_seconds={profile.signal_lead_seconds}",
         f"excluded={shlex.quote(profile.exclude or '')}",
         f"python={shlex.quote(job.python)}",

@@ -17,6 +17,7 @@ import pytest
 from bd3_megatron.cli import build_parser
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.validate import validate
+from bd3_megatron.errors import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -56,6 +57,12 @@ def test_a_command_in_the_readme_is_understood(command: str) -> None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     check_words(words)
+
+
+def test_the_table_of_exit_codes_is_the_one_in_errors() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([0-9+ N]+) \| (.*) \| (yes|no) \|$", text, re.MULTILINE)
+    assert rows == [(row.code, row.meaning, "yes" if row.may_retry else "no") for row in EXIT_CODES]
 
 
 def check_words(words: list[str]) -> None:

@@ -30,6 +30,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import LaunchError, NodeFailure
 from bd3_megatron.files import append_line
+from bd3_megatron.lease import node_name
 from bd3_megatron.parallel.topology import Topology
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
@@ -125,7 +126,7 @@ def examine(run_dir: Path, topology: Topology) -> RankReport:
     dist.barrier()
     return RankReport(
         rank=topology.rank,
-        node=os.environ.get("SLURMD_NODENAME") or platform.node(),
+        node=node_name(),
         versions={
             "python": platform.python_version(),
             "bd3_megatron": __version__,

@@ -36,13 +36,19 @@ def rank_variables(rank: int, ranks: int, rendezvous: Mapping[str, str]) -> dict
     return {**{k: str(v) for k, v in place.items()}, **rendezvous}
 
 
-def fork_ranks(run: Callable[[int], int], ranks: int, rendezvous: Mapping[str, str]) -> int:
+def fork_ranks(
+    run: Callable[[int], int],
+    ranks: int,
+    rendezvous: Mapping[str, str],
+    on_death: Callable[[str], None] = lambda sentence: None,
+) -> int:
     """Fork the ranks from this process, which has imported all they need, and wait for them.
 
     Args:
         run: the work of one rank, given its number; returns its exit code. CUDA must not have been touched.
         ranks: how many.
         rendezvous: MASTER_ADDR and MASTER_PORT.
+        on_death: told, in a sentence, that a rank was ended before it could say why.
 
     Returns:
         The exit code for the whole run.
@@ -50,7 +56,7 @@ def fork_ranks(run: Callable[[int], int], ranks: int, rendezvous: Mapping[str, s
     gc.collect()
     # frozen objects are not touched by the children's collector, so their pages stay shared
     gc.freeze()
-    supervisor = Supervisor()
+    supervisor = Supervisor(on_death)
     parent = os.getpid()
     for rank in range(ranks):
         # a signal between fork and the child's own handlers would run the parent's handler in the child
@@ -71,18 +77,24 @@ def fork_ranks(run: Callable[[int], int], ranks: int, rendezvous: Mapping[str, s
     return supervisor.watch()
 
 
-def spawn_ranks(command_of: Callable[[int, int], Sequence[str]], ranks: int, rendezvous: Mapping[str, str]) -> int:
+def spawn_ranks(
+    command_of: Callable[[int, int], Sequence[str]],
+    ranks: int,
+    rendezvous: Mapping[str, str],
+    on_death: Callable[[str], None] = lambda sentence: None,
+) -> int:
     """Start one fresh process a rank and wait for them.
 
     Args:
         command_of: the command line of one rank, given its number and the file descriptor it reports failures to.
         ranks: how many.
         rendezvous: MASTER_ADDR and MASTER_PORT.
+        on_death: as for `fork_ranks`.
 
     Returns:
         The exit code for the whole run.
     """
-    supervisor = Supervisor()
+    supervisor = Supervisor(on_death)
     for rank in range(ranks):
         reader, writer = os.pipe()
         os.set_inheritable(writer, True)

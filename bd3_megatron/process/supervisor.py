@@ -1,8 +1,7 @@
 """Watching local ranks: pass stop signals on, notice the dead, end the rest, name the first failure.
 
-Decides: which of several failures is the cause. A rank killed by a signal comes before the connection errors its peers
-raise a moment later; a rank's own error comes before a peer's report that somebody is gone; else the earliest counts.
-Knows nothing about training: it holds process ids and pipes.
+Decides which of several failures is the cause: the earliest, where a rank killed by a signal comes before the connection
+errors that its peers raise a moment later. Knows nothing about training: it holds process ids and pipes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -46,9 +46,14 @@ class Failure:
 
 
 class Supervisor:
-    """The parent of the ranks, from the first start to the last end."""
+    """The parent of the ranks, from the first start to the last end.
 
-    def __init__(self) -> None:
+    Args:
+        on_death: told, in a sentence, that a rank was ended before it could say why.
+    """
+
+    def __init__(self, on_death: Callable[[str], None]) -> None:
+        self._on_death = on_death
         self._rank_of: dict[int, int] = {}
         self._pipe_of: dict[int, int] = {}
         self._failures: list[Failure] = []
@@ -150,31 +155,34 @@ class Supervisor:
         return not ours
 
     def _verdict(self) -> int:
-        cause = min(self._failures, key=lambda f: (f.kind == "peer", f.time), default=None)
+        cause = min(self._failures, key=lambda f: f.time, default=None)
         if cause is not None:
-            print(describe(cause), file=sys.stderr, flush=True)
-            return cause.code if cause.kind in ("error", "peer", "code") else 1
+            print(f"{cause.text.rstrip()}\n" if cause.kind == "traceback" else "", end="", file=sys.stderr)
+            print(f"bd3: error: {describe(cause)}", file=sys.stderr, flush=True)
+            if cause.kind in ("signal", "code"):
+                self._on_death(describe(cause))
+            return cause.code if cause.kind in ("error", "code") else 1
         if self._stopped_by is not None and any(self._codes):
             how = "at once, at the second signal" if self._killed else "before training could save"
-            print(f"bd3: stopped by {signal.Signals(self._stopped_by).name} {how}.", file=sys.stderr, flush=True)
+            sentence = f"stopped by {signal.Signals(self._stopped_by).name} {how}."
+            print(f"bd3: {sentence}", file=sys.stderr, flush=True)
+            self._on_death(sentence)
             return 128 + self._stopped_by
         return max(self._codes, default=0)
 
 
 def describe(failure: Failure) -> str:
-    """What the user reads about the failure that ended the run."""
-    if failure.kind in ("error", "peer"):
-        return f"bd3: error: {' '.join(failure.text.split())}"
+    """What the user reads about the failure that ended the run, as a sentence."""
+    if failure.kind == "error":
+        return " ".join(failure.text.split())
     if failure.kind == "traceback":
-        return (
-            f"{failure.text.rstrip()}\nbd3: error: rank {failure.rank} failed (traceback above); the others were ended."
-        )
+        return f"rank {failure.rank} failed (traceback above); the others were ended."
     if failure.kind == "signal":
         number = -failure.code
         name = signal.Signals(number).name
         hint = "; the kernel does that when memory runs out" if number == signal.SIGKILL else ""
-        return f"bd3: error: rank {failure.rank} was killed by signal {number} ({name}){hint}; the others were ended."
-    return f"bd3: error: rank {failure.rank} ended with exit code {failure.code}; the others were ended."
+        return f"rank {failure.rank} was killed by signal {number} ({name}){hint}; the others were ended."
+    return f"rank {failure.rank} ended with exit code {failure.code}; the others were ended."
 
 
 def _read_report(pipe: int) -> dict[str, Any] | None:

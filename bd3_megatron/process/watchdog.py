@@ -15,7 +15,6 @@ import faulthandler
 import json
 import linecache
 import os
-import platform
 import statistics
 import sys
 import threading
@@ -31,6 +30,7 @@ import torch.distributed as dist
 
 from bd3_megatron.config.schema import WatchConfig
 from bd3_megatron.files import write_json, write_text
+from bd3_megatron.lease import node_name
 from bd3_megatron.process.status import write_status
 
 MEDIAN_STEPS = 101
@@ -73,7 +73,7 @@ class Watchdog:
         self._config, self._run_dir = config, run_dir
         self._folder = Path(os.environ.get("BD3_LOGS") or run_dir / "logs") / "hang"
         self._rank, self._world_size = rank, world_size
-        self._node = os.environ.get("SLURMD_NODENAME") or platform.node()
+        self._node = node_name()
         self._durations: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._step, self._beat = 0, time.monotonic()
         self._ended = threading.Event()
@@ -149,7 +149,7 @@ class Watchdog:
     def _publish(self, sentence: str, *, is_author: bool) -> None:
         verdict = self._folder / "verdict.txt"
         if is_author:
-            write_status(self._run_dir, "hung", reason=sentence, step=self._step)
+            write_status(self._run_dir, "hung", reason=sentence, step=self._step, exit_code=HUNG)
             write_text(verdict, f"{sentence}\n")
         # the first rank to end has the others killed, the author among them
         deadline = time.monotonic() + WORDS_SECONDS

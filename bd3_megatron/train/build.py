@@ -43,8 +43,8 @@ from bd3_megatron.train.trainer import Trainer
 CPU_PEAK_SECONDS = 0.5
 
 
-def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int) -> Trainer:
-    """Meet the other ranks and make everything a run needs. Collective.
+def meet(config: Config, *, rank: int, world_size: int, local_rank: int) -> Topology:
+    """Meet the other ranks, once the configuration is known to be able to run on them. Collective; touches no file.
 
     Raises:
         BD3Error: whatever cannot run, as one sentence.
@@ -55,9 +55,18 @@ def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int
     limit_cpu_threads()
     keep_freed_memory()
     device = rank_device(local_rank)
-    topology = join(config.parallel, rank=rank, world_size=world_size, device=device)
-    run_dir = Path(config.run.dir)
-    say = _say if rank == 0 else _silent
+    return join(config.parallel, rank=rank, world_size=world_size, device=device)
+
+
+def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int) -> Trainer:
+    """Meet the other ranks and make everything a run needs. Collective.
+
+    Raises:
+        BD3Error: whatever cannot run, as one sentence.
+    """
+    topology = meet(config, rank=rank, world_size=world_size, local_rank=local_rank)
+    device, run_dir = topology.device, Path(config.run.dir)
+    say = announce if rank == 0 else _silent
     if config.watch.preflight:
         preflight(config, topology, say)
     data = prepare_and_open(config, rank=rank, say=say)
@@ -179,7 +188,8 @@ def _deadline() -> float | None:
     return float(text) if text else None
 
 
-def _say(sentence: str) -> None:
+def announce(sentence: str) -> None:
+    """Tell the person at the console; for rank 0."""
     print(f"bd3: {sentence}", file=sys.stderr, flush=True)
 
 

@@ -11,8 +11,10 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from bd3_megatron.config.load import load_config
@@ -21,6 +23,7 @@ from bd3_megatron.errors import BD3Error
 from bd3_megatron.process.quiet import drop_known_warnings
 from bd3_megatron.process.rank_process import die_with_parent, run_reported
 from bd3_megatron.process.ranks import fork_ranks, reserve_port, spawn_ranks
+from bd3_megatron.process.status import record_death
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     drop_known_warnings()
     port = reserve_port()
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+    on_death = partial(record_death, Path(config.run.dir), launched=time.time())
     if options.gpu:
-        return spawn_ranks(partial(_command_of, options), options.ranks, rendezvous)
+        return spawn_ranks(partial(_command_of, options), options.ranks, rendezvous, on_death)
     from bd3_megatron.train.entry import run_rank
 
-    return fork_ranks(lambda rank: run_rank(config, rank, options.ranks, rank), options.ranks, rendezvous)
+    return fork_ranks(lambda rank: run_rank(config, rank, options.ranks, rank), options.ranks, rendezvous, on_death)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,13 +1,14 @@
 # ---- the same for every job ---------------------------------------------------------------------------------------
 # shellcheck shell=bash disable=SC2154
-# Ranks that stop on request exit 0 and rank 0 writes status.json: exit codes do not survive --kill-on-bad-exit.
+# Exit codes do not survive --kill-on-bad-exit, so that ranks write how they ended into status.json in this attempt's log
+# folder; the run folder's own status.json may be another launch's.
 set -uo pipefail
 
 run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
 config=$job_folder/config.${SLURM_ARRAY_TASK_ID:-0}.yaml
 attempt=${SLURM_RESTART_COUNT:-0}
 logs=$run_dir/logs/$SLURM_JOB_ID.$attempt
-status=$run_dir/status.json
+status=$logs/status.json
 # of this submission, whose jobs and attempts share one folder
 attempts=$job_folder/attempts.${SLURM_ARRAY_TASK_ID:-0}
 gave_up=$job_folder/gave_up.${SLURM_ARRAY_TASK_ID:-0}
@@ -17,11 +18,12 @@ cd "$job_folder/code" || exit 1
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID attempt $attempt: $*"; }
 
-value_of() { # $1: key of status.json, a text or a number
-    sed -n -e "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/p" -e "s/.*\"$1\": *\([0-9]*\)[,}].*/\1/p" "$status" 2>/dev/null | head -n 1
+value_of() { # $1: key, whose value is a text or a number; $2: a status.json
+    sed -n -e "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/p" -e "s/.*\"$1\": *\([0-9]*\)[,}].*/\1/p" "$2" 2>/dev/null | head -n 1
 }
 
-if [ "$chained" = 1 ] && [ "$(value_of status)" = finished ] && [ "$status" -nt "$job_folder/job.sh" ]; then
+if [ "$chained" = 1 ] && [ "$run_dir/status.json" -nt "$job_folder/job.sh" ] &&
+    [ "$(value_of status "$run_dir/status.json")" = finished ]; then
     say "an earlier job of the chain has finished the run"
     exit 0
 fi
@@ -29,7 +31,6 @@ if [ "$chained" = 1 ] && [ -e "$gave_up" ]; then
     say "an earlier job of the chain gave up: $(cat "$gave_up")"
     exit 1
 fi
-rm -f "$status"
 
 # the first node by name where names resolve, else by its address
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -97,9 +98,9 @@ wait "$step"
 code=$?
 wait "$mirror"
 
-state=$(value_of status)
-at_step=$(value_of step)
-reason=$(value_of reason)
+state=$(value_of status "$status")
+at_step=$(value_of step "$status")
+reason=$(value_of reason "$status")
 say "srun ended with $code; run is ${state:-without status} at step ${at_step:-unknown}${reason:+ ($reason)}"
 if [ "$state" = finished ]; then
     rm -f "$attempts"
@@ -145,10 +146,16 @@ if [ "$state" = stopped ]; then
     requeue 0
 fi
 
+# ranks that failed say with which code they meant to end; without their report srun's own is the best there is
+failed_with=$code
 if [ "$state" = failed ]; then
-    # rank 0 says so of a mistake in the input, which no other attempt would mend
-    give_up "${reason:-the input cannot be run}"
+    failed_with=$(value_of exit_code "$status")
 fi
+for final in $final_codes; do
+    if [ "$failed_with" = "$final" ]; then
+        give_up "${reason:-exit code $final, which another attempt would not change}"
+    fi
+done
 
 # attempts without progress: "<newest checkpoint after the last failed attempt> <failures there>"
 progress=$(cat "$run_dir/checkpoints/LATEST" 2>/dev/null || echo none)

@@ -28,9 +28,10 @@ RANK = """\
 # in place of a rank's interpreter; its last argument is the configuration
 run_dir=$(sed -n 's/^  dir: //p' "${!#}")
 attempt=${SLURM_RESTART_COUNT:-0}
-end() { # $1: status, $2: reason
+end() { # $1: status, $2: reason, $3: exit code
     [ "$SLURM_PROCID" = 0 ] || return 0
-    echo "{\\"status\\": \\"$1\\", \\"reason\\": \\"$2\\", \\"step\\": 1}" >"$run_dir/status.json"
+    echo "{\\"status\\": \\"$1\\", \\"reason\\": \\"$2\\", \\"exit_code\\": ${3:-0}, \\"step\\": 1}" |
+        tee "$BD3_LOGS/status.json" >"$run_dir/status.json"
 }
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bd3_megatron.errors import final_codes
 from launch import slurm as launcher
 from tests.integration.slurm_client import CPU_PROFILE, DEBUG, ROOT, Slurm, status
 
@@ -97,17 +98,29 @@ def test_a_chain_runs_one_job_after_another_until_the_run_is_finished(slurm: Slu
 
 
 def test_a_crash_loop_ends_and_says_why(slurm: Slurm, tmp_path: Path) -> None:
-    profile = slurm.rank('echo "$attempt" >> "$run_dir/attempts"; exit 3')
+    profile = slurm.rank('echo "$attempt" >> "$run_dir/attempts"; end failed "n1 is slow" 1; exit 1')
     job = slurm.train(*QUICK, "--max-attempts", "2", profile=profile)
     assert slurm.wait(job)["JobState"] == "FAILED"
     assert (tmp_path / "run/attempts").read_text().split() == ["0", "1"]
     assert "gives up: 2 attempts in a row failed without a new checkpoint (newest: none)" in slurm.log(job)
 
 
-def test_a_mistake_in_the_input_is_not_tried_again(slurm: Slurm) -> None:
-    job = slurm.train(*QUICK, profile=slurm.rank('end failed "there is no such data"; exit 2'))
-    assert slurm.wait(job)["JobState"] == "FAILED" and slurm.job(job)["Restarts"] == "0"
-    assert "gives up: there is no such data" in slurm.log(job)
+def test_what_another_attempt_would_not_change_is_not_tried_again(slurm: Slurm) -> None:
+    """One array task an exit code; the last one's ranks could not report."""
+    codes = final_codes()
+    body = (
+        f"codes=({' '.join(map(str, codes))})\n"
+        f"[ $SLURM_ARRAY_TASK_ID = {len(codes)} ] && exit 2\n"
+        # kill-on-bad-exit may flatten srun's code, so that the report decides
+        'end failed "there is no such data" "${codes[$SLURM_ARRAY_TASK_ID]}"; exit 1'
+    )
+    tasks = [word for number in range(len(codes) + 1) for word in ("--array", f"run.seed={number}")]
+    job = slurm.train(*QUICK, *tasks, profile=slurm.rank(body))
+    for task in range(len(codes) + 1):
+        ended = slurm.wait(f"{job}_{task}")
+        assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
+        said = "there is no such data" if task < len(codes) else "exit code 2, which another attempt would not change"
+        assert f"gives up: {said}" in slurm.log(f"{job}_{task}")
 
 
 def test_a_node_named_bad_is_left_out_of_the_next_attempt(slurm: Slurm, tmp_path: Path) -> None:

@@ -33,7 +33,14 @@ def test_two_nodes_told_to_stop_requeue_and_end_with_the_losses_of_a_local_run(
     slurm.lab.run("scancel", "--batch", "--signal=USR1", str(job))
     slurm.until(lambda: int(slurm.job(job)["Restarts"]) == 1, job)
     stopped = last_step(run)
-    assert status(run) | {"time": 0} == {"status": "stopped", "reason": "signal", "step": stopped, "time": 0}
+    ended = status(run)
+    assert [ended[key] for key in ("status", "reason", "step", "attempt", "job")] == [
+        "stopped",
+        "signal",
+        stopped,
+        1,
+        str(job),
+    ]
     assert slurm.wait(job, START_SECONDS)["JobState"] == "COMPLETED", slurm.log(job)
     assert status(run)["status"] == "finished" and "requeues itself" in slurm.log(job)
 

@@ -17,7 +17,7 @@ from bd3_megatron.process.supervisor import SAME_SIGNAL_SECONDS
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path
-from bd3_megatron.errors import ConfigError, RankFailure
+from bd3_megatron.errors import ConfigError
 from bd3_megatron.process.ranks import fork_ranks
 
 folder = Path(sys.argv[1])
@@ -151,19 +151,6 @@ raise RuntimeError("connection reset by peer")
 def test_one_mistake_found_by_all_ranks_is_one_line(job: Job) -> None:
     job.start('raise ConfigError("width 3 is odd; use 4.")')
     assert job.end() == (2, "bd3: error: width 3 is odd; use 4.\n")
-
-
-def test_a_mistake_comes_before_a_peers_report_that_somebody_is_gone(job: Job) -> None:
-    job.start(
-        """
-if rank == 0:
-    raise RankFailure("rank 1 is gone.")
-time.sleep(0.3)
-raise ConfigError("the shard is empty; prepare it again.")
-""",
-        ranks=2,
-    )
-    assert job.end() == (2, "bd3: error: the shard is empty; prepare it again.\n")
 
 
 def test_a_programming_error_shows_its_traceback_once(job: Job) -> None:
