@@ -58,14 +58,18 @@ def meet(config: Config, *, rank: int, world_size: int, local_rank: int) -> Topo
     return join(config.parallel, rank=rank, world_size=world_size, device=device)
 
 
-def build_trainer(config: Config, *, rank: int, world_size: int, local_rank: int) -> Trainer:
-    """Meet the other ranks and make everything a run needs. Collective.
+def build_trainer(config: Config, topology: Topology) -> Trainer:
+    """Make everything a run needs. Collective.
+
+    Args:
+        config: the run.
+        topology: the grid that the ranks met on.
 
     Raises:
         BD3Error: whatever cannot run, as one sentence.
     """
-    topology = meet(config, rank=rank, world_size=world_size, local_rank=local_rank)
-    device, run_dir = topology.device, Path(config.run.dir)
+    rank, world_size, device = topology.rank, topology.world_size, topology.device
+    run_dir = Path(config.run.dir)
     say = announce if rank == 0 else _silent
     if config.watch.preflight:
         preflight(config, topology, say)

@@ -38,7 +38,7 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int
         raise
     trainer = None
     try:
-        trainer = build_trainer(config, rank=rank, world_size=world_size, local_rank=local_rank)
+        trainer = build_trainer(config, topology)
         if began is not None and trainer.state.step < trainer.plan.total_steps:
             record_steps(run_dir, began, step=trainer.state.step)
         reason = trainer.run()

@@ -58,7 +58,7 @@ def die_after(config: Config, step: int) -> None:
     """The rank ends without a word once it reached this state, as by SIGKILL."""
 
     def on_rank(topology: Topology) -> None:
-        trainer = build_trainer(config, rank=0, world_size=1, local_rank=0)
+        trainer = build_trainer(config, topology)
 
         def agreed(device: torch.device) -> None:
             if trainer.state.step == step:

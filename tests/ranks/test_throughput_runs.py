@@ -45,7 +45,7 @@ def test_a_data_delay_shows_as_data_wait_and_nowhere_else(tmp_path: Path) -> Non
     config = train_config(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": STEPS})
 
     def on_rank(topology: Topology) -> None:
-        trainer = build_trainer(config, rank=topology.rank, world_size=topology.world_size, local_rank=topology.rank)
+        trainer = build_trainer(config, topology)
         prompt = TokenDataset.batch_for
 
         def late(self: TokenDataset, index_B: Tensor) -> CleanBatch:
@@ -98,7 +98,7 @@ def test_measuring_costs_less_than_a_hundredth_of_a_small_step(tmp_path: Path) -
     config = train_config(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": 4})
 
     def on_rank(topology: Topology) -> tuple[float, float]:
-        trainer = build_trainer(config, rank=topology.rank, world_size=topology.world_size, local_rank=topology.rank)
+        trainer = build_trainer(config, topology)
         marks = 0
         real = trainer.timeline._mark
 

@@ -88,8 +88,7 @@ def train(config: Config, *, stop_after: int | None = None) -> list[dict[str, An
     """
 
     def on_rank(topology: Topology) -> dict[str, Any]:
-        rank = topology.rank
-        trainer = build_trainer(config, rank=rank, world_size=topology.world_size, local_rank=rank)
+        trainer = build_trainer(config, topology)
         if stop_after is not None:
             step_of, agreed = trainer.state, trainer.stop.agreed
 

@@ -41,7 +41,7 @@ from bd3_megatron.planner.timing import StepTime, step_time
 from bd3_megatron.process.quiet import drop_known_warnings
 from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.train.batches import StepBatches
-from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.build import build_trainer, meet
 from launch.env import rank_settings
 from tools.bench import harness
 from tools.bench.runs import on_ranks, prepare_text, trained
@@ -159,9 +159,10 @@ def whole_step_peak(config: Config, rank: int) -> int:
 
     Everything the trainer builds is counted; the first step makes Adam's state, the second is like all others.
     """
+    topology = meet(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        trainer = build_trainer(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
+        trainer = build_trainer(config, topology)
         batches = StepBatches(
             trainer.data.train,
             trainer.plan,

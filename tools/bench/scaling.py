@@ -39,7 +39,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.parallel.topology import Topology, leave
 from bd3_megatron.process.quiet import drop_known_warnings
 from bd3_megatron.report.run_record import RunRecord
-from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.build import build_trainer, meet
 from bd3_megatron.train.timeline import AXES, Timeline
 from tools.bench import harness
 from tools.bench.runs import prepare_text, trained
@@ -161,7 +161,8 @@ def communication_timed(timeline: Timeline, names: Mapping[str, str]) -> Iterato
 
 def run_observed(config: Config, rank: int) -> int:
     """One rank of a run whose record splits communication by axis."""
-    trainer = build_trainer(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
+    topology = meet(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
+    trainer = build_trainer(config, topology)
     with communication_timed(trainer.timeline, axis_names(trainer.topology)):
         trainer.run()
     leave()
