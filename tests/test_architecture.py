@@ -8,12 +8,11 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.source_tree import ROOT, SHIPPED, Source, body_lines, dotted, import_cycles, sources
 
 ORDER = (
     "hf errors files lease rng diffusion config cost planner attention data compat parallel process model engine checkpoint "
@@ -54,44 +53,25 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common"}
 UNFINISHED = ("TODO", "FIXME", "XXX", "NotImplementedError")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One parsed file."""
-
-    path: str
-    text: str
-    tree: ast.Module
-
-    @property
-    def room(self) -> str:
-        parts = Path(self.path).parts
-        return Path(parts[1]).stem if parts[0] == "bd3_megatron" else parts[0]
-
-
-def sources(*folders: str) -> list[Source]:
-    paths = sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
-    return [Source(str(p.relative_to(ROOT)), p.read_text("utf-8"), ast.parse(p.read_text("utf-8"))) for p in paths]
-
-
 @pytest.fixture(scope="module")
-def package() -> list[Source]:
+def package() -> tuple[Source, ...]:
     return sources("bd3_megatron")
 
 
 @pytest.fixture(scope="module")
-def shipped() -> list[Source]:
+def shipped() -> tuple[Source, ...]:
     """Everything users run."""
-    return sources("bd3_megatron", "launch", "tools")
+    return sources(*SHIPPED)
 
 
 @pytest.fixture(scope="module")
-def everything() -> list[Source]:
-    return sources("bd3_megatron", "launch", "tools", "tests")
+def everything() -> tuple[Source, ...]:
+    return sources(*SHIPPED, "tests")
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
+def imports(source: Source) -> Iterator[tuple[str, int, int]]:
     """(module, relative level, line) of every import, also inside functions; names of packages are taken as modules."""
-    for node in ast.walk(tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, 0, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -106,38 +86,35 @@ def house_room(module: str) -> str | None:
     return parts[1] if parts[0] == "bd3_megatron" and len(parts) > 1 and parts[1] != "__version__" else None
 
 
-def dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "?"
-
-
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
-def test_every_room_has_its_place_in_the_order(package: list[Source]) -> None:
+def test_every_room_has_its_place_in_the_order(package: tuple[Source, ...]) -> None:
     rooms = {s.room for s in package} - {"__init__"}
     assert rooms <= set(ORDER), f"rooms without a place: {rooms - set(ORDER)}"
 
 
-def test_a_room_imports_only_from_rooms_to_its_left(package: list[Source]) -> None:
+def test_a_room_imports_only_from_rooms_to_its_left(package: tuple[Source, ...]) -> None:
     wrong = []
     for source in package:
         if source.room == "__init__":
             continue
         allowed = set(ORDER[: ORDER.index(source.room) + 1])
-        for module, _, line in imports(source.tree):
+        for module, _, line in imports(source):
             room = house_room(module)
             if room is not None and room not in allowed:
                 wrong.append(f"{source.path}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_hf_travels_alone_and_the_others_name_full_paths(package: list[Source]) -> None:
+def test_no_import_cycle_between_files(everything: tuple[Source, ...]) -> None:
+    cycles = import_cycles(everything)
+    assert not cycles, "files that import each other, late and TYPE_CHECKING imports included:\n" + "\n".join(
+        " <-> ".join(cycle) for cycle in cycles
+    )
+
+
+def test_hf_travels_alone_and_the_others_name_full_paths(package: tuple[Source, ...]) -> None:
     wrong = []
     for source in package:
-        for module, level, line in imports(source.tree):
+        for module, level, line in imports(source):
             inside_hf = source.room == "hf"
             if (inside_hf and (module.startswith("bd3_megatron") or level > 1)) or (not inside_hf and level > 0):
                 wrong.append(f"{source.path}:{line} imports {'.' * level}{module}")
@@ -155,27 +132,27 @@ def test_launch_imports_errors_files_config_and_costs_only_and_no_torch() -> Non
     )
     heavy = {"torch", "numpy", "megatron", "deepspeed", "transformers", "datasets", "wandb"}
     for source in sources("launch"):
-        for module, _, line in imports(source.tree):
+        for module, _, line in imports(source):
             outside = module.startswith("bd3_megatron.") and not module.startswith(allowed)
             if outside or module.split(".")[0] in heavy:
                 wrong.append(f"{source.path}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_the_command_line_knows_the_launchers(package: list[Source]) -> None:
+def test_only_the_command_line_knows_the_launchers(package: tuple[Source, ...]) -> None:
     wrong = [
         f"{s.path}:{line}"
         for s in package
-        for module, _, line in imports(s.tree)
+        for module, _, line in imports(s)
         if module.split(".")[0] == "launch" and s.room != "cli"
     ]
     assert not wrong, wrong
 
 
-def test_foreign_engines_are_imported_by_their_owners_only(package: list[Source]) -> None:
+def test_foreign_engines_are_imported_by_their_owners_only(package: tuple[Source, ...]) -> None:
     wrong = []
     for source in package:
-        for module, level, line in imports(source.tree):
+        for module, level, line in imports(source):
             library = module.split(".")[0] if level == 0 else ""
             owners = OWNERS.get(library)
             if owners is not None and source.room not in owners:
@@ -185,7 +162,7 @@ def test_foreign_engines_are_imported_by_their_owners_only(package: list[Source]
     assert not wrong, "\n".join(wrong)
 
 
-def test_door_plates_hold_a_docstring_and_import_nothing(everything: list[Source]) -> None:
+def test_door_plates_hold_a_docstring_and_import_nothing(everything: tuple[Source, ...]) -> None:
     wrong = []
     for source in everything:
         if not source.path.endswith("__init__.py"):
@@ -203,31 +180,29 @@ def test_every_package_folder_has_a_door_plate() -> None:
     assert not missing, missing
 
 
-def test_every_file_says_first_what_it_decides(everything: list[Source]) -> None:
+def test_every_file_says_first_what_it_decides(everything: tuple[Source, ...]) -> None:
     silent = [s.path for s in everything if not ast.get_docstring(s.tree)]
     assert not silent, silent
 
 
-def test_files_stay_small(everything: list[Source]) -> None:
+def test_files_stay_small(everything: tuple[Source, ...]) -> None:
     large = {s.path: s.text.count("\n") for s in everything if s.text.count("\n") > FILE_LINES}
     assert not large, large
 
 
-def test_functions_stay_small(everything: list[Source]) -> None:
+def test_functions_stay_small(everything: tuple[Source, ...]) -> None:
     large = []
     for source in everything:
-        for function in functions(source.tree):
-            body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
-            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
-            if lines > FUNCTION_LINES:
-                large.append(f"{source.path}:{function.lineno} {function.name} has {lines} lines")
+        for function in source.functions:
+            if body_lines(function) > FUNCTION_LINES:
+                large.append(f"{source.path}:{function.lineno} {function.name} has {body_lines(function)} lines")
     assert not large, "\n".join(large)
 
 
-def test_public_functions_take_few_positional_arguments_and_no_bare_booleans(shipped: list[Source]) -> None:
+def test_public_functions_take_few_positional_arguments_and_no_bare_booleans(shipped: tuple[Source, ...]) -> None:
     wrong = []
     for source in shipped:
-        for function in functions(source.tree):
+        for function in source.functions:
             arguments = [a for a in (*function.args.posonlyargs, *function.args.args) if a.arg not in ("self", "cls")]
             # a GPU kernel takes pointers and strides one by one: Triton knows no structures
             is_kernel = any(
@@ -245,28 +220,28 @@ def test_public_functions_take_few_positional_arguments_and_no_bare_booleans(shi
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_globals(everything: list[Source]) -> None:
-    found = [f"{s.path}:{n.lineno}" for s in everything for n in ast.walk(s.tree) if isinstance(n, ast.Global)]
+def test_no_globals(everything: tuple[Source, ...]) -> None:
+    found = [f"{s.path}:{n.lineno}" for s in everything for n in s.nodes if isinstance(n, ast.Global)]
     assert not found, found
 
 
-def test_randomness_has_one_source(shipped: list[Source]) -> None:
+def test_randomness_has_one_source(shipped: tuple[Source, ...]) -> None:
     found = [
         f"{s.path}:{n.lineno} {dotted(n)}"
         for s in shipped
         if s.path not in SEED_FILES
-        for n in ast.walk(s.tree)
+        for n in s.nodes
         if isinstance(n, ast.Attribute) and dotted(n) in SEEDS
     ]
     assert not found, found
 
 
-def test_cuda_is_spoken_of_in_compat_only(package: list[Source]) -> None:
+def test_cuda_is_spoken_of_in_compat_only(package: tuple[Source, ...]) -> None:
     found = [
         f"{s.path}:{n.lineno}"
         for s in [*package, *sources("launch")]
         if s.room != "compat" and s.path not in CUDA_ELSEWHERE
-        for n in ast.walk(s.tree)
+        for n in s.nodes
         if isinstance(n, ast.Attribute) and dotted(n) == "torch.cuda"
     ]
     assert not found, found
@@ -283,23 +258,23 @@ def replaces_a_file(call: ast.Call) -> bool:
     return writes or (call.func.attr == "replace" and len(call.args) == 1 and not call.keywords)
 
 
-def test_files_are_written_and_renamed_in_one_file(shipped: list[Source]) -> None:
+def test_files_are_written_and_renamed_in_one_file(shipped: tuple[Source, ...]) -> None:
     found = [
         f"{s.path}:{n.lineno} {dotted(n.func)}"
         for s in shipped
         if s.path != "bd3_megatron/files.py"
-        for n in ast.walk(s.tree)
+        for n in s.nodes
         if isinstance(n, ast.Call) and replaces_a_file(n)
     ]
     assert not found, "bd3_megatron/files.py does this: " + ", ".join(found)
 
 
-def test_nothing_is_left_unfinished(shipped: list[Source]) -> None:
+def test_nothing_is_left_unfinished(shipped: tuple[Source, ...]) -> None:
     found = [f"{s.path}: {word}" for s in shipped for word in UNFINISHED if word in s.text]
     assert not found, found
 
 
-def test_no_room_for_everything(everything: list[Source]) -> None:
+def test_no_room_for_everything(everything: tuple[Source, ...]) -> None:
     found = [s.path for s in everything if Path(s.path).stem in FORBIDDEN_NAMES]
     assert not found, found
 
