@@ -4,6 +4,7 @@
 #   tests/run.sh -k NAME         the tests of that name
 #   tests/run.sh --matrix        also every grid against every other (minutes)
 #   tests/run.sh --slurm         also what waits on SLURM's own clocks (minutes)
+#   tests/run.sh --mutations     instead: one-line mutations, and whether the default tests notice (minutes; names: only those)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,6 +34,9 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 if ! compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
     export DS_ACCELERATOR=cpu
+fi
+if [ "${arguments[0]:-}" = --mutations ]; then
+    exec .venv/bin/python -m tests.mutations "${arguments[@]:1}"
 fi
 pytest=(.venv/bin/python -m pytest -m "$markers")
 if [ "${#arguments[@]}" -gt 0 ]; then
