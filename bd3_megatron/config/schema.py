@@ -148,7 +148,8 @@ class DataConfig:
     seq_len: Annotated[int, Range(2, 1e8)]
     """Clean tokens L of a sample; the model sees 2L rows."""
     packing: Literal["wrap", "isolated", "pad"] = "wrap"
-    """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row."""
+    """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row.
+    Under the last two, end tokens with loss fill the diffusion block in which a document ends."""
     num_workers: Annotated[int, Range(0, 1000)] = 0
     """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
     shuffle: bool = True

@@ -27,6 +27,9 @@ class CleanBatch:
     """bool [B, L]: True where the token carries no loss."""
     position_BL: Tensor | None = None
     """int64 [B, L]: position for the rotary embedding, restarting at every document."""
+    is_fill_BL: Tensor | None = None
+    """bool [B, L]: end tokens that fill the block in which a document ends. They carry loss, so that a model knows where
+    texts end in whatever order it reveals a block; evaluation does not count them as tokens of the text."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> CleanBatch:
         """The batch on another device."""
@@ -50,4 +53,5 @@ class CleanBatch:
             document_id_BL=optional(self.document_id_BL),
             is_padding_BL=optional(self.is_padding_BL),
             position_BL=optional(self.position_BL),
+            is_fill_BL=optional(self.is_fill_BL),
         )

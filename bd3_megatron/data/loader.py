@@ -171,6 +171,7 @@ def batch_of(arrays: PackedArrays, index_B: Tensor) -> CleanBatch:
         document_id_BL=optional[0],
         is_padding_BL=optional[1],
         position_BL=optional[2],
+        is_fill_BL=optional[3],
     )
 
 

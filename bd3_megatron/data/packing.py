@@ -6,6 +6,7 @@ Decides, with E = 1 if an end token follows every document and 0 otherwise:
     isolated  every document is padded to a multiple of the diffusion block S, so boundaries lie between blocks; rows
               carry document ids and positions that restart with every document (or piece of one) in a row.
     pad       one document a row, padded to L; a longer one goes on in rows of its own.
+Under isolated and pad, end tokens with loss fill the block in which a document ends (see `PackingRule.fill`).
 All three are one rule: a document takes ceil((length + E) / a) * a places of a virtual stream, with a = 1, S or L, and
 rows are cut from the stream. Documents without tokens take no place at all.
 Refuses: sequence lengths or blocks that do not fit, special tokens with isolated rows, splits shorter than one row.
@@ -40,7 +41,7 @@ class PackingRule:
     mode: str = "wrap"
     """wrap, isolated or pad."""
     block_size: int | None = None
-    """Diffusion block S; needed by isolated only."""
+    """Diffusion block S: isolated documents begin at its multiples, and end tokens fill the block in which one ends."""
     append_eos: bool = True
     """An end token after every document."""
     wrap_special: bool = False
@@ -76,6 +77,13 @@ class PackingRule:
         return self.seq_len if self.mode == "pad" else 1
 
     @property
+    def fill(self) -> int:
+        """End tokens with loss follow a document up to a multiple of this; 1: none do."""
+        # Positions of a block are revealed in any order. Were the rest of a block without loss, the model would learn the
+        # law of a position given that the text reaches it, and texts would come out too long.
+        return 1 if self.mode == "wrap" or not self.append_eos else self.block_size or 1
+
+    @property
     def pads(self) -> bool:
         """Rows may hold padding; then the last incomplete row is filled up, not dropped."""
         return self.mode != "wrap"
@@ -88,6 +96,7 @@ class PackedArrays(NamedTuple):
     document_id_BL: Ints | None
     is_padding_BL: NDArray[np.bool_] | None
     position_BL: Ints | None
+    is_fill_BL: NDArray[np.bool_] | None
 
     def row(self, number: int) -> PackedArrays:
         """One row, its arrays [L] being views."""
@@ -129,7 +138,7 @@ class PackedRows:
 
     @property
     def utilisation(self) -> float:
-        """Share of positions that hold a token with loss, special tokens included."""
+        """Share of positions that hold text or its special tokens."""
         rows = self.num_rows * self.rule.seq_len
         if not self.rule.pads:
             return 1.0
@@ -158,7 +167,8 @@ class PackedRows:
         padding_BL = np.ones((size, length), dtype=np.bool_) if self.rule.pads else None
         document_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
         position_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
-        rows = PackedArrays(tokens_BL, document_BL, padding_BL, position_BL)
+        fill_BL = np.zeros((size, length), dtype=np.bool_) if self.rule.fill > 1 else None
+        rows = PackedArrays(tokens_BL, document_BL, padding_BL, position_BL, fill_BL)
         for row, row_id in enumerate(row_ids.tolist()):
             if padding_BL is None:
                 self._fill_wrapped(payload_BL[row], row_id)
@@ -204,14 +214,20 @@ class PackedRows:
             of_place = np.repeat(np.arange(last - first), np.diff(edges))
             place = np.arange(start, stop)
             within = place - layout.places[first:last][of_place]
-            room = np.diff(layout.starts[first : last + 1])[of_place] - within
+            length = np.diff(layout.starts[first : last + 1])[of_place]
+            room = length - within
             is_text = room > 0
+            # behind the end token, up to the end of the block in which it stands
+            filled = -(-(length + 1) // self.rule.fill) * self.rule.fill if row.is_fill_BL is not None else length + 1
+            is_fill = (room < 0) & (within < filled)
             span = row.tokens_BL[offset:end]
             span[is_text] = self.shards.tokens(shard)[(layout.starts[first:last][of_place] + within)[is_text]]
             if self.rule.append_eos:
-                span[room == 0] = self.shards.special.eos
+                span[(room == 0) | is_fill] = self.shards.special.eos
             if row.is_padding_BL is not None:
-                row.is_padding_BL[offset:end] = room <= -int(self.rule.append_eos)
+                row.is_padding_BL[offset:end] = (room <= -int(self.rule.append_eos)) & ~is_fill
+            if row.is_fill_BL is not None:
+                row.is_fill_BL[offset:end] = is_fill
             if row.document_id_BL is not None and row.position_BL is not None:
                 row.document_id_BL[offset:end] = of_place + number
                 row.position_BL[offset:end] = place - edges[:-1][of_place]

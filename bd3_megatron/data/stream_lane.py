@@ -68,6 +68,7 @@ class RowPacker:
         self._rule, self._special = rule, special
         self._tokens: Ints = np.zeros(0, dtype=np.int64)
         self._is_padding: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+        self._is_fill: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self._document: Ints = np.zeros(0, dtype=np.int64)
         self._num_documents = 0
 
@@ -87,9 +88,12 @@ class RowPacker:
         places = -(-real // self._rule.alignment) * self._rule.alignment
         content = np.full(places, self._special.pad, dtype=np.int64)
         content[: len(tokens)] = tokens
-        content[len(tokens) : real] = self._special.eos
+        filled = -(-real // self._rule.fill) * self._rule.fill
+        content[len(tokens) : filled] = self._special.eos
         self._tokens = np.concatenate([self._tokens, content])
-        self._is_padding = np.concatenate([self._is_padding, np.arange(places) >= real])
+        place = np.arange(places)
+        self._is_padding = np.concatenate([self._is_padding, place >= filled])
+        self._is_fill = np.concatenate([self._is_fill, (place >= real) & (place < filled)])
         self._document = np.concatenate([self._document, np.full(places, self._num_documents)])
         self._num_documents += 1
         return places
@@ -97,7 +101,7 @@ class RowPacker:
     def drop(self, places: int) -> None:
         """Forget the first places."""
         self._tokens, self._is_padding = self._tokens[places:], self._is_padding[places:]
-        self._document = self._document[places:]
+        self._is_fill, self._document = self._is_fill[places:], self._document[places:]
 
     def row(self) -> PackedArrays:
         """The next row, every array of shape [L]."""
@@ -106,12 +110,13 @@ class RowPacker:
         if rule.wrap_special:
             tokens = np.concatenate([[self._special.bos], tokens, [self._special.eos]])
         padding = self._is_padding[:payload].copy() if rule.pads else None
+        fill = self._is_fill[:payload].copy() if rule.fill > 1 else None
         document = position = None
         if rule.mode == "isolated":
             document = self._document[:payload] - self._document[0]
             starts = np.flatnonzero(np.diff(document, prepend=-1))
             position = np.arange(payload) - np.repeat(starts, np.diff(starts, append=payload))
-        row = PackedArrays(np.array(tokens, dtype=np.int64), document, padding, position)
+        row = PackedArrays(np.array(tokens, dtype=np.int64), document, padding, position, fill)
         self.drop(payload)
         return row
 

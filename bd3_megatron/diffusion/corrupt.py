@@ -3,11 +3,8 @@
 Decides: a token is masked when its uniform number lies below p(t) of its block; or, with resampling, when it is among
 the block's m smallest, m drawn so that the masked fraction lies inside the interval (see resample.py and its bias). The
 first position may be exempt. The exemption is applied after the draw and does not change any other token.
-Padding is noised like text and carries no loss. Shown as it is, it would tell a noisy block where its document ends,
-which nobody tells the sampler; masked always, the end would show in the number of masks. Masked by its own draws, the
-pattern of masks says nothing, and what is learnt is the law of a token given what is visible and that it is no padding.
-No text token's draw depends on padding. Visible padding still helps its neighbours (as text to the right does), so
-perplexities of padded rows leave out the cost of the length: compare them among themselves only.
+Padding is noised like text and carries no loss. Where documents end with a token, the block in which one ends is filled
+with end tokens that carry loss (see data/packing.py), and padding fills whole blocks that no text sees.
 At t = 1, which only Interval(1, 1) draws, everything is masked and the weight is 1 under every schedule: with blocks of
 one token the sum of losses is then the exact negative log-likelihood.
 The uniform number depends on the sample's place in the order of consumption, not on the dataset row (an epoch must not

@@ -13,28 +13,32 @@ from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.errors import ConfigError, DataError
 from tests.unit.data.corpora import SPECIAL, documents, write_split
 
-Row = tuple[list[int], list[bool], list[int], list[int]]
+Row = tuple[list[int], list[bool], list[int], list[int], list[bool]]
 
 
 def naive_rows(shards: list[list[list[int]]], rule: PackingRule) -> list[Row]:
-    """(tokens, is padding, document, position) of every row, token by token."""
-    stream: list[tuple[int, bool, int]] = []
+    """(tokens, is padding, document, position, is fill) of every row, token by token."""
+    stream: list[tuple[int, bool, int, bool]] = []
     for number, document in enumerate(d for listed in shards for d in listed):
         real = document + [SPECIAL.eos] * rule.append_eos
-        stream += [(token, False, number) for token in real]
+        stream += [(token, False, number, False) for token in real]
+        while rule.mode != "wrap" and rule.append_eos and len(stream) % (rule.block_size or 1):
+            stream.append((SPECIAL.eos, False, number, True))
         while len(stream) % rule.alignment:
-            stream.append((SPECIAL.pad, True, number))
+            stream.append((SPECIAL.pad, True, number, False))
     if rule.mode != "wrap":
         while len(stream) % rule.seq_len:
-            stream.append((SPECIAL.pad, True, -1))
+            stream.append((SPECIAL.pad, True, -1, False))
     rows = []
     for start in range(0, len(stream) - rule.payload + 1, rule.payload):
-        tokens, padding, numbers = (list(column) for column in zip(*stream[start : start + rule.payload], strict=True))
+        chosen = stream[start : start + rule.payload]
+        tokens, padding, numbers, fill = (list(column) for column in zip(*chosen, strict=True))
         place = {number: at for at, number in enumerate(dict.fromkeys(numbers))}
         begins = {number: numbers.index(number) for number in place}
         if rule.wrap_special:
             tokens = [SPECIAL.bos, *tokens, SPECIAL.eos]
-        rows.append((tokens, padding, [place[n] for n in numbers], [i - begins[n] for i, n in enumerate(numbers)]))
+        within = [i - begins[n] for i, n in enumerate(numbers)]
+        rows.append((tokens, padding, [place[n] for n in numbers], within, fill))
     return rows
 
 
@@ -61,7 +65,7 @@ def test_rows_are_what_a_naive_reading_gives(tmp_path: Path, mode: str, append_e
         rows = PackedRows(split, rule)
         assert rows.num_rows == len(expected)
         got = rows.read(np.arange(rows.num_rows))
-        tokens, padding, document, position = (np.asarray(column) for column in zip(*expected, strict=True))
+        tokens, padding, document, position, fill = (np.asarray(column) for column in zip(*expected, strict=True))
         np.testing.assert_array_equal(got.tokens_BL, tokens)
         if mode == "wrap":
             assert got.is_padding_BL is None and got.document_id_BL is None and got.position_BL is None
@@ -69,7 +73,12 @@ def test_rows_are_what_a_naive_reading_gives(tmp_path: Path, mode: str, append_e
             continue
         assert got.is_padding_BL is not None
         np.testing.assert_array_equal(got.is_padding_BL, padding)
-        assert rows.utilisation == pytest.approx(1.0 - padding.mean())
+        assert rows.utilisation == pytest.approx(1.0 - (padding | fill).mean())
+        if block > 1 and append_eos:
+            assert got.is_fill_BL is not None
+            np.testing.assert_array_equal(got.is_fill_BL, fill)
+        else:
+            assert got.is_fill_BL is None and not fill.any()
         if mode == "isolated":
             assert got.document_id_BL is not None and got.position_BL is not None
             np.testing.assert_array_equal(got.document_id_BL, document)
@@ -113,8 +122,9 @@ def test_isolated_documents_begin_at_block_boundaries_and_pieces_of_long_ones_at
     assert got.document_id_BL is not None and got.position_BL is not None and got.is_padding_BL is not None
     assert got.document_id_BL.tolist() == [[0] * 16, [0] * 16, [0] * 4 + [1] * 8 + [2] * 4]
     assert got.position_BL.tolist()[1] == list(range(16))
-    assert got.tokens_BL[2].tolist() == [2, 2, 2, 257, 3, 3, 3, 3, 257, *[258] * 7]
-    assert got.is_padding_BL[2].tolist() == [False] * 9 + [True] * 7
+    assert got.tokens_BL[2].tolist() == [2, 2, 2, 257, 3, 3, 3, 3, *[257] * 4, *[258] * 4]
+    assert got.is_padding_BL[2].tolist() == [False] * 12 + [True] * 4
+    assert got.is_fill_BL is not None and got.is_fill_BL[2].tolist() == [False] * 9 + [True] * 3 + [False] * 4
 
 
 def test_a_split_shorter_than_one_row_is_refused(tmp_path: Path) -> None:
