@@ -18,7 +18,13 @@ PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
 
 
 def describe_run(
-    engine: ZeroEngine, config: Config, *, step: int, samples_consumed: int, train_state: dict[str, Any]
+    engine: ZeroEngine,
+    config: Config,
+    *,
+    step: int,
+    samples_consumed: int,
+    train_state: dict[str, Any],
+    evaluation: dict[str, Any],
 ) -> Manifest:
     """What the manifest says before the files are known.
 
@@ -28,6 +34,7 @@ def describe_run(
         step: optimizer updates done.
         samples_consumed: place in the order of data.
         train_state: the trainer's own; plain JSON.
+        evaluation: how likelihood is measured; plain JSON.
     """
     topology, vocabulary = engine.model.topology, engine.model.vocabulary
     loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1.0)
@@ -43,6 +50,7 @@ def describe_run(
         vocab_size=vocabulary.size,
         mask_id=vocabulary.mask_id,
         train_state=train_state,
+        evaluation=evaluation,
         engine={
             "adam_step": adam_step(engine),
             "skipped_steps": int(engine.engine.skipped_steps),

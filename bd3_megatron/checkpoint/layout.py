@@ -70,6 +70,8 @@ class Manifest:
     """Counters of the optimizer: adam_step, skipped_steps, global_steps, ema_updates, loss_scale."""
     software: dict[str, str] = field(default_factory=dict)
     """Versions that wrote it."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """How the run's likelihood is measured (data/convention.py), in JSON; empty: the defaults."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Where imported or averaged weights came from; empty for a run's own checkpoints."""
     kind: str = "sharded"

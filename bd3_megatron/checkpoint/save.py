@@ -39,6 +39,7 @@ def save(
     samples_consumed: int,
     config: Config,
     train_state: dict[str, Any],
+    evaluation: dict[str, Any] | None = None,
 ) -> Path:
     """Save now. Collective over all ranks; returns when the checkpoint is published.
 
@@ -49,6 +50,7 @@ def save(
         samples_consumed: place in the order of data.
         config: the run; its checkpoint section says what is kept.
         train_state: what the trainer must remember; plain JSON.
+        evaluation: how likelihood is measured; plain JSON. None: the defaults.
 
     Returns:
         The checkpoint's folder.
@@ -57,7 +59,9 @@ def save(
         CheckpointError: on every rank, when any of them failed. Earlier checkpoints are as they were.
     """
     saver = Saver(engine, checkpoints_dir, asynchronous=False)
-    saver.save(step=step, samples_consumed=samples_consumed, config=config, train_state=train_state)
+    saver.save(
+        step=step, samples_consumed=samples_consumed, config=config, train_state=train_state, evaluation=evaluation
+    )
     saver.finish()
     return checkpoints_dir / step_name(step)
 
@@ -91,14 +95,27 @@ class Saver:
         self._failure: str | None = None
         self._is_first = agree.rank_and_size()[0] == 0
 
-    def save(self, *, step: int, samples_consumed: int, config: Config, train_state: dict[str, Any]) -> None:
+    def save(
+        self,
+        *,
+        step: int,
+        samples_consumed: int,
+        config: Config,
+        train_state: dict[str, Any],
+        evaluation: dict[str, Any] | None = None,
+    ) -> None:
         """Start a save (and, when synchronous, complete it); first waits for the one in flight.
 
         A failure is told to `warn` and kept for `finish`; it does not stop the training.
         """
         self._complete()
         manifest = describe_run(
-            self._engine, config, step=step, samples_consumed=samples_consumed, train_state=train_state
+            self._engine,
+            config,
+            step=step,
+            samples_consumed=samples_consumed,
+            train_state=train_state,
+            evaluation=evaluation or {},
         )
         temporary = self._folder / f"{TEMPORARY_PREFIX}{step_name(step)}"
         if not self._agreed(lambda: _make_room(self._folder, temporary), only_first=True):

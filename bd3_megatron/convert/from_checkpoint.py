@@ -98,7 +98,7 @@ def convert_checkpoint(
     manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
     which = "model" if raw or "ema" not in reader.kinds() else "ema"
     source = CheckpointSource(reader, NameTable(config.model, manifest.vocab_size), which)
-    data_dir = _data_dir(config, path)
+    data_dir = data_dir_of(config, path)
     described, notes = describe_model(config, manifest, data_dir)
     if which == "model" and not raw and not manifest.origin:
         notes.append("the checkpoint keeps no average; its trained weights were taken")
@@ -211,6 +211,7 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
         mask_id=manifest.mask_id,
         objective=config.diffusion.objective,
         special_ids=ids,
+        evaluation=manifest.evaluation or None,
     )
     return described, notes
 
@@ -230,7 +231,7 @@ def block_size_at(config: Config, step: int) -> int:
     return phases[-1].block_size if phases else config.diffusion.block_size
 
 
-def _data_dir(config: Config, checkpoint: Path) -> Path | None:
+def data_dir_of(config: Config, checkpoint: Path) -> Path | None:
     """The prepared data, as the run names it or beside the run."""
     named = [config.data.path, *config.data.mixed_folders]
     near = [checkpoint.parent.parent / "data", Path(config.run.dir) / "data"]

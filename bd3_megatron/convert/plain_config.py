@@ -18,6 +18,7 @@ def plain_config(
     mask_id: int | None,
     objective: str = "block",
     special_ids: Mapping[str, int | None] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> BD3Config:
     """BD3Config of a model.
 
@@ -29,6 +30,7 @@ def plain_config(
         mask_id: None where the model is autoregressive.
         objective: "block" or "ar".
         special_ids: bos_token_id, eos_token_id, pad_token_id, where known.
+        evaluation: how likelihood is measured, as the manifest has it; None: unknown.
     """
     return BD3Config(
         vocab_size=vocab_size,
@@ -48,5 +50,6 @@ def plain_config(
         mask_token_id=mask_id,
         objective=objective,
         initializer_range=model.init_std,
+        evaluation=None if evaluation is None else dict(evaluation),
         **cast(dict[str, Any], special_ids or {}),
     )

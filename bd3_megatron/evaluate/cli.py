@@ -6,10 +6,6 @@ Imports torch only when it runs.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bd3_megatron.evaluate.perplexity import ScoreSettings
 
 EXAMPLES = """
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data
@@ -28,20 +24,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="FOLDER", help="exported model folder, or a run's folder")
     add("--data", metavar="DIR", help="prepared text to score: DIR with valid/, or one split of it")
     add("--split", default="valid", help="split of --data (default: valid)")
-    add("--packing", choices=("wrap", "isolated", "pad"), default="wrap", help="of documents into rows (default: wrap)")
     add("--draws", type=int, default=2, metavar="K", help="noise draws a sequence (default: 2)")
     add("--num-sequences", type=int, metavar="N", help="sequences, evenly spaced (default: all)")
     add("--exact", action="store_true", help="enumerate mask patterns: no noise, 2^block_size - 1 passes")
     add("--official", action="store_true", help="official conventions: one draw of t, first token not counted")
-    add("--first-token-given", action="store_true", help="do not count the first token of a sequence")
     add("--seed", type=int, default=1, help="of the noise or the samples (default: 1, as in training)")
     add("--batch-size", type=int, default=8, metavar="B", help="rows of one forward (default: 8)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as stored")
     add("--json", action="store_true", help="print JSON (same as --format json)")
     add("--format", choices=("text", "markdown", "json"), default="text", help="of what is printed")
+    _add_convention(parser.add_argument_group("convention (default: the model's own, as its run recorded it)"))
     _add_zero_shot(parser.add_argument_group("zero-shot table"))
     _add_frontier(parser.add_argument_group("generated text"))
+
+
+def _add_convention(group: argparse._ArgumentGroup) -> None:
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--packing", metavar="MODE", help="of documents into rows: wrap, isolated or pad")
+    group.add_argument("--append-eos", action=switch, help="an end token after every document")
+    group.add_argument("--wrap-special", action=switch, help="rows are BOS + text + EOS")
+    group.add_argument("--first-token-given", action=switch, help="do not count the first token of a row")
+    group.add_argument("--min-t", type=float, metavar="T", help="smallest noise level of the bound")
 
 
 def _add_zero_shot(group: argparse._ArgumentGroup) -> None:
@@ -63,15 +67,18 @@ def _add_frontier(group: argparse._ArgumentGroup) -> None:
     add("--num-tokens", type=int, default=128, help="tokens a text (default: 128)")
 
 
-def settings_from(options: argparse.Namespace) -> ScoreSettings:
-    """What was asked for.
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded.
 
     Raises:
+        ConfigError: not exactly one task.
         RangeError: numbers out of range, or flags that contradict each other.
     """
-    from bd3_megatron.errors import RangeError
-    from bd3_megatron.evaluate.perplexity import ScoreSettings
+    from bd3_megatron.errors import ConfigError, RangeError
 
+    asked = [options.data is not None, options.zero_shot is not None, options.frontier]
+    if sum(asked) != 1:
+        raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot or --frontier.")
     for name, value in (
         ("num-sequences", options.num_sequences),
         ("draws", options.draws),
@@ -81,30 +88,19 @@ def settings_from(options: argparse.Namespace) -> ScoreSettings:
             raise RangeError(f"--{name} {value} is out of range; use 1 or more.")
     if options.official and options.exact:
         raise RangeError("--official draws its noise and --exact enumerates it; leave one out.")
-    if options.official:
-        return ScoreSettings.official(num_sequences=options.num_sequences, seed=options.seed)
-    return ScoreSettings(
-        num_sequences=options.num_sequences,
-        draws=options.draws,
-        exact=options.exact,
-        exclude_first=options.first_token_given,
-        seed=options.seed,
-    )
+    if options.official and options.first_token_given is False:
+        raise RangeError("--official does not count the first token; leave --no-first-token-given out.")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what was asked and print it; returns the exit code."""
-    from bd3_megatron.errors import ConfigError
     from bd3_megatron.evaluate import tasks
 
     if options.json:
         options.format = "json"
-    asked = [options.data is not None, options.zero_shot is not None, options.frontier]
-    if sum(asked) != 1:
-        raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot or --frontier.")
-    settings = settings_from(options)
+    check_options(options)
     if options.frontier:
         return tasks.print_frontier(options)
     with tasks.joined(options) as work:
         task = tasks.print_perplexity if options.zero_shot is None else tasks.print_zero_shot
-        return task(options, settings, work)
+        return task(options, work)

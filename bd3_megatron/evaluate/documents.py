@@ -62,7 +62,7 @@ def evaluate_documents(
     for sequence, number in enumerate(table.row_id_N.tolist()):
         rows_R = (table.sequence_R == sequence).nonzero()[:, 0]
         first = 0 if given is None else given[number]
-        first = max(first, 1) if settings.exclude_first else first
+        first = max(first, 1) if settings.convention.first_token_given else first
         sums_D, counted = document_sums(
             model,
             plan,

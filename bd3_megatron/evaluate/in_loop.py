@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from bd3_megatron.config.schema import Config
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import (
@@ -34,27 +35,34 @@ BATCHES_PER_CALL = 64
 """Micro-batches in memory at once (rounded to the pipeline's needs)."""
 
 
-def settings_of(config: Config) -> ScoreSettings:
-    """What a run's configuration asks for; a model that never saw its first token masked is not asked for it."""
+def settings_of(config: Config, convention: EvaluationConvention) -> ScoreSettings:
+    """What a run's configuration asks for, under the run's convention."""
     asked = config.evaluate
     return ScoreSettings(
+        convention=convention,
         num_sequences=asked.num_sequences,
         draws=1 if asked.official else asked.draws,
-        exclude_first=asked.official or config.diffusion.never_mask_first,
         by_level=asked.official,
     )
 
 
 def evaluate_on_grid(
-    engine: ZeroEngine, topology: Topology, dataset: HeldOut, config: Config, *, block_size: int
+    engine: ZeroEngine,
+    topology: Topology,
+    dataset: HeldOut,
+    config: Config,
+    convention: EvaluationConvention,
+    *,
+    block_size: int,
 ) -> Estimate:
     """Held-out perplexity under the averaged weights; collective over all ranks.
 
     Args:
         engine: the model and its averaged weights.
         topology: the grid.
-        dataset: held-out rows of data.seq_len, the same on every rank, not shuffled.
+        dataset: held-out rows of data.seq_len, cut by the convention, the same on every rank, not shuffled.
         config: evaluate and diffusion sections, and the micro-batch size.
+        convention: of the run.
         block_size: S of the current phase.
 
     Returns:
@@ -63,7 +71,7 @@ def evaluate_on_grid(
     Raises:
         RangeError: nothing to score.
     """
-    settings = settings_of(config)
+    settings = settings_of(config, convention)
     plan = settings.plan(
         objective=config.diffusion.objective, block_size=block_size, mask_id=engine.model.vocabulary.mask_id
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ def noise_plan(
     mask_id: int | None,
     draws: int = 1,
     exact: bool = False,
-    exclude_first: bool = False,
+    first_token_given: bool = False,
+    min_t: float = MIN_T,
     by_level: bool = False,
     seed: int = EVALUATION_SEED,
 ) -> NoisePlan:
@@ -79,8 +80,9 @@ def noise_plan(
         mask_id: its mask token; None only for "ar".
         draws: K of a drawn plan.
         exact: enumerate mask patterns instead of drawing them; blocks of one token always are.
-        exclude_first: the first token of a sequence is given and not counted (the official convention; the
-            autoregressive objective never counts it).
+        first_token_given: the first token of a sequence is not counted (the official convention; the autoregressive
+            objective never counts it).
+        min_t: smallest noise level of the bound, in [1e-3, 1).
         by_level: draw t instead of counts (the official convention).
         seed: of the noise.
 
@@ -93,10 +95,16 @@ def noise_plan(
         return NextTokenPlan()
     if mask_id is None:
         raise RangeError("a block-diffusion model without mask_id cannot be scored; give the tokenizer's mask token.")
+    shared: dict[str, Any] = {
+        "block_size": block_size,
+        "mask_id": mask_id,
+        "first_token_given": first_token_given,
+        "min_t": min_t,
+    }
     if exact or block_size == 1:
-        return Enumerated(block_size=block_size, mask_id=mask_id, exclude_first=exclude_first)
+        return Enumerated(**shared)
     kind = LevelDrawn if by_level else CountDrawn
-    return kind(block_size=block_size, mask_id=mask_id, num_draws=draws, exclude_first=exclude_first, seed=seed)
+    return kind(**shared, num_draws=draws, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class NextTokenPlan:
         return None
 
     def counted(self, clean: CleanBatch) -> Tensor:
+        # autoregressive rows have blocks of one token, so nothing fills them
         rows = NextToken().loss_rows(
             clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
         )
@@ -124,7 +133,8 @@ class _Drawn:
     block_size: int
     mask_id: int
     num_draws: int
-    exclude_first: bool = False
+    first_token_given: bool = False
+    min_t: float = MIN_T
     seed: int = EVALUATION_SEED
     is_exact: bool = False
 
@@ -158,12 +168,12 @@ class _Drawn:
             self.noise_seed,
             index_B,
             num_blocks=length // self.block_size,
-            interval=Interval(),
+            interval=Interval(self.min_t),
             group_size=self.replicate_size,
         )
 
     def counted(self, clean: CleanBatch) -> Tensor:
-        return _countable(clean, exclude_first=self.exclude_first).sum(dim=1)
+        return _num_counted(clean, first_token_given=self.first_token_given)
 
 
 class LevelDrawn(_Drawn):
@@ -178,7 +188,7 @@ class LevelDrawn(_Drawn):
             seed=self.noise_seed,
             mask_id=self.mask_id,
             schedule=noise_schedule("loglinear"),
-            never_mask_first=self.exclude_first,
+            never_mask_first=self.first_token_given,
             is_padding_BL=clean.is_padding_BL,
             weight_dtype=torch.float64,
         )
@@ -196,8 +206,8 @@ class CountDrawn(_Drawn):
         device, size = clean.tokens_BL.device, self.block_size
         # Integrating t out leaves every count almost equally likely: no empty masks and no weights up to 1 / min_t, so far
         # less noise than drawn levels, and error bars that can be trusted.
-        u_BK = (self.levels(clean, index_B) - MIN_T) / (1 - MIN_T)
-        count_BK = 1 + torch.searchsorted(count_law(size)[:-1], u_BK, right=True).to(device)
+        u_BK = (self.levels(clean, index_B) - self.min_t) / (1 - self.min_t)
+        count_BK = 1 + torch.searchsorted(count_law(size, self.min_t)[:-1], u_BK, right=True).to(device)
         num_blocks = count_BK.shape[1]
         position_KS = torch.arange(num_blocks * size, device=device).view(num_blocks, size)
         index_B11 = index_B.to(device)[:, None, None]
@@ -213,7 +223,8 @@ class Enumerated:
 
     block_size: int
     mask_id: int
-    exclude_first: bool = False
+    first_token_given: bool = False
+    min_t: float = MIN_T
     is_exact: bool = True
 
     def __post_init__(self) -> None:
@@ -235,7 +246,7 @@ class Enumerated:
     def _weights(self) -> list[float]:
         """Weight of a masked token under a pattern of m tokens, by m; times the number of patterns, since scores are
         means over patterns."""
-        return [self.draws * weight for weight in pattern_weights(self.block_size)]
+        return [self.draws * weight for weight in pattern_weights(self.block_size, self.min_t)]
 
     def noisy(self, clean: CleanBatch, draw_B: Tensor) -> NoisyBatch:
         batch, length = clean.tokens_BL.shape
@@ -252,25 +263,26 @@ class Enumerated:
         )
 
     def counted(self, clean: CleanBatch) -> Tensor:
-        return _countable(clean, exclude_first=self.exclude_first).sum(dim=1)
+        return _num_counted(clean, first_token_given=self.first_token_given)
 
 
-def pattern_weights(block_size: int) -> list[float]:
+def pattern_weights(block_size: int, min_t: float) -> list[float]:
     """Mean over t in [min_t, 1] of t^m (1 - t)^(S - m) / t for m = 1..S masked tokens; exactly 1 for S = 1.
 
     Args:
         block_size: S >= 1.
+        min_t: smallest noise level.
 
     Returns:
         S numbers, m = 1 first.
     """
     # a polynomial of degree S - 1 in t: S nodes are more than enough
     node, weight = np.polynomial.legendre.leggauss(block_size)
-    t = MIN_T + (1 - MIN_T) * (node + 1) / 2
+    t = min_t + (1 - min_t) * (node + 1) / 2
     return [float((weight / 2 * t ** (m - 1) * (1 - t) ** (block_size - m)).sum()) for m in range(1, block_size + 1)]
 
 
-def count_law(block_size: int) -> Tensor:
+def count_law(block_size: int, min_t: float) -> Tensor:
     """P(count <= m), m = 1..S: float64 [S], rising to 1."""
     m = torch.arange(block_size, dtype=torch.float64)
     # P(Binomial(S, min_t) = m): the share of patterns that t below min_t would have given, left out of the bound
@@ -278,10 +290,10 @@ def count_law(block_size: int) -> Tensor:
         math.lgamma(block_size + 1)
         - torch.lgamma(m + 1)
         - torch.lgamma(block_size - m + 1)
-        + m * math.log(MIN_T)
-        + (block_size - m) * math.log1p(-MIN_T)
+        + m * math.log(min_t)
+        + (block_size - m) * math.log1p(-min_t)
     )
-    chance = log_term.exp().cumsum(dim=0) / (block_size * (1 - MIN_T))
+    chance = log_term.exp().cumsum(dim=0) / (block_size * (1 - min_t))
     return chance.cumsum(dim=0)
 
 
@@ -289,7 +301,7 @@ def _masked(
     clean: CleanBatch, drawn_BL: Tensor, weight_BL: Tensor, count_BK: Tensor, *, plan: CountDrawn | Enumerated
 ) -> NoisyBatch:
     """The noisy copy under given patterns; an exempt first token stays, padding is hidden without weight (see corrupt)."""
-    countable_BL = _countable(clean, exclude_first=plan.exclude_first)
+    countable_BL = _countable(clean, first_token_given=plan.first_token_given)
     is_masked_BL = drawn_BL & countable_BL
     return NoisyBatch(
         noisy_BL=clean.tokens_BL.masked_fill(hidden(drawn_BL, is_masked_BL, clean.is_padding_BL), plan.mask_id),
@@ -304,12 +316,20 @@ def _masked(
     )
 
 
-def _countable(clean: CleanBatch, *, exclude_first: bool) -> Tensor:
-    """bool [B, L]: tokens whose likelihood is asked for."""
+def _num_counted(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
+    """int64 [B]: tokens of the mean."""
+    counted_BL = _countable(clean, first_token_given=first_token_given)
+    # What fills a block is part of the bound, since its loss says where the text ends, but it is no token of the text:
+    # counted, it would make short documents look easy.
+    return (counted_BL if clean.is_fill_BL is None else counted_BL & ~clean.is_fill_BL).sum(dim=1)
+
+
+def _countable(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
+    """bool [B, L]: tokens that may be masked: those whose likelihood is asked for, and fill."""
     countable_BL = torch.ones_like(clean.tokens_BL, dtype=torch.bool)
     if clean.is_padding_BL is not None:
         countable_BL = ~clean.is_padding_BL
-    if exclude_first:
+    if first_token_given:
         # a row's first token has no past in the official convention: it is given
         countable_BL = countable_BL & (torch.arange(countable_BL.shape[1], device=countable_BL.device) > 0)
     return countable_BL

@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import MANIFEST
-from bd3_megatron.checkpoint.read import open_checkpoint
+from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.config.load import config_from_tree
-from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
+from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.from_checkpoint import data_dir_of, describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.convention import EvaluationConvention, convention_from_json
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.tokenizer import META_FILE
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
@@ -60,67 +62,101 @@ class Work:
     """Processes that split the rows; more than one needs an initialised process group."""
 
 
-def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
-    """The plain model of an exported folder, or the averaged weights of a run's newest checkpoint, in eval mode.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model that can be loaded: what it is is read, its weights are not."""
+
+    path: Path
+    config: BD3Config
+    run_config: Config | None
+    """The configuration of the run whose checkpoint it is; None for an exported folder."""
+    reader: CheckpointReader | None
+    """That checkpoint."""
+
+    def load(self, *, device: torch.device, dtype: torch.dtype | None = None) -> PlainBD3:
+        """The plain model in eval mode; of a checkpoint the averaged weights, or the raw ones where no average was kept.
+
+        Args:
+            device: where it goes.
+            dtype: of its parameters; None: as stored.
+
+        Raises:
+            CheckpointError: weights that are damaged, or of another shape.
+        """
+        state = read_weights(self.path) if self.reader is None else self._checkpoint_state(self.reader)
+        # before the model is built: a float64 request must not pass through a float32 model
+        if dtype is not None:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        try:
+            model = plain_model(self.config, state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.path} holds weights of another model ({reason}); export the folder again."
+            ) from None
+        return model.to(device)
+
+    def _checkpoint_state(self, reader: CheckpointReader) -> dict[str, Tensor]:
+        assert self.run_config is not None  # open_model gives both or neither
+        table = NameTable(self.run_config.model, reader.manifest.vocab_size)
+        source = CheckpointSource(reader, table, "ema" if "ema" in reader.kinds() else "model")
+        return {name: source.tensor(name) for name in source.names()}
+
+
+def open_model(folder: Path) -> ModelFolder:
+    """What a folder holds: an exported model, or the newest checkpoint of a run.
 
     Args:
         folder: made by tools/convert_checkpoint.py; or a run folder, or one checkpoint of it.
-        device: where it goes.
-        dtype: of its parameters; None: as stored.
 
     Raises:
-        CheckpointError: nothing there, damaged, or its weights are of another shape.
+        CheckpointError: nothing there, or damaged.
     """
     is_run = (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file()
-    if is_run and not (folder / "config.json").is_file():
-        config, state = _read_checkpoint(folder)
-    else:
-        config, state = read_config(folder), read_weights(folder)
-    # before the model is built: a float64 request must not pass through a float32 model
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    try:
-        model = plain_model(config, state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} holds weights of another model ({reason}); export the folder again.") from None
-    return model.to(device), config
-
-
-def _read_checkpoint(folder: Path) -> tuple[BD3Config, dict[str, Tensor]]:
-    """The averaged weights (the raw ones where no average was kept) under plain names."""
-    reader = open_checkpoint(find_checkpoint(folder))
+    if not is_run or (folder / "config.json").is_file():
+        return ModelFolder(folder, read_config(folder), None, None)
+    path = find_checkpoint(folder)
+    reader = open_checkpoint(path)
     config = config_from_tree(reader.manifest.config)
-    described, _ = describe_model(config, reader.manifest, None)
-    table = NameTable(config.model, reader.manifest.vocab_size)
-    source = CheckpointSource(reader, table, "ema" if "ema" in reader.kinds() else "model")
-    return described, {name: source.tensor(name) for name in source.names()}
+    described, _ = describe_model(config, reader.manifest, data_dir_of(config, path))
+    return ModelFolder(folder, described, config, reader)
+
+
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
+    """The plain model of a folder and its configuration; see `open_model` and `ModelFolder.load`."""
+    opened = open_model(folder)
+    return opened.load(device=device, dtype=dtype), opened.config
+
+
+def model_convention(config: BD3Config) -> EvaluationConvention:
+    """The convention that a model's run recorded; the default one where there is no record.
+
+    Raises:
+        ConfigError: a record that no evaluation can have.
+    """
+    if config.evaluation is None:
+        return EvaluationConvention(aligned_block=config.block_size)
+    return convention_from_json(config.evaluation, "config.json")
 
 
 def open_split(
-    data: Path, folder: Path, config: BD3Config, *, split: str = "valid", packing: str = "wrap"
+    data: Path, folder: Path, config: BD3Config, convention: EvaluationConvention, *, split: str = "valid"
 ) -> TokenDataset:
-    """The rows of prepared text, cut as the model was trained.
+    """The rows of prepared text, cut as the convention says, whatever the text's own recipe.
 
     Args:
         data: folder made by tools/prepare_data.py, or one split of it.
         folder: of the model; its tokenizer must have made the text.
         config: of the model.
+        convention: the model's, or what was asked for instead.
         split: taken where `data` is the whole folder.
-        packing: wrap, isolated or pad, as in training.
 
     Raises:
         DataError: missing, damaged or empty text, or ids that the model does not have.
         TokenizerError: the text was made by another tokenizer.
     """
     path = data / split if (data / split).is_dir() else data
-    dataset = TokenDataset.open(
-        path,
-        seq_len=config.max_position_embeddings,
-        packing=packing,
-        block_size=config.block_size,
-        shuffle=False,
-    )
+    dataset = convention.open_rows(path, seq_len=config.max_position_embeddings)
     if dataset.vocab_size > config.vocab_size:
         raise DataError(
             f"{path} has a vocabulary of {dataset.vocab_size} and the model of {config.vocab_size}; "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.noise_plan import EVALUATION_SEED, NoisePlan, noise_plan
 
@@ -37,14 +38,14 @@ class HeldOut(Protocol):
 class ScoreSettings:
     """What an evaluation is asked for, whatever runs it."""
 
+    convention: EvaluationConvention = EvaluationConvention()
+    """Which tokens are counted, and the smallest noise level; the rows come cut."""
     num_sequences: int | None = None
     """Sequences scored, evenly spaced over the split; None: all."""
     draws: int = 1
     """Noise draws a sequence; even numbers are stratified best."""
     exact: bool = False
     """Enumerate mask patterns (small blocks)."""
-    exclude_first: bool = False
-    """The first token of a sequence is given and not counted."""
     by_level: bool = False
     """Draw noise levels t with weight 1 / t, not counts: the same mean with more noise (the official convention)."""
     seed: int = EVALUATION_SEED
@@ -58,15 +59,11 @@ class ScoreSettings:
             mask_id=mask_id,
             draws=self.draws,
             exact=self.exact,
-            exclude_first=self.exclude_first,
+            first_token_given=self.convention.first_token_given,
+            min_t=self.convention.min_t,
             by_level=self.by_level,
             seed=self.seed,
         )
-
-    @classmethod
-    def official(cls, *, num_sequences: int | None = None, seed: int = EVALUATION_SEED) -> ScoreSettings:
-        """The official code's conventions: one draw, t in [1e-3, 1], the first token of a sequence not counted."""
-        return cls(num_sequences=num_sequences, draws=1, exclude_first=True, by_level=True, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +274,7 @@ def paired_difference(first: SequenceScores, second: SequenceScores) -> tuple[fl
     if not torch.equal(first.count_N, second.count_N):
         raise RangeError(
             f"{len(first.count_N)} and {len(second.count_N)} sequences do not count the same tokens, so they cannot be "
-            "paired; score both with the same num_sequences and exclude_first=True."
+            "paired; score both with the same num_sequences and convention."
         )
     difference_N = first.score_N - second.score_N
     mean = float(difference_N.sum() / first.count_N.sum())

@@ -14,12 +14,14 @@ import torch
 
 from bd3_megatron.compat.device import collective_backend, cuda_is_there, rank_device
 from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.diffusion.noise_schedule import MIN_T
 from bd3_megatron.errors import BackendError, ConfigError
 from bd3_megatron.evaluate import generative, zero_shot
-from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, open_split
+from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, model_convention, open_model, open_split
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings
 from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.tables import render
+from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
 
@@ -55,27 +57,65 @@ def device_of(options: argparse.Namespace) -> torch.device:
     return rank_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def print_perplexity(options: argparse.Namespace, settings: ScoreSettings, work: Work) -> int:
+def asked_settings(options: argparse.Namespace, config: BD3Config) -> tuple[ScoreSettings, tuple[str, ...]]:
+    """(what is asked of a model, which parts of its own convention that overrides).
+
+    Raises:
+        ConfigError: a convention that no evaluation can have.
+    """
+    convention, overridden = model_convention(config).changed(
+        packing=options.packing,
+        append_eos=options.append_eos,
+        wrap_special=options.wrap_special,
+        first_token_given=True if options.official else options.first_token_given,
+        min_t=MIN_T if options.official else options.min_t,
+    )
+    settings = ScoreSettings(
+        convention=convention,
+        num_sequences=options.num_sequences,
+        draws=1 if options.official else options.draws,
+        exact=options.exact,
+        by_level=options.official,
+        seed=options.seed,
+    )
+    return settings, overridden
+
+
+def say_convention(settings: ScoreSettings, overridden: Sequence[str]) -> None:
+    """Tell people on stderr under which convention a number stands: two numbers of different ones do not compare."""
+    whose = f"overridden: {', '.join(overridden)}" if overridden else "the model's own"
+    drawn = "; one draw of t a block, as in the official code" if settings.by_level else ""
+    print(f"convention ({whose}): {settings.convention.sentence()}{drawn}", file=sys.stderr)
+
+
+def print_perplexity(options: argparse.Namespace, work: Work) -> int:
     """`--data`."""
     folder = Path(options.folder)
-    model, config = load_model(folder, device=work.device, dtype=_dtype(options))
-    dataset = open_split(Path(options.data), folder, config, split=options.split, packing=options.packing)
-    result = evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)
+    # what can be refused is refused before the weights are read
+    opened = open_model(folder)
+    settings, overridden = asked_settings(options, opened.config)
+    dataset = open_split(Path(options.data), folder, opened.config, settings.convention, split=options.split)
+    model = opened.load(device=work.device, dtype=_dtype(options))
+    result = evaluate_plain(model, dataset, settings, work, mask_id=opened.config.mask_token_id)
     if work.rank == 0:
-        print(json.dumps(result.as_dict()) if options.format == "json" else result.sentence())
-        if options.official and options.format != "json":
-            note = "official conventions: one draw of t in [1e-3, 1], first token of a sequence not counted"
-            print(note, file=sys.stderr)
+        how = {"convention": settings.convention.to_json(), "overridden": list(overridden)}
+        print(json.dumps(result.as_dict() | how) if options.format == "json" else result.sentence())
+        if options.format != "json":
+            say_convention(settings, overridden)
     return 0
 
 
-def print_zero_shot(options: argparse.Namespace, settings: ScoreSettings, work: Work) -> int:
+def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
     """`--zero-shot`; the exit code is 1 where no set could be had."""
     folder = Path(options.folder)
     recipes = Path(options.recipes) if options.recipes else ROOT / "configs" / "data"
     if not recipes.is_dir():
         raise ConfigError(f"{recipes} holds no recipes; give --recipes DIR (configs/data of a checkout).")
-    model, config = load_model(folder, device=work.device, dtype=_dtype(options))
+    opened = open_model(folder)
+    config = opened.config
+    # how rows are cut is each set's recipe, as in the paper's table; what is counted of them is the model's convention
+    settings, _ = asked_settings(options, config)
+    model = opened.load(device=work.device, dtype=_dtype(options))
 
     def score(dataset: TokenDataset) -> Estimate:
         return evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)

@@ -33,6 +33,8 @@ class BD3Config(PretrainedConfig):
         objective: "block" (logits of a position predict that position) or "ar" (they predict the next one).
         residual_dropout: probability on both residual branches in training mode; 0 in exported folders.
         initializer_range: standard deviation of fresh weights.
+        evaluation: how the model's likelihood was measured in training (rows, counted tokens, smallest noise level), so
+            that it can be measured alike; None: not recorded.
 
     Raises:
         ValueError: a style, objective, head count, width, block size or mask token id that no model can have.
@@ -64,6 +66,7 @@ class BD3Config(PretrainedConfig):
         objective: str = "block",
         residual_dropout: float = 0.0,
         initializer_range: float = 0.02,
+        evaluation: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # written by this class and read back by transformers: they follow from the objective, never from the file
@@ -92,6 +95,7 @@ class BD3Config(PretrainedConfig):
         self.objective = objective
         self.residual_dropout = residual_dropout
         self.initializer_range = initializer_range
+        self.evaluation = evaluation
         # The three semantic switches in which engines that serve block-diffusion models differ: each is written into the
         # file, so that a reader need not guess.
         self.logit_alignment = "shifted" if objective == "ar" else "none"

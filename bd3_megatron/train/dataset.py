@@ -21,6 +21,7 @@ from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.dataset_source import HubDataset, RowFilter
 from bd3_megatron.data.loader import BatchLoader, TokenDataset
 from bd3_megatron.data.megatron_indexed import open_shards
@@ -111,6 +112,8 @@ class RunData:
     train: TrainingRows
     valid: TokenDataset | None
     """Held-out rows in their own order; None where no split was held out."""
+    convention: EvaluationConvention
+    """How they are cut and counted, here and wherever the run's model is evaluated later."""
     tokenizer_folder: Path
     special: SpecialIds
     vocab_size: int
@@ -162,7 +165,11 @@ def open_data(config: Config) -> RunData:
     folder = data_folder(config)
     shards, train = _open_train(config, folder)
     valid_folder = folder / "valid"
-    valid = _open(config, [valid_folder], shuffle=False) if (valid_folder / HEADER_FILE).exists() else None
+    has_valid = (valid_folder / HEADER_FILE).exists()
+    # the held-out split's own recipe, where it has one: LM1B's rows stand between BOS and EOS
+    recipe = open_shards(valid_folder).packing_rule if has_valid else shards.packing_rule
+    convention = evaluation_convention(config, recipe)
+    valid = convention.open_rows(valid_folder, seq_len=config.data.seq_len) if has_valid else None
     if valid is None:
         refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
     given = config.model.vocab_size
@@ -171,7 +178,25 @@ def open_data(config: Config) -> RunData:
             f"model.vocab_size={given} is smaller than the tokenizer's {shards.vocab_size}; "
             f"use {shards.vocab_size} or more, or leave it unset."
         )
-    return RunData(train, valid, folder / "tokenizer", shards.special, shards.vocab_size)
+    return RunData(train, valid, convention, folder / "tokenizer", shards.special, shards.vocab_size)
+
+
+def evaluation_convention(config: Config, recipe: Mapping[str, bool]) -> EvaluationConvention:
+    """How a run's model is evaluated.
+
+    Args:
+        config: the run.
+        recipe: append_eos and wrap_special of the held-out split, where it has rules of its own.
+    """
+    rule = _packing_rule(config, recipe)
+    return EvaluationConvention(
+        packing=rule.mode,
+        aligned_block=_aligned_block(config),
+        append_eos=rule.append_eos,
+        wrap_special=rule.wrap_special,
+        # a model that never saw its first token masked is not asked for it
+        first_token_given=config.evaluate.official or config.diffusion.never_mask_first,
+    )
 
 
 def _open_train(config: Config, folder: Path) -> tuple[TokenShards, TrainingRows]:
@@ -181,23 +206,31 @@ def _open_train(config: Config, folder: Path) -> tuple[TokenShards, TrainingRows
     # weights that cannot be mixed are refused here, before a model is built
     Mixture(mixture_stages(config.data, RunPlan(config)))
     paths = [Path(p) / "train" for p in config.data.mixed_folders] or [folder / "train"]
-    dataset = _open(config, paths, shuffle=config.data.shuffle)
-    return dataset.sources[0].shards, ShardRows(dataset, config.data)
-
-
-def _open(config: Config, paths: list[Path], *, shuffle: bool) -> TokenDataset:
-    return TokenDataset.open(
+    dataset = TokenDataset.open(
         paths,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
         block_size=_aligned_block(config),
         seed=config.run.seed,
-        shuffle=shuffle,
+        shuffle=config.data.shuffle,
+    )
+    return dataset.sources[0].shards, ShardRows(dataset, config.data)
+
+
+def _packing_rule(config: Config, recipe: Mapping[str, bool]) -> PackingRule:
+    data = config.data
+    return PackingRule(
+        seq_len=data.seq_len,
+        mode=data.packing,
+        block_size=_aligned_block(config),
+        append_eos=recipe.get("append_eos", True),
+        wrap_special=recipe.get("wrap_special", False) and data.packing == "wrap",
     )
 
 
 def _aligned_block(config: Config) -> int:
-    # aligned to the largest block of the curriculum, documents are aligned to all that divide it
+    # Aligned to the largest block of the curriculum, documents are aligned to all that divide it. The next token has no
+    # blocks: documents lie end to end, and no end token fills anything.
     return max(block_sizes(config))
 
 
@@ -216,17 +249,10 @@ def _open_stream(
         data_files=stream.data_files,
         revision=stream.revision,
     )
-    rule = PackingRule(
-        seq_len=data.seq_len,
-        mode=data.packing,
-        block_size=_aligned_block(config),
-        append_eos=recipe.get("append_eos", True),
-        wrap_special=recipe.get("wrap_special", False) and data.packing == "wrap",
-    )
     plan = plan_stream(
         dataset,
         tokenizer_folder,
-        rule,
+        _packing_rule(config, recipe),
         num_lanes=stream.lanes,
         shuffle_rows=stream.shuffle_rows if data.shuffle else 1,
         seed=config.run.seed,

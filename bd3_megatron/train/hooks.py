@@ -77,7 +77,12 @@ class Hooks:
             return
         with self.timeline.span("evaluation"):
             estimate = evaluate_on_grid(
-                self.engine, self.topology, self.data.valid, self.config, block_size=info.block_size
+                self.engine,
+                self.topology,
+                self.data.valid,
+                self.config,
+                self.data.convention,
+                block_size=info.block_size,
             )
         if self.loggers is not None:
             self.loggers.write({"step": info.step, **estimate.metrics()})
@@ -104,6 +109,7 @@ class Hooks:
                 samples_consumed=state.samples_consumed,
                 config=self.config,
                 train_state=state.to_json(),
+                evaluation=self.data.convention.to_json(),
             )
 
     def roll_back(self, state: TrainState) -> TrainState | None:

@@ -13,6 +13,7 @@ from bd3_megatron.attention.select import BACKENDS
 from bd3_megatron.config.schema import Config, ParallelConfig
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.in_loop import evaluate_on_grid, settings_of
 from bd3_megatron.evaluate.offline import Work, evaluate_plain
@@ -21,6 +22,7 @@ from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.partition import partition_of, unshard
 from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.dataset import evaluation_convention
 from tests import tolerances
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import BATCH, MASK_ID, VOCAB, RandomRows, clean_batch, job_config, plain_model, updates
@@ -48,6 +50,11 @@ class Text:
         )
 
 
+def convention_of(config: Config) -> EvaluationConvention:
+    """As a run of this configuration has it."""
+    return evaluation_convention(config, {})
+
+
 def job(config: Config, text: Text) -> Any:
     """Train a step, evaluate, and hand back the averaged parameters with their places."""
 
@@ -63,7 +70,9 @@ def job(config: Config, text: Text) -> Any:
         engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         for _ in updates(config, topology, engine, RandomRows(), 1):
             pass
-        result = evaluate_on_grid(engine, topology, text, config, block_size=config.diffusion.block_size)
+        result = evaluate_on_grid(
+            engine, topology, text, config, convention_of(config), block_size=config.diffusion.block_size
+        )
         gathered = deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3)
         with engine.averaged_weights(), gathered:
             held = {name: p.detach().clone() for name, p in model.root.named_parameters()}
@@ -94,7 +103,9 @@ def both(config: Config, *, padded: bool = False) -> tuple[list[Estimate], Estim
     text = Text(padded=padded)
     results = run_ranks(job(config, text), config.parallel)
     plain = whole_model(config, results)
-    offline = evaluate_plain(plain, text, settings_of(config), Work(batch_size=5), mask_id=MASK_ID)
+    offline = evaluate_plain(
+        plain, text, settings_of(config, convention_of(config)), Work(batch_size=5), mask_id=MASK_ID
+    )
     return [result["estimate"] for result in results], offline
 
 
@@ -143,9 +154,9 @@ def test_processes_that_split_the_sequences_of_a_folder_agree_with_one() -> None
 
     def alone(topology: Topology) -> Estimate:
         work = Work(batch_size=2, rank=topology.rank, ranks=topology.world_size)
-        return evaluate_plain(plain, text, settings_of(config), work, mask_id=MASK_ID)
+        return evaluate_plain(plain, text, settings_of(config, convention_of(config)), work, mask_id=MASK_ID)
 
     found = run_ranks(alone, ParallelConfig(dp=3))
-    expected = evaluate_plain(plain, text, settings_of(config), Work(), mask_id=MASK_ID)
+    expected = evaluate_plain(plain, text, settings_of(config, convention_of(config)), Work(), mask_id=MASK_ID)
     assert found[0] == found[1] == found[2] and found[0].num_tokens == expected.num_tokens
     assert found[0].nll_nats_per_token == pytest.approx(expected.nll_nats_per_token, abs=tolerances.EVALUATION)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
@@ -77,7 +78,9 @@ def likelihood(job: Job, dataset: TokenDataset, size: Size) -> tuple[Estimate, S
     """Perplexity of one model, and the scores of each sequence."""
     model, config = load_model(job.folder, device=CPU)
     is_small = config.objective == "block" and config.block_size <= MAX_EXACT
-    settings = ScoreSettings(num_sequences=size.num_sequences, draws=size.draws, exact=is_small, exclude_first=True)
+    # AR predicts no first token, so no model is asked for it
+    convention = EvaluationConvention(first_token_given=True)
+    settings = ScoreSettings(convention=convention, num_sequences=size.num_sequences, draws=size.draws, exact=is_small)
     scored = score_plain(model, dataset, settings, Work(batch_size=32), mask_id=config.mask_token_id)
     return estimate(*scored), sequence_scores(*scored)
 

@@ -10,6 +10,7 @@ import torch
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.diffusion.noise_schedule import MIN_T
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.evaluate.noise_plan import (
     CountDrawn,
@@ -32,19 +33,19 @@ def clean(count: int, length: int = 12) -> CleanBatch:
 @pytest.mark.parametrize("block_size", [1, 2, 5, 12])
 def test_pattern_weights_are_the_integral_over_noise_levels(block_size: int) -> None:
     t, weight = quadrature(Interval(), num_nodes=60)
-    for m, found in enumerate(pattern_weights(block_size), start=1):
+    for m, found in enumerate(pattern_weights(block_size, MIN_T), start=1):
         expected = float((weight * t ** (m - 1) * (1 - t) ** (block_size - m)).sum())
         assert found == pytest.approx(expected, abs=tolerances.EXACT_FP64)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 1024])
 def test_counts_follow_the_law_that_noise_levels_imply(block_size: int) -> None:
-    cumulative = count_law(block_size)
+    cumulative = count_law(block_size, MIN_T)
     assert len(cumulative) == block_size and cumulative[-1].item() == pytest.approx(1.0, abs=1e-9)
     if block_size > 16:
         return
     chance = torch.diff(cumulative, prepend=torch.zeros(1, dtype=torch.float64))
-    for m, weight in enumerate(pattern_weights(block_size), start=1):
+    for m, weight in enumerate(pattern_weights(block_size, MIN_T), start=1):
         expected = math.comb(block_size, m) * m * weight / block_size
         assert chance[m - 1].item() == pytest.approx(expected, abs=tolerances.EXACT_FP64)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.noise_plan import CountDrawn, noise_plan
 from bd3_megatron.evaluate.offline import Work, evaluate_plain, score_plain
@@ -42,6 +43,7 @@ from tests.unit.evaluate.tiny import (
 
 REPETITIONS = 200
 WORK = Work(batch_size=512)
+GIVEN = EvaluationConvention(first_token_given=True)
 
 
 def evaluated(rows: Rows, settings: ScoreSettings, block_size: int = 4, *, work: Work = WORK) -> Estimate:
@@ -181,21 +183,21 @@ def test_padding_and_the_first_token_are_left_out_of_the_mean() -> None:
     padding[1, 5:] = True
     rows = Rows(random_rows(3).tokens_NL, padding)
     assert evaluated(rows, ScoreSettings(draws=2)).num_tokens == 3 * LENGTH - 3
-    assert evaluated(rows, ScoreSettings(draws=2, exclude_first=True)).num_tokens == 3 * LENGTH - 6
-    assert evaluated(rows, ScoreSettings(exact=True, exclude_first=True)).num_tokens == 3 * LENGTH - 6
+    assert evaluated(rows, ScoreSettings(draws=2, convention=GIVEN)).num_tokens == 3 * LENGTH - 6
+    assert evaluated(rows, ScoreSettings(exact=True, convention=GIVEN)).num_tokens == 3 * LENGTH - 6
 
 
 def test_enumeration_with_exempt_tokens_equals_many_draws() -> None:
     padding = torch.zeros(3, LENGTH, dtype=torch.bool)
     padding[1, 5:] = True
     rows = Rows(random_rows(3).tokens_NL, padding)
-    exact = evaluated(rows, ScoreSettings(exact=True, exclude_first=True))
-    drawn = evaluated(rows, ScoreSettings(draws=2000, exclude_first=True))
+    exact = evaluated(rows, ScoreSettings(exact=True, convention=GIVEN))
+    drawn = evaluated(rows, ScoreSettings(draws=2000, convention=GIVEN))
     assert abs(exact.nll_nats_per_token - drawn.nll_nats_per_token) < 3 * drawn.stderr_noise
 
 
 def test_the_official_convention_is_one_draw_without_the_first_token() -> None:
-    found = evaluated(random_rows(6), ScoreSettings.official())
+    found = evaluated(random_rows(6), ScoreSettings(convention=GIVEN, by_level=True))
     assert (found.draws, found.num_tokens, found.is_exact) == (1, 6 * (LENGTH - 1), False)
     assert found.stderr_noise > 0
 
@@ -229,7 +231,7 @@ def test_requests_that_make_no_sense_are_refused() -> None:
 
 
 def test_a_paired_difference_is_sharper_than_two_errors() -> None:
-    rows, settings = random_rows(60), ScoreSettings(exact=True, exclude_first=True)
+    rows, settings = random_rows(60), ScoreSettings(exact=True, convention=GIVEN)
     scored = [score_plain(tiny_model(size), rows, settings, WORK, mask_id=MASK_ID) for size in (2, 4)]
     first, second = (sequence_scores(*one) for one in scored)
     mean, error = paired_difference(first, second)
