@@ -81,8 +81,13 @@ def asked_settings(options: argparse.Namespace, config: BD3Config) -> tuple[Scor
     return settings, overridden
 
 
-def say_convention(settings: ScoreSettings, overridden: Sequence[str]) -> None:
+def say_convention(settings: ScoreSettings, overridden: Sequence[str], dataset: TokenDataset) -> None:
     """Tell people on stderr under which convention a number stands: two numbers of different ones do not compare."""
+    recipe = dataset.sources[0].shards.packing_rule
+    other = {name: value for name, value in recipe.items() if value != getattr(settings.convention, name)}
+    if other:
+        named = ", ".join(f"{name}={value}" for name, value in other.items())
+        print(f"note: the text's own recipe says {named}; it is scored under the convention below", file=sys.stderr)
     whose = f"overridden: {', '.join(overridden)}" if overridden else "the model's own"
     drawn = "; one draw of t a block, as in the official code" if settings.by_level else ""
     print(f"convention ({whose}): {settings.convention.sentence()}{drawn}", file=sys.stderr)
@@ -101,7 +106,7 @@ def print_perplexity(options: argparse.Namespace, work: Work) -> int:
         how = {"convention": settings.convention.to_json(), "overridden": list(overridden)}
         print(json.dumps(result.as_dict() | how) if options.format == "json" else result.sentence())
         if options.format != "json":
-            say_convention(settings, overridden)
+            say_convention(settings, overridden, dataset)
     return 0
 
 

@@ -151,9 +151,37 @@ def test_the_command_prints_both_errors_and_json(data: Path, folder: Path, capsy
     assert code == 0 and f"over {2 * (LENGTH - 1)} tokens in 2 sequences" in out and "first token" in err
 
 
+def test_an_override_is_said_and_changes_the_number(
+    data: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--data", data, "--num-sequences", 6)
+    own = json.loads(evaluate(capsys, folder, *asked, "--json")[1])
+    assert own["overridden"] == [] and own["convention"]["packing"] == "wrap"
+    other = json.loads(evaluate(capsys, folder, *asked, "--packing", "pad", "--no-append-eos", "--json")[1])
+    assert other["overridden"] == ["packing", "append_eos"] and other["nll_nats_per_token"] != own["nll_nats_per_token"]
+    _, _, err = evaluate(capsys, folder, *asked, "--wrap-special", "--min-t", "0.01")
+    assert "convention (overridden: wrap_special, min_t): wrap packing, rows between BOS and EOS" in err
+
+
+def test_a_recipe_that_the_convention_overrides_is_said(
+    data: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "valid"
+    copied.mkdir()
+    for path in (data / "valid").iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    header = json.loads((copied / "header.json").read_text())
+    (copied / "header.json").write_text(json.dumps(header | {"packing": {"wrap_special": True}}))
+    code, _, err = evaluate(capsys, folder, "--data", copied, "--num-sequences", 2)
+    assert code == 0 and "note: the text's own recipe says wrap_special=True; it is scored under" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--packing", "stack"], "packing='stack' is not known; use wrap, isolated or pad"),
+        (["--min-t", "0"], "min_t=0 is outside [0.001, 1)"),
+        (["--official", "--no-first-token-given"], "leave --no-first-token-given out"),
         (["--draws", "0"], "--draws 0 is out of range; use 1 or more"),
         (["--num-sequences", "0"], "--num-sequences 0 is out of range; use 1 or more"),
         (["--official", "--exact"], "--official draws its noise and --exact enumerates it; leave one out"),
