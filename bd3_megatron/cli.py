@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bd3_megatron import __version__
-from bd3_megatron.errors import BD3Error, sentence
+from bd3_megatron.command import print_error, run_command
+from bd3_megatron.errors import BD3Error
 
-INTERRUPTED = 130
-"""What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
+NAME = "bd3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. `bd3 train` outside torchrun and SLURM does not return: the process becomes the ranks' holder.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> int:
         options = build_parser(arguments).parse_args(arguments)
-        return options.run(options)
-    except BD3Error as error:
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("bd3: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output (head, less) is gone; without this Python complains again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return int(options.run(options))
 
-
-def report(error: BD3Error, where: str = "") -> None:
-    """Print an error as the one line users read."""
-    print(f"bd3: error: {where}{sentence(error)}", file=sys.stderr, flush=True)
+    return run_command(NAME, work)
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -125,7 +113,7 @@ def _train_as_rank(
     except BD3Error as error:
         # every rank reads the same files and finds the same fault: one of them says it
         if rank == 0:
-            report(error)
+            print_error(NAME, error)
             # exit codes do not survive srun; the batch script must know that no other attempt would do better
             record_error(None, error)
         return error.exit_code
@@ -137,7 +125,7 @@ def _train_as_rank(
     try:
         return run_rank(config, rank, world_size, local_rank)
     except BD3Error as error:
-        report(error, where="" if rank == 0 else f"[rank {rank}] ")
+        print_error(NAME, error, where="" if rank == 0 else f"[rank {rank}] ")
         return error.exit_code
 
 

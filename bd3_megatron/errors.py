@@ -56,6 +56,10 @@ class BD3Error(Exception):
     exit_code = 2
 
 
+class UsageError(BD3Error):
+    """A command line that its command cannot read."""
+
+
 class ConfigError(BD3Error):
     """A configuration that cannot be run: unknown key, wrong type, or values that contradict each other."""
 
@@ -77,7 +81,7 @@ class DataError(BD3Error):
 
 
 class FileError(BD3Error, OSError):
-    """A file or folder that cannot be written; `errno` is the operating system's."""
+    """A file or folder that cannot be read or written; `errno` is the operating system's."""
 
 
 class WorkStopped(DataError):

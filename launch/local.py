@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from bd3_megatron.command import run_command
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.config.validate_run import refuse_without_held_out
-from bd3_megatron.errors import BD3Error, ConfigError, LaunchError, cut, sentence
+from bd3_megatron.errors import ConfigError, LaunchError, cut
 from launch.env import rank_settings, visible_gpus
 
 HOLDER = "bd3_megatron.train.local_ranks"
@@ -125,11 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "usage: python -m launch.local CONFIG [section.key=value ...]", file=sys.stdout if arguments else sys.stderr
         )
         return 0 if arguments else 2
-    try:
-        start(arguments[0], arguments[1:])
-    except BD3Error as error:
-        print(f"bd3: error: {sentence(error)}", file=sys.stderr)
-        return error.exit_code
+    return run_command("bd3", lambda: start(arguments[0], arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import habits_on, memory_per_device
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.planner.machines import GIB, machine_of
-from bd3_megatron.planner.search import Plan
+from bd3_megatron.planner.plans import Plan
 from bd3_megatron.planner.timing import step_time
 from launch.cluster import ClusterProfile
 
@@ -36,9 +36,9 @@ def prediction_lines(config: Config, profile: ClusterProfile) -> list[str]:
         return [f"memory   {size}", "speed    not predicted: name planner_gpu and planner.peak_tflops in the profile"]
     machine = machine_of(profile.planner_gpu, peak_tflops=None, cluster=profile.planner)
     plan = Plan(config, memory, step_time(config, machine))
-    rate = plan.tokens_per_second
+    rate, mfu = plan.tokens_per_second, plan.mfu(machine)
     speed = (
-        f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device, MFU {plan.mfu(machine):.0%}, "
+        f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
         f"{_duration(_tokens(config) / rate)} for the whole run (predicted, see tools/plan.py)"
     )
     lines = [f"memory   {size}, of {machine.memory_bytes / GIB:.0f} ({machine.name})", f"speed    {speed}"]

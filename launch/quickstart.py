@@ -26,10 +26,11 @@ from pathlib import Path
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BD3Error, ConfigError, LaunchError, sentence
+from bd3_megatron.errors import ConfigError, LaunchError
 from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
@@ -65,24 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a mistake in the input; the exit code of a step that failed.
     """
-    options = build_parser().parse_args(argv)
-    started = time.monotonic()
-    try:
-        quickstart = plan(options)
-        print(begin(quickstart), flush=True)
-        run_steps(quickstart)
-        print(summary(quickstart, time.monotonic() - started))
-    except BD3Error as error:
-        print(f"quickstart: error: {sentence(error)}", file=sys.stderr)
-        return error.exit_code
-    except StepFailed as failed:
-        return failed.code
-    return 0
+
+    def work(options: argparse.Namespace) -> int:
+        started = time.monotonic()
+        try:
+            quickstart = plan(options)
+            print(begin(quickstart), flush=True)
+            run_steps(quickstart)
+            print(summary(quickstart, time.monotonic() - started))
+        except StepFailed as failed:
+            return failed.code
+        return 0
+
+    return run_tool(build_parser(), work, argv)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="launch/quickstart.sh", description="From nothing to samples, in minutes.")
+    parser = CommandParser(prog="quickstart", description="From nothing to samples, in minutes.")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: what configs/quickstart.yaml says)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs/quickstart", help="folder of results (runs/quickstart)"

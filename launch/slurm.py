@@ -23,10 +23,11 @@ from pathlib import Path
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.load import load_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BD3Error, GridError, LaunchError, sentence
+from bd3_megatron.errors import GridError, LaunchError
 from launch.batch_script import Job, render
 from launch.cluster import ClusterProfile, load_cluster
 from launch.local import check_run_folder, check_training_data
@@ -52,26 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 with one line on stderr for a mistake in the input.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    options = build_parser().parse_intermixed_args(typed)
-    try:
+
+    def work(options: argparse.Namespace) -> int:
         submission = plan(options, Path.cwd(), datetime.now())
         if options.dry_run:
             print(submission.script, end="")
             print("\n".join(f"# {line}" for line in plan_lines(submission)))
-            return 0
-        submit(submission, typed)
-    except BD3Error as error:
-        print(f"slurm: error: {sentence(error)}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # the reader of --dry-run (head, less) is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        else:
+            submit(submission, typed)
+        return 0
+
+    return run_tool(build_parser(), work, typed)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="launch/slurm.py", description="Submit a training run to SLURM.")
+    parser = CommandParser(prog="slurm", description="Submit a training run to SLURM.")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for bd3 train")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="as for bd3 train")
     parser.add_argument("--cluster", metavar="FILE", required=True, type=Path, help="a profile of configs/cluster/")

@@ -15,8 +15,8 @@ import pytest
 from tests.source_tree import ROOT, SHIPPED, Source, body_lines, dotted, import_cycles, sources
 
 ORDER = (
-    "hf errors files lease rng diffusion config cost planner attention data compat parallel process model engine checkpoint "
-    "sampling convert evaluate train report cli"
+    "hf errors files command lease rng diffusion config cost planner attention data compat parallel process model engine "
+    "checkpoint sampling convert evaluate train report cli"
 ).split()
 """A room imports only from rooms to its left."""
 
@@ -126,6 +126,7 @@ def test_launch_imports_errors_files_config_and_costs_only_and_no_torch() -> Non
     allowed = (
         "bd3_megatron.errors",
         "bd3_megatron.files",
+        "bd3_megatron.command",
         "bd3_megatron.config.",
         "bd3_megatron.cost.",
         "bd3_megatron.planner.",

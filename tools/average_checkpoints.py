@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def new_parser() -> argparse.ArgumentParser:
+from bd3_megatron.command import CommandParser, run_tool
+
+
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Write the mean of several checkpoints as a checkpoint.")
+    parser = CommandParser(
+        prog="average_checkpoints", description="Write the mean of several checkpoints as a checkpoint."
+    )
     parser.add_argument("places", type=Path, nargs="+", help="one run's folder (with --last or --best), or checkpoints")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--last", type=int, help="the newest so many")
@@ -22,25 +30,24 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(parsed: argparse.Namespace) -> int:
+    """Average, and say of which steps."""
     from bd3_megatron.convert.average import average, best_checkpoints, last_checkpoints
-    from bd3_megatron.errors import BD3Error
 
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    try:
-        paths = parsed.places
-        if parsed.last is not None:
-            paths = last_checkpoints(parsed.places[0], parsed.last, warn=warn)
-        elif parsed.best is not None:
-            paths = best_checkpoints(parsed.places[0], parsed.best, warn=warn)
-        manifest = average(paths, parsed.out, raw=parsed.raw)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    paths = parsed.places
+    if parsed.last is not None:
+        paths = last_checkpoints(parsed.places[0], parsed.last, warn=warn)
+    elif parsed.best is not None:
+        paths = best_checkpoints(parsed.places[0], parsed.best, warn=warn)
+    manifest = average(paths, parsed.out, raw=parsed.raw)
     kind = "averaged" if manifest.origin["weights"] == "ema" else "raw"
     print(f"{parsed.out}: mean of the {kind} weights of steps {manifest.origin['averaged_steps']}")
     return 0

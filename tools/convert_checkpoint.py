@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.command import CommandParser, run_tool
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def new_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face folder, and prove it.")
+    parser = CommandParser(
+        prog="convert_checkpoint", description="Write a checkpoint as a Hugging Face folder, and prove it."
+    )
     parser.add_argument(
         "place", type=Path, help="a run's folder, one checkpoint of it, or (with --layout) an exported folder"
     )
@@ -29,16 +37,14 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
-    from bd3_megatron.errors import BD3Error
+    return run_tool(build_parser(), work, arguments)
 
-    try:
-        lines = convert(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def work(parsed: argparse.Namespace) -> int:
+    """Convert, and say what the proof found."""
+    lines = convert(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
     print("\n  ".join(lines))
     return 0
 

@@ -22,23 +22,32 @@ from pathlib import Path
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bd3_megatron.command import CommandParser, run_tool
+
 RESULTS = Path(__file__).parent / "bench" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, plot; returns the exit code."""
+    """Run the tool; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
-    # torch is paid for by those who measure, not by those who ask for --help
-    from tools.bench.harness import without_results
-    from tools.variance.measure import run
 
-    options.given = " ".join(without_results(given))
-    return run(options)
+    def work(options: argparse.Namespace) -> int:
+        # torch is paid for by those who measure, not by those who ask for --help
+        from tools.bench.harness import without_results
+        from tools.variance.measure import run
+
+        options.given = " ".join(without_results(given))
+        run(options)
+        return 0
+
+    return run_tool(build_parser(), work, given)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    parser = CommandParser(
+        prog="estimate_variance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders or checkpoints")
     parser.add_argument("--train", metavar="CONFIG", help="train a short run for each --block-size first")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for --train")

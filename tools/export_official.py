@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def new_parser() -> argparse.ArgumentParser:
+from bd3_megatron.command import CommandParser, run_tool
+
+
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Write an exported folder under official BD3-LM keys (fp32).")
+    parser = CommandParser(
+        prog="export_official", description="Write an exported folder under official BD3-LM keys (fp32)."
+    )
     parser.add_argument("folder", type=Path, help="exported folder in the paper's style")
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
-    from bd3_megatron.convert.import_official import export_official
-    from bd3_megatron.errors import BD3Error
+    return run_tool(build_parser(), work, arguments)
 
-    try:
-        report = export_official(parsed.folder, parsed.out)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def work(parsed: argparse.Namespace) -> int:
+    """Export, and say what was written."""
+    from bd3_megatron.convert.import_official import export_official
+
+    report = export_official(parsed.folder, parsed.out)
     print(f"{report.out}: {report.num_parameters / 1e6:.2f} M parameters, fp32")
     for note in report.notes:
         print(f"  {note}")

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def new_parser() -> argparse.ArgumentParser:
+from bd3_megatron.command import CommandParser, run_tool
+
+
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Fold official BD3-LM weights into an exported folder (fp32).")
+    parser = CommandParser(
+        prog="import_official", description="Fold official BD3-LM weights into an exported folder (fp32)."
+    )
     parser.add_argument("source", type=Path, help="official Hugging Face folder, or Lightning .ckpt")
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average (.ckpt)")
@@ -24,11 +32,14 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(parsed: argparse.Namespace) -> int:
+    """Import, and say what was written."""
     from bd3_megatron.convert.import_official import ImportOptions, import_official
-    from bd3_megatron.errors import BD3Error
 
     options = ImportOptions(
         block_size=parsed.block_size,
@@ -37,11 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer_dir=parsed.tokenizer,
         raw=parsed.raw,
     )
-    try:
-        report = import_official(parsed.source, parsed.out, options)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    report = import_official(parsed.source, parsed.out, options)
     print(f"{report.out}: {report.num_parameters / 1e6:.2f} M parameters, fp32")
     for note in report.notes:
         print(f"  {note}")

@@ -8,16 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.command import CommandParser, run_tool
 
 if TYPE_CHECKING:
     from bd3_megatron.checkpoint.read import CheckpointReader
 
 
-def new_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Print what a checkpoint holds, or how two differ.")
+    parser = CommandParser(prog="inspect_checkpoint", description="Print what a checkpoint holds, or how two differ.")
     parser.add_argument("place", type=Path, help="a run's folder, or one checkpoint of it")
     parser.add_argument(
         "--which", default="model", choices=("model", "ema", "exp_avg", "exp_avg_sq"), help="which tensors"
@@ -28,27 +34,26 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(parsed: argparse.Namespace) -> int:
+    """Print the manifest and the tensors, or the differences."""
     from bd3_megatron.checkpoint.layout import MANIFEST
     from bd3_megatron.checkpoint.read import open_checkpoint
     from bd3_megatron.checkpoint.verify import verify
     from bd3_megatron.convert.from_checkpoint import find_checkpoint
-    from bd3_megatron.errors import BD3Error
 
-    try:
-        place = parsed.place if (parsed.place / MANIFEST).is_file() else find_checkpoint(parsed.place)
-        if parsed.verify:
-            verify(place)
-        reader = open_checkpoint(place)
-        if parsed.against is not None:
-            return print_differences(reader, open_checkpoint(find_checkpoint(parsed.against)), parsed.which)
-        print_manifest(reader, verified=parsed.verify)
-        print_tensors(reader, parsed.which, norms=parsed.norms)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    place = parsed.place if (parsed.place / MANIFEST).is_file() else find_checkpoint(parsed.place)
+    if parsed.verify:
+        verify(place)
+    reader = open_checkpoint(place)
+    if parsed.against is not None:
+        return print_differences(reader, open_checkpoint(find_checkpoint(parsed.against)), parsed.which)
+    print_manifest(reader, verified=parsed.verify)
+    print_tensors(reader, parsed.which, norms=parsed.norms)
     return 0
 
 

@@ -19,14 +19,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import DataError
 
 WORD = re.compile(r"[^\W\d_]+")
 CHUNK_TOKENS = 1_000_000
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    made = CommandParser(
+        prog="inspect_samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("samples", type=Path, help="a text file")
     made.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder made by tools/prepare_data.py")
     return made
@@ -56,18 +60,18 @@ def training_words(data: Path) -> set[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Print the share of known words."""
     try:
-        if not arguments.samples.is_file():
-            raise DataError(
-                f"'{arguments.samples}' does not exist; give a text file, for example one made by bd3 sample."
-            )
-        sampled = words_of(arguments.samples.read_text(encoding="utf-8"))
-        known = training_words(arguments.data)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        text = options.samples.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{options.samples}' is no UTF-8 text (byte {error.start}); give a text file.") from error
+    sampled, known = words_of(text), training_words(options.data)
     share = sum(word in known for word in sampled) / len(sampled) if sampled else None
     print(json.dumps({"num_words": len(sampled), "share_in_training_text": share}))
     return 0

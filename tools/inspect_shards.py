@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from bd3_megatron.data.shards import ShardFolder
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    made = CommandParser(
+        prog="inspect_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("folder", help="a split (DIR/train), or DIR for all its splits")
     made.add_argument("--verify", action="store_true", help="compare every checksum, order of ends and token")
     made.add_argument("--samples", type=int, default=2, metavar="N", help="documents to decode (2)")
@@ -46,7 +51,7 @@ def splits_of(folder: Path) -> list[Path]:
     return found
 
 
-def describe(shards: ShardFolder) -> None:
+def print_split(shards: ShardFolder) -> None:
     """Print header and statistics."""
     import numpy as np
 
@@ -86,21 +91,22 @@ def show_samples(shards: ShardFolder, count: int, characters: int) -> None:
         start = end
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        from bd3_megatron.data.shards import ShardFolder
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments)
 
-        for split in splits_of(Path(arguments.folder)):
-            shards = ShardFolder(split)
-            describe(shards)
-            show_samples(shards, arguments.samples, arguments.characters)
-            if arguments.verify:
-                sound = sum(1 for _ in shards.verify())
-                print(f"  verified     {sound} shards are sound")
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def work(options: argparse.Namespace) -> int:
+    """Print every split below the folder."""
+    from bd3_megatron.data.shards import ShardFolder
+
+    for split in splits_of(Path(options.folder)):
+        shards = ShardFolder(split)
+        print_split(shards)
+        show_samples(shards, options.samples, options.characters)
+        if options.verify:
+            sound = sum(1 for _ in shards.verify())
+            print(f"  verified     {sound} shards are sound")
     return 0
 
 

@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def new_parser() -> argparse.ArgumentParser:
+from bd3_megatron.command import CommandParser, run_tool
+
+
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Say whether an engine will serve a model folder rightly.")
+    parser = CommandParser(prog="lint_export", description="Say whether an engine will serve a model folder rightly.")
     parser.add_argument("folder", type=Path, help="a model folder: ours, SDAR's or Qwen3's layout")
     parser.add_argument("--engine", choices=("sglang", "lmdeploy", "transformers"), required=True)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
-    from bd3_megatron.convert.lint import lint_folder, served_rightly
-    from bd3_megatron.errors import BD3Error
+    return run_tool(build_parser(), work, arguments)
 
-    try:
-        findings = lint_folder(parsed.folder, parsed.engine)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def work(parsed: argparse.Namespace) -> int:
+    """Print every finding and the verdict."""
+    from bd3_megatron.convert.lint import lint_folder, served_rightly
+
+    findings = lint_folder(parsed.folder, parsed.engine)
     for finding in findings:
         print(f"{'wrong' if finding.is_error else 'note '}  {finding.sentence}")
     good = served_rightly(findings)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import DataError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.chart import Series, line_chart, stroke
 from bd3_megatron.report.run_record import read_run
@@ -31,7 +32,7 @@ def losses(folder: Path) -> dict[int, float]:
     Raises:
         DataError: no such run, or it has logged no loss yet.
     """
-    found = {r["step"]: float(r[KEY]) for r in read_run(folder).steps if r.get(KEY) is not None}
+    found = read_run(folder).series(KEY)
     if not found:
         raise DataError(f"'{folder}' has logged no {KEY} yet; wait for its first steps.")
     return found
@@ -54,19 +55,26 @@ def compare(runs: dict[str, dict[int, float]]) -> list[tuple[str, int, float, fl
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 0 when all are within the tolerance, 1 when not, 2 on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments)
+
+
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    parser = CommandParser(
+        prog="loss_compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="nats per token (default 1e-5)")
     parser.add_argument("--svg", type=Path, help="also draw the curves")
-    options = parser.parse_args(argv)
-    try:
-        runs = {name: losses(Path(name)) for name in options.runs}
-        rows = compare(runs)
-    except BD3Error as error:
-        print(f"loss_compare: error: {error}", file=sys.stderr)
-        return error.exit_code
+    return parser
+
+
+def work(options: argparse.Namespace) -> int:
+    """Print the table; 0 when all are within the tolerance, 1 when not."""
+    runs = {name: losses(Path(name)) for name in options.runs}
+    rows = compare(runs)
     print(f"{'run':40} {'steps':>6} {'largest':>10} {'mean':>10}")
     for name, steps, largest, mean in rows:
         print(f"{name:40} {steps:6} {largest:10.2e} {mean:10.2e}")

@@ -13,19 +13,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.errors import BD3Error, ConfigError
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from bd3_megatron.data.prepare import PrepareRequest
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    made = CommandParser(prog="prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = made.add_argument_group("what to read (one of)")
     text.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text files, or folders of .txt, .md, .rst")
     text.add_argument("--builtin", metavar="NAME", help="python-docs or python-topics: text every Python has")
@@ -100,24 +103,22 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
     return PrepareRequest(out=out, sources={"train": text_source(names, documents_are=arguments.documents)}, **changes)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        from bd3_megatron.data.prepare import prepare
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments, interrupted="stopped; run the same command again to go on")
 
-        made = prepare(
-            request_of(arguments),
-            num_workers=arguments.workers,
-            show_progress=not arguments.quiet and sys.stderr.isatty(),
-            say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
-        )
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+
+def work(options: argparse.Namespace) -> int:
+    """Prepare, and say how much there is."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from bd3_megatron.data.prepare import prepare
+
+    made = prepare(
+        request_of(options),
+        num_workers=options.workers,
+        show_progress=not options.quiet and sys.stderr.isatty(),
+        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+    )
     counts = ", ".join(
         f"{split} {made.num_tokens[split]:,} tokens in {made.num_documents[split]:,} documents"
         for split in made.num_tokens

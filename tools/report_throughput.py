@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bd3_megatron.errors import BD3Error
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.files import write_text
 from bd3_megatron.report.chart import Chart, Series, line_chart, stacked_bars, stroke
 from bd3_megatron.report.run_record import RunRecord, read_run
@@ -41,13 +43,13 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; returns the exit code."""
-    options = _options().parse_args(arguments)
-    try:
-        runs = [read_run(Path(folder)) for folder in options.run]
-    except BD3Error as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Print the table and write the plots."""
+    runs = [read_run(Path(folder)) for folder in options.run]
     compared = compare_runs(runs)
     print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](compared))
     if options.plots is not None:
@@ -56,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Throughput of runs, from their metrics.jsonl.")
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    parser = CommandParser(prog="report_throughput", description="Throughput of runs, from their metrics.jsonl.")
     parser.add_argument("run", nargs="+", help="folder of a run (run.dir)")
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of what is printed")
     parser.add_argument(
@@ -146,7 +149,7 @@ def write_plots(runs: Sequence[RunRecord], compared: RunComparison, folder: Path
 def _over_steps(runs: Sequence[RunRecord]) -> Chart:
     key = "throughput/data_tokens_per_second"
     series = [
-        Series(run.name, [(float(r["step"]), r[key] / run.devices) for r in run.steps if r.get(key)], stroke(number))
+        Series(run.name, [(float(step), rate / run.devices) for step, rate in run.series(key).items()], stroke(number))
         for number, run in enumerate(runs)
     ]
     return line_chart("throughput", "step", "data tokens/s/device", series, from_zero=True, legend=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.errors import BD3Error, RangeError
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import RangeError
 from bd3_megatron.files import write_text
+from bd3_megatron.report.results import ResultChart, ResultSection, ResultSeries, write_results
 from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, Size, base_tree
 
 BUILTIN = "builtin:python-docs"
@@ -32,22 +33,19 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the miniature; returns the exit code."""
-    options = parser().parse_args(arguments)
-    try:
-        reproduce(options, size_of(options), Path(options.out))
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    """Run the tool; returns the exit code."""
+    return run_tool(build_parser(), work, arguments, interrupted="stopped; run the same command again to go on")
+
+
+def work(options: argparse.Namespace) -> int:
+    """Run the miniature."""
+    reproduce(options, size_of(options), Path(options.out))
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    found = argparse.ArgumentParser(description="The paper in miniature.")
+def build_parser() -> CommandParser:
+    """The arguments of this tool."""
+    found = CommandParser(prog="reproduce_mini", description="The paper in miniature.")
     found.add_argument("--quick", action="store_true", help="one seed, few steps, no frontier")
     found.add_argument("--out", default="runs/mini", help="folder of runs and results (default: runs/mini)")
     found.add_argument(
@@ -94,7 +92,6 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     from bd3_megatron.data.sources import text_source
     from tools.mini.runs import Runner, jobs_of
 
-    out.mkdir(parents=True, exist_ok=True)
     source = text_source(options.text)
     prepare(PrepareRequest(out=out / "data", sources={"train": source}, tokenizer="bytes", valid_fraction=0.05))
     config = out / "config.yaml"
@@ -102,14 +99,14 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     jobs = jobs_of(size, out)
     Runner(size, config, options.jobs, say).run(jobs)
     sections = measured(size, jobs, out, options.jobs)
-    markdown = as_markdown(sections)
-    write_text(out / "results.json", json.dumps(sections, indent=2))
+    markdown = sections_as_markdown(sections)
+    write_results(out / "results.json", sections)
     write_text(out / "results.md", markdown)
     print(markdown)
     write_report(size, out)
 
 
-def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[dict[str, Any]]:
+def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[ResultSection]:
     """The sections of the result: perplexity, verdicts, variance, and in the whole form the frontier."""
     from bd3_megatron.data.loader import TokenDataset
     from tools.mini.measure import INTERVALS, measure_all
@@ -127,31 +124,31 @@ def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[d
         found[key], scores[key] = one.estimate, one.scores
         say(f"{job.variant.label}, seed {job.seed}: {one.estimate.sentence()}")
         if one.interval_variances:
-            by_interval.append([job.variant.label, *(f"{value:.3f}" for value in one.interval_variances)])
+            by_interval.append((job.variant.label, *(f"{value:.3f}" for value in one.interval_variances)))
     said = verdicts(scores, size.seeds)
     counts = {word: sum(one.word.startswith(word) for one in said) for word in ("reproduced", "not", "undecided")}
     sections = [
-        {
-            "title": "The paper in miniature: held-out perplexity",
-            "text": [_what(size, dataset)],
-            "columns": ["model", "perplexity", "nats per token", "noise error", "text error", "interval at the end"],
-            "rows": [_row(name, found, jobs, size) for name in size.variants],
-        },
-        {
-            "title": "Orderings of the paper",
-            "text": [
+        ResultSection(
+            title="The paper in miniature: held-out perplexity",
+            text=(_what(size, dataset),),
+            columns=("model", "perplexity", "nats per token", "noise error", "text error", "interval at the end"),
+            rows=tuple(_row(name, found, jobs, size) for name in size.variants),
+        ),
+        ResultSection(
+            title="Orderings of the paper",
+            text=(
                 f"{counts['reproduced']} reproduced, {counts['not']} not reproduced, {counts['undecided']} undecided.",
                 "Differences are in nats per token, paired over sequences, mean over seeds; +- is one standard error.",
-            ],
-            "columns": ["paper", "difference", "in perplexity", "here"],
-            "rows": [one.cells() for one in said],
-        },
-        {
-            "title": "Variance of one block's loss by noise interval (nats squared)",
-            "text": ["Measured on each trained model; the paper's table 2 trains a model for each interval."],
-            "columns": ["model", *(f"U[{0 if low < 0.01 else low:g}, {high:g}]" for low, high in INTERVALS)],
-            "rows": by_interval,
-        },
+            ),
+            columns=("paper", "difference", "in perplexity", "here"),
+            rows=tuple(one.cells() for one in said),
+        ),
+        ResultSection(
+            title="Variance of one block's loss by noise interval (nats squared)",
+            text=("Measured on each trained model; the paper's table 2 trains a model for each interval.",),
+            columns=("model", *(f"U[{0 if low < 0.01 else low:g}, {high:g}]" for low, high in INTERVALS)),
+            rows=tuple(by_interval),
+        ),
     ]
     return [*sections, _frontier(size, jobs, out)] if size.with_frontier and "ar" in size.variants else sections
 
@@ -167,20 +164,20 @@ def _what(size: Size, dataset: Any) -> str:
     )
 
 
-def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: Size) -> list[str]:
+def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: Size) -> tuple[str, ...]:
     each = [found[name, seed] for seed in size.seeds]
     nll = mean(one.nll_nats_per_token for one in each)
     noise = math.sqrt(sum(one.stderr_noise**2 for one in each)) / len(each)
     text = mean(one.stderr_text or 0.0 for one in each)
     folder = next(job.folder for job in jobs if job.variant.name == name)
-    return [
+    return (
         VARIANTS[name].label,
         f"{math.exp(nll):.3f}",
         f"{nll:.4f}",
         f"{noise:.4f}",
         f"{text:.4f}",
         _last_interval(folder),
-    ]
+    )
 
 
 def _last_interval(folder: Path) -> str:
@@ -191,7 +188,7 @@ def _last_interval(folder: Path) -> str:
     return "-" if low is None or run.config.diffusion.objective == "ar" else f"[{low:g}, {high:g}]"
 
 
-def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> dict[str, Any]:
+def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> ResultSection:
     """Scored by the AR model of the last seed; texts of the first seed's models."""
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
     from tools.mini.measure import frontiers
@@ -200,42 +197,50 @@ def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> dict[str, Any]:
     convert_checkpoint(scorer.folder, out / "scorer")
     sampled = [j for j in jobs if j.seed == size.seeds[0] and j.variant.name in ("ar", "s4", "s8", "s16", TRUNK)]
     points = frontiers(sampled, out / "scorer", out / "data" / "tokenizer", num_samples=32, temperatures=TEMPERATURES)
-    series = [
-        {
-            "name": label,
-            "points": [[p["entropy_nats"], p["perplexity"]] for p in found],
-            "labels": [f"T={p['temperature']:g}" for p in found],
-        }
+    series = tuple(
+        ResultSeries(
+            name=label,
+            points=tuple((p["entropy_nats"], p["perplexity"]) for p in found),
+            labels=tuple(f"T={p['temperature']:g}" for p in found),
+        )
         for label, found in points.items()
-    ]
-    chart = {"title": "scored perplexity against entropy", "x": "entropy (nats)", "y": "perplexity per byte"}
-    return {
-        "title": "Generative frontier",
-        "text": ["Scored by the AR model of another seed; either axis alone can be gamed. First-hitting decoding."],
-        "columns": ["model", "temperature", "perplexity", "error", "entropy", "forwards a token", "distinct-2"],
-        "rows": [
-            [
-                label,
-                f"{p['temperature']:g}",
-                f"{p['perplexity']:.2f}",
-                f"{p['perplexity_stderr'] or 0:.2f}",
-                f"{p['entropy_nats']:.3f}",
-                f"{p['forwards_per_token']:.2f}",
-                f"{p['distinct_2'] or 0:.3f}",
-            ]
-            for label, found in points.items()
-            for p in found
-        ],
-        "charts": [chart | {"scatter": True, "log_y": True, "series": series}],
-    }
+    )
+    rows = tuple(
+        (
+            label,
+            f"{p['temperature']:g}",
+            f"{p['perplexity']:.2f}",
+            f"{p['perplexity_stderr'] or 0:.2f}",
+            f"{p['entropy_nats']:.3f}",
+            f"{p['forwards_per_token']:.2f}",
+            f"{p['distinct_2'] or 0:.3f}",
+        )
+        for label, found in points.items()
+        for p in found
+    )
+    chart = ResultChart(
+        title="scored perplexity against entropy",
+        x="entropy (nats)",
+        y="perplexity per byte",
+        series=series,
+        scatter=True,
+        log_y=True,
+    )
+    return ResultSection(
+        title="Generative frontier",
+        text=("Scored by the AR model of another seed; either axis alone can be gamed. First-hitting decoding.",),
+        columns=("model", "temperature", "perplexity", "error", "entropy", "forwards a token", "distinct-2"),
+        rows=rows,
+        charts=(chart,),
+    )
 
 
-def as_markdown(sections: Sequence[dict[str, Any]]) -> str:
+def sections_as_markdown(sections: Sequence[ResultSection]) -> str:
     """The sections for reading and for the record."""
     lines: list[str] = []
     for one in sections:
-        lines += [f"## {one['title']}", "", *one["text"], "", f"| {' | '.join(one['columns'])} |"]
-        lines += [f"|{'---|' * len(one['columns'])}", *(f"| {' | '.join(row)} |" for row in one["rows"]), ""]
+        lines += [f"## {one.title}", "", *one.text, "", f"| {' | '.join(one.columns)} |"]
+        lines += [f"|{'---|' * len(one.columns)}", *(f"| {' | '.join(row)} |" for row in one.rows), ""]
     return "\n".join(lines)
 
 

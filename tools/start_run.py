@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def new_parser() -> argparse.ArgumentParser:
+from bd3_megatron.command import CommandParser, run_tool
+
+
+def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(description="Write step 0 of a run from a Hugging Face folder's weights.")
+    parser = CommandParser(prog="start_run", description="Write step 0 of a run from a Hugging Face folder's weights.")
     parser.add_argument("folder", type=Path, help="Qwen3, Llama or SDAR folder, or an exported folder")
     parser.add_argument("config", help="YAML file of the run to come")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for bd3 train")
@@ -26,27 +32,28 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
-    parsed = new_parser().parse_args(arguments)
+    return run_tool(build_parser(), work, arguments)
+
+
+def work(parsed: argparse.Namespace) -> int:
+    """Prepare the data, write step 0 and say how to go on."""
     from bd3_megatron.config.load import load_config
     from bd3_megatron.config.validate import validate
-    from bd3_megatron.convert.start_run import start_run
+    from bd3_megatron.convert.start_run import check_source, start_run
     from bd3_megatron.data.shards import read_header
-    from bd3_megatron.errors import BD3Error
-    from bd3_megatron.train.dataset import data_folder, prepare_text
+    from bd3_megatron.data.vocabulary import data_folder
+    from bd3_megatron.train.dataset import prepare_text
 
-    try:
-        config = load_config(parsed.config, parsed.overrides)
-        validate(config)
-        prepare_text(config, print)
-        header = read_header(data_folder(config) / "train")
-        mask_id = header.special_ids.mask if config.diffusion.objective == "block" else None
-        size = config.model.vocab_size or header.vocab_size
-        report = start_run(parsed.folder, config, vocab_size=size, mask_id=mask_id, mask_init=parsed.mask_init)
-    except BD3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    config = load_config(parsed.config, parsed.overrides)
+    validate(config)
+    check_source(parsed.folder)
+    prepare_text(config, print)
+    header = read_header(data_folder(config) / "train")
+    mask_id = header.special_ids.mask if config.diffusion.objective == "block" else None
+    size = config.model.vocab_size or header.vocab_size
+    report = start_run(parsed.folder, config, vocab_size=size, mask_id=mask_id, mask_init=parsed.mask_init)
     print(f"{report.path}: {report.num_parameters / 1e6:.2f} M parameters of a {report.model_type} folder")
     print(f"  logits of the folder and of the checkpoint differ by at most {report.max_logit_difference:.2e}")
     print(f"  next: bd3 train {' '.join([parsed.config, *parsed.overrides])}")

@@ -104,12 +104,25 @@ def start_run(
     )
 
 
+def check_source(folder: Path) -> str:
+    """`model_type` of a folder that a run can start from; quick, so that nothing is prepared in vain.
+
+    Raises:
+        ConversionError: no such folder, or a model of another kind.
+    """
+    model_type = model_type_of(folder)
+    if model_type not in (MODEL_TYPE, *MODEL_TYPES):
+        raise ConversionError(
+            f"{folder} holds model_type={model_type!r}; this starts from {', '.join((MODEL_TYPE, *MODEL_TYPES))}."
+        )
+    return model_type
+
+
 def open_source(
     folder: Path, config: Config, *, vocab_size: int, mask_id: int | None, mask_init: MaskInit
 ) -> tuple[BD3Config, PlainSource, dict[str, object]]:
     """Configuration and tensors of a folder as the run will have them, and where they came from."""
-    model_type = model_type_of(folder)
-    if model_type == MODEL_TYPE:
+    if check_source(folder) == MODEL_TYPE:
         described = read_config(folder)
         if (described.vocab_size, described.mask_token_id) != (vocab_size, mask_id):
             raise ConversionError(
@@ -118,10 +131,6 @@ def open_source(
             )
         origin: dict[str, object] = {"model_type": MODEL_TYPE, "logit_alignment": described.logit_alignment}
         return described, FolderSource(folder), origin
-    if model_type not in MODEL_TYPES:
-        raise ConversionError(
-            f"{folder} holds model_type={model_type!r}; this starts from {', '.join((MODEL_TYPE, *MODEL_TYPES))}."
-        )
     foreign = read_ar_folder(folder)
     described = describe_as_bd3(
         foreign,

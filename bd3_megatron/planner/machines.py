@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from bd3_megatron.config.load import build
 from bd3_megatron.config.ranges import Range
-from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.errors import ConfigError, either
 
 GIB = 2**30
 GB = 1e9
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterFile:
-    """Keys of a cluster file; each replaces the number assumed for the device."""
+    """The `planner` section of a cluster profile; each key replaces the number assumed for the device."""
 
     gpus_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Devices that share fast links."""
@@ -70,7 +68,7 @@ class ClusterFile:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Device:
     device_name: str
     memory_gib: float
     memory_gb_s: float
@@ -81,28 +79,44 @@ class _Known:
     inter_us: float = 15
 
 
-KNOWN: Mapping[str, _Known] = MappingProxyType(
+DEVICES: Mapping[str, _Device] = MappingProxyType(
     {
-        "a100-40g": _Known("NVIDIA A100-SXM4-40GB", 40, 1555, 300, 25),
-        "a100-80g": _Known("NVIDIA A100-SXM4-80GB", 80, 2039, 300, 25),
-        "h100-sxm": _Known("NVIDIA H100 80GB HBM3", 80, 3350, 450, 50),
-        "h100-pcie": _Known("NVIDIA H100 PCIe", 80, 2000, 50, 25),
-        "h100-nvl": _Known("NVIDIA H100 NVL", 94, 3900, 50, 25),
-        "h200": _Known("NVIDIA H200", 141, 4800, 450, 50),
-        "h200-nvl": _Known("NVIDIA H200 NVL", 141, 4800, 50, 25),
-        "b200": _Known("NVIDIA B200", 180, 7700, 900, 50),
-        "gb200": _Known("NVIDIA GB200", 186, 8000, 900, 50, 72),
-        "l40s": _Known("NVIDIA L40S", 48, 864, 25, 12.5),
-        "rtx3090": _Known("NVIDIA GeForce RTX 3090", 24, 936, 12, 1.25),
-        "rtx4090": _Known("NVIDIA GeForce RTX 4090", 24, 1008, 12, 1.25),
-        "rtx5090": _Known("NVIDIA GeForce RTX 5090", 32, 1792, 25, 1.25),
-        "a5000": _Known("NVIDIA RTX A5000", 24, 768, 12, 1.25),
-        "a6000": _Known("NVIDIA RTX A6000", 48, 768, 12, 1.25),
-        "mi300x": _Known("AMD Instinct MI300X", 192, 5300, 448, 50),
+        "a100-40g": _Device("NVIDIA A100-SXM4-40GB", 40, 1555, 300, 25),
+        "a100-80g": _Device("NVIDIA A100-SXM4-80GB", 80, 2039, 300, 25),
+        "h100-sxm": _Device("NVIDIA H100 80GB HBM3", 80, 3350, 450, 50),
+        "h100-pcie": _Device("NVIDIA H100 PCIe", 80, 2000, 50, 25),
+        "h100-nvl": _Device("NVIDIA H100 NVL", 94, 3900, 50, 25),
+        "h200": _Device("NVIDIA H200", 141, 4800, 450, 50),
+        "h200-nvl": _Device("NVIDIA H200 NVL", 141, 4800, 50, 25),
+        "b200": _Device("NVIDIA B200", 180, 7700, 900, 50),
+        "gb200": _Device("NVIDIA GB200", 186, 8000, 900, 50, 72),
+        "l40s": _Device("NVIDIA L40S", 48, 864, 25, 12.5),
+        "rtx3090": _Device("NVIDIA GeForce RTX 3090", 24, 936, 12, 1.25),
+        "rtx4090": _Device("NVIDIA GeForce RTX 4090", 24, 1008, 12, 1.25),
+        "rtx5090": _Device("NVIDIA GeForce RTX 5090", 32, 1792, 25, 1.25),
+        "a5000": _Device("NVIDIA RTX A5000", 24, 768, 12, 1.25),
+        "a6000": _Device("NVIDIA RTX A6000", 48, 768, 12, 1.25),
+        "mi300x": _Device("AMD Instinct MI300X", 192, 5300, 448, 50),
         # gloo on loopback, two ranks: a tensor's all-reduce takes 1.5 ms and 0.8 ms a MB, that of one number 0.3 ms
-        "cpu": _Known("cpu", 64, 10, 2, 1, 1024, intra_us=750, inter_us=300),
+        "cpu": _Device(CPU, 64, 10, 2, 1, 1024, intra_us=750, inter_us=300),
     }
 )
+
+
+ALIASES: Mapping[str, str] = MappingProxyType({"a100": "a100-80g", "h100": "h100-sxm"})
+"""Names people use for the usual form of a device; plans print the full name."""
+
+
+def full_name(gpu: str) -> str:
+    """The key of DEVICES for a device or its alias.
+
+    Raises:
+        ConfigError: the device is not known.
+    """
+    name = ALIASES.get(gpu, gpu)
+    if name not in DEVICES:
+        raise ConfigError(f"gpu '{gpu}' is not known; use {either(sorted([*DEVICES, *ALIASES]))}.")
+    return name
 
 
 def device_name_of(gpu: str) -> str:
@@ -111,29 +125,27 @@ def device_name_of(gpu: str) -> str:
     Raises:
         ConfigError: the device is not known.
     """
-    if gpu not in KNOWN:
-        raise ConfigError(f"gpu '{gpu}' is not known; use {either(sorted(KNOWN))}.")
-    return KNOWN[gpu].device_name
+    return DEVICES[full_name(gpu)].device_name
 
 
 def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | None = None) -> Machine:
     """A device with its usual node, corrected by a cluster file.
 
     Args:
-        gpu: key of KNOWN.
+        gpu: key of DEVICES or ALIASES.
         peak_tflops: from the peak table; None where that has none.
         cluster: replaces single numbers.
 
     Raises:
         ConfigError: unknown device, or no peak given for it.
     """
-    device_name_of(gpu)
-    known, given = KNOWN[gpu], cluster or ClusterFile()
+    name = full_name(gpu)
+    known, given = DEVICES[name], cluster or ClusterFile()
     peak = given.peak_tflops or peak_tflops
     if peak is None:
-        raise ConfigError(f"gpu '{gpu}' has no known peak at this precision; give peak_tflops in a cluster file.")
+        raise ConfigError(f"gpu '{gpu}' has no known peak at this precision; give planner.peak_tflops in a cluster profile.")
     machine = Machine(
-        name=gpu,
+        name=name,
         device_name=known.device_name,
         peak_tflops=peak,
         memory_bytes=(given.memory_gib or known.memory_gib) * GIB,
@@ -143,7 +155,7 @@ def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | No
         intra_node_latency_seconds=known.intra_us * 1e-6,
         inter_node_bytes_per_second=(given.inter_node_gb_per_second or known.inter_gb_s) * GB,
         inter_node_latency_seconds=known.inter_us * 1e-6,
-        cores=given.cores or (1 if gpu == "cpu" else 0),
+        cores=given.cores or (1 if known.device_name == CPU else 0),
     )
     return _with_small_numbers(machine, given)
 
@@ -157,17 +169,6 @@ def _with_small_numbers(machine: Machine, given: ClusterFile) -> Machine:
     if given.reserve_gib is not None:
         machine = replace(machine, reserve_bytes=given.reserve_gib * GIB)
     return machine
-
-
-def read_cluster(path: Path) -> ClusterFile:
-    """A cluster file: YAML with the keys of ClusterFile.
-
-    Raises:
-        ConfigError: missing file, YAML that does not parse, unknown key, wrong type.
-    """
-    tree = read_yaml(path, "cluster file", "a YAML file with keys such as gpus_per_node")
-    cluster = build(ClusterFile, tree, where="")
-    return cluster if isinstance(cluster, ClusterFile) else ClusterFile()
 
 
 def assumptions(machine: Machine) -> list[str]:

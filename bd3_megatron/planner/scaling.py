@@ -15,7 +15,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import GIB, Machine, assumptions
-from bd3_megatron.planner.search import Plan, search
+from bd3_megatron.planner.plans import Plan, rank_plans
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SEQUENCES_PER_DEVICE = 4
@@ -84,7 +84,7 @@ def weak_scaling(
     for size in sizes:
         base: float | None = None
         for count in devices:
-            found = search(config_of(size, count), count, machine, constants)
+            found = rank_plans(config_of(size, count), count, machine, constants)
             plan = found.fitting[0] if found.fitting else None
             rate = None if plan is None else plan.tokens_per_second / count
             base = rate if base is None else base
@@ -122,11 +122,11 @@ def _row(point: Point, machine: Machine) -> str:
     if plan is None or plan.time is None or point.efficiency is None:
         return f"| {' | '.join([*cells, 'nothing fits', '-', '-', '-', '-', '-'])} |"
     cells += [
-        plan.describe(),
+        plan.label,
         f"{plan.memory.peak / GIB:.1f}",
         f"{plan.time.total:.3f}",
         f"{plan.tokens_per_second / point.devices:,.0f}",
-        f"{plan.mfu(machine):.1%}",
+        "-" if (mfu := plan.mfu(machine)) is None else f"{mfu:.1%}",
         f"{point.efficiency:.1%}",
     ]
     return f"| {' | '.join(cells)} |"

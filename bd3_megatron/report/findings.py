@@ -135,7 +135,7 @@ def _slow_steps(run: RunData) -> list[str]:
         return []
     usual = median(seconds.values())
     # the first logged step of an attempt holds start-up
-    begun = {int(r["step"]) for r in run.events("start")}
+    begun = {r.get("step", 0) for r in run.events("start")}
     first = {min((s for s in seconds if s > b), default=-1) for b in begun}
     slow = {step: value for step, value in seconds.items() if value > SLOW_FACTOR * usual and step not in first}
     if len(slow) < max(2, len(seconds) // 100):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bd3_megatron.report import sections
 from bd3_megatron.report.chart import stroke
 from bd3_megatron.report.findings import findings
+from bd3_megatron.report.results import ResultSection
 from bd3_megatron.report.run_data import RunData
 
 TEMPLATE = "page.html.jinja"
 
 
 def render_page(
-    runs: Sequence[RunData], *, now: float, title: str | None = None, results: Sequence[Mapping[str, Any]] = ()
+    runs: Sequence[RunData], *, now: float, title: str | None = None, results: Sequence[ResultSection] = ()
 ) -> str:
     """The whole file.
 
@@ -26,7 +26,7 @@ def render_page(
         runs: one or more.
         now: seconds since the epoch, for what is said about running jobs.
         title: of the page; None: the runs' names.
-        results: tables and charts of other tools, see `sections.results`.
+        results: tables and charts of other tools, shown first.
     """
     made = [
         *sections.results(results),
@@ -48,9 +48,11 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
+    page = environment.get_template(TEMPLATE).render(
         heading=title or ", ".join(run.name for run in runs),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now)),
         key=[(run.name, stroke(number)) for number, run in enumerate(runs)],
         sections=[section for section in made if section is not None],
     )
+    # names of folders need not be UTF-8, and JSON may hold half a character
+    return page.encode("utf-8", "replace").decode("utf-8")

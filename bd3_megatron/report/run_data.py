@@ -9,7 +9,6 @@ Refuses: what report/run_record refuses (no run there, a broken line before the 
 from __future__ import annotations
 
 import json
-import math
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.report.run_record import Record, RunRecord, read_records, read_run
+from bd3_megatron.report.run_record import Record, RunRecord, finite, read_records, read_run
 
 Point = tuple[float, float]
 LOSS = "loss/train_nats_per_token"
@@ -46,7 +45,7 @@ class RunData:
     @cached_property
     def num_steps(self) -> int:
         """The newest step of the record."""
-        return max((int(r["step"]) for r in self.records if _is_number(r.get("step"))), default=0)
+        return max((r["step"] for r in self.records if "step" in r), default=0)
 
     @cached_property
     def keys(self) -> set[str]:
@@ -55,12 +54,12 @@ class RunData:
 
     def values(self, key: str) -> dict[int, float]:
         """{step: value} of finite values, by rising step."""
-        found = {int(r["step"]): float(r[key]) for r in self.records if "step" in r and _is_finite(r.get(key))}
-        return dict(sorted(found.items()))
+        found = [(r["step"], value) for r in self.records if "step" in r and (value := finite(r, key)) is not None]
+        return dict(sorted(dict(found).items()))
 
     def not_finite(self, key: str) -> list[int]:
         """Steps whose record has the key without a finite number."""
-        return sorted({int(r["step"]) for r in self.records if "step" in r and key in r and not _is_finite(r[key])})
+        return sorted({r["step"] for r in self.records if "step" in r and key in r and finite(r, key) is None})
 
     def events(self, name: str) -> list[Record]:
         """Records of one kind of event."""
@@ -137,11 +136,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)

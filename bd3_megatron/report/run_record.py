@@ -20,11 +20,13 @@ from typing import Any
 
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
-from bd3_megatron.errors import DataError
+from bd3_megatron.errors import DataError, shown
 
 Record = Mapping[str, Any]
 STEP_KEYS = ("loss/train_nats_per_token", "time/step_seconds")
 """A record with one of these is of a training step (a GPU may not yet have timed the step when it is written)."""
+LARGEST = 1e100
+"""No measurement is larger; differences and squares of larger numbers overflow."""
 UTILISATION_KEYS = ("throughput/mfu", "throughput/mfu_min", "throughput/hfu")
 """Shares of the device's peak."""
 
@@ -74,18 +76,23 @@ class RunRecord:
     def settled(self) -> list[Record]:
         """Records that speak for the run's speed."""
         steps = next((a.steps for a in reversed(self.attempts) if a.steps), [])
-        timed = [r for r in steps if _number(r, "time/step_seconds") is not None]
+        timed = [r for r in steps if finite(r, "time/step_seconds") is not None]
         return list(timed[1:] if len(timed) > 1 else timed)
 
     def typical(self, key: str) -> float | None:
         """Median of `key` over the settled records that have it."""
-        values = [value for record in self.settled() if (value := _number(record, key)) is not None]
+        values = [value for record in self.settled() if (value := finite(record, key)) is not None]
         return median(values) if values else None
 
     def utilisation(self, key: str) -> float | None:
         """Typical value of one of UTILISATION_KEYS; None above 1, which says that the peak is wrong, not what was used."""
         share = self.typical(key)
         return None if share is None or share > 1.0 else share
+
+    def series(self, key: str) -> dict[int, float]:
+        """{step: value} of the step records with a finite value; a step done again counts as it was done last."""
+        found = [(r["step"], value) for r in self.steps if (value := finite(r, key)) is not None]
+        return dict(sorted(dict(found).items()))
 
     def latest(self, key: str) -> Any:
         """Value of `key` in the newest step record that has it, or None."""
@@ -95,7 +102,7 @@ class RunRecord:
         """{kind: mean seconds a step} over the settled records, from the keys time/KIND_seconds."""
         settled = self.settled()
         kinds = {key for record in settled for key in record if _is_kind(key)}
-        total = {key: sum(_number(r, key) or 0.0 for r in settled) / len(settled) for key in kinds}
+        total = {key: sum(finite(r, key) or 0.0 for r in settled) / len(settled) for key in kinds}
         return {key.removeprefix("time/").removesuffix("_seconds"): total[key] for key in sorted(total)}
 
 
@@ -108,9 +115,16 @@ def _is_kind(key: str) -> bool:
     )
 
 
-def _number(record: Record, key: str) -> float | None:
+def finite(record: Record, key: str) -> float | None:
+    """A record's value where it is a finite number; None where it is missing or anything else."""
     value = record.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) < LARGEST else None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -143,6 +157,10 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
             return records, True
         if record is None:
             raise DataError(f"line {number} of '{path}' is no JSON object ({line[:40]!r}); remove it to read the rest.")
+        if (wrong := _wrong_key(record)) is not None:
+            raise DataError(
+                f"line {number} of '{path}' has {wrong}={shown(record[wrong])}, which no trainer writes; remove the line."
+            )
         records.append(record)
     return records, bool(rest.strip())
 
@@ -153,6 +171,19 @@ def _parse(line: str) -> Record | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def _wrong_key(record: Record) -> str | None:
+    """A key that decides how the record is read and has a value of another kind."""
+    for key, smallest in (("step", 0), ("world_size", 1)):
+        value = record.get(key, smallest)
+        # 2^53: beyond it, a step is no longer exact as a float on an axis
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**53:
+            return key
+    grid = record.get("grid", {})
+    if not isinstance(grid, dict) or not all(type(size) is int and size > 0 for size in grid.values()):
+        return "grid"
+    return None
 
 
 def _attempts(records: Sequence[Record]) -> list[Attempt]:
@@ -186,15 +217,15 @@ def goodput(run: RunRecord) -> Goodput | None:
 
     Records stand for the steps since the record before them; `time` is seconds since the epoch.
     """
-    starts = [t for a in run.attempts if a.start is not None and (t := _number(a.start, "time")) is not None]
+    starts = [t for a in run.attempts if a.start is not None and (t := finite(a.start, "time")) is not None]
     steps = run.steps
-    ends = [t for record in steps if (t := _number(record, "time")) is not None]
+    ends = [t for record in steps if (t := finite(record, "time")) is not None]
     if not starts or not ends or max(ends) <= starts[0]:
         return None
     useful, seen = 0.0, 0
     for record in steps:
-        step = int(record["step"])
+        step = record["step"]
         if step > seen:
-            useful += (step - seen) * (_number(record, "time/step_seconds") or 0.0)
+            useful += (step - seen) * (finite(record, "time/step_seconds") or 0.0)
             seen = step
     return Goodput(useful, max(ends) - starts[0])

@@ -88,7 +88,7 @@ def _row(run: RunRecord, group: Sequence[RunRecord]) -> RunSummary:
         model=_model_name(run.config),
         grid=_grid(run),
         devices=run.devices,
-        steps=max((int(r["step"]) for r in run.steps), default=0),
+        steps=max((r["step"] for r in run.steps), default=0),
         data_tokens_per_second=run.typical("throughput/data_tokens_per_second"),
         data_tokens_per_second_per_device=_per_device(run),
         model_tflops_per_second=run.typical("throughput/model_tflops_per_second"),
@@ -96,7 +96,7 @@ def _row(run: RunRecord, group: Sequence[RunRecord]) -> RunSummary:
         mfu_min=run.utilisation("throughput/mfu_min"),
         hfu=run.utilisation("throughput/hfu"),
         step_seconds=step_seconds,
-        peak_memory_bytes=run.latest("memory/peak_bytes"),
+        peak_memory_bytes=next(reversed(run.series("memory/peak_bytes").values()), None),
         time_split={kind: seconds / total for kind, seconds in split.items()},
         scaling=scaling,
         efficiency=efficiency,
@@ -125,9 +125,9 @@ def _grid(run: RunRecord) -> str:
     parallel = run.config.parallel
     start = next((a.start for a in reversed(run.attempts) if a.start is not None), None)
     axes = start.get("grid") if start is not None else None
-    if not isinstance(axes, dict):
+    if axes is None:
         axes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": run.devices // parallel.model_ranks}
-    used = [f"{axis}{size}" for axis, size in axes.items() if isinstance(size, int) and size > 1]
+    used = [f"{axis}{size}" for axis, size in axes.items() if size > 1]
     return " ".join(used) or "1"
 
 

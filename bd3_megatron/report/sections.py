@@ -24,8 +24,9 @@ from bd3_megatron.report.chart import (
     stacked_bars,
     stroke,
 )
+from bd3_megatron.report.results import ResultChart, ResultSection
 from bd3_megatron.report.run_data import LOSS, Point, RunData, needs_tokens
-from bd3_megatron.report.run_record import UTILISATION_KEYS
+from bd3_megatron.report.run_record import UTILISATION_KEYS, Record, finite
 from bd3_megatron.report.run_summary import RunSummary, compare_runs
 
 MANY_POINTS = 60
@@ -219,49 +220,40 @@ def environment(runs: Sequence[RunData]) -> Section:
     """Hardware, grid, code and software of each run."""
     rows = []
     for run in runs:
-        start = run.events("start")[-1] if run.events("start") else {}
-        peak = start.get("throughput/peak_tflops")
+        start: Record = run.events("start")[-1] if run.events("start") else {}
+        peak = finite(start, "throughput/peak_tflops")
+        software = run.manifest.get("software")
         facts: dict[str, Any] = {
             "devices": run.run.devices,
             "grid": " ".join(f"{axis}={size}" for axis, size in start.get("grid", {}).items()),
             "ZeRO stage": start.get("zero_stage"),
             "peak of a device": None if peak is None else f"{peak:.4g} TFLOP/s ({start.get('throughput/peak_source')})",
             "git commit of the newest checkpoint": run.commit,
-            **run.manifest.get("software", {}),
+            **(software if isinstance(software, dict) else {}),
         }
         rows += [[run.name, name, "-" if value in (None, "") else str(value)] for name, value in facts.items()]
     return Section(title="Hardware and software", tables=[Table(("run", "what", "value"), rows)])
 
 
-def results(found: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Tables and charts that another tool computed: {"title", "text", "columns", "rows", "charts"} each."""
-    made = []
-    for one in found:
-        rows = [[str(cell) for cell in row] for row in one.get("rows", [])]
-        made.append(
-            Section(
-                title=str(one.get("title", "Results")),
-                text=[str(line) for line in one.get("text", [])],
-                tables=[Table([str(head) for head in one["columns"]], rows)] if rows else (),
-                charts=[_given_chart(chart) for chart in one.get("charts", [])],
-            )
+def results(found: Sequence[ResultSection]) -> list[Section]:
+    """Tables and charts that another tool computed."""
+    return [
+        Section(
+            title=one.title,
+            text=one.text,
+            tables=[Table(one.columns, one.rows)] if one.rows else (),
+            charts=[_result_chart(chart) for chart in one.charts],
         )
-    return made
-
-
-def _given_chart(chart: Mapping[str, Any]) -> Chart:
-    series = [
-        Series(
-            one["name"],
-            [(float(x), float(y)) for x, y in one["points"]],
-            stroke(number),
-            errors=one.get("errors", ()),
-            is_scatter=bool(chart.get("scatter")),
-            labels=one.get("labels", ()),
-        )
-        for number, one in enumerate(chart["series"])
+        for one in found
     ]
-    return line_chart(chart["title"], chart["x"], chart["y"], series, log_y=bool(chart.get("log_y")), legend=True)
+
+
+def _result_chart(chart: ResultChart) -> Chart:
+    series = [
+        Series(one.name, one.points, stroke(number), errors=one.errors, is_scatter=chart.scatter, labels=one.labels)
+        for number, one in enumerate(chart.series)
+    ]
+    return line_chart(chart.title, chart.x, chart.y, series, log_y=chart.log_y, legend=True)
 
 
 def _courses(runs: Sequence[RunData], key: str, by_tokens: bool) -> list[Series]:

@@ -33,6 +33,7 @@ from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.stream_lane import StreamPlan
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
+from bd3_megatron.data.vocabulary import data_folder
 from bd3_megatron.errors import ConfigError, TokenizerError, cut
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
@@ -117,14 +118,6 @@ class RunData:
     tokenizer_folder: Path
     special: SpecialIds
     vocab_size: int
-
-
-def data_folder(config: Config) -> Path:
-    """Where the run's prepared data lies or will lie: of a mixture without path, its first part."""
-    if config.data.path is not None:
-        return Path(config.data.path)
-    folders = config.data.mixed_folders
-    return Path(folders[0]) if folders else Path(config.run.dir) / "data"
 
 
 def prepare_text(config: Config, say: Callable[[str], None]) -> None:

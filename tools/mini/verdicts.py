@@ -66,15 +66,15 @@ class Verdict:
             return "reproduced"
         return "not reproduced (the other way round)" if size < -limit else "undecided"
 
-    def cells(self) -> list[str]:
+    def cells(self) -> tuple[str, ...]:
         """Ordering of the paper, difference in nats, in perplexity, verdict."""
         ratio = math.exp(self.difference_nats) - 1
-        return [
+        return (
             self.claim.paper,
             f"{self.difference_nats:+.4f} +- {self.stderr_nats:.4f}",
             f"{ratio:+.1%}",
             self.word,
-        ]
+        )
 
 
 def verdicts(scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[int]) -> list[Verdict]:

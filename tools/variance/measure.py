@@ -18,16 +18,17 @@ from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.data.vocabulary import data_folder
 from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes, score
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
-from bd3_megatron.errors import BD3Error, DataError, LaunchError
+from bd3_megatron.errors import DataError, LaunchError
 from bd3_megatron.files import write_text
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.report.chart import Chart, Series, line_chart, stroke
-from bd3_megatron.train.dataset import data_folder, open_data
+from bd3_megatron.train.dataset import open_data
 from tools.bench import harness
 
 MODULE = "tools.estimate_variance"
@@ -244,28 +245,27 @@ def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, Chart]
     return charts
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure, print, plot; returns the exit code."""
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, plot.
+
+    Raises:
+        BD3Error: no run, a run that cannot be measured, training that failed.
+    """
     torch.set_num_threads(options.threads)
-    try:
-        places = _train(options) if options.train is not None else options.runs
-        if not places:
-            raise DataError("no run was named; give a run's folder, or --train CONFIG to make one.")
-        bodies: list[str] = []
-        charts: dict[str, Chart] = {}
-        for place in places:
-            subject = open_subject(place, options.batch_rows)
-            findings = measure(subject, batches=options.batches, gradient_batches=options.gradient_batches)
-            chosen = search(subject, batches=options.batches)
-            bodies.append(as_markdown(subject, findings, chosen, options))
-            charts |= as_charts(subject, findings)
-    except BD3Error as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    folders = _train(options) if options.train is not None else options.runs
+    if not folders:
+        raise DataError("no run was named; give a run's folder, or --train CONFIG to make one.")
+    bodies: list[str] = []
+    charts: dict[str, Chart] = {}
+    for folder in folders:
+        subject = open_subject(folder, options.batch_rows)
+        findings = measure(subject, batches=options.batches, gradient_batches=options.gradient_batches)
+        chosen = search(subject, batches=options.batches)
+        bodies.append(as_markdown(subject, findings, chosen, options))
+        charts |= as_charts(subject, findings)
     title = "variance of losses and gradients by noise interval and block size"
     harness.report(MODULE, title, "\n\n".join(bodies), options)
-    folder = options.plots or options.results
+    plots = options.plots or options.results
     for name, chart in charts.items() if options.plots or not options.no_note else ():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{name}.svg", chart.file())
-    return 0
+        plots.mkdir(parents=True, exist_ok=True)
+        write_text(plots / f"{name}.svg", chart.file())

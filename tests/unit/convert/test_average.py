@@ -73,4 +73,4 @@ def test_the_tool(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "mean of the raw weights of steps [3, 2]" in capsys.readouterr().out
     assert tool.main([str(run_dir), "--best", "2", "--out", str(tmp_path / "b")]) == 0
     assert tool.main([str(run_dir), "--best", "9", "--out", str(tmp_path / "c")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("average_checkpoints: error: ")

@@ -207,7 +207,8 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path, capsys: py
     for arguments, sentence in cases:
         assert tool.main(arguments) == 2
         captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and sentence in captured.err and captured.err.count("\n") == 1
+        assert captured.err.startswith("convert_checkpoint: error: ") and sentence in captured.err
+        assert captured.err.count("\n") == 1
     bad.write_bytes(content[:-1])
     assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 2
     assert "torn" in capsys.readouterr().err

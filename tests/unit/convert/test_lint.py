@@ -131,6 +131,6 @@ def test_the_tool_answers_with_its_exit_code(ours: Path, sdar: Path, capsys: pyt
     assert "lmdeploy does not serve" in capsys.readouterr().out
     (ours / "config.json").unlink()
     assert tool.main([str(ours), "--engine", "sglang"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("lint_export: error: ")
     with pytest.raises(CheckpointError, match="does not exist"):
         lint_folder(ours, "sglang")

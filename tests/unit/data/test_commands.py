@@ -67,7 +67,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(
         (("--text", tmp_path / "latin.txt"), "is not UTF-8 at byte 3"),
         (("--builtin", "c-docs"), "built-in corpus c-docs is not known"),
         (("--dataset", "./none.jsonl"), "dataset ./none.jsonl does not exist"),
-        (("--recipe", tmp_path / "none.yaml"), "cannot be read"),
+        (("--recipe", tmp_path / "none.yaml"), "does not exist; give one of configs/data"),
         ((), "one source is read and none was given"),
         (("--text", text, "--builtin", "python-docs"), "--text and --builtin was given; use one of"),
         (("--text", text, "--tokenizer", "./none"), "tokenizer ./none does not exist"),
@@ -80,7 +80,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(
         assert run(*arguments, "--out", tmp_path / "out") == 2, arguments
         shown = capsys.readouterr()
         lines = [line for line in shown.err.splitlines() if not line.startswith("training")]
-        assert len(lines) == 1 and lines[0].startswith("error: ") and sentence in lines[0], shown.err
+        assert len(lines) == 1 and lines[0].startswith("prepare_data: error: ") and sentence in lines[0], shown.err
         assert shown.out == "" and sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -396,11 +396,11 @@ def test_the_plan_predicts_speed_where_the_profile_names_the_device(profile: Pat
         f"{text}planner_gpu: a100-80g\nplanner: {{peak_tflops: 312, memory_gib: 0.1, reserve_gib: 0.099}}\n"
     )
     assert lines()[1] == "warning  0.0 GiB a device are free for that: find a grid that fits with tools/plan.py"
-    profile.write_text(f"{text}planner_gpu: a100\n")
-    with pytest.raises(ConfigError, match="gpu 'a100' is not known; use a100-40g"):
+    profile.write_text(f"{text}planner_gpu: a1000\n")
+    with pytest.raises(ConfigError, match="gpu 'a1000' is not known; use a100, a100-40g"):
         lines()
     profile.write_text(f"{text}planner_gpu: a100-80g\n")
-    with pytest.raises(ConfigError, match="gpu 'a100-80g' has no known peak at this precision; give peak_tflops"):
+    with pytest.raises(ConfigError, match="gpu 'a100-80g' has no known peak at this precision; give planner.peak_tflops"):
         lines()
 
 

@@ -205,7 +205,7 @@ def test_several_runs_make_one_file_that_needs_nothing_else(tmp_path: Path) -> N
     results = tmp_path / "results.json"
     chart = {"title": "frontier", "x": "entropy", "y": "ppl", "scatter": True}
     chart |= {"series": [{"name": "S = 4", "points": [[3.0, 40.0], [4.0, 80.0]], "labels": ["T=0.5", "T=1"]}]}
-    table = {"title": "Test perplexity", "text": ["A > B"], "columns": ["model", "ppl"], "rows": [["AR", 3]]}
+    table = {"title": "Test perplexity", "text": ["A > B"], "columns": ["model", "ppl"], "rows": [["AR", "3"]]}
     results.write_text(json.dumps([table | {"charts": [chart]}]))
     runs = [str(tmp_path / name / "run") for name in "xy"]
     assert main([*runs, "-o", str(out), "--results", str(results), "--title", "Two runs"]) == 0
@@ -256,6 +256,12 @@ def test_x_is_tokens_where_steps_are_not_comparable(tmp_path: Path) -> None:
     [
         (lambda folder: None, "holds no config.yaml; give the run.dir of a run that has started"),
         (lambda folder: write_run(folder / "run", course(3), tail="broken\n{}\n"), "line 5 of"),
+        (
+            lambda folder: write_run(folder / "run", [{"step": "x"}, *course(3)]),
+            "has step='x', which no trainer writes",
+        ),
+        (lambda folder: write_run(folder / "run", [{"step": 1, "grid": {"tp": 0}}]), "has grid={'tp': 0}, which no"),
+        (lambda folder: write_run(folder / "run", [{"step": 1, "world_size": True}]), "has world_size=True, which no"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_sentence(
@@ -268,9 +274,17 @@ def test_what_is_no_run_is_refused_in_one_sentence(
 
 def test_bad_results_and_places_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", course(3))
-    (tmp_path / "bad.json").write_text('{"a": 1}')
-    assert main([str(run), "--results", str(tmp_path / "bad.json"), "-o", str(tmp_path / "r.html")]) == 2
-    assert "hold no list of sections; give a results.json" in capsys.readouterr().err
+    series = {"name": "n", "points": [[1, 2]], "errors": [1, 2]}
+    for bad, words in (
+        ({"a": 1}, "hold no list of sections; give a results.json"),
+        ([{"text": ["a"]}], "[0].title is not set"),
+        ([{"title": "t", "rows": [["1"]]}], "a row of 1 cells under 0 columns"),
+        ([{"title": "t", "charts": [{"title": "c", "x": "x", "y": "y", "series": [series]}]}], "2 errors for 1 points"),
+        ([{"title": "t", "columns": 3}], "[0].columns=3 is not a list"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        assert main([str(run), "--results", str(tmp_path / "bad.json"), "-o", str(tmp_path / "r.html")]) == 2
+        assert words in capsys.readouterr().err
     assert main([str(run), "--results", str(tmp_path / "none.json"), "-o", str(tmp_path / "r.html")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     for place, words in (

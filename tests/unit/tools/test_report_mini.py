@@ -14,10 +14,11 @@ from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.perplexity import SequenceScores
+from bd3_megatron.report.results import ResultSection
 from tools.mini.runs import Job, RunFailed, Runner, jobs_of
 from tools.mini.variants import QUICK, SEQ_LEN, TRUNK, VARIANTS, WHOLE, Size, base_tree, overrides
 from tools.mini.verdicts import CLAIMS, verdicts
-from tools.reproduce_mini import as_markdown, main, parser, size_of
+from tools.reproduce_mini import build_parser, main, sections_as_markdown, size_of
 
 TOKENS = 100.0
 
@@ -38,11 +39,13 @@ def test_every_variant_is_a_legal_run_of_equal_budget(name: str, size: Size, tmp
 
 
 def test_the_options_choose_how_much_is_done() -> None:
-    size = size_of(parser().parse_args(["--quick", "--steps", "100", "--variants", "s8", "ar", "--seeds", "4", "5"]))
+    size = size_of(
+        build_parser().parse_args(["--quick", "--steps", "100", "--variants", "s8", "ar", "--seeds", "4", "5"])
+    )
     assert (size.steps, size.branch_step, size.seeds, size.variants) == (100, 60, (4, 5), ("ar", "s8", TRUNK))
-    assert size_of(parser().parse_args([])) == WHOLE
+    assert size_of(build_parser().parse_args([])) == WHOLE
     with pytest.raises(RangeError, match="needs --steps 10 or more"):
-        size_of(parser().parse_args(["--steps", "3"]))
+        size_of(build_parser().parse_args(["--steps", "3"]))
 
 
 def test_trunks_come_first_and_finished_runs_are_not_started_again(tmp_path: Path) -> None:
@@ -102,8 +105,8 @@ def test_an_equality_that_does_not_hold_is_not_reproduced() -> None:
 
 
 def test_the_record_is_markdown() -> None:
-    section = {"title": "T", "text": ["one"], "columns": ["a", "b"], "rows": [["1", "2"]]}
-    assert as_markdown([section]) == "## T\n\none\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+    section = ResultSection(title="T", text=("one",), columns=("a", "b"), rows=(("1", "2"),))
+    assert sections_as_markdown([section]) == "## T\n\none\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
 
 
 @pytest.mark.matrix

@@ -12,8 +12,8 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.calibrate import Observation, calibrate, explain
 from bd3_megatron.planner.machines import GIB, machine_of
+from bd3_megatron.planner.plans import best_by_grid, rank_plans, why_not
 from bd3_megatron.planner.scaling import SIZES, as_markdown, config_of, curves, weak_scaling
-from bd3_megatron.planner.search import best_by_grid, search, why_not
 from bd3_megatron.planner.timing import step_time
 from tests.unit.cost.cases import case
 
@@ -34,7 +34,7 @@ def _seven_b(batch: int = 64) -> Config:
 
 
 def test_every_plan_is_legal_fits_and_uses_all_devices() -> None:
-    found = search(_seven_b(), 16, A100)
+    found = rank_plans(_seven_b(), 16, A100)
     assert len(found.fitting) > 50 and found.too_large and found.illegal
     for plan in found.fitting:
         validate(plan.config, world_size=16)
@@ -44,7 +44,7 @@ def test_every_plan_is_legal_fits_and_uses_all_devices() -> None:
 
 
 def test_every_axis_recomputation_and_stage_is_tried() -> None:
-    found = search(_seven_b(), 8, A100)
+    found = rank_plans(_seven_b(), 8, A100)
     plans = [plan.config for plan in [*found.fitting, *found.too_large]]
     assert (
         {p.parallel.tp for p in plans}
@@ -60,7 +60,7 @@ def test_every_axis_recomputation_and_stage_is_tried() -> None:
 
 
 def test_the_fastest_comes_first_and_the_others_say_why_not() -> None:
-    found = search(_seven_b(), 16, A100)
+    found = rank_plans(_seven_b(), 16, A100)
     rates = [plan.tokens_per_second for plan in found.fitting]
     assert rates == sorted(rates, reverse=True)
     best = found.fitting[0]
@@ -70,19 +70,19 @@ def test_the_fastest_comes_first_and_the_others_say_why_not() -> None:
 
 
 def test_one_plan_stands_for_every_grid() -> None:
-    grids = [plan.grid for plan in best_by_grid(search(_seven_b(), 8, A100))]
+    grids = [plan.grid for plan in best_by_grid(rank_plans(_seven_b(), 8, A100))]
     assert len(grids) == len(set(grids)) > 10
 
 
 def test_a_plan_knows_its_days_and_its_share_of_the_peak() -> None:
-    best = search(_seven_b(), 8, A100).fitting[0]
+    best = rank_plans(_seven_b(), 8, A100).fitting[0]
     assert best.days(86_400 * best.tokens_per_second) == pytest.approx(1.0)
     assert 0.2 < best.mfu(A100) < 0.8
-    assert "dp" in best.describe() and "mb " in best.describe()
+    assert "dp" in best.label and "mb " in best.label
 
 
 def test_nothing_fits_on_a_small_device() -> None:
-    found = search(_seven_b(), 1, A100)
+    found = rank_plans(_seven_b(), 1, A100)
     assert not found.fitting
     peaks = [plan.memory.peak for plan in found.too_large]
     assert peaks == sorted(peaks)
@@ -90,7 +90,7 @@ def test_nothing_fits_on_a_small_device() -> None:
 
 def test_no_legal_grid_is_a_sentence() -> None:
     with pytest.raises(ConfigError, match="no grid of 8 devices is legal for this configuration; the last was refused"):
-        search(replace(_seven_b(8), data=replace(_seven_b().data, seq_len=2040)), 8, A100)
+        rank_plans(replace(_seven_b(8), data=replace(_seven_b().data, seq_len=2040)), 8, A100)
 
 
 def _cpu_cases() -> list[Config]:

@@ -1,10 +1,8 @@
 """Every legal way to run a model on N devices, what it needs and how long it takes, best first.
 
-Decides: what is tried (all grids tp x pp x cp x dp = N with every vpp that divides the layers, sequence parallelism
-wherever tp > 1, micro-batches in powers of two, three recomputations, every ZeRO stage a grid allows), what is illegal
-(config.validate says so, with its own sentence) and what does not fit (memory of the fullest stage above the device's
-minus its reserve). Ranks by predicted tokens a second. Costs about a millisecond a plan; memory is asked first, because
-most plans fail there. Torch-free.
+Tried are all grids tp x pp x cp x dp = N with every vpp that divides the layers, sequence parallelism wherever tp > 1,
+micro-batches in powers of two, three recomputations, and every ZeRO stage a grid allows. `config/validate.py` says what is
+illegal. A plan does not fit when the fullest stage needs more memory than the device's less its reserve. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.flops import convention_flops
 from bd3_megatron.cost.memory import MemoryBytes, habits_on, memory_per_device
 from bd3_megatron.cost.shape import data_parallel
-from bd3_megatron.errors import ConfigError, divisors
+from bd3_megatron.errors import ConfigError, GridError, divisors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import GIB, Machine
 from bd3_megatron.planner.timing import TERA, StepTime, step_time
@@ -53,20 +51,22 @@ class Plan:
             return 0.0
         return self.config.train.global_batch_size * self.config.data.seq_len / self.time.total
 
-    def mfu(self, machine: Machine) -> float:
-        """By convention, of the device's peak."""
+    def mfu(self, machine: Machine) -> float | None:
+        """Share of the devices' peak by convention; None where nothing runs, and above 1, where the peak is wrong."""
         if self.time is None:
-            return 0.0
+            return None
         flops = self.config.train.global_batch_size * convention_flops(self.config).total
         devices = min(self.devices, machine.cores) if machine.cores else self.devices
-        return flops / (self.time.total * devices * machine.peak_tflops * TERA)
+        share = flops / (self.time.total * devices * machine.peak_tflops * TERA)
+        return share if share <= 1.0 else None
 
     def days(self, tokens: float) -> float:
         """To train on so many clean tokens."""
         return tokens / self.tokens_per_second / 86_400
 
-    def describe(self) -> str:
-        """tp2 pp4 vpp2 dp8 sp, micro-batch 4, recompute full, zero 1."""
+    @property
+    def label(self) -> str:
+        """Grid and settings in short: "tp2 pp4 vpp2 dp8 sp, mb 4, full, zero 1"."""
         parallel, train = self.config.parallel, self.config.train
         sizes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp or 1, "cp": parallel.cp}
         axes = [f"{name}{size}" for name, size in sizes.items() if size > 1] + [f"dp{data_parallel(self.config)}"]
@@ -75,8 +75,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Search:
-    """Outcome of a search."""
+class RankedPlans:
+    """All plans of a model on so many devices."""
 
     fitting: Sequence[Plan]
     """Fastest first."""
@@ -86,7 +86,21 @@ class Search:
     """Combinations that validation refuses."""
 
 
-def search(config: Config, devices: int, machine: Machine, constants: Constants | None = None) -> Search:
+def plan_of(config: Config, machine: Machine, constants: Constants | None = None) -> Plan:
+    """The prediction for one configuration, whether it fits or not.
+
+    Args:
+        config: validated, its dp set.
+        machine: device and links.
+        constants: of the time model; None: the machine's defaults.
+    """
+    memory = memory_per_device(config, habits_on("cpu" if machine.cores else "cuda", config))
+    # the time costs more than the memory, and most candidates of a large model fail there
+    fits = memory.peak <= machine.memory_bytes - machine.reserve_bytes
+    return Plan(config, memory, step_time(config, machine, constants) if fits else None)
+
+
+def rank_plans(config: Config, devices: int, machine: Machine, constants: Constants | None = None) -> RankedPlans:
     """Try every way to run `config` on `devices` devices.
 
     Args:
@@ -98,29 +112,36 @@ def search(config: Config, devices: int, machine: Machine, constants: Constants 
     Raises:
         ConfigError: not one grid is legal; says which law the last one broke.
     """
-    fitting: list[Plan] = []
-    too_large: list[Plan] = []
+    plans: list[Plan] = []
     illegal, last_reason = 0, ""
-    limit = machine.memory_bytes - machine.reserve_bytes
-    habits = habits_on("cpu" if machine.cores else "cuda", config)
     for candidate in _candidates(config, devices):
         try:
             validate(candidate, world_size=devices)
         except ConfigError as error:
             illegal, last_reason = illegal + 1, str(error)
             continue
-        memory = memory_per_device(candidate, habits)
-        if memory.peak > limit:
-            too_large.append(Plan(candidate, memory, None))
-        else:
-            fitting.append(Plan(candidate, memory, step_time(candidate, machine, constants)))
-    if not fitting and not too_large:
+        plans.append(plan_of(candidate, machine, constants))
+    if not plans:
         raise ConfigError(
             f"no grid of {devices} devices is legal for this configuration; the last was refused: {last_reason}"
         )
-    fitting.sort(key=lambda p: -p.tokens_per_second)
-    too_large.sort(key=lambda p: p.memory.peak)
-    return Search(fitting, too_large, illegal)
+    fitting = sorted((p for p in plans if p.time is not None), key=lambda p: -p.tokens_per_second)
+    too_large = sorted((p for p in plans if p.time is None), key=lambda p: p.memory.peak)
+    return RankedPlans(fitting, too_large, illegal)
+
+
+def on_devices(config: Config, devices: int) -> Config:
+    """The configuration's own grid on `devices` devices, dp taking what the other axes leave.
+
+    Raises:
+        ConfigError: that grid is not legal there.
+    """
+    ranks = config.parallel.model_ranks
+    if devices % ranks:
+        raise GridError(f"{devices} devices are not a multiple of tp x pp x cp = {ranks}.")
+    spread = replace(config, parallel=replace(config.parallel, dp=devices // ranks))
+    validate(spread, world_size=devices)
+    return spread
 
 
 def _candidates(config: Config, devices: int) -> Iterator[Config]:
@@ -177,7 +198,7 @@ def why_not(plan: Plan, best: Plan | None, machine: Machine) -> str:
     return f"{slower:.0%} slower ({causes})" if causes else f"{slower:.0%} slower"
 
 
-def best_by_grid(found: Search) -> list[Plan]:
+def best_by_grid(found: RankedPlans) -> list[Plan]:
     """The best plan of every grid, fitting ones first."""
     chosen: dict[tuple[int, int, int, int], Plan] = {}
     for plan in [*found.fitting, *found.too_large]:
