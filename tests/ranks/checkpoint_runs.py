@@ -58,11 +58,7 @@ def build(config: Config, topology: Topology, *, dtype: torch.dtype = torch.floa
     """A fresh engine of the run."""
     vocabulary = vocabulary_of(config, size=VOCAB, mask_id=VOCAB - 1)
     model = ParallelModel(config, vocabulary, topology, attend=attend, dtype=dtype)
-    return ZeroEngine(model, config, num_micro_batches=BATCH // topology.dp, dtype=dtype, describe=_describe)
-
-
-def _describe(batch: PairBatch, nll_R: Tensor) -> dict[str, Tensor]:
-    return {"sum": (nll_R.double() * batch.weight_R).sum()}
+    return ZeroEngine(model, config, num_micro_batches=BATCH // topology.dp, dtype=dtype)
 
 
 def _micro_batches(engine: ZeroEngine, step: int) -> list[PairBatch]:
@@ -78,7 +74,7 @@ def _micro_batches(engine: ZeroEngine, step: int) -> list[PairBatch]:
             tokens_GL[row], noise, index_B=index, seed=1, mask_id=VOCAB - 1, schedule=noise_schedule("loglinear")
         )
         clean = CleanBatch(tokens_BL=tokens_GL[row], index_B=index)
-        batches.append(pair_batch(clean, noisy, engine.model.layout))
+        batches.append(pair_batch(clean, [noisy], engine.model.layout))
     return batches
 
 
@@ -89,11 +85,9 @@ def steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]
         result = engine.train_step(
             _micro_batches(engine, step), loss_scale=topology.shard_size / (BATCH * LENGTH), lr=1e-3
         )
-        total = sum((log["sum"] for log in result.logs), torch.zeros((), dtype=torch.float64))
+        total = torch.zeros((), dtype=torch.float64)
         if topology.is_last_stage and topology.tp_rank == 0:
-            pass
-        else:
-            total = torch.zeros((), dtype=torch.float64)
+            total = sum((log.weighted_nll_BK.sum() for log in result.logs), total)
         dist.all_reduce(total)
         record.append((total.item() / (BATCH * LENGTH), result.grad_norm))
     return record
