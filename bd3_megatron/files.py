@@ -8,8 +8,6 @@ a number of their own, so that no two writers share one. Errors of the disk beco
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,9 +27,6 @@ LEFTOVER_SECONDS = 86_400
 """Age at which a temporary name of another host counts as abandoned; no single file takes a day."""
 LONGEST_NAME_BYTES = 150
 """Longer names are cut in temporary ones: file systems take 255 bytes, host, process and number included."""
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""File systems mounted without locks (Lustre without its flock option): claims are not kept apart there, and unique
-temporary names still leave the output of one writer, whole."""
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
 
@@ -150,35 +145,6 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         _remove(folder)
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Keep every other process from claiming `path` while the body runs; removes what killed writers left beside it.
-
-    Args:
-        path: a file or folder that is going to be written; need not exist.
-
-    Raises:
-        FileError: another process has claimed it; names that process. Or the folder cannot be written.
-    """
-    path = Path(os.path.realpath(path))
-    lock = path.with_name(f".{_shortened(path.name)}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(lock)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    if descriptor is None:
-        raise FileError(f"{path} is being written by {_holder(lock)}; wait for it, or stop it.")
-    try:
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        remove_leftovers(path.parent)
-        yield
-    finally:
-        # removed before it is let go: whoever waits for it sees that its file is gone and makes a new one
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
 def move(path: Path, target: Path) -> None:
     """Rename a file or folder within a file system, durably."""
     os.replace(path, target)
@@ -287,33 +253,6 @@ def _cannot_write(path: Path, error: OSError) -> FileError:
     # callers that explain the same error in words of their own ask for its reason
     sentence.errno = error.errno
     return sentence
-
-
-def _locked(lock: Path) -> int | None:
-    """A descriptor that holds the lock, or None where another process holds it. The kernel frees it at any death."""
-    while True:
-        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return descriptor
-            os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return None
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                os.truncate(descriptor, 0)
-                return descriptor
-        # its holder removed the file between our two calls
-        os.close(descriptor)
-
-
-def _holder(lock: Path) -> str:
-    with contextlib.suppress(OSError):
-        return lock.read_text("utf-8") or "another process"
-    return "another process"
 
 
 def _check_replaceable(path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from bd3_megatron.errors import FolderHeldError, LaunchError
-from bd3_megatron.files import create, move, reason_of
+from bd3_megatron.files import create, move, reason_of, remove_leftovers
 
 LEASE_FILE = "lease.json"
 HEARTBEAT_SECONDS = 5.0
@@ -219,17 +219,23 @@ def held(folder: Path, *, name: str, say: Callable[[str], None] = lambda said: N
 
 
 @contextlib.contextmanager
-def held_output(out: Path, *, name: str) -> Iterator[Lease]:
+def held_output(out: Path) -> Iterator[None]:
     """Hold a file or folder that appears only when it is complete; the lease lies beside it until then.
+
+    What killed writers left beside it is removed.
+
+    Args:
+        out: the file or folder; need not exist.
 
     Raises:
         FolderHeldError, LaunchError: as `acquire`.
     """
     out = out.absolute()
     made = [folder for folder in out.parents if not folder.exists()]
-    lease = acquire(out.with_name(f".{out.name}.{LEASE_FILE}"), name=name)
+    lease = acquire(out.with_name(f".{out.name}.{LEASE_FILE}"), name=f"out={out}")
     try:
-        yield lease
+        remove_leftovers(out.parent)
+        yield
     finally:
         lease.release()
         # where nothing came of it, nothing is left behind

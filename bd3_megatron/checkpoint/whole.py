@@ -26,7 +26,8 @@ from bd3_megatron.checkpoint.layout import (
     manifest_bytes,
 )
 from bd3_megatron.errors import CheckpointError
-from bd3_megatron.files import claimed, whole, write_bytes, write_text
+from bd3_megatron.files import whole, write_bytes, write_text
+from bd3_megatron.lease import held_output
 
 SHARD_BYTES = 4 * 2**30
 
@@ -53,9 +54,10 @@ def write_whole(
 
     Raises:
         CheckpointError: `out` exists, or the disk is too small.
-        FileError: it cannot be written, or another process is writing it.
+        FileError, LaunchError: it cannot be written.
+        FolderHeldError: another process is writing it.
     """
-    with claimed(out):
+    with held_output(out):
         if out.exists():
             raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
         check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_megatron.errors import ConversionError
-from bd3_megatron.files import claimed, whole
+from bd3_megatron.files import whole
+from bd3_megatron.lease import held_output
 
 WRITTEN_NAMES = frozenset(
     {
@@ -49,10 +50,11 @@ def published(out: Path, *, model_type: str) -> Iterator[Path]:
 
     Raises:
         ConversionError: `out` is a file, or a folder that holds something else.
-        FileError: it cannot be written, or another process is writing it.
+        FileError, LaunchError: it cannot be written.
+        FolderHeldError: another process is writing it.
     """
     out = Path(os.path.abspath(out))
-    with claimed(out):
+    with held_output(out):
         _check_replaceable(out, model_type)
         with whole(out, replace_folder=True) as staging:
             staging.mkdir()

@@ -86,5 +86,5 @@ def test_the_inspector_prints_and_compares(checkpoints: Path, capsys: pytest.Cap
     assert "step: 1 -> 2" in out and "34 of 34 tensors (model) differ" in out
     (second / rank_name(0)).write_text("{}")
     assert tool.main([str(second), "--verify"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("inspect_checkpoint: error: ")
     assert tool.main([str(run / "nowhere")]) == 2

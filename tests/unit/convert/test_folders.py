@@ -14,8 +14,8 @@ from bd3_megatron.convert.folder import published
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.plain_source import StateSource
 from bd3_megatron.convert.to_hf import stream_folder, write_folder
-from bd3_megatron.errors import CheckpointError, ConversionError, FileError, TokenizerError
-from bd3_megatron.files import claimed
+from bd3_megatron.errors import CheckpointError, ConversionError, FolderHeldError, TokenizerError
+from bd3_megatron.lease import held_output
 from tests.unit.hf.models import STYLES, tiny_config, tiny_model
 
 
@@ -114,7 +114,8 @@ def test_what_no_export_writes_is_never_deleted(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
-    with claimed(tmp_path / "out"), pytest.raises(FileError, match=rf"is being written by process {os.getpid()} on"):
+    sentence = rf"^out=.*out is held by another launch \(host .*, process {os.getpid()},"
+    with held_output(tmp_path / "out"), pytest.raises(FolderHeldError, match=sentence):
         write_folder(tiny_model(4, dtype=torch.float32).state_dict(), tiny_config(4), tmp_path / "out")
     assert os.listdir(tmp_path) == []
 

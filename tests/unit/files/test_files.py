@@ -17,7 +17,6 @@ from bd3_megatron import files
 from bd3_megatron.errors import BD3Error, DataError, FileError
 from bd3_megatron.files import (
     append_line,
-    claimed,
     create,
     discard,
     disk_errors,
@@ -233,79 +232,6 @@ def test_errors_about_other_files_are_not_about_this_one(tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError) as caught, whole(tmp_path / "out"):
         (tmp_path / "source").read_text()
     assert not isinstance(caught.value, BD3Error)
-
-
-def test_a_claim_keeps_others_out_names_its_holder_and_leaves_nothing(tmp_path: Path) -> None:
-    out, ready, go = tmp_path / "out", os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        with claimed(out):
-            os.write(ready[1], b"x")
-            os.read(go[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(FileError, match=rf"out is being written by process {child} on \S+; wait for it, or stop it"):
-        with claimed(out):
-            raise AssertionError("two holders")
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
-    with claimed(out):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_claim_ends_with_its_holder_and_its_leftovers_go(tmp_path: Path) -> None:
-    def killed() -> None:
-        with claimed(tmp_path / "out"), whole(tmp_path / "out") as folder:
-            folder.mkdir()
-            die()
-
-    assert in_a_child(killed) == signal.SIGKILL and len(os.listdir(tmp_path)) == 2
-    with claimed(tmp_path / "out"):
-        assert os.listdir(tmp_path) == [".out.lock"]
-    assert os.listdir(tmp_path) == []
-
-
-def test_only_one_of_many_holds_a_claim(tmp_path: Path) -> None:
-    def often() -> None:
-        for _ in range(50):
-            try:
-                with claimed(tmp_path / "out"):
-                    descriptor = os.open(tmp_path / "held", os.O_CREAT | os.O_EXCL)
-                    os.close(descriptor)
-                    os.unlink(tmp_path / "held")
-            except FileError:
-                continue
-            except FileExistsError:
-                os._exit(1)
-
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                often()
-            finally:
-                os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-
-
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EIO])
-def test_claims_where_the_file_system_has_no_locks(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    if number == errno.EOPNOTSUPP:
-        with claimed(tmp_path / "out"):
-            pass
-        assert os.listdir(tmp_path) == []
-        return
-    with pytest.raises(FileError, match=r"out cannot be written \(Input/output error\)"), claimed(tmp_path / "out"):
-        pass
 
 
 def test_a_scratch_folder_is_gone_at_the_end(tmp_path: Path) -> None:

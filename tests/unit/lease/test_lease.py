@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from bd3_megatron import lease as lease_module
 from bd3_megatron.errors import FolderHeldError, LaunchError
+from bd3_megatron.files import whole
 from bd3_megatron.lease import (
     PATIENCE_SECONDS,
     REQUEUED_STALE_SECONDS,
@@ -264,17 +266,52 @@ def test_a_forked_child_does_not_give_the_folder_back(tmp_path: Path) -> None:
 
 def test_an_output_is_held_beside_its_place(tmp_path: Path) -> None:
     out = tmp_path / "more" / "hf"
-    with held_output(out, name="out=hf") as mine:
-        assert mine.path == tmp_path / "more/.hf.lease.json" and not out.exists()
-        with (
-            pytest.raises(FolderHeldError, match=r"^out=hf is held by another launch"),
-            held_output(out, name="out=hf"),
-        ):
+    with held_output(out):
+        assert [p.name for p in out.parent.iterdir()] == [".hf.lease.json"]
+        with pytest.raises(FolderHeldError, match=rf"^out={out} is held by another launch"), held_output(out):
             raise AssertionError("two hold it")
     assert list(tmp_path.iterdir()) == [], "no output, no folders"
-    with held_output(out, name="out=hf"):
+    with held_output(out):
         out.mkdir()
     assert [p.name for p in out.parent.iterdir()] == ["hf"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    child = os.fork()
+    if child == 0:
+        with held_output(out), whole(out) as staging:
+            staging.mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    with held_output(out):
+        assert [p.name for p in tmp_path.iterdir()] == [".hf.lease.json"]
+
+
+def test_only_one_of_many_holds_an_output_however_often(tmp_path: Path) -> None:
+    def often() -> None:
+        for _ in range(30):
+            try:
+                with held_output(tmp_path / "out"):
+                    os.close(os.open(tmp_path / "alone", os.O_CREAT | os.O_EXCL))
+                    os.unlink(tmp_path / "alone")
+            except FolderHeldError:
+                continue
+
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                often()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
