@@ -163,6 +163,11 @@ COMMANDS = {
         add_arguments=_add_config_arguments,
         run=_run_of("bd3_megatron.train.doctor"),
     ),
+    "config": Command(
+        summary="Explain one key of a configuration, or print all of them.",
+        add_arguments=_add_arguments_of("bd3_megatron.config.reference"),
+        run=_run_of("bd3_megatron.config.reference"),
+    ),
 }
 
 

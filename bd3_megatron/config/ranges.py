@@ -41,11 +41,11 @@ class Range:
         below = value < self.upper if self.open_upper else value <= self.upper
         return above and below and not (self.even and value % 2)
 
-    def __str__(self) -> str:
-        """The range as mathematics writes it: "[0, 1)"."""
+    @property
+    def interval(self) -> str:
+        """The ends as mathematics writes them: "[0, 1)"."""
         lower = f"{'(' if self.open_lower else '['}{_short(self.lower)}"
-        upper = f"{_short(self.upper)}{')' if self.open_upper else ']'}"
-        return f"{'0 or ' if self.or_zero else ''}{lower}, {upper}{', even' if self.even else ''}"
+        return f"{lower}, {_short(self.upper)}{')' if self.open_upper else ']'}"
 
     def check(self, value: Any, where: str) -> None:
         """Refuse a number outside the range; a value that is no number passes.
@@ -55,7 +55,8 @@ class Range:
         """
         if isinstance(value, bool) or not isinstance(value, int | float) or self.holds(value):
             return
-        raise ConfigError(f"{where}={shown(value)} is outside {self}; {self._remedy(type(value))}.")
+        law = f"{'0 or ' if self.or_zero else ''}{self.interval}{', even' if self.even else ''}"
+        raise ConfigError(f"{where}={shown(value)} is outside {law}; {self._remedy(type(value))}.")
 
     def _remedy(self, kind: type) -> str:
         noun = "an even number" if self.even else "a whole number" if kind is int else "a number"
