@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from bd3_megatron.errors import BD3Error, FileError, UsageError, sentence
+from bd3_megatron.errors import BD3Error, FileError, UsageError, cut, sentence
 
+LONGEST_COMPLAINT = 500
+"""Characters: argparse repeats whatever was typed."""
 INTERRUPTED = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
 
@@ -27,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(f"{message}; see {self.prog} --help.")
+        raise UsageError(f"{cut(message, LONGEST_COMPLAINT)}; see {self.prog} --help.")
 
 
 def run_tool(

@@ -5,16 +5,18 @@
 #   tests/run.sh --matrix        also every grid against every other (minutes)
 #   tests/run.sh --slurm         also what waits on SLURM's own clocks (minutes)
 #   tests/run.sh --mutations     instead: one-line mutations, and whether the default tests notice (minutes; names: only those)
+#   tests/run.sh --fuzz          also ten thousand odd configurations (minutes)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-deselected=(matrix slurm_long)
+deselected=(matrix slurm_long fuzz)
 arguments=()
 for argument in "$@"; do
     case $argument in
     --matrix) deselected=("${deselected[@]/#matrix/}") ;;
     --slurm) deselected=("${deselected[@]/#slurm_long/}") ;;
+    --fuzz) deselected=("${deselected[@]/#fuzz/}") ;;
     *) arguments+=("$argument") ;;
     esac
 done
