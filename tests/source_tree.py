@@ -108,3 +108,12 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
             seen.add(module)
             waiting.extend(graph[module])
     return seen
+
+
+def docstrings(source: Source) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring: of the file, its classes, functions and attributes (a string that stands under one)."""
+    for node in source.nodes:
+        for statement in getattr(node, "body", ()) if not isinstance(node, ast.Lambda | ast.IfExp) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                if isinstance(statement.value.value, str):
+                    yield statement.lineno, statement.value.value

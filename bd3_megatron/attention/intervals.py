@@ -4,7 +4,7 @@ Under the rule every query row sees one run of clean keys, and a noisy row one r
     noisy row:  clean [document start, block start),  noisy [block start, block end) cut to the document
     clean row:  clean [document start, block end) cut to the document
 Both ends rise with the row. So a kernel needs two integers a row for its mask, and four a tile to know where keys begin,
-where every row sees them (no mask there), where that ends, and where keys end: `Bounds`. Works for every visibility;
+where every row sees them (no mask there), where that ends, and where keys end: `bounds_of_queries`. Works for every visibility;
 documents must be contiguous. `sees` in `visibility` stays the rule; a test holds these tables against it.
 Costs a few sorted searches once per shape, or once per batch of documents.
 Source: none; the intervals are the rectangles of `rectangles`, row by row.

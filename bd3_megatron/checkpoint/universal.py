@@ -2,7 +2,7 @@
 
     step_N.universal/zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt, step.pt    DeepSpeed's layout
     step_N.universal/ema/<name>/fp32.pt                                   the averaged weights, in a second pass
-    step_N.universal/{zero/optimizer_state.pt, mp_rank_00_model_states.pt}  what DeepSpeed's own loader asks for besides
+    step_N.universal/zero/optimizer_state.pt, mp_rank_00_model_states.pt     what DeepSpeed's own loader asks for besides
     step_N.universal/COMPLETE                                             digest of the manifest it was made from
 
 Decides: the form is written from our restricted, memory-mapped reader and not by DeepSpeed's ds_to_universal, which

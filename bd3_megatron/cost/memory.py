@@ -17,7 +17,7 @@ With tensor parallelism q, k, v, MLP are cut by t; rows of norms by t too under 
 holds as many micro-batches as its schedule keeps in flight. The peak is the larger of two moments: around the first
 backward (the head's chunk of logits, or the widest layer whose backward runs, less what the layers behind it have let
 go), and the optimizer's step, when activations and buckets are gone and copies of the own shard are there.
-Does not know: the allocator's fragmentation, the CUDA context, kernels' workspaces; add `plan_machines` reserves for
+Does not know: the allocator's fragmentation, the CUDA context, kernels' workspaces; add planner/machines reserves for
 those. Source: megatron-core 0.16 and DeepSpeed 0.19 as read and as counted by hooks.
 """
 

@@ -1,7 +1,7 @@
 """Interval search: the clipped interval under which one block's loss estimate varies least, from shared forward passes.
 
 A clipped interval trades masks that teach nothing (all or none masked) against coverage. The winner is the interval
-with the smallest variance of `objective.block_losses`, over data and noise.
+with the smallest variance of `token_nll.block_losses`, over data and noise.
 All candidates are scored from the same passes. A t drawn from U[MIN_T, 1] that falls inside [beta, omega] is a draw
 from U[beta, omega]; so a pass counts for every candidate that holds its t. With resampling the masked fraction must
 fall inside too, and the draw weighs 1 / P(inside | t), since resampling keeps t's law and conditions the mask. A point
@@ -134,7 +134,7 @@ def score(
     """Moments of one pass's block losses under every candidate, without resampling.
 
     Args:
-        loss_BK: float [B, K] from `objective.block_losses`, of masks that were not resampled.
+        loss_BK: float [B, K] from `token_nll.block_losses`, of masks that were not resampled.
         t_BK: float [B, K], the levels they were drawn at.
         intervals: C candidates.
         drawn_from: the interval t_BK is uniform on; one of `passes(intervals)`.

@@ -51,8 +51,8 @@ def rebuilt(function: Callable[..., Tensor], *args: Tensor | None) -> tuple[Tens
     """The output of `function`, and what to call once that output has been used.
 
     Returns:
-        (output, release): `release(later)` frees the output's memory; it is computed again when the gradient of
-        `later`, which must depend on it, has arrived.
+        (output, release): called with a later tensor that depends on the output, `release` frees the output's memory;
+        the output is computed again when the gradient of that tensor has arrived.
     """
     # the default fp8=False asks for TransformerEngine, see compat/megatron
     once = CheckpointWithoutOutput(fp8=None)

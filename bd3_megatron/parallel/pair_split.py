@@ -7,7 +7,7 @@ no noisy ones. The last clean block is seen by no row that carries loss, so it m
 Several noisy views may share one clean half: then the noisy rows are [view 0; view 1; ...], each of the same positions.
 Sequence parallelism cuts the rows of a rank further, contiguously, inside megatron; nothing here depends on it, except
 that tp must divide the number of rows.
-Source: performance.md of the design notes; zigzag as in ring attention for causal models.
+Source: the zigzag order of ring attention for causal models, here for both halves of the pair.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the time model must be told about a machine's software: rates reached, passes made, waits; one place for all of them.
 
-Decides: the defaults, typical of data-centre GPUs, and those of CPU cores under gloo; `plan_calibrate` fits the factors at
+Decides: the defaults, typical of data-centre GPUs, and those of CPU cores under gloo; `calibrate` fits the factors at
 the end to measured runs, the rest stays. Every shipped prediction prints them. Torch-free.
 """
 

@@ -1,6 +1,6 @@
 """How long a step takes on a machine: a roofline of what runs, plus what moves, plus what waits.
 
-Decides the model, not the truth: every number here is derived from cost_*, the machine and `plan_constants`, whose factors
+Decides the model, not the truth: every number here is derived from cost/, the machine and `constants`, whose factors
 `--calibrate` fits to measured runs. One micro-batch on pipeline stage s takes
 
     t_s = matrix + attention + head + elementwise + overhead + tp + cp            forward and backward
