@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def build_parser() -> CommandParser:
@@ -30,7 +30,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
+    parser.add_argument("--dtype", choices=sorted(TORCH_NAMES), default="fp32", help="of the stored weights")
     parser.add_argument("--layout", choices=("bd3", "sdar", "qwen3"), default="bd3", help="whose names and fields")
     parser.add_argument("--remap-mask", action="store_true", help="sdar: move the mask to the id its engines assume")
     parser.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
@@ -59,7 +59,7 @@ def convert(parsed: argparse.Namespace) -> list[str]:
         parsed.place,
         parsed.out,
         raw=parsed.raw,
-        dtype=getattr(torch, DTYPES[parsed.dtype]),
+        dtype=getattr(torch, TORCH_NAMES[parsed.dtype]),
         licence=parsed.license,
         warn=lambda text: print(text, file=sys.stderr),
     )
@@ -79,7 +79,7 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
     from bd3_megatron.files import scratch_folder
     from bd3_megatron.sampling.folder import MODEL_TYPE
 
-    dtype = getattr(torch, DTYPES[parsed.dtype])
+    dtype = getattr(torch, TORCH_NAMES[parsed.dtype])
     with scratch_folder(parsed.out) as between:
         folder, lines = parsed.place, []
         if model_type_of(folder) != MODEL_TYPE:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import DataError
 
-WORD = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(r"[^\W\d_]+")
 CHUNK_TOKENS = 1_000_000
 
 
@@ -38,7 +38,7 @@ def build_parser() -> CommandParser:
 
 def words_of(text: str) -> list[str]:
     """Words in order, case folded."""
-    return [word.casefold() for word in WORD.findall(text)]
+    return [word.casefold() for word in _WORD.findall(text)]
 
 
 def training_words(data: Path) -> set[str]:

@@ -21,9 +21,7 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import DataError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.chart import Series, line_chart, stroke
-from bd3_megatron.report.run_record import read_run
-
-KEY = "loss/train_nats_per_token"
+from bd3_megatron.report.run_record import LOSS_KEY, read_run
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -32,13 +30,13 @@ def losses(folder: Path) -> dict[int, float]:
     Raises:
         DataError: no such run, or it has logged no loss yet.
     """
-    found = read_run(folder).series(KEY)
+    found = read_run(folder).series(LOSS_KEY)
     if not found:
-        raise DataError(f"'{folder}' has logged no {KEY} yet; wait for its first steps.")
+        raise DataError(f"'{folder}' has logged no {LOSS_KEY} yet; wait for its first steps.")
     return found
 
 
-def compare(runs: dict[str, dict[int, float]]) -> list[tuple[str, int, float, float]]:
+def loss_gaps(runs: dict[str, dict[int, float]]) -> list[tuple[str, int, float, float]]:
     """(name, common steps, largest and mean absolute difference from the first run) of every run.
 
     Raises:
@@ -74,7 +72,7 @@ def build_parser() -> CommandParser:
 def work(options: argparse.Namespace) -> int:
     """Print the table; 0 when all are within the tolerance, 1 when not."""
     runs = {name: losses(Path(name)) for name in options.runs}
-    rows = compare(runs)
+    rows = loss_gaps(runs)
     print(f"{'run':40} {'steps':>6} {'largest':>10} {'mean':>10}")
     for name, steps, largest, mean in rows:
         print(f"{name:40} {steps:6} {largest:10.2e} {mean:10.2e}")

@@ -47,7 +47,7 @@ from bd3_megatron.planner.machines import (
 )
 from bd3_megatron.planner.peaks import PEAKS
 from bd3_megatron.planner.plans import Plan, RankedPlans, best_by_grid, on_devices, plan_of, rank_plans, why_not
-from bd3_megatron.planner.scaling import as_markdown, curves, weak_scaling
+from bd3_megatron.planner.scaling import efficiency_curves, scaling_markdown, weak_scaling
 from bd3_megatron.report.chart import Series, line_chart, stroke
 from bd3_megatron.report.run_record import RunRecord, read_run
 from launch.cluster import load_cluster
@@ -329,11 +329,13 @@ def write_weak_scaling(options: argparse.Namespace) -> int:
     machine, folder = machine_for(options, "bf16"), Path(options.weak_scaling)
     constants = constants_from(options, machine)
     points = weak_scaling(machine, constants)
-    series = [Series(name, curve, stroke(number)) for number, (name, curve) in enumerate(curves(points).items())]
+    series = [
+        Series(name, curve, stroke(number)) for number, (name, curve) in enumerate(efficiency_curves(points).items())
+    ]
     title, unit = f"weak scaling, simulated ({machine.name})", "tokens/s/device, % of the smallest"
     chart = line_chart(title, "devices", unit, series, log_x=True, from_zero=True, legend=True)
     stem = f"weak_scaling_simulated_{machine.name}"
-    write_text(folder / f"{stem}.md", as_markdown(points, machine, constants))
+    write_text(folder / f"{stem}.md", scaling_markdown(points, machine, constants))
     write_text(folder / f"{stem}.svg", chart.file())
     print(f"wrote {folder / stem}.md and .svg")
     return 0

@@ -22,7 +22,7 @@ from bd3_megatron.report.chart import Chart, Series, line_chart, stacked_bars, s
 from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.report.run_summary import RunComparison, RunSummary, compare_runs
 
-COLUMNS = (
+THROUGHPUT_HEADINGS = (
     "run",
     "model",
     "devices",
@@ -51,7 +51,7 @@ def work(options: argparse.Namespace) -> int:
     """Print the table and write the plots."""
     runs = [read_run(Path(folder)) for folder in options.run]
     compared = compare_runs(runs)
-    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](compared))
+    print({"text": as_text, "markdown": throughput_markdown, "json": as_json}[options.format](compared))
     if options.plots is not None:
         for path in write_plots(runs, compared, Path(options.plots)):
             print(f"wrote {path}", file=sys.stderr)
@@ -112,15 +112,15 @@ def _tail(compared: RunComparison) -> list[str]:
 
 def as_text(compared: RunComparison) -> str:
     """Aligned columns for a terminal."""
-    table = [list(COLUMNS), *(_cells(row) for row in compared.rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    table = [list(THROUGHPUT_HEADINGS), *(_cells(row) for row in compared.rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(THROUGHPUT_HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     return "\n".join(lines + _tail(compared))
 
 
-def as_markdown(compared: RunComparison) -> str:
+def throughput_markdown(compared: RunComparison) -> str:
     """A Markdown table and lists."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines = [f"| {' | '.join(THROUGHPUT_HEADINGS)} |", f"|{'---|' * len(THROUGHPUT_HEADINGS)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in compared.rows]
     tail = [f"* {line.strip()}" if line.startswith("  ") else line for line in _tail(compared)]
     return "\n".join(lines + [piece for line in tail for piece in ([line, ""] if line.endswith(":") else [line])])

@@ -26,7 +26,7 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import RangeError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.results import ResultChart, ResultSection, ResultSeries, write_results
-from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, Size, base_tree
+from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, MiniSize, base_tree
 
 BUILTIN = "builtin:python-docs"
 TEMPERATURES = (0.6, 0.8, 1.0)
@@ -59,7 +59,7 @@ def build_parser() -> CommandParser:
     return found
 
 
-def size_of(options: argparse.Namespace) -> Size:
+def size_of(options: argparse.Namespace) -> MiniSize:
     """How much to do.
 
     Raises:
@@ -80,7 +80,7 @@ def size_of(options: argparse.Namespace) -> Size:
     )
 
 
-def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
+def reproduce(options: argparse.Namespace, size: MiniSize, out: Path) -> None:
     """Prepare, train, measure, write.
 
     Raises:
@@ -90,14 +90,14 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
 
     from bd3_megatron.data.prepare import PrepareRequest, prepare
     from bd3_megatron.data.sources import text_source
-    from tools.mini.runs import Runner, jobs_of
+    from tools.mini.runs import Runner, mini_runs
 
     source = text_source(options.text)
     prepare(PrepareRequest(out=out / "data", sources={"train": source}, tokenizer="bytes", valid_fraction=0.05))
     config = out / "config.yaml"
     write_text(config, yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False))
-    jobs = jobs_of(size, out)
-    Runner(size, config, options.jobs, say).run(jobs)
+    jobs = mini_runs(size, out)
+    Runner(size, config, options.jobs, progress).run(jobs)
     sections = measured(size, jobs, out, options.jobs)
     markdown = sections_as_markdown(sections)
     write_results(out / "results.json", sections)
@@ -106,7 +106,7 @@ def reproduce(options: argparse.Namespace, size: Size, out: Path) -> None:
     write_report(size, out)
 
 
-def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[ResultSection]:
+def measured(size: MiniSize, jobs: Sequence[Any], out: Path, at_once: int) -> list[ResultSection]:
     """The sections of the result: perplexity, verdicts, variance, and in the whole form the frontier."""
     from bd3_megatron.data.loader import TokenDataset
     from tools.mini.measure import INTERVALS, measure_all
@@ -122,7 +122,7 @@ def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[R
     ):
         key = (job.variant.name, job.seed)
         found[key], scores[key] = one.estimate, one.scores
-        say(f"{job.variant.label}, seed {job.seed}: {one.estimate.sentence()}")
+        progress(f"{job.variant.label}, seed {job.seed}: {one.estimate.sentence()}")
         if one.interval_variances:
             by_interval.append((job.variant.label, *(f"{value:.3f}" for value in one.interval_variances)))
     said = verdicts(scores, size.seeds)
@@ -145,7 +145,7 @@ def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[R
         ),
         ResultSection(
             title="Variance of one block's loss by noise interval (nats squared)",
-            text=("Measured on each trained model; the paper's table 2 trains a model for each interval.",),
+            text=("ModelMeasurement on each trained model; the paper's table 2 trains a model for each interval.",),
             columns=("model", *(f"U[{0 if low < 0.01 else low:g}, {high:g}]" for low, high in INTERVALS)),
             rows=tuple(by_interval),
         ),
@@ -153,7 +153,7 @@ def measured(size: Size, jobs: Sequence[Any], out: Path, at_once: int) -> list[R
     return [*sections, _frontier(size, jobs, out)] if size.with_frontier and "ar" in size.variants else sections
 
 
-def _what(size: Size, dataset: Any) -> str:
+def _what(size: MiniSize, dataset: Any) -> str:
     from tools.mini.variants import SEQ_LEN
 
     tokens = size.steps * size.global_batch_size * SEQ_LEN
@@ -164,7 +164,7 @@ def _what(size: Size, dataset: Any) -> str:
     )
 
 
-def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: Size) -> tuple[str, ...]:
+def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: MiniSize) -> tuple[str, ...]:
     each = [found[name, seed] for seed in size.seeds]
     nll = mean(one.nll_nats_per_token for one in each)
     noise = math.sqrt(sum(one.stderr_noise**2 for one in each)) / len(each)
@@ -188,7 +188,7 @@ def _last_interval(folder: Path) -> str:
     return "-" if low is None or run.config.diffusion.objective == "ar" else f"[{low:g}, {high:g}]"
 
 
-def _frontier(size: Size, jobs: Sequence[Any], out: Path) -> ResultSection:
+def _frontier(size: MiniSize, jobs: Sequence[Any], out: Path) -> ResultSection:
     """Scored by the AR model of the last seed; texts of the first seed's models."""
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
     from tools.mini.measure import frontiers
@@ -244,7 +244,7 @@ def sections_as_markdown(sections: Sequence[ResultSection]) -> str:
     return "\n".join(lines)
 
 
-def write_report(size: Size, out: Path) -> None:
+def write_report(size: MiniSize, out: Path) -> None:
     """OUT/report.html over the first seed's runs."""
     from tools.report import main as report
 
@@ -262,7 +262,7 @@ def write_report(size: Size, out: Path) -> None:
     )
 
 
-def say(sentence: str) -> None:
+def progress(sentence: str) -> None:
     """A line of progress."""
     print(sentence, file=sys.stderr, flush=True)
 

@@ -22,7 +22,7 @@ from bd3_megatron.planner.timing import step_time
 FACTORS = ("compute_factor", "communication_factor", "optimizer_factor", "overhead_factor", "shared_factor")
 PRIOR_WEIGHT = 0.02
 """A factor of e costs as much as a misfit of 14 % in one step time."""
-ROUNDS = 60
+FITTING_ROUNDS = 60
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def calibrate(observations: Sequence[Observation], machine: Machine, constants: 
         raise ConfigError("a run to calibrate on has no positive time/step_seconds; let it record steps first.")
     start = constants or constants_for(machine)
     logs = [0.0] * len(FACTORS)
-    for _ in range(ROUNDS):
+    for _ in range(FITTING_ROUNDS):
         step = _gauss_newton_step(observations, machine, start, logs)
         # half steps: residuals bend where contention begins
         logs = [value + 0.5 * change for value, change in zip(logs, step, strict=True)]

@@ -18,7 +18,7 @@ from bd3_megatron.errors import ConfigError, either
 
 GIB = 2**30
 GB = 1e9
-CPU = "cpu"
+CPU_DEVICE = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ DEVICES: Mapping[str, _Device] = MappingProxyType(
         "a6000": _Device("NVIDIA RTX A6000", 48, 768, 12, 1.25),
         "mi300x": _Device("AMD Instinct MI300X", 192, 5300, 448, 50),
         # gloo on loopback, two ranks: a tensor's all-reduce takes 1.5 ms and 0.8 ms a MB, that of one number 0.3 ms
-        "cpu": _Device(CPU, 64, 10, 2, 1, 1024, intra_us=750, inter_us=300),
+        "cpu": _Device(CPU_DEVICE, 64, 10, 2, 1, 1024, intra_us=750, inter_us=300),
     }
 )
 
@@ -143,7 +143,9 @@ def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | No
     known, given = DEVICES[name], cluster or ClusterFile()
     peak = given.peak_tflops or peak_tflops
     if peak is None:
-        raise ConfigError(f"gpu '{gpu}' has no known peak at this precision; give planner.peak_tflops in a cluster profile.")
+        raise ConfigError(
+            f"gpu '{gpu}' has no known peak at this precision; give planner.peak_tflops in a cluster profile."
+        )
     machine = Machine(
         name=name,
         device_name=known.device_name,
@@ -155,7 +157,7 @@ def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | No
         intra_node_latency_seconds=known.intra_us * 1e-6,
         inter_node_bytes_per_second=(given.inter_node_gb_per_second or known.inter_gb_s) * GB,
         inter_node_latency_seconds=known.inter_us * 1e-6,
-        cores=given.cores or (1 if known.device_name == CPU else 0),
+        cores=given.cores or (1 if known.device_name == CPU_DEVICE else 0),
     )
     return _with_small_numbers(machine, given)
 

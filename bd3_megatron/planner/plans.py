@@ -19,7 +19,8 @@ from bd3_megatron.cost.shape import data_parallel
 from bd3_megatron.errors import ConfigError, GridError, divisors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import GIB, Machine
-from bd3_megatron.planner.timing import TERA, StepTime, step_time
+from bd3_megatron.planner.peaks import TERA
+from bd3_megatron.planner.timing import StepTime, step_time
 
 MAX_MICRO_BATCH = 32
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")

@@ -17,13 +17,13 @@ from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import GIB, Machine, assumptions
 from bd3_megatron.planner.plans import Plan, rank_plans
 
-DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
+DEVICE_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SEQUENCES_PER_DEVICE = 4
 SEQ_LEN, BLOCK_SIZE = 2048, 16
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """A model shape, modern style."""
 
     name: str
@@ -36,23 +36,23 @@ class Size:
 
 
 SIZES = (
-    Size("1.3B", 24, 2048, 16, 16, 5632, 50258),
-    Size("7B", 32, 4096, 32, 32, 11008, 32000),
-    Size("30B", 60, 6656, 64, 64, 17920, 32000),
+    ModelSize("1.3B", 24, 2048, 16, 16, 5632, 50258),
+    ModelSize("7B", 32, 4096, 32, 32, 11008, 32000),
+    ModelSize("30B", 60, 6656, 64, 64, 17920, 32000),
 )
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """Best plan of a size on so many devices; None where nothing fits."""
 
-    size: Size
+    size: ModelSize
     devices: int
     plan: Plan | None
     efficiency: float | None
 
 
-def config_of(size: Size, devices: int) -> Config:
+def weak_scaling_config(size: ModelSize, devices: int) -> Config:
     """The configuration of a size in weak scaling."""
     return config_from_tree(
         {
@@ -76,23 +76,23 @@ def weak_scaling(
     machine: Machine,
     constants: Constants | None = None,
     *,
-    devices: Sequence[int] = DEVICES,
-    sizes: Sequence[Size] = SIZES,
-) -> list[Point]:
+    devices: Sequence[int] = DEVICE_COUNTS,
+    sizes: Sequence[ModelSize] = SIZES,
+) -> list[ScalingPoint]:
     """The curve: every size on every number of devices."""
-    points: list[Point] = []
+    points: list[ScalingPoint] = []
     for size in sizes:
         base: float | None = None
         for count in devices:
-            found = rank_plans(config_of(size, count), count, machine, constants)
+            found = rank_plans(weak_scaling_config(size, count), count, machine, constants)
             plan = found.fitting[0] if found.fitting else None
             rate = None if plan is None else plan.tokens_per_second / count
             base = rate if base is None else base
-            points.append(Point(size, count, plan, None if rate is None or base is None else rate / base))
+            points.append(ScalingPoint(size, count, plan, None if rate is None or base is None else rate / base))
     return points
 
 
-def as_markdown(points: Sequence[Point], machine: Machine, constants: Constants | None = None) -> str:
+def scaling_markdown(points: Sequence[ScalingPoint], machine: Machine, constants: Constants | None = None) -> str:
     """The table with all assumptions."""
     lines = [
         f"# Weak scaling, simulated: {machine.name}",
@@ -110,8 +110,8 @@ def as_markdown(points: Sequence[Point], machine: Machine, constants: Constants 
     return "\n".join(lines) + "\n"
 
 
-def _row(point: Point, machine: Machine) -> str:
-    config = config_of(point.size, point.devices)
+def _row(point: ScalingPoint, machine: Machine) -> str:
+    config = weak_scaling_config(point.size, point.devices)
     cells = [
         point.size.name,
         f"{parameter_count(config) / 1e9:.2f}B",
@@ -145,7 +145,7 @@ def _model_assumptions(constants: Constants) -> list[str]:
     ]
 
 
-def curves(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+def efficiency_curves(points: Sequence[ScalingPoint]) -> dict[str, list[tuple[float, float]]]:
     """{model: [(devices, efficiency in percent)]} of the points that fit."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:

@@ -49,8 +49,7 @@ from bd3_megatron.cost.shape import (
 from bd3_megatron.cost.traffic import Transfer, small_collectives, transfers
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import Machine
-
-TERA = 1e12
+from bd3_megatron.planner.peaks import TERA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from bd3_megatron.report.run_data import LOSS, RunData
+from bd3_megatron.report.run_data import ReportedRun
+from bd3_megatron.report.run_record import LOSS_KEY
 from bd3_megatron.report.run_summary import beyond_peak
 
 SPIKE_WINDOW = 20
@@ -18,7 +19,7 @@ SPIKE_DEVIATIONS = 6.0
 """A spike stands this many median absolute deviations above the median of its window,"""
 SPIKE_SHARE = 0.1
 """and at least this share above it."""
-SLOW_FACTOR = 2.0
+SLOW_STEP_FACTOR = 2.0
 """A step is slow when it takes this multiple of the median."""
 LOW_MFU = 0.2
 SPLIT_LIMITS = {"data_wait": 0.1, "communication": 0.3, "bubble": 0.25, "other": 0.2}
@@ -37,7 +38,7 @@ SILENT_SECONDS = 120.0
 """and at least this long."""
 
 
-def findings(run: RunData, *, now: float) -> list[str]:
+def findings(run: ReportedRun, *, now: float) -> list[str]:
     """Sentences about one run, the gravest first.
 
     Args:
@@ -55,10 +56,10 @@ def findings(run: RunData, *, now: float) -> list[str]:
     ]
 
 
-def _not_finite(run: RunData) -> list[str]:
+def _not_finite(run: ReportedRun) -> list[str]:
     said = []
     for key, words in (
-        (LOSS, "the loss"),
+        (LOSS_KEY, "the loss"),
         ("optim/grad_norm", "the gradient norm"),
         ("eval/perplexity", "the held-out perplexity"),
     ):
@@ -68,7 +69,7 @@ def _not_finite(run: RunData) -> list[str]:
     return said
 
 
-def _skipped(run: RunData) -> list[str]:
+def _skipped(run: ReportedRun) -> list[str]:
     said = []
     skipped = run.values("optim/skipped_steps")
     if skipped and (count := int(max(skipped.values()))):
@@ -84,9 +85,9 @@ def _skipped(run: RunData) -> list[str]:
     return said
 
 
-def loss_spikes(run: RunData) -> list[tuple[int, float, float]]:
+def loss_spikes(run: ReportedRun) -> list[tuple[int, float, float]]:
     """(step, loss, usual loss before it) of every spike; neighbouring steps of one spike count once."""
-    losses = list(run.values(LOSS).items())
+    losses = list(run.values(LOSS_KEY).items())
     found: list[tuple[int, float, float]] = []
     last = -SPIKE_WINDOW
     for place in range(5, len(losses)):
@@ -101,7 +102,7 @@ def loss_spikes(run: RunData) -> list[tuple[int, float, float]]:
     return found
 
 
-def _spikes(run: RunData) -> list[str]:
+def _spikes(run: ReportedRun) -> list[str]:
     spikes = loss_spikes(run)
     if not spikes:
         return []
@@ -112,7 +113,7 @@ def _spikes(run: RunData) -> list[str]:
     ]
 
 
-def _held_out(run: RunData) -> list[str]:
+def _held_out(run: ReportedRun) -> list[str]:
     found = list(run.values("eval/nll_nats_per_token").items())
     if not found:
         return ["no held-out evaluation is recorded; the training loss alone does not show over-fitting."]
@@ -129,7 +130,7 @@ def _held_out(run: RunData) -> list[str]:
     return []
 
 
-def _slow_steps(run: RunData) -> list[str]:
+def _slow_steps(run: ReportedRun) -> list[str]:
     seconds = run.values("time/step_seconds")
     if len(seconds) < 8:
         return []
@@ -137,7 +138,7 @@ def _slow_steps(run: RunData) -> list[str]:
     # the first logged step of an attempt holds start-up
     begun = {r.get("step", 0) for r in run.events("start")}
     first = {min((s for s in seconds if s > b), default=-1) for b in begun}
-    slow = {step: value for step, value in seconds.items() if value > SLOW_FACTOR * usual and step not in first}
+    slow = {step: value for step, value in seconds.items() if value > SLOW_STEP_FACTOR * usual and step not in first}
     if len(slow) < max(2, len(seconds) // 100):
         return []
     worst = max(slow, key=lambda step: slow[step])
@@ -147,7 +148,7 @@ def _slow_steps(run: RunData) -> list[str]:
     ]
 
 
-def _utilisation(run: RunData) -> list[str]:
+def _utilisation(run: ReportedRun) -> list[str]:
     said = []
     mfu = run.run.utilisation("throughput/mfu")
     if mfu is not None and mfu < LOW_MFU:
@@ -164,7 +165,7 @@ def _utilisation(run: RunData) -> list[str]:
     return said if reason is None else [*said, str(reason)]
 
 
-def _course(run: RunData, now: float) -> list[str]:
+def _course(run: ReportedRun, now: float) -> list[str]:
     said = []
     if run.run.torn:
         said.append(

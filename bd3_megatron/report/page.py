@@ -12,13 +12,13 @@ from bd3_megatron.report import sections
 from bd3_megatron.report.chart import stroke
 from bd3_megatron.report.findings import findings
 from bd3_megatron.report.results import ResultSection
-from bd3_megatron.report.run_data import RunData
+from bd3_megatron.report.run_data import ReportedRun
 
 TEMPLATE = "page.html.jinja"
 
 
 def render_page(
-    runs: Sequence[RunData], *, now: float, title: str | None = None, results: Sequence[ResultSection] = ()
+    runs: Sequence[ReportedRun], *, now: float, title: str | None = None, results: Sequence[ResultSection] = ()
 ) -> str:
     """The whole file.
 
@@ -32,7 +32,7 @@ def render_page(
         *sections.results(results),
         sections.summary_table(runs),
         sections.findings_list({run.name: findings(run, now=now) for run in runs}),
-        sections.curves(runs),
+        sections.course_charts(runs),
         sections.noise(runs),
         sections.time_split(runs),
         sections.phases(runs),

@@ -17,21 +17,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.report.run_record import Record, RunRecord, finite, read_records, read_run
+from bd3_megatron.report.chart import Point
+from bd3_megatron.report.run_record import MetricsRecord, RunRecord, finite, read_records, read_run
 
-Point = tuple[float, float]
-LOSS = "loss/train_nats_per_token"
 MAX_SAMPLE_CHARACTERS = 6000
 
 
 @dataclass(frozen=True)
-class RunData:
+class ReportedRun:
     """One run."""
 
     name: str
     """Unique on the page."""
     run: RunRecord
-    records: Sequence[Record]
+    records: Sequence[MetricsRecord]
     """All complete records, in order of the file."""
     written_at: float
     """When metrics.jsonl was last written, seconds since the epoch."""
@@ -61,7 +60,7 @@ class RunData:
         """Steps whose record has the key without a finite number."""
         return sorted({r["step"] for r in self.records if "step" in r and key in r and finite(r, key) is None})
 
-    def events(self, name: str) -> list[Record]:
+    def events(self, name: str) -> list[MetricsRecord]:
         """Records of one kind of event."""
         return [record for record in self.records if record.get("event") == name]
 
@@ -90,7 +89,7 @@ class RunData:
         return None if commit is None else str(commit)
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunData]:
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """Read run folders; equal names get their parent's in front.
 
     Raises:
@@ -103,18 +102,18 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def needs_tokens(runs: Sequence[RunData]) -> bool:
+def needs_tokens(runs: Sequence[ReportedRun]) -> bool:
     """Whether steps of these runs are not comparable: tokens a step differ."""
     sizes = {round(run.tokens(run.num_steps) / run.num_steps) for run in runs if run.num_steps and run.tokens_at}
     return len(sizes) > 1
 
 
-def _read(folder: Path, name: str) -> RunData:
+def _read(folder: Path, name: str) -> ReportedRun:
     run = read_run(folder)
     records, _ = read_records(folder / "metrics.jsonl")
     samples = folder / "samples.txt"
     text = samples.read_text(encoding="utf-8", errors="replace") if samples.is_file() else None
-    return RunData(
+    return ReportedRun(
         name=name,
         run=run,
         records=records,

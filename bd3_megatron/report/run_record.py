@@ -22,8 +22,9 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import DataError, shown
 
-Record = Mapping[str, Any]
-STEP_KEYS = ("loss/train_nats_per_token", "time/step_seconds")
+MetricsRecord = Mapping[str, Any]
+LOSS_KEY = "loss/train_nats_per_token"
+STEP_KEYS = (LOSS_KEY, "time/step_seconds")
 """A record with one of these is of a training step (a GPU may not yet have timed the step when it is written)."""
 LARGEST = 1e100
 """No measurement is larger; differences and squares of larger numbers overflow."""
@@ -35,9 +36,9 @@ UTILISATION_KEYS = ("throughput/mfu", "throughput/mfu_min", "throughput/hfu")
 class Attempt:
     """One start of the job and the step records it wrote."""
 
-    start: Record | None
+    start: MetricsRecord | None
     """The start event; None where the file begins without one."""
-    steps: Sequence[Record]
+    steps: Sequence[MetricsRecord]
 
     @property
     def devices(self) -> int | None:
@@ -59,7 +60,7 @@ class RunRecord:
         return self.folder.name
 
     @property
-    def steps(self) -> list[Record]:
+    def steps(self) -> list[MetricsRecord]:
         """All step records in order of the file."""
         return [record for attempt in self.attempts for record in attempt.steps]
 
@@ -73,7 +74,7 @@ class RunRecord:
         recorded = [a.devices for a in self.attempts if a.devices]
         return recorded[-1] if recorded else self.config.parallel.world_size()
 
-    def settled(self) -> list[Record]:
+    def settled(self) -> list[MetricsRecord]:
         """Records that speak for the run's speed."""
         steps = next((a.steps for a in reversed(self.attempts) if a.steps), [])
         timed = [r for r in steps if finite(r, "time/step_seconds") is not None]
@@ -115,7 +116,7 @@ def _is_kind(key: str) -> bool:
     )
 
 
-def finite(record: Record, key: str) -> float | None:
+def finite(record: MetricsRecord, key: str) -> float | None:
     """A record's value where it is a finite number; None where it is missing or anything else."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -140,7 +141,7 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(folder, load_config(folder / "config.yaml"), _attempts(records), torn)
 
 
-def read_records(path: Path) -> tuple[list[Record], bool]:
+def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:
     """All complete records of a metrics.jsonl, and whether a torn last line was left out.
 
     Raises:
@@ -148,7 +149,7 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
     """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     complete, rest = lines[:-1], lines[-1]
-    records: list[Record] = []
+    records: list[MetricsRecord] = []
     for number, line in enumerate(complete, start=1):
         if not line.strip():
             continue
@@ -165,7 +166,7 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
     return records, bool(rest.strip())
 
 
-def _parse(line: str) -> Record | None:
+def _parse(line: str) -> MetricsRecord | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -173,7 +174,7 @@ def _parse(line: str) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _wrong_key(record: Record) -> str | None:
+def _wrong_key(record: MetricsRecord) -> str | None:
     """A key that decides how the record is read and has a value of another kind."""
     for key, smallest in (("step", 0), ("world_size", 1)):
         value = record.get(key, smallest)
@@ -186,10 +187,10 @@ def _wrong_key(record: Record) -> str | None:
     return None
 
 
-def _attempts(records: Sequence[Record]) -> list[Attempt]:
+def _attempts(records: Sequence[MetricsRecord]) -> list[Attempt]:
     attempts: list[Attempt] = []
-    start: Record | None = None
-    steps: list[Record] = []
+    start: MetricsRecord | None = None
+    steps: list[MetricsRecord] = []
     for record in records:
         if record.get("event") == "start":
             if start is not None or steps:

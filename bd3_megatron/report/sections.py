@@ -15,6 +15,7 @@ from bd3_megatron.config.load import flatten
 from bd3_megatron.evaluate.tables import NORMAL_95
 from bd3_megatron.report.chart import (
     Chart,
+    Point,
     Series,
     Stroke,
     histogram,
@@ -25,8 +26,8 @@ from bd3_megatron.report.chart import (
     stroke,
 )
 from bd3_megatron.report.results import ResultChart, ResultSection
-from bd3_megatron.report.run_data import LOSS, Point, RunData, needs_tokens
-from bd3_megatron.report.run_record import UTILISATION_KEYS, Record, finite
+from bd3_megatron.report.run_data import ReportedRun, needs_tokens
+from bd3_megatron.report.run_record import LOSS_KEY, UTILISATION_KEYS, MetricsRecord, finite
 from bd3_megatron.report.run_summary import RunSummary, compare_runs
 
 MANY_POINTS = 60
@@ -37,7 +38,7 @@ _BINNED = re.compile(r"loss/nll_nats_at_t_(\d\.\d+)$")
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows of texts under headings; scrolls inside its own box on narrow screens."""
 
     heads: Sequence[str]
@@ -53,7 +54,7 @@ class Section:
 
     title: str
     text: Sequence[str] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
     items: Sequence[tuple[str, str]] = ()
     """(run, sentence) pairs."""
     charts: Sequence[Chart] = ()
@@ -65,7 +66,7 @@ class Section:
     notes: Sequence[str] = ()
 
 
-def summary_table(runs: Sequence[RunData]) -> Section:
+def summary_table(runs: Sequence[ReportedRun]) -> Section:
     """One row a run: what it is, how far it is, how good and how fast."""
     compared = compare_runs([run.run for run in runs])
     heads = (
@@ -73,12 +74,12 @@ def summary_table(runs: Sequence[RunData]) -> Section:
         "MFU", "MFU-min", "HFU", "step s", "goodput",
     )  # fmt: skip
     rows = [_summary_cells(run, row) for run, row in zip(runs, compared.rows, strict=True)]
-    table = Table(heads, rows, strokes=[stroke(number) for number in range(len(runs))])
+    table = PageTable(heads, rows, strokes=[stroke(number) for number in range(len(runs))])
     # what concerns one run stands among the findings
     return Section(title="Runs", tables=[table], notes=compared.group_notes)
 
 
-def _summary_cells(run: RunData, row: RunSummary) -> list[str]:
+def _summary_cells(run: ReportedRun, row: RunSummary) -> list[str]:
     nll = run.values("eval/nll_nats_per_token")
     step = max(nll, default=None)
     perplexity = interval = "-"
@@ -89,7 +90,7 @@ def _summary_cells(run: RunData, row: RunSummary) -> list[str]:
         if error is not None and nll[step] < 50:
             ends = [math.exp(nll[step] + sign * NORMAL_95 * error) for sign in (-1, 1)]
             interval = f"{ends[0]:.2f} to {ends[1]:.2f}"
-    losses = smoothed(run.series(LOSS, by_tokens=False))
+    losses = smoothed(run.series(LOSS_KEY, by_tokens=False))
     tokens = run.tokens(run.num_steps)
     return [
         run.name, row.model, row.grid, f"{run.num_steps:,}", short(tokens) if tokens else "-", perplexity, interval,
@@ -105,12 +106,12 @@ def findings_list(said: Mapping[str, Sequence[str]]) -> Section:
     return Section(title="In plain words", items=items, text=() if items else ["Nothing unusual was seen."])
 
 
-def curves(runs: Sequence[RunData]) -> Section:
+def course_charts(runs: Sequence[ReportedRun]) -> Section:
     """Loss, held-out perplexity, rate, norms and speed over the course of the runs."""
     by_tokens = needs_tokens(runs)
     x = "clean tokens" if by_tokens else "step"
     charts = [
-        line_chart("training loss", x, "nats per token", _courses(runs, LOSS, by_tokens), log_y=True),
+        line_chart("training loss", x, "nats per token", _courses(runs, LOSS_KEY, by_tokens), log_y=True),
         line_chart("held-out perplexity, 95 % over text", x, "perplexity", _held_out(runs, by_tokens), log_y=True),
     ]
     for key, title, unit, log_y in (
@@ -126,7 +127,7 @@ def curves(runs: Sequence[RunData]) -> Section:
     return Section(title="Course", charts=charts)
 
 
-def noise(runs: Sequence[RunData]) -> Section | None:
+def noise(runs: Sequence[ReportedRun]) -> Section | None:
     """What the objective looks like inside: by noise level and position, masked share, interval."""
     by_tokens = needs_tokens(runs)
     x = "clean tokens" if by_tokens else "step"
@@ -142,7 +143,7 @@ def noise(runs: Sequence[RunData]) -> Section | None:
     return Section(title="Noise", charts=charts) if charts else None
 
 
-def _interval_charts(runs: Sequence[RunData], x: str, by_tokens: bool) -> list[Chart]:
+def _interval_charts(runs: Sequence[ReportedRun], x: str, by_tokens: bool) -> list[Chart]:
     """The interval over the run where a curriculum or a search moves it, and the variance that the search found."""
     key = "search/variance_nats2"
     if not any(run.values(key) or len(set(run.values("noise/interval_beta").values())) > 1 for run in runs):
@@ -159,7 +160,7 @@ def _interval_charts(runs: Sequence[RunData], x: str, by_tokens: bool) -> list[C
     ]
 
 
-def time_split(runs: Sequence[RunData]) -> Section | None:
+def time_split(runs: Sequence[ReportedRun]) -> Section | None:
     """Where a step's time goes, and how even steps are."""
     splits = {}
     for run in runs:
@@ -174,7 +175,7 @@ def time_split(runs: Sequence[RunData]) -> Section | None:
     return Section(title="Time", charts=charts) if charts else None
 
 
-def phases(runs: Sequence[RunData]) -> Section | None:
+def phases(runs: Sequence[ReportedRun]) -> Section | None:
     """Block sizes and intervals in force, one row for every change."""
     rows = []
     for run in runs:
@@ -188,16 +189,16 @@ def phases(runs: Sequence[RunData]) -> Section | None:
     if len(rows) <= len(runs):
         return None
     heads = ("run", "from step", "block size", "beta", "omega")
-    return Section(title="Phases and interval choices", tables=[Table(heads, rows)])
+    return Section(title="Phases and interval choices", tables=[PageTable(heads, rows)])
 
 
-def samples(runs: Sequence[RunData]) -> Section | None:
+def samples(runs: Sequence[ReportedRun]) -> Section | None:
     """Text of the runs, as it came."""
     texts = [(run.name, run.samples) for run in runs if run.samples]
     return Section(title="Samples", quotations=texts) if texts else None
 
 
-def configuration(runs: Sequence[RunData]) -> Section:
+def configuration(runs: Sequence[ReportedRun]) -> Section:
     """Settings that differ first, then all others."""
     flats = [flatten(run.run.config) for run in runs]
     keys = list(flats[0])
@@ -206,7 +207,7 @@ def configuration(runs: Sequence[RunData]) -> Section:
     if len(runs) == 1:
         return Section(title="Configuration", settings=shared)
     differing = [[key, *(str(flat.get(key)) for flat in flats)] for key in keys if key in own]
-    table = Table(["setting", *(run.name for run in runs)], differing, caption="Where they differ")
+    table = PageTable(["setting", *(run.name for run in runs)], differing, caption="Where they differ")
     return Section(
         title="Configuration",
         text=() if differing else ["The configurations do not differ."],
@@ -216,11 +217,11 @@ def configuration(runs: Sequence[RunData]) -> Section:
     )
 
 
-def environment(runs: Sequence[RunData]) -> Section:
+def environment(runs: Sequence[ReportedRun]) -> Section:
     """Hardware, grid, code and software of each run."""
     rows = []
     for run in runs:
-        start: Record = run.events("start")[-1] if run.events("start") else {}
+        start: MetricsRecord = run.events("start")[-1] if run.events("start") else {}
         peak = finite(start, "throughput/peak_tflops")
         software = run.manifest.get("software")
         facts: dict[str, Any] = {
@@ -232,7 +233,7 @@ def environment(runs: Sequence[RunData]) -> Section:
             **(software if isinstance(software, dict) else {}),
         }
         rows += [[run.name, name, "-" if value in (None, "") else str(value)] for name, value in facts.items()]
-    return Section(title="Hardware and software", tables=[Table(("run", "what", "value"), rows)])
+    return Section(title="Hardware and software", tables=[PageTable(("run", "what", "value"), rows)])
 
 
 def results(found: Sequence[ResultSection]) -> list[Section]:
@@ -241,7 +242,7 @@ def results(found: Sequence[ResultSection]) -> list[Section]:
         Section(
             title=one.title,
             text=one.text,
-            tables=[Table(one.columns, one.rows)] if one.rows else (),
+            tables=[PageTable(one.columns, one.rows)] if one.rows else (),
             charts=[_result_chart(chart) for chart in one.charts],
         )
         for one in found
@@ -256,7 +257,7 @@ def _result_chart(chart: ResultChart) -> Chart:
     return line_chart(chart.title, chart.x, chart.y, series, log_y=chart.log_y, legend=True)
 
 
-def _courses(runs: Sequence[RunData], key: str, by_tokens: bool) -> list[Series]:
+def _courses(runs: Sequence[ReportedRun], key: str, by_tokens: bool) -> list[Series]:
     # a share of the peak above 1 says that the peak is wrong (a finding), not how fast the run is
     most = 1.0 if key in UTILISATION_KEYS else math.inf
     series = []
@@ -269,7 +270,7 @@ def _courses(runs: Sequence[RunData], key: str, by_tokens: bool) -> list[Series]
     return series
 
 
-def _held_out(runs: Sequence[RunData], by_tokens: bool) -> list[Series]:
+def _held_out(runs: Sequence[ReportedRun], by_tokens: bool) -> list[Series]:
     series = []
     for number, run in enumerate(runs):
         errors = run.values("eval/stderr_text_nats_per_token")
@@ -280,12 +281,12 @@ def _held_out(runs: Sequence[RunData], by_tokens: bool) -> list[Series]:
     return series
 
 
-def _binned(run: RunData) -> list[Point]:
+def _binned(run: ReportedRun) -> list[Point]:
     found = [(float(match[1]), _last_mean(run, key)) for key in run.keys if (match := _BINNED.match(key))]
     return sorted((level, nll) for level, nll in found if nll is not None)
 
 
-def _last_mean(run: RunData, key: str) -> float | None:
+def _last_mean(run: ReportedRun, key: str) -> float | None:
     kept = [value for step, value in run.values(key).items() if step >= (1 - LAST_SHARE) * run.num_steps]
     return sum(kept) / len(kept) if kept else None
 

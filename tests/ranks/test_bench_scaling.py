@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tools.bench import scaling
-from tools.bench.scaling import Case, Seen, cases, efficiencies, ranks_of
+from tools.bench.scaling import ScalingCase, Seen, cases, efficiencies, ranks_of
 
 SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--length", "32", "--block", "4", "--vocab", "300"]
 SHORT = ["--ranks", "1", "2", "--steps", "2", "--repeats", "1", "--batch", "1"]
@@ -56,7 +56,7 @@ def test_cases_share_a_batch_a_rank_or_a_global_one() -> None:
 
 def test_efficiency_is_per_device_against_the_smallest() -> None:
     speeds = {1: 100.0, 2: 180.0, 4: 190.0}
-    seen = {Case("weak", n, n): Seen(speed, {}) for n, speed in speeds.items()}
+    seen = {ScalingCase("weak", n, n): Seen(speed, {}) for n, speed in speeds.items()}
     assert list(efficiencies(seen, None).values()) == pytest.approx([1.0, 0.9, 0.475])
     # four ranks on two cores are two devices
     assert list(efficiencies(seen, 2).values()) == pytest.approx([1.0, 0.9, 0.95])

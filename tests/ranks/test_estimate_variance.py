@@ -57,7 +57,7 @@ def test_block_size_one_has_two_candidates(folder: Path, capsys: pytest.CaptureF
 
 def test_a_variance_is_that_of_the_draws(folder: Path) -> None:
     subject = measure.open_subject(folder / "S4", 8)
-    found = measure.measure_one(subject, "loglinear", FULL, 2, 3)
+    found = measure.variance_of_one(subject, "loglinear", FULL, 2, 3)
     losses, grads = [], []
     for number in range(3):
         loss_BK, _, _ = subject.losses(range(8 * number, 8 * number + 8), FULL, "loglinear", seed=1)

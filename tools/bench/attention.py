@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left_out: dict[str, None] = {}
     for length in options.length:
         for block_size in options.block_size:
-            timed, lines = time_shape(request_of(options, length, block_size), options)
+            timed, lines = time_shape(attention_request(options, length, block_size), options)
             rows += timed
             left_out |= dict.fromkeys(lines)
     against = options.against or NAIVE
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return harness.parse(parser, arguments)
 
 
-def request_of(options: argparse.Namespace, length: int, block_size: int) -> AttentionRequest:
+def attention_request(options: argparse.Namespace, length: int, block_size: int) -> AttentionRequest:
     """What the command line asks of a backend."""
     return AttentionRequest(
         device_type=options.device,
@@ -89,7 +89,7 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
     noisy, clean, visibility = sample_problem(request, small=False)
     if noisy is None or clean is None:
         raise BackendError("the benchmark times a pair; its request must have streams='pair'.")
-    candidates: dict[str, Callable[[], object]] = {NAIVE: naive(noisy, clean, visibility, request)}
+    candidates: dict[str, Callable[[], object]] = {NAIVE: dense_mask_form(noisy, clean, visibility, request)}
     errors: dict[str, str] = {NAIVE: "-"}
     left_out: list[str] = []
     for label, attend, refusal in backends(request):
@@ -124,7 +124,9 @@ def check(attend: Attend, request: AttentionRequest) -> tuple[float | None, str 
     return error, None if error <= 1 else f"differs from the reference by {error:.3g} times its tolerance"
 
 
-def naive(noisy: Stream, clean: Stream, visibility: Visibility, request: AttentionRequest) -> Callable[[], object]:
+def dense_mask_form(
+    noisy: Stream, clean: Stream, visibility: Visibility, request: AttentionRequest
+) -> Callable[[], object]:
     """SDPA over the 2L rows, which it is given side by side, with the whole mask as a boolean tensor."""
     mask = visibility.pair_mask(request.device_type)[:, None]
     pairs = [(noisy.q_BLNH, clean.q_BLNH), (noisy.k_BLGH, clean.k_BLGH), (noisy.v_BLGH, clean.v_BLGH)]

@@ -44,7 +44,7 @@ from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.build import build_trainer, meet
 from launch.env import rank_settings
 from tools.bench import harness
-from tools.bench.runs import on_ranks, prepare_text, trained
+from tools.bench.runs import on_ranks, prepare_bytes, trained
 from tools.plan import observation
 
 MIB = 2**20
@@ -59,36 +59,38 @@ so a count can only be too large, by up to a sixth."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One configuration to measure; `sections` change the base of `config_of`."""
+class PlannerCase:
+    """One configuration to measure; `sections` change the base of `planner_case_config`."""
 
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibrates: bool = False
 
 
-CASES: Mapping[str, Case] = {
-    "base": Case(calibrates=True),
-    "dp2": Case({"parallel": {"dp": 2}, "model": {"hidden_size": 128, "num_layers": 6}}, calibrates=True),
-    "wide": Case({"model": {"hidden_size": 512, "num_layers": 2}, "data": {"seq_len": 128}}),
-    "deep": Case({"model": {"hidden_size": 128, "num_layers": 10}, "diffusion": {"block_size": 4}}),
-    "long": Case({"model": {"num_layers": 3}, "data": {"seq_len": 512}, "train": {"micro_batch_size": 1}}),
-    "paper": Case({"model": {"style": "paper"}, "train": {"micro_batch_size": 4}}),
-    "recompute": Case({"train": {"recompute": "full", "micro_batch_size": 4}, "diffusion": {"block_size": 64}}),
-    "ar": Case({"diffusion": {"objective": "ar"}, "model": {"hidden_size": 320}}),
-    "tp2": Case({"parallel": {"tp": 2}}),
-    "pp2": Case({"parallel": {"pp": 2}, "train": {"micro_batch_size": 1}, "model": {"num_layers": 6}}),
-    "cp2": Case({"parallel": {"cp": 2}, "model": {"num_kv_heads": 2}}),
-    "tp2 sp": Case({"parallel": {"tp": 2, "sequence_parallel": True}, "model": {"hidden_size": 384, "num_layers": 3}}),
-    "vpp2": Case({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch_size": 1}}),
-    "zero2": Case({"parallel": {"dp": 2, "zero_stage": 2}}),
-    "zero3": Case({"parallel": {"dp": 2, "zero_stage": 3}, "model": {"num_layers": 3}}),
-    "tp2 paper": Case({"parallel": {"tp": 2}, "model": {"style": "paper", "num_layers": 3}}),
-    "dp2 wide": Case({"parallel": {"dp": 2}, "model": {"hidden_size": 384, "num_layers": 3}}),
+CASES: Mapping[str, PlannerCase] = {
+    "base": PlannerCase(calibrates=True),
+    "dp2": PlannerCase({"parallel": {"dp": 2}, "model": {"hidden_size": 128, "num_layers": 6}}, calibrates=True),
+    "wide": PlannerCase({"model": {"hidden_size": 512, "num_layers": 2}, "data": {"seq_len": 128}}),
+    "deep": PlannerCase({"model": {"hidden_size": 128, "num_layers": 10}, "diffusion": {"block_size": 4}}),
+    "long": PlannerCase({"model": {"num_layers": 3}, "data": {"seq_len": 512}, "train": {"micro_batch_size": 1}}),
+    "paper": PlannerCase({"model": {"style": "paper"}, "train": {"micro_batch_size": 4}}),
+    "recompute": PlannerCase({"train": {"recompute": "full", "micro_batch_size": 4}, "diffusion": {"block_size": 64}}),
+    "ar": PlannerCase({"diffusion": {"objective": "ar"}, "model": {"hidden_size": 320}}),
+    "tp2": PlannerCase({"parallel": {"tp": 2}}),
+    "pp2": PlannerCase({"parallel": {"pp": 2}, "train": {"micro_batch_size": 1}, "model": {"num_layers": 6}}),
+    "cp2": PlannerCase({"parallel": {"cp": 2}, "model": {"num_kv_heads": 2}}),
+    "tp2 sp": PlannerCase(
+        {"parallel": {"tp": 2, "sequence_parallel": True}, "model": {"hidden_size": 384, "num_layers": 3}}
+    ),
+    "vpp2": PlannerCase({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch_size": 1}}),
+    "zero2": PlannerCase({"parallel": {"dp": 2, "zero_stage": 2}}),
+    "zero3": PlannerCase({"parallel": {"dp": 2, "zero_stage": 3}, "model": {"num_layers": 3}}),
+    "tp2 paper": PlannerCase({"parallel": {"tp": 2}, "model": {"style": "paper", "num_layers": 3}}),
+    "dp2 wide": PlannerCase({"parallel": {"dp": 2}, "model": {"hidden_size": 384, "num_layers": 3}}),
 }
 
 
 @dataclass(frozen=True)
-class Measured:
+class CaseMeasurement:
     """What a case showed."""
 
     run: Observation
@@ -101,7 +103,7 @@ class Measured:
     """Of the rank that held most."""
 
 
-def config_of(case: Case, data: Path, run_dir: Path, *, steps: int) -> Config:
+def planner_case_config(case: PlannerCase, data: Path, run_dir: Path, *, steps: int) -> Config:
     """A run of `steps` steps of a case."""
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
@@ -187,10 +189,10 @@ def count_memory(config: Config, rank: int, out: Path) -> int:
     return 0
 
 
-def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, Measured]:
+def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, CaseMeasurement]:
     """Train every case `rounds` times, taking turns, count its memory `COUNTS` times; what `folder` holds is not run again."""
     data = folder / "data"
-    prepare_text(data, VOCABULARY)
+    prepare_bytes(data, VOCABULARY)
     runs: dict[str, list[RunRecord]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
@@ -198,7 +200,7 @@ def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> d
             if run_dir.exists():
                 runs[name].append(read_run(run_dir))
             else:
-                config = config_of(CASES[name], data, run_dir, steps=steps)
+                config = planner_case_config(CASES[name], data, run_dir, steps=steps)
                 runs[name].append(trained(config, folder / "log", threads=1))
             print(f"round {number}: {name} {_seconds(runs[name][-1]):.3f} s", file=sys.stderr)
     return {name: _summary(runs[name], _peak_of(name, data, folder)) for name in names}
@@ -212,7 +214,7 @@ def _peak_of(name: str, data: Path, folder: Path) -> int:
 
 def _count(name: str, data: Path, out: Path) -> list[int]:
     """Peak of every rank in a run of its own; what `out` holds is not run again."""
-    config = config_of(CASES[name], data, out / "run", steps=COUNTED_STEPS)
+    config = planner_case_config(CASES[name], data, out / "run", steps=COUNTED_STEPS)
     ranks = range(config.parallel.world_size())
     if not out.exists():
         out.mkdir()
@@ -224,14 +226,14 @@ def _seconds(run: RunRecord) -> float:
     return run.typical("time/step_seconds") or 0.0
 
 
-def _summary(runs: Sequence[RunRecord], peak: int) -> Measured:
+def _summary(runs: Sequence[RunRecord], peak: int) -> CaseMeasurement:
     starts = [attempt.start for run in runs for attempt in run.attempts]
     tflops = max(float(start["throughput/peak_tflops"]) for start in starts if start is not None)
     tenth, median = _quantiles(runs, "time/step_seconds")
     seen = replace(
         observation(runs[0]), step_seconds=tenth, optimizer_seconds=_quantiles(runs, "time/optimizer_seconds")[0]
     )
-    return Measured(seen, median / tenth - 1, tflops, peak)
+    return CaseMeasurement(seen, median / tenth - 1, tflops, peak)
 
 
 def _quantiles(runs: Sequence[RunRecord], key: str) -> tuple[float, float]:
@@ -240,7 +242,7 @@ def _quantiles(runs: Sequence[RunRecord], key: str) -> tuple[float, float]:
     return deciles[0], deciles[4]
 
 
-def machine_for(measured: Sequence[Measured]) -> Machine:
+def host_machine(measured: Sequence[CaseMeasurement]) -> Machine:
     """This host as the planner sees it: its cores, and the largest peak that the runs measured."""
     tflops = max(m.peak_tflops for m in measured)
     cluster = ClusterFile(peak_tflops=tflops, cores=os.cpu_count())
@@ -252,10 +254,10 @@ def predict(config: Config, machine: Machine, constants: Constants) -> tuple[Ste
     return step_time(config, machine, constants), memory_per_device(config, habits_on("cpu", config)).peak
 
 
-def compare(measured: Mapping[str, Measured]) -> str:
+def compare(measured: Mapping[str, CaseMeasurement]) -> str:
     """The note: predictions beside measurements, how many are near enough, and what was fitted."""
     known = [m for name, m in measured.items() if CASES[name].calibrates]
-    machine = machine_for(list(measured.values()))
+    machine = host_machine(list(measured.values()))
     constants = calibrate([m.run for m in known], machine)
     rows: list[Sequence[str]] = []
     errors: dict[str, tuple[float, float]] = {}

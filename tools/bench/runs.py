@@ -16,7 +16,7 @@ from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.train.entry import run_rank
 
 
-def prepare_text(out: Path, vocab_size: int) -> None:
+def prepare_bytes(out: Path, vocab_size: int) -> None:
     """Text that every Python has, as bytes padded to `vocab_size` ids, in folder `out`; what is there is kept."""
     source = {"train": text_source(("builtin:python-topics",))}
     prepare(PrepareRequest(out=out, sources=source, tokenizer="bytes", vocab_size=vocab_size), say=lambda _: None)

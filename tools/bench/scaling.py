@@ -42,7 +42,7 @@ from bd3_megatron.report.run_record import RunRecord
 from bd3_megatron.train.build import build_trainer, meet
 from bd3_megatron.train.timeline import AXES, Timeline
 from tools.bench import harness
-from tools.bench.runs import prepare_text, trained
+from tools.bench.runs import prepare_bytes, trained
 
 COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier", "alltoall"),
@@ -53,7 +53,7 @@ COLLECTIVES = (
 
 
 @dataclass(frozen=True)
-class Case:
+class ScalingCase:
     """One grid of one kind of scaling."""
 
     kind: str
@@ -75,14 +75,14 @@ class Seen:
     """Of a step, by axis."""
 
 
-def cases(ranks: Sequence[int], batch: int) -> list[Case]:
+def cases(ranks: Sequence[int], batch: int) -> list[ScalingCase]:
     """Weak and strong cases at each number of ranks; the smallest comes first."""
     rising, most = sorted(set(ranks)), max(ranks)
-    weak = [Case("weak", n, batch * n) for n in rising]
-    return weak + [Case("strong", n, batch * most) for n in rising]
+    weak = [ScalingCase("weak", n, batch * n) for n in rising]
+    return weak + [ScalingCase("strong", n, batch * most) for n in rising]
 
 
-def config_of(options: argparse.Namespace, case: Case, data: Path, run_dir: Path) -> Config:
+def scaling_case_config(options: argparse.Namespace, case: ScalingCase, data: Path, run_dir: Path) -> Config:
     """The run of a case."""
     config = config_from_tree(
         {
@@ -169,18 +169,18 @@ def run_observed(config: Config, rank: int) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[Case, Seen]:
+def measure(options: argparse.Namespace, folder: Path) -> dict[ScalingCase, Seen]:
     """All rounds of all cases, in turns, and the runs that are observed."""
     data, chosen = folder / "data", cases(options.ranks, options.batch)
-    prepare_text(data, options.vocab)
-    runs: dict[Case, list[RunRecord]] = {case: [] for case in chosen}
+    prepare_bytes(data, options.vocab)
+    runs: dict[ScalingCase, list[RunRecord]] = {case: [] for case in chosen}
     for number in range(options.repeats):
         for case in chosen:
-            config = config_of(options, case, data, folder / f"{case.name}_{number}")
+            config = scaling_case_config(options, case, data, folder / f"{case.name}_{number}")
             runs[case].append(trained(config, folder / "log", threads=options.threads))
     seen = {}
     for case in chosen:
-        config = config_of(options, case, data, folder / f"{case.name}_observed")
+        config = scaling_case_config(options, case, data, folder / f"{case.name}_observed")
         work = partial(run_observed, config)
         observed = trained(config, folder / "log", threads=options.threads, work=work)
         seconds = statistics.median(run.typical("time/step_seconds") or 0.0 for run in runs[case])
@@ -195,7 +195,7 @@ def shares(run: RunRecord) -> dict[str, float]:
     return {axis: split.get(f"communication_{axis}", 0.0) / whole for axis in AXES}
 
 
-def efficiencies(seen: Mapping[Case, Seen], devices: int | None) -> dict[Case, float]:
+def efficiencies(seen: Mapping[ScalingCase, Seen], devices: int | None) -> dict[ScalingCase, float]:
     """Tokens a second and device against the smallest case of the same kind.
 
     Args:
@@ -210,7 +210,7 @@ def efficiencies(seen: Mapping[Case, Seen], devices: int | None) -> dict[Case, f
     return found
 
 
-def body_of(seen: Mapping[Case, Seen], options: argparse.Namespace) -> str:
+def body_of(seen: Mapping[ScalingCase, Seen], options: argparse.Namespace) -> str:
     """The table and what must be known to read it."""
     cores = os.cpu_count() if options.device == "cpu" else None
     efficiency = efficiencies(seen, None if cores is None else max(1, cores // options.threads))

@@ -30,18 +30,18 @@ from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
-from tools.mini.runs import Job
-from tools.mini.variants import SEQ_LEN, Size
+from tools.mini.runs import MiniRun
+from tools.mini.variants import SEQ_LEN, MiniSize
 
 MAX_EXACT = 4
 INTERVALS = ((1e-3, 0.5), (0.3, 0.8), (0.5, 1.0), (1e-3, 1.0))
 """Of the paper's variance table."""
 VARIANCE_SEED = 7
-CPU = torch.device("cpu")
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelMeasurement:
     """What one model showed."""
 
     estimate: Estimate
@@ -51,8 +51,8 @@ class Measured:
 
 
 def measure_all(
-    jobs: Sequence[Job], held_out: Path, size: Size, *, at_once: int, with_variances: Collection[str]
-) -> Iterator[Measured]:
+    jobs: Sequence[MiniRun], held_out: Path, size: MiniSize, *, at_once: int, with_variances: Collection[str]
+) -> Iterator[ModelMeasurement]:
     """Measure every job's model, in the order of the jobs, a core each.
 
     Args:
@@ -68,15 +68,15 @@ def measure_all(
         yield from pool.map(_measure, jobs, [held_out] * len(jobs), [size] * len(jobs), wanted)
 
 
-def _measure(job: Job, held_out: Path, size: Size, with_variances: bool) -> Measured:
+def _measure(job: MiniRun, held_out: Path, size: MiniSize, with_variances: bool) -> ModelMeasurement:
     dataset = TokenDataset.open(held_out, seq_len=SEQ_LEN, shuffle=False)
     variances = interval_variances(job, dataset, size.num_sequences) if with_variances else []
-    return Measured(*likelihood(job, dataset, size), tuple(variances))
+    return ModelMeasurement(*likelihood(job, dataset, size), tuple(variances))
 
 
-def likelihood(job: Job, dataset: TokenDataset, size: Size) -> tuple[Estimate, SequenceScores]:
+def likelihood(job: MiniRun, dataset: TokenDataset, size: MiniSize) -> tuple[Estimate, SequenceScores]:
     """Perplexity of one model, and the scores of each sequence."""
-    model, config = load_model(job.folder, device=CPU)
+    model, config = load_model(job.folder, device=HOST)
     is_small = config.objective == "block" and config.block_size <= MAX_EXACT
     # AR predicts no first token, so no model is asked for it
     convention = EvaluationConvention(first_token_given=True)
@@ -85,9 +85,9 @@ def likelihood(job: Job, dataset: TokenDataset, size: Size) -> tuple[Estimate, S
     return estimate(*scored), sequence_scores(*scored)
 
 
-def interval_variances(job: Job, dataset: TokenDataset, num_sequences: int) -> list[float]:
+def interval_variances(job: MiniRun, dataset: TokenDataset, num_sequences: int) -> list[float]:
     """Variance of one block's loss under each of INTERVALS, nats squared."""
-    model, config = load_model(job.folder, device=CPU)
+    model, config = load_model(job.folder, device=HOST)
     index_B = torch.arange(min(num_sequences, dataset.num_rows))
     found = []
     for beta, omega in INTERVALS:
@@ -121,7 +121,12 @@ def _block_losses(
 
 
 def frontiers(
-    jobs: Sequence[Job], scorer_folder: Path, tokenizer_folder: Path, *, num_samples: int, temperatures: Sequence[float]
+    jobs: Sequence[MiniRun],
+    scorer_folder: Path,
+    tokenizer_folder: Path,
+    *,
+    num_samples: int,
+    temperatures: Sequence[float],
 ) -> dict[str, list[dict[str, Any]]]:
     """Points of every model's frontier, by label.
 
@@ -136,7 +141,7 @@ def frontiers(
     request = GenerationRequest(num_samples=num_samples, num_tokens=SEQ_LEN - 1, batch_size=num_samples)
     points = {}
     for job in jobs:
-        model, config = load_model(job.folder, device=CPU)
+        model, config = load_model(job.folder, device=HOST)
         special = None if tokenizer is None else tokenizer.bos_token_id
         config.bos_token_id = special if config.bos_token_id is None else config.bos_token_id
         points[job.variant.label] = frontier(

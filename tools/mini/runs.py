@@ -18,9 +18,9 @@ from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
 from bd3_megatron.files import whole
-from tools.mini.variants import TRUNK, VARIANTS, Size, Variant, overrides
+from tools.mini.variants import TRUNK, VARIANTS, MiniSize, Variant, overrides
 
-POLL_SECONDS = 0.2
+RUN_POLL_SECONDS = 0.2
 
 
 class RunFailed(BD3Error):
@@ -30,7 +30,7 @@ class RunFailed(BD3Error):
 
 
 @dataclass(frozen=True)
-class Job:
+class MiniRun:
     """One model to train."""
 
     variant: Variant
@@ -45,23 +45,23 @@ class Job:
             return False
 
 
-def jobs_of(size: Size, out: Path) -> list[Job]:
+def mini_runs(size: MiniSize, out: Path) -> list[MiniRun]:
     """Every model of the miniature, trunks first."""
     names = sorted(size.variants, key=lambda name: (name != TRUNK, list(VARIANTS).index(name)))
-    return [Job(VARIANTS[name], seed, out / f"seed{seed}" / name) for name in names for seed in size.seeds]
+    return [MiniRun(VARIANTS[name], seed, out / f"seed{seed}" / name) for name in names for seed in size.seeds]
 
 
 @dataclass
 class Runner:
     """Starts jobs, at most `at_once` together, each with one thread."""
 
-    size: Size
+    size: MiniSize
     config: Path
     at_once: int
     say: Callable[[str], None]
-    _running: dict[Path, tuple[Job, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    _running: dict[Path, tuple[MiniRun, subprocess.Popen[bytes]]] = field(default_factory=dict)
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[MiniRun]) -> None:
         """Train everything.
 
         Raises:
@@ -79,18 +79,18 @@ class Runner:
                 for job in self._ended():
                     done += 1
                     self.say(f"{done} of {len(jobs)}: {job.variant.label}, seed {job.seed} is trained")
-                time.sleep(POLL_SECONDS)
+                time.sleep(RUN_POLL_SECONDS)
         finally:
             for _, process in self._running.values():
                 process.terminate()
 
-    def _trunk(self, job: Job, jobs: Sequence[Job]) -> Job:
+    def _trunk(self, job: MiniRun, jobs: Sequence[MiniRun]) -> MiniRun:
         return next(one for one in jobs if one.variant.name == TRUNK and one.seed == job.seed)
 
-    def _may_start(self, job: Job, jobs: Sequence[Job]) -> bool:
+    def _may_start(self, job: MiniRun, jobs: Sequence[MiniRun]) -> bool:
         return not job.variant.is_branch or self._trunk(job, jobs).is_finished
 
-    def _start(self, job: Job, jobs: Sequence[Job]) -> None:
+    def _start(self, job: MiniRun, jobs: Sequence[MiniRun]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.variant.is_branch:
             _branch(self._trunk(job, jobs).folder, job.folder, self.size.branch_step)
@@ -100,7 +100,7 @@ class Runner:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=_environment())
         self._running[job.folder] = (job, process)
 
-    def _ended(self) -> list[Job]:
+    def _ended(self) -> list[MiniRun]:
         ended = []
         for folder, (job, process) in list(self._running.items()):
             if process.poll() is None:

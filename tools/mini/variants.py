@@ -13,13 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bd3_megatron.diffusion.constants import MIN_T
+
 SEQ_LEN = 128
 TRUNK = "mdlm"
-FULL = (1e-3, 1.0)
+WHOLE_INTERVAL = (MIN_T, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class MiniSize:
     """How much is trained and measured."""
 
     steps: int
@@ -58,18 +60,18 @@ VARIANTS = {
     for one in (
         Variant(name="ar", label="AR", objective="ar", block_size=1),
         Variant(name="s1", label="S = 1, all masked", block_size=1, interval=(1.0, 1.0)),
-        Variant(name="s1_uniform", label="S = 1, t in [0, 1]", block_size=1, interval=FULL),
+        Variant(name="s1_uniform", label="S = 1, t in [0, 1]", block_size=1, interval=WHOLE_INTERVAL),
         Variant(name="s4", label="S = 4", block_size=4),
-        Variant(name="s4_uniform", label="S = 4, t in [0, 1]", block_size=4, interval=FULL),
+        Variant(name="s4_uniform", label="S = 4, t in [0, 1]", block_size=4, interval=WHOLE_INTERVAL),
         Variant(name="s8", label="S = 8", block_size=8),
         Variant(name="s16", label="S = 16", block_size=16),
-        Variant(name="s16_uniform", label="S = 16, t in [0, 1]", block_size=16, interval=FULL),
+        Variant(name="s16_uniform", label="S = 16, t in [0, 1]", block_size=16, interval=WHOLE_INTERVAL),
         Variant(name=TRUNK, label="MDLM (S = L)"),
     )
 }
 """By name, in the order of the table."""
 
-QUICK = Size(
+QUICK = MiniSize(
     steps=400,
     branch_step=240,
     seeds=(1,),
@@ -78,7 +80,7 @@ QUICK = Size(
     variants=("ar", "s1", "s4", "s4_uniform", "s8", "s16", TRUNK),
     with_frontier=False,
 )
-WHOLE = Size(
+WHOLE = MiniSize(
     steps=6000,
     branch_step=3600,
     seeds=(1, 2, 3),
@@ -89,7 +91,7 @@ WHOLE = Size(
 )
 
 
-def base_tree(size: Size, *, data: str) -> dict[str, Any]:
+def base_tree(size: MiniSize, *, data: str) -> dict[str, Any]:
     """The configuration that all models share.
 
     Args:
@@ -124,7 +126,7 @@ def base_tree(size: Size, *, data: str) -> dict[str, Any]:
     }
 
 
-def overrides(variant: Variant, size: Size, *, seed: int, run_dir: str) -> list[str]:
+def overrides(variant: Variant, size: MiniSize, *, seed: int, run_dir: str) -> list[str]:
     """What a model's command names beside the shared configuration."""
     named = [f"run.dir={run_dir}", f"run.seed={seed}"]
     if variant.objective == "ar":

@@ -45,7 +45,7 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """A claim, measured."""
 
     claim: Claim
@@ -77,7 +77,7 @@ class Verdict:
         )
 
 
-def verdicts(scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[int]) -> list[Verdict]:
+def verdicts(scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[int]) -> list[ClaimVerdict]:
     """All claims whose models were trained.
 
     Args:
@@ -88,12 +88,12 @@ def verdicts(scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[i
     return [_verdict(claim, scores, seeds) for claim in CLAIMS if {claim.better, claim.worse} <= trained]
 
 
-def _verdict(claim: Claim, scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[int]) -> Verdict:
+def _verdict(claim: Claim, scores: Mapping[tuple[str, int], SequenceScores], seeds: Sequence[int]) -> ClaimVerdict:
     by_seed = [paired_difference(scores[claim.worse, seed], scores[claim.better, seed])[0] for seed in seeds]
     better, worse = (_mean([scores[name, seed] for seed in seeds]) for name in (claim.better, claim.worse))
     mean, error = paired_difference(worse, better)
     spread = torch.tensor(by_seed).std().item() / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
-    return Verdict(claim, mean, math.hypot(error or 0.0, spread), tuple(by_seed))
+    return ClaimVerdict(claim, mean, math.hypot(error or 0.0, spread), tuple(by_seed))
 
 
 def _mean(scores: Sequence[SequenceScores]) -> SequenceScores:

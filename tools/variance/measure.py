@@ -78,7 +78,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Finding:
+class NoiseVariance:
     """What was measured of one way to draw noise."""
 
     schedule: str
@@ -141,15 +141,17 @@ def open_subject(place: Path, batch_rows: int) -> Subject:
     )
 
 
-def measure(subject: Subject, *, batches: int, gradient_batches: int) -> list[Finding]:
+def measure(subject: Subject, *, batches: int, gradient_batches: int) -> list[NoiseVariance]:
     """Every candidate interval under the linear schedule, then the other schedules over the full interval."""
     ways = [("loglinear", interval) for interval in candidates(subject.block_size)]
     if subject.block_size > 1:
         ways += [(schedule, FULL) for schedule in OTHER_SCHEDULES]
-    return [measure_one(subject, schedule, i, batches, gradient_batches) for schedule, i in ways]
+    return [variance_of_one(subject, schedule, i, batches, gradient_batches) for schedule, i in ways]
 
 
-def measure_one(subject: Subject, schedule: str, interval: Interval, batches: int, gradient_batches: int) -> Finding:
+def variance_of_one(
+    subject: Subject, schedule: str, interval: Interval, batches: int, gradient_batches: int
+) -> NoiseVariance:
     """One way to draw noise, on `batches` batches for losses and `gradient_batches` for gradients."""
     losses = []
     with torch.no_grad():
@@ -158,7 +160,7 @@ def measure_one(subject: Subject, schedule: str, interval: Interval, batches: in
             losses.append(loss_BK[is_counted_BK].double())
     together = torch.cat(losses)
     gradient = _gradient_variance(subject, schedule, interval, gradient_batches)
-    return Finding(schedule, interval, together.mean().item(), together.var().item(), gradient)
+    return NoiseVariance(schedule, interval, together.mean().item(), together.var().item(), gradient)
 
 
 def _gradient_variance(subject: Subject, schedule: str, interval: Interval, batches: int) -> float:
@@ -197,7 +199,9 @@ def _batches(subject: Subject, batches: int, *, first: int = 0) -> Iterator[rang
         yield range(number * subject.batch_rows, (number + 1) * subject.batch_rows)
 
 
-def as_markdown(subject: Subject, findings: Sequence[Finding], chosen: Interval, options: argparse.Namespace) -> str:
+def as_markdown(
+    subject: Subject, findings: Sequence[NoiseVariance], chosen: Interval, options: argparse.Namespace
+) -> str:
     """A table of what people compare, and a line on what the search found."""
     linear = findings[0]
     clipped = [f for f in findings if f.schedule == "loglinear"]
@@ -227,7 +231,7 @@ def _against(variance: float, linear: float) -> tuple[str, str]:
     return f"{variance:.4g}", f"{linear / variance:.2f}x" if variance else "-"
 
 
-def as_charts(subject: Subject, findings: Sequence[Finding]) -> dict[str, Chart]:
+def as_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict[str, Chart]:
     """{file name: chart} of both variances by interval, a line for each width of the candidates."""
     charts = {}
     for what, unit in (("loss", "nats²"), ("gradient", "nats²")):

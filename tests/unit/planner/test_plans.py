@@ -13,7 +13,7 @@ from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.calibrate import Observation, calibrate, explain
 from bd3_megatron.planner.machines import GIB, machine_of
 from bd3_megatron.planner.plans import best_by_grid, rank_plans, why_not
-from bd3_megatron.planner.scaling import SIZES, as_markdown, config_of, curves, weak_scaling
+from bd3_megatron.planner.scaling import SIZES, efficiency_curves, scaling_markdown, weak_scaling, weak_scaling_config
 from bd3_megatron.planner.timing import step_time
 from tests.unit.cost.cases import case
 
@@ -129,11 +129,11 @@ def test_weak_scaling_is_relative_to_the_smallest_that_fits() -> None:
     points = weak_scaling(A100, devices=(1, 2, 4), sizes=SIZES[:1])
     fitting = [p for p in points if p.efficiency is not None]
     assert fitting[0].efficiency == 1.0
-    assert [x for x, _ in curves(points)["1.3B"]] == [float(p.devices) for p in fitting]
-    text = as_markdown(points, A100)
+    assert [x for x, _ in efficiency_curves(points)["1.3B"]] == [float(p.devices) for p in fitting]
+    text = scaling_markdown(points, A100)
     assert "**not measured**" in text and "matrix_efficiency" in text and "312 TFLOP/s" in text
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_weak_scaling_sizes_are_legal(size: Any) -> None:
-    validate(config_of(size, 8), world_size=8)
+    validate(weak_scaling_config(size, 8), world_size=8)

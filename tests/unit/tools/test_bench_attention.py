@@ -44,7 +44,7 @@ def test_without_a_note_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_wrong_backend_is_not_timed() -> None:
     options = attention.parse([*SMALL])
-    request = attention.request_of(options, 64, 4)
+    request = attention.attention_request(options, 64, 4)
 
     def broken(*_: object, **__: object) -> object:
         raise RuntimeError("no kernel image\nis available")

@@ -19,13 +19,13 @@ MIB = 2**20
 @pytest.mark.parametrize("name", plan.CASES)
 def test_every_case_is_legal_and_fits_two_cores(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert plan.config_of(plan.CASES[name], tmp_path, tmp_path, steps=2).parallel.world_size() <= 2
+    assert plan.planner_case_config(plan.CASES[name], tmp_path, tmp_path, steps=2).parallel.world_size() <= 2
 
 
 def test_more_ranks_than_cores_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     with pytest.raises(SystemExit, match="a case of 2 ranks needs as many cores and this machine has 1"):
-        plan.config_of(plan.CASES["tp2"], tmp_path, tmp_path, steps=2)
+        plan.planner_case_config(plan.CASES["tp2"], tmp_path, tmp_path, steps=2)
 
 
 def test_two_cases_calibrate_and_enough_are_unseen() -> None:
@@ -59,7 +59,7 @@ def test_the_table_holds_every_case_with_its_errors(tmp_path: Path) -> None:
     measured = {}
     for number, name in enumerate(("base", "dp2", "wide")):
         run = read_run(steady_run(tmp_path / str(number), 1, seconds=1.0))
-        measured[name] = plan.Measured(observation(run), 0.25, 0.05, 64 * MIB)
+        measured[name] = plan.CaseMeasurement(observation(run), 0.25, 0.05, 64 * MIB)
     note = plan.compare(measured)
     assert note.count("(calibrates)") == 2
     assert "| wide | " in note and "| +25% | " in note and "| 64.0 | " in note

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bd3_megatron.report.findings import findings, loss_spikes
-from bd3_megatron.report.run_data import RunData, needs_tokens, read_runs
+from bd3_megatron.report.run_data import ReportedRun, needs_tokens, read_runs
 from tests.unit.report.written_runs import start_record, step_record, write_run
 from tools.report import main
 
@@ -59,7 +59,7 @@ def evaluation(step: int, nll: float) -> dict[str, Any]:
     }
 
 
-def one_run(folder: Path, records: list[dict[str, Any]], **options: Any) -> RunData:
+def one_run(folder: Path, records: list[dict[str, Any]], **options: Any) -> ReportedRun:
     return read_runs([write_run(folder, records, **options)])[0]
 
 

@@ -15,8 +15,8 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.perplexity import SequenceScores
 from bd3_megatron.report.results import ResultSection
-from tools.mini.runs import Job, RunFailed, Runner, jobs_of
-from tools.mini.variants import QUICK, SEQ_LEN, TRUNK, VARIANTS, WHOLE, Size, base_tree, overrides
+from tools.mini.runs import MiniRun, RunFailed, Runner, mini_runs
+from tools.mini.variants import QUICK, SEQ_LEN, TRUNK, VARIANTS, WHOLE, MiniSize, base_tree, overrides
 from tools.mini.verdicts import CLAIMS, verdicts
 from tools.reproduce_mini import build_parser, main, sections_as_markdown, size_of
 
@@ -25,7 +25,7 @@ TOKENS = 100.0
 
 @pytest.mark.parametrize("size", [QUICK, WHOLE])
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_every_variant_is_a_legal_run_of_equal_budget(name: str, size: Size, tmp_path: Path) -> None:
+def test_every_variant_is_a_legal_run_of_equal_budget(name: str, size: MiniSize, tmp_path: Path) -> None:
     path = tmp_path / "mini.yaml"
     path.write_text(yaml.safe_dump(base_tree(size, data="data")))
     config = load_config(path, overrides(VARIANTS[name], size, seed=3, run_dir="x"))
@@ -49,7 +49,7 @@ def test_the_options_choose_how_much_is_done() -> None:
 
 
 def test_trunks_come_first_and_finished_runs_are_not_started_again(tmp_path: Path) -> None:
-    jobs = jobs_of(QUICK, tmp_path)
+    jobs = mini_runs(QUICK, tmp_path)
     assert jobs[0].variant.name == TRUNK and {job.variant.name for job in jobs} == set(QUICK.variants)
     for job in jobs:
         job.folder.mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_trunks_come_first_and_finished_runs_are_not_started_again(tmp_path: Pat
 
 def test_a_run_that_fails_ends_the_miniature_with_its_words(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("run: {dir: x}\nnonsense: 1\n")
-    job = Job(VARIANTS["ar"], 1, tmp_path / "ar")
+    job = MiniRun(VARIANTS["ar"], 1, tmp_path / "ar")
     with pytest.raises(RunFailed, match=r"AR, seed 1 ended with code 2: bd3: error: .*nonsense"):
         Runner(QUICK, tmp_path / "bad.yaml", 1, lambda _: None).run([job])
 
