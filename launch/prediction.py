@@ -8,7 +8,7 @@ and efficiencies that tools/plan.py prints. Costs milliseconds; imports no torch
 from __future__ import annotations
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import habits_on, memory_per_device
+from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.planner.machines import GIB, machine_of
 from bd3_megatron.planner.plans import Plan
@@ -30,7 +30,7 @@ def prediction_lines(config: Config, profile: ClusterProfile) -> list[str]:
         return [
             "memory   not estimated: set model.vocab_size to have it estimated (the data's tokenizer decides it otherwise)"
         ]
-    memory = memory_per_device(config, habits_on("cuda" if profile.gpus_per_node else "cpu", config))
+    memory = memory_per_device(config, engine_assumptions("cuda" if profile.gpus_per_node else "cpu", config))
     size = f"{parameter_count(config) / 1e6:,.0f} M parameters, about {memory.peak / GIB:.1f} GiB a device at the peak"
     if profile.planner_gpu is None:
         return [f"memory   {size}", "speed    not predicted: name planner_gpu and planner.peak_tflops in the profile"]

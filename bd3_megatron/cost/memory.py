@@ -59,7 +59,7 @@ def head_chunk_bytes(device: str, *, is_sharded: bool = False) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Habits:
+class EngineAssumptions:
     """What arithmetic must be told about the engine; the defaults describe it on a GPU."""
 
     precision: str = "bf16"
@@ -81,11 +81,11 @@ class Habits:
         return 2 if self.precision == "bf16" else FP32
 
 
-def habits_on(device: str, config: Config, *, reduce_bucket_elements: int = 50_000_000) -> Habits:
-    """Habits on "cuda" or "cpu" at the configuration's precision."""
+def engine_assumptions(device: str, config: Config, *, reduce_bucket_elements: int = 50_000_000) -> EngineAssumptions:
+    """Assumptions on "cuda" or "cpu" at the configuration's precision."""
     auto = "bf16" if device == "cuda" else "fp32"
     precision = auto if config.train.precision == "auto" else config.train.precision
-    return Habits(
+    return EngineAssumptions(
         precision=precision,
         fused=device == "cuda",
         head_chunk_bytes=head_chunk_bytes(device, is_sharded=config.parallel.tp > 1),
@@ -129,15 +129,17 @@ class MemoryBytes:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def memory_per_device(config: Config, habits: Habits | None = None, *, block_size: int | None = None) -> MemoryBytes:
+def memory_per_device(
+    config: Config, engine: EngineAssumptions | None = None, *, block_size: int | None = None
+) -> MemoryBytes:
     """Memory of the fullest pipeline stage.
 
     Args:
         config: a validated configuration whose dp is set.
-        habits: of the engine; None: on a GPU.
+        engine: assumptions about it; None: on a GPU.
         block_size: S in use.
     """
-    stages = [memory_of_stage(config, stage, habits, block_size=block_size) for stage in _fullest_candidates(config)]
+    stages = [memory_of_stage(config, stage, engine, block_size=block_size) for stage in _fullest_candidates(config)]
     return max(stages, key=lambda m: m.peak)
 
 
@@ -149,29 +151,29 @@ def _fullest_candidates(config: Config) -> list[int]:
 
 
 def memory_of_stage(
-    config: Config, stage: int, habits: Habits | None = None, *, block_size: int | None = None
+    config: Config, stage: int, engine: EngineAssumptions | None = None, *, block_size: int | None = None
 ) -> MemoryBytes:
     """Memory of one rank of pipeline stage `stage`."""
-    habits = habits or habits_on("cuda", config)
+    engine = engine or engine_assumptions("cuda", config)
     shape = shape_of(config, block_size=block_size)
-    states = _states(config, stage, habits)
-    layer = layer_activation_bytes(config, shape, habits)
+    states = _states(config, stage, engine)
+    layer = layer_activation_bytes(config, shape, engine)
     layers = layers_per_stage(config)[stage]
     chunks = chunks_in_flight(config, stage)
     held = layers / (config.parallel.vpp or 1) * chunks
     share = recomputed_layers(config, stage) / layers
     activations = held * (share * _kept(layer, config) + (1 - share) * _whole(layer))
-    activations += _stage_inputs(config, shape, habits, stage) + chunks * _rotary(config, shape, habits.element_bytes)
+    activations += _stage_inputs(config, shape, engine, stage) + chunks * _rotary(config, shape, engine.element_bytes)
     last = stage == config.parallel.pp - 1
-    working = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if share else 0.0)
+    working = _gradients(config, shape, engine, scored=False) + (_rebuilt(layer, config) if share else 0.0)
     head = _Head(0.0, 0.0)
     if last:
-        short = last_layer_activation_bytes(config, shape, habits)
+        short = last_layer_activation_bytes(config, shape, engine)
         # of an interleaved stage's chunks in flight one in vpp holds the last layer
         once = chunks / (config.parallel.vpp or 1)
         activations -= once * (_last_kept(layer, config) - _last_kept(short, config))
-        head = _head(config, shape, habits)
-        working = _beyond_the_head(config, shape, habits, layers=(layer, short), head=head)
+        head = _head(config, shape, engine)
+        working = _beyond_the_head(config, shape, engine, layers=(layer, short), head=head)
     return MemoryBytes(
         parameters=states.parameters,
         gradients=states.gradients,
@@ -181,8 +183,8 @@ def memory_of_stage(
         activations=round(activations),
         head=round(head.chunk + head.rest),
         working=round(working),
-        buffers=_buffers(config, shape, habits, stage),
-        step_temporaries=0 if config.parallel.offload_optimizer else habits.shard_copies * states.shard,
+        buffers=_buffers(config, shape, engine, stage),
+        step_temporaries=0 if config.parallel.offload_optimizer else engine.shard_copies * states.shard,
     )
 
 
@@ -197,10 +199,10 @@ class _States:
     """fp32 bytes of one number each of the own shard."""
 
 
-def _states(config: Config, stage: int, habits: Habits) -> _States:
+def _states(config: Config, stage: int, engine: EngineAssumptions) -> _States:
     count, shards, zero = parameters_per_rank(config, stage), zero_shards(config), zero_stage(config)
     shard = -(-count // shards)
-    weights = habits.element_bytes * (shard if zero == 3 else count)
+    weights = engine.element_bytes * (shard if zero == 3 else count)
     gradients = FP32 * (count if zero == 1 else shard)
     adam = 3 * FP32 * shard
     ema = FP32 * shard if config.optim.ema_decay > 0 else 0
@@ -222,9 +224,9 @@ def _row_cut(config: Config) -> int:
     return config.parallel.tp if config.parallel.sequence_parallel else 1
 
 
-def layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict[str, float]:
+def layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptions) -> dict[str, float]:
     """Bytes one layer keeps for its backward, for one micro-batch, by part ("input" is the layer's input alone)."""
-    b, tp = habits.element_bytes, config.parallel.tp
+    b, tp = engine.element_bytes, config.parallel.tp
     rows = pipeline_rows(config, shape) * config.train.micro_batch_size
     cut = rows / _row_cut(config)
     q, kv = shape.q_width / tp, shape.kv_width / tp
@@ -238,15 +240,15 @@ def layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict
         "attention_output": rows * q * b,
         "mlp": rows * _mlp_width(shape) / tp * b,
         "mlp_active": rows * shape.ffn / tp * b,
-        "dropout": 2 * cut * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
+        "dropout": 2 * cut * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
     }
 
 
-def last_layer_activation_bytes(config: Config, shape: Shape, habits: Habits) -> dict[str, float]:
+def last_layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptions) -> dict[str, float]:
     """The same of the model's last layer where it computes keys and values of all rows, the rest of scored rows only."""
     if not last_layer_is_trimmed(config):
-        return layer_activation_bytes(config, shape, habits)
-    b, tp, mbs = habits.element_bytes, config.parallel.tp, config.train.micro_batch_size
+        return layer_activation_bytes(config, shape, engine)
+    b, tp, mbs = engine.element_bytes, config.parallel.tp, config.train.micro_batch_size
     rows = pipeline_rows(config, shape) * mbs
     stream = (shape.noisy_rows or shape.length) // config.parallel.cp * mbs
     scored = scored_rows(config, shape, expected_masked_fraction(config))
@@ -264,7 +266,7 @@ def last_layer_activation_bytes(config: Config, shape: Shape, habits: Habits) ->
         "attention_output": scored * q * b,
         "mlp": scored * _mlp_width(shape) / tp * b,
         "mlp_active": scored * shape.ffn / tp * b,
-        "dropout": 2 * scored * shape.hidden * (1 if habits.fused else b) if shape.dropout else 0.0,
+        "dropout": 2 * scored * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
     }
 
 
@@ -303,15 +305,15 @@ def _kept(layer: dict[str, float], config: Config) -> float:
     return _whole(layer)
 
 
-def _stage_inputs(config: Config, shape: Shape, habits: Habits, stage: int) -> float:
+def _stage_inputs(config: Config, shape: Shape, engine: EngineAssumptions, stage: int) -> float:
     """What a stage receives and keeps to send its gradient back; the schedule drops its own output after sending."""
     if stage == 0:
         return 0.0
     rows = pipeline_rows(config, shape) * config.train.micro_batch_size / _row_cut(config)
-    return rows * shape.hidden * habits.element_bytes * chunks_in_flight(config, stage)
+    return rows * shape.hidden * engine.element_bytes * chunks_in_flight(config, stage)
 
 
-def _gradients(config: Config, shape: Shape, habits: Habits, *, scored: bool) -> float:
+def _gradients(config: Config, shape: Shape, engine: EngineAssumptions, *, scored: bool) -> float:
     """The widest moment of a layer's backward: gradients of the MLP's inner tensors beside those of the residual stream."""
     if scored:
         rows = cut = scored_rows(config, shape, expected_masked_fraction(config))
@@ -319,7 +321,7 @@ def _gradients(config: Config, shape: Shape, habits: Habits, *, scored: bool) ->
         rows = pipeline_rows(config, shape) * config.train.micro_batch_size
         cut = rows / _row_cut(config)
     inner = (3 if not shape.paper else 2) * shape.ffn / config.parallel.tp
-    return (rows * inner + 2 * cut * shape.hidden) * habits.element_bytes
+    return (rows * inner + 2 * cut * shape.hidden) * engine.element_bytes
 
 
 def _rebuilt(layer: dict[str, float], config: Config) -> float:
@@ -328,7 +330,12 @@ def _rebuilt(layer: dict[str, float], config: Config) -> float:
 
 
 def _beyond_the_head(
-    config: Config, shape: Shape, habits: Habits, *, layers: tuple[dict[str, float], dict[str, float]], head: _Head
+    config: Config,
+    shape: Shape,
+    engine: EngineAssumptions,
+    *,
+    layers: tuple[dict[str, float], dict[str, float]],
+    head: _Head,
 ) -> float:
     """What the fullest backward on the last stage has alive beyond all activations and the whole head, 0 or more.
 
@@ -337,11 +344,11 @@ def _beyond_the_head(
     """
     layer, short = layers
     again = recomputed_layers(config, config.parallel.pp - 1)
-    whole = _gradients(config, shape, habits, scored=False) + (_rebuilt(layer, config) if again else 0.0)
+    whole = _gradients(config, shape, engine, scored=False) + (_rebuilt(layer, config) if again else 0.0)
     if not last_layer_is_trimmed(config):
         return max(0.0, whole - head.chunk)
     keeps = _last_kept(short, config)
-    first = _gradients(config, shape, habits, scored=True) + _whole(short) - keeps
+    first = _gradients(config, shape, engine, scored=True) + _whole(short) - keeps
     return max(0.0, first - head.chunk, whole - head.chunk - head.rows - keeps)
 
 
@@ -355,39 +362,39 @@ class _Head:
     """Of them the rows."""
 
 
-def _head(config: Config, shape: Shape, habits: Habits) -> _Head:
+def _head(config: Config, shape: Shape, engine: EngineAssumptions) -> _Head:
     tp, mbs = config.parallel.tp, config.train.micro_batch_size
     scored = scored_rows(config, shape, expected_masked_fraction(config))
     vocab = shape.padded_vocab // tp
-    low = habits.element_bytes if habits.element_bytes < FP32 else 0
-    chunk_rows = min(max(1, habits.head_chunk_bytes // (FP32 * vocab)), scored)
+    low = engine.element_bytes if engine.element_bytes < FP32 else 0
+    chunk_rows = min(max(1, engine.head_chunk_bytes // (FP32 * vocab)), scored)
     chunk = chunk_rows * vocab * (FP32 + low)
     rows = pipeline_rows(config, shape) * mbs
     normed = scored if last_layer_is_trimmed(config) else rows / _row_cut(config)
     # its output is gone once the scored rows are picked from it
-    final_norm = normed * shape.hidden * habits.element_bytes
+    final_norm = normed * shape.hidden * engine.element_bytes
     # masked rows and their gradient; under sequence parallelism all rows are gathered first
-    gathered = 2 * scored * shape.hidden * habits.element_bytes
-    gathered += rows * shape.hidden * habits.element_bytes if config.parallel.sequence_parallel else 0
+    gathered = 2 * scored * shape.hidden * engine.element_bytes
+    gathered += rows * shape.hidden * engine.element_bytes if config.parallel.sequence_parallel else 0
     # fp32 from forward to backward; on CPU a low-precision table is widened beside it
-    weight_gradient = vocab * shape.hidden * (FP32 + (FP32 if low and not habits.fused else 0))
+    weight_gradient = vocab * shape.hidden * (FP32 + (FP32 if low and not engine.fused else 0))
     return _Head(chunk, final_norm + gathered + weight_gradient, final_norm + gathered)
 
 
-def _buffers(config: Config, shape: Shape, habits: Habits, stage: int) -> int:
+def _buffers(config: Config, shape: Shape, engine: EngineAssumptions, stage: int) -> int:
     total = 0.0
     zero, count = zero_stage(config), parameters_per_rank(config, stage)
     if zero >= 2:
         # a second one fills while the first travels, which bf16 runs ask for
-        buckets = 2 if zero == 3 or habits.precision == "bf16" else 1
-        total += buckets * FP32 * min(habits.reduce_bucket_elements, count)
+        buckets = 2 if zero == 3 or engine.precision == "bf16" else 1
+        total += buckets * FP32 * min(engine.reduce_bucket_elements, count)
     if zero == 3:
         tp = config.parallel.tp
         layer = sum(p.count_per_rank(tp) for p in layer_parameters(shape, 0))
         widest = max(layer, shape.padded_vocab * shape.hidden // tp)
         # the layer that computes and the one being gathered
-        total += 2 * widest * habits.element_bytes
+        total += 2 * widest * engine.element_bytes
     if config.parallel.cp > 1:
         rows = shape.length * config.train.micro_batch_size
-        total += 2 * rows * shape.kv_width / config.parallel.tp * habits.element_bytes
+        total += 2 * rows * shape.kv_width / config.parallel.tp * engine.element_bytes
     return round(total)

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import FP32, Habits, habits_on
+from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.parameters import copied_per_rank, parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,
@@ -75,7 +75,7 @@ class _Stage:
 
     config: Config
     shape: Shape
-    habits: Habits
+    engine: EngineAssumptions
     index: int
     layers: int
     micro: int
@@ -93,7 +93,7 @@ class _Stage:
     def rows_bytes(self) -> float:
         """Activations of all rows of a micro-batch, whole."""
         rows = pipeline_rows(self.config, self.shape) * self.config.train.micro_batch_size
-        return rows * self.shape.hidden * self.habits.element_bytes
+        return rows * self.shape.hidden * self.engine.element_bytes
 
     @property
     def scored(self) -> float:
@@ -102,13 +102,13 @@ class _Stage:
 
     @property
     def scored_bytes(self) -> float:
-        return self.scored * self.shape.hidden * self.habits.element_bytes
+        return self.scored * self.shape.hidden * self.engine.element_bytes
 
 
 def transfers(
     config: Config,
     stage: int = 0,
-    habits: Habits | None = None,
+    engine: EngineAssumptions | None = None,
     *,
     masked_fraction: float | None = None,
     block_size: int | None = None,
@@ -117,14 +117,14 @@ def transfers(
 
     Args:
         config: a validated configuration whose dp is set.
-        habits: of the engine; None: on a GPU.
+        engine: assumptions about it; None: on a GPU.
         masked_fraction: measured share of masked noisy positions; None: the schedule's expectation.
         block_size: S in use.
     """
     masked = expected_masked_fraction(config) if masked_fraction is None else masked_fraction
     shape = shape_of(config, block_size=block_size)
-    habits, layers = habits or habits_on("cuda", config), layers_per_stage(config)[stage]
-    at = _Stage(config, shape, habits, stage, layers, micro_batches(config), masked)
+    engine, layers = engine or engine_assumptions("cuda", config), layers_per_stage(config)[stage]
+    at = _Stage(config, shape, engine, stage, layers, micro_batches(config), masked)
     tensor = _sequence_parallel(at) if config.parallel.sequence_parallel else _tensor_parallel(at)
     lines = [*tensor, *_head(at), *_pipeline(at), *_context(at), *_data(at)]
     return [line for line in lines if line.ranks > 1 and line.calls > 0]
@@ -133,13 +133,13 @@ def transfers(
 def bytes_by_axis(
     config: Config,
     stage: int = 0,
-    habits: Habits | None = None,
+    engine: EngineAssumptions | None = None,
     *,
     masked_fraction: float | None = None,
     block_size: int | None = None,
 ) -> dict[str, int]:
     """{axis: bytes handed to its collectives by one rank of `stage` in one step}; see `transfers` for the arguments."""
-    lines = transfers(config, stage, habits, masked_fraction=masked_fraction, block_size=block_size)
+    lines = transfers(config, stage, engine, masked_fraction=masked_fraction, block_size=block_size)
     return {axis: round(sum(line.total_bytes for line in lines if line.axis == axis)) for axis in AXES}
 
 
@@ -243,7 +243,7 @@ def _context(at: _Stage) -> list[Transfer]:
     if not at.shape.clean_rows:
         return []
     tokens = at.shape.length * at.config.train.micro_batch_size
-    size = tokens * at.shape.kv_width // at.config.parallel.tp * at.habits.element_bytes
+    size = tokens * at.shape.kv_width // at.config.parallel.tp * at.engine.element_bytes
     # attention is run again by selective recomputation too
     layers = at.layers * at.micro
     gathers = layers + _again(at, "selective", "full")[0] * at.micro
@@ -255,7 +255,7 @@ def _context(at: _Stage) -> list[Transfer]:
 
 def _data(at: _Stage) -> list[Transfer]:
     zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index)
-    weights = count * at.habits.element_bytes
+    weights = count * at.engine.element_bytes
     # DeepSpeed all-reduces whole buckets at stages 1 and 2, and lets every rank keep its part
     if zero < 3:
         return [
@@ -263,7 +263,7 @@ def _data(at: _Stage) -> list[Transfer]:
             _line(at, "dp", "all_gather", "updated weights", 1, weights),
         ]
     # gathered weights stay for the backward while they are fewer than stage3_max_live_parameters (two buckets)
-    passes = 1 if count <= 2 * at.habits.reduce_bucket_elements else 2
+    passes = 1 if count <= 2 * at.engine.reduce_bucket_elements else 2
     return [
         _line(at, "dp", "reduce_scatter", "gradients", at.micro, count * FP32),
         _line(at, "dp", "all_gather", "weights before each pass", passes * at.micro, weights),

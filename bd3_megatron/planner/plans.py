@@ -14,7 +14,7 @@ from typing import Literal
 from bd3_megatron.config.schema import Config, ParallelConfig
 from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.flops import convention_flops
-from bd3_megatron.cost.memory import MemoryBytes, habits_on, memory_per_device
+from bd3_megatron.cost.memory import MemoryBytes, engine_assumptions, memory_per_device
 from bd3_megatron.cost.shape import data_parallel
 from bd3_megatron.errors import ConfigError, GridError, divisors
 from bd3_megatron.planner.constants import Constants
@@ -95,7 +95,7 @@ def plan_of(config: Config, machine: Machine, constants: Constants | None = None
         machine: device and links.
         constants: of the time model; None: the machine's defaults.
     """
-    memory = memory_per_device(config, habits_on("cpu" if machine.cores else "cuda", config))
+    memory = memory_per_device(config, engine_assumptions("cpu" if machine.cores else "cuda", config))
     # the time costs more than the memory, and most candidates of a large model fail there
     fits = memory.peak <= machine.memory_bytes - machine.reserve_bytes
     return Plan(config, memory, step_time(config, machine, constants) if fits else None)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields, replace
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.flops import Flops, executed_flops, execution_of
-from bd3_megatron.cost.memory import FP32, Habits, habits_on
+from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,
@@ -91,7 +91,7 @@ class _Setting:
     config: Config
     machine: Machine
     constants: Constants
-    habits: Habits
+    engine: EngineAssumptions
     shape: Shape
     flops: Flops
     whole: Flops
@@ -129,9 +129,9 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
     ran, masked = execution_of(config), expected_masked_fraction(config)
     flops = executed_flops(config, ran, masked)
     whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
-    habits = habits_on("cpu" if machine.cores else "cuda", config)
+    engine = engine_assumptions("cpu" if machine.cores else "cuda", config)
     at = _Setting(
-        config, machine, constants or constants_for(machine), habits, shape, flops, whole, ran.backend, masked
+        config, machine, constants or constants_for(machine), engine, shape, flops, whole, ran.backend, masked
     )
     pp, layers = config.parallel.pp, layers_per_stage(config)
     # stages of equal size between the first and the last are equal: a pipeline of 64 is three kinds
@@ -147,7 +147,7 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     last = stage == parallel.pp - 1
     share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
     work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
-    lines, m = transfers(config, stage, at.habits), micro_batches(config)
+    lines, m = transfers(config, stage, at.engine), micro_batches(config)
     collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
     factor = c.compute_factor * c.shared_factor ** _crowding(at)
     compute = StepTime(
@@ -190,7 +190,7 @@ def _again(config: Config, part: str) -> float:
 def _matrix(at: _Setting, forward: float, layers: int) -> float:
     passes = 3 + _again(at.config, "matrix")
     by_rate = passes * forward / (at.rate * at.constants.matrix_efficiency)
-    shape, tp, b = at.shape, at.config.parallel.tp, at.habits.element_bytes
+    shape, tp, b = at.shape, at.config.parallel.tp, at.engine.element_bytes
     numbers = shape.hidden * (2 * shape.q_width + shape.kv_width + shape.mlp_matrices * shape.ffn) / tp
     rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
     touched = numbers + rows * (4 * shape.hidden + (2 * shape.q_width + shape.kv_width + 3 * shape.ffn) / tp)
@@ -239,14 +239,14 @@ def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
     counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
     elements = rows * (10 * shape.hidden / cut + rotation + activation)
     passes = 3 + _again(at.config, "elementwise")
-    return passes * counted * elements * at.habits.element_bytes / at.memory_rate
+    return passes * counted * elements * at.engine.element_bytes / at.memory_rate
 
 
 def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
     config, m = at.config, micro_batches(at.config)
     slowest = max(by_stage, key=lambda t: t.total)
     vpp = config.parallel.vpp or 1
-    lines = transfers(config, 0, at.habits)
+    lines = transfers(config, 0, at.engine)
     rest = sum(t.total for t in by_stage) - slowest.total
     scaled = {name: m * value for name, value in slowest.parts().items()}
     scaled["overhead"] += at.constants.overhead_factor * at.constants.step_overhead_seconds
@@ -288,7 +288,7 @@ def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
     small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
     if zero_stage(at.config) > 1:
         return _exposed(at, total, compute) + small
-    if not leaves_early(at.config, at.habits.precision):
+    if not leaves_early(at.config, at.engine.precision):
         return total + small
     # gradients leave during the last micro-batch's backward, two thirds of its time; weights are gathered after the update
     sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.kind == "all_reduce")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.load import replace_field
-from bd3_megatron.cost.memory import habits_on, memory_of_stage
+from bd3_megatron.cost.memory import engine_assumptions, memory_of_stage
 from bd3_megatron.parallel.topology import Topology
 from tests.ranks.harness import run_ranks
 from tests.ranks.train_runs import train_config, write_data
@@ -58,7 +58,7 @@ def test_the_peak_of_a_step_is_the_predicted_one(sections: dict[str, Any], tmp_p
         return any(peak > (1 + PEAK_MEMORY) * predicted(stage) for stage, peak in counts)
 
     def predicted(stage: int) -> float:
-        return memory_of_stage(config, stage, habits_on("cpu", config)).peak
+        return memory_of_stage(config, stage, engine_assumptions("cpu", config)).peak
 
     found = run_ranks(on_rank, config.parallel)
     if config.parallel.world_size() > 1 and too_much(found):

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.cost.memory import habits_on, memory_per_device
+from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
 from bd3_megatron.files import write_text
 from bd3_megatron.parallel.topology import leave
 from bd3_megatron.planner.calibrate import Observation, calibrate, explain
@@ -251,7 +251,7 @@ def host_machine(measured: Sequence[CaseMeasurement]) -> Machine:
 
 def predict(config: Config, machine: Machine, constants: Constants) -> tuple[StepTime, int]:
     """(time of a step, peak bytes of the fullest rank)."""
-    return step_time(config, machine, constants), memory_per_device(config, habits_on("cpu", config)).peak
+    return step_time(config, machine, constants), memory_per_device(config, engine_assumptions("cpu", config)).peak
 
 
 def compare(measured: Mapping[str, CaseMeasurement]) -> str:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bd3_megatron.attention.select import BACKENDS
 from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import Habits, memory_of_stage
+from bd3_megatron.cost.memory import EngineAssumptions, memory_of_stage
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import bytes_by_axis
 from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -25,7 +25,7 @@ from bd3_megatron.train.batches import make_micro_batch
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import BATCH, LENGTH, MASK_ID, VOCAB, clean_batch, job_config, noise_of
 
-CPU = Habits(precision="fp32", fused=False)
+CPU = EngineAssumptions(precision="fp32", fused=False)
 SMALL_BYTES = 8
 """Token counts and norms are one or two numbers; everything larger is a transfer."""
 
@@ -174,6 +174,6 @@ def test_activations_are_what_autograd_keeps(
     counted = replace_field(config, "model.vocab_size", VOCAB)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kept, _ = run_ranks(_saved_bytes(config, dtype), config.parallel)[0]
-    memory = memory_of_stage(counted, 0, Habits(precision=precision, fused=False))
+    memory = memory_of_stage(counted, 0, EngineAssumptions(precision=precision, fused=False))
     # the head keeps its gradients and the final norm, and no chunk: that is gone after the forward
     assert kept == pytest.approx(memory.activations, rel=0.10)

@@ -8,9 +8,9 @@ import pytest
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import (
-    Habits,
+    EngineAssumptions,
     chunks_in_flight,
-    habits_on,
+    engine_assumptions,
     layer_activation_bytes,
     memory_of_stage,
     memory_per_device,
@@ -37,7 +37,7 @@ def _big(parallel: dict[str, Any] | None = None, **train: Any) -> Config:
 def test_states_of_one_device_are_the_textbooks() -> None:
     config = _big()
     count = parameter_count(config, padded=True)
-    bf16, fp32 = memory_per_device(config), memory_per_device(config, Habits(precision="fp32", fused=False))
+    bf16, fp32 = memory_per_device(config), memory_per_device(config, EngineAssumptions(precision="fp32", fused=False))
     assert (bf16.parameters, bf16.gradients, bf16.optimizer, bf16.ema) == (2 * count, 4 * count, 12 * count, 4 * count)
     assert fp32.states == 24 * count
 
@@ -130,14 +130,14 @@ def test_dropout_keeps_its_masks() -> None:
     config = _big()
     shape = shape_of(config)
     with_dropout = case(model=BIG | {"dropout": 0.1}, data={"seq_len": 512})
-    assert layer_activation_bytes(config, shape, Habits())["dropout"] == 0
-    assert layer_activation_bytes(with_dropout, shape_of(with_dropout), Habits())["dropout"] > 0
+    assert layer_activation_bytes(config, shape, EngineAssumptions())["dropout"] == 0
+    assert layer_activation_bytes(with_dropout, shape_of(with_dropout), EngineAssumptions())["dropout"] > 0
 
 
 def test_precision_follows_the_device_unless_it_is_given() -> None:
-    assert habits_on("cuda", _big()).precision == "bf16"
-    assert habits_on("cpu", _big()).precision == "fp32"
-    assert habits_on("cuda", _big(precision="fp32")).element_bytes == 4
+    assert engine_assumptions("cuda", _big()).precision == "bf16"
+    assert engine_assumptions("cpu", _big()).precision == "fp32"
+    assert engine_assumptions("cuda", _big(precision="fp32")).element_bytes == 4
 
 
 def test_parts_are_all_of_the_peak() -> None:

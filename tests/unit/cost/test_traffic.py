@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import Habits
+from bd3_megatron.cost.memory import EngineAssumptions
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import Transfer, bytes_by_axis, small_collectives, transfers
 from tests.unit.cost.cases import case
 
-FP32 = Habits(precision="fp32", fused=False)
+FP32 = EngineAssumptions(precision="fp32", fused=False)
 ROWS = (64 - 4) * 32 * 4
 """Bytes of the rows of a micro-batch: 2 L - S rows of D fp32 numbers."""
 
@@ -31,7 +31,7 @@ def test_tensor_parallelism_moves_four_all_reduces_a_layer() -> None:
     scored = 32 * 0.25
     # the last layer: only the gradient of its first norm's rows is whole
     by_hand = 8 * (2 * 4 * ROWS + ROWS + 3 * scored * 32 * 4 + ROWS + scored * 32 * 4 + 3 * scored * 4)
-    assert bytes_by_axis(config, habits=FP32, masked_fraction=0.25)["tp"] == by_hand
+    assert bytes_by_axis(config, engine=FP32, masked_fraction=0.25)["tp"] == by_hand
 
 
 def test_sequence_parallelism_gathers_and_scatters() -> None:
@@ -39,12 +39,12 @@ def test_sequence_parallelism_gathers_and_scatters() -> None:
     norms = 7 * 32 * 4
     scored = 32 * 0.25
     by_hand = 8 * (3 * 10 * ROWS + 2 * ROWS + 2 * ROWS + 3 * scored * 4) + norms
-    assert bytes_by_axis(config, habits=FP32, masked_fraction=0.25)["tp"] == by_hand
+    assert bytes_by_axis(config, engine=FP32, masked_fraction=0.25)["tp"] == by_hand
 
 
 def test_full_recomputation_repeats_the_forwards_collectives() -> None:
     plain, again = _grid({"tp": 2}), _grid({"tp": 2}, recompute="full")
-    more = bytes_by_axis(again, habits=FP32)["tp"] - bytes_by_axis(plain, habits=FP32)["tp"]
+    more = bytes_by_axis(again, engine=FP32)["tp"] - bytes_by_axis(plain, engine=FP32)["tp"]
     scored = 32 * 0.5005 * 32 * 4
     assert more == pytest.approx(8 * (2 * 2 * ROWS + 2 * scored))
 
@@ -52,7 +52,7 @@ def test_full_recomputation_repeats_the_forwards_collectives() -> None:
 def test_recomputation_of_the_first_layers_repeats_theirs_only() -> None:
     def tp_bytes(**train: Any) -> int:
         whole = {"steps": 1, "global_batch_size": 8, "micro_batch_size": 1, **train}
-        return bytes_by_axis(case(kind="s4", parallel={"tp": 2}, train=whole), habits=FP32)["tp"]
+        return bytes_by_axis(case(kind="s4", parallel={"tp": 2}, train=whole), engine=FP32)["tp"]
 
     assert tp_bytes(recompute="full", recompute_layers=2) - tp_bytes() == 8 * 2 * 2 * ROWS
     assert tp_bytes(recompute="full", recompute_layers=3) == tp_bytes(recompute="full")
@@ -79,23 +79,23 @@ def test_a_tied_tables_gradient_crosses_the_pipeline() -> None:
 def test_context_parallelism_moves_clean_keys_and_values_only() -> None:
     config = _grid({"cp": 2})
     kv = 32 * 2 * 2 * 8 * 4
-    assert bytes_by_axis(config, habits=FP32)["cp"] == 8 * 3 * 2 * kv
+    assert bytes_by_axis(config, engine=FP32)["cp"] == 8 * 3 * 2 * kv
     selective = _grid({"cp": 2}, recompute="selective")
-    assert bytes_by_axis(selective, habits=FP32)["cp"] == 8 * 3 * 3 * kv
+    assert bytes_by_axis(selective, engine=FP32)["cp"] == 8 * 3 * 3 * kv
 
 
 @pytest.mark.parametrize(("stage", "reductions", "gathers"), [(1, 1, 1), (2, 4, 1), (3, 4, 4)])
 def test_zero_reduces_gradients_and_gathers_weights(stage: int, reductions: int, gathers: int) -> None:
     config = _grid({"dp": 2, "zero_stage": stage})
     count = parameters_per_rank(config, 0)
-    assert bytes_by_axis(config, habits=FP32)["dp"] == (reductions + gathers) * count * 4
+    assert bytes_by_axis(config, engine=FP32)["dp"] == (reductions + gathers) * count * 4
 
 
 def test_large_models_gather_again_for_the_backward() -> None:
     config = _grid({"dp": 2, "zero_stage": 3})
     count = parameters_per_rank(config, 0)
-    small_buckets = Habits(precision="fp32", fused=False, reduce_bucket_elements=count // 4)
-    assert bytes_by_axis(config, habits=small_buckets)["dp"] == (4 + 8) * count * 4
+    small_buckets = EngineAssumptions(precision="fp32", fused=False, reduce_bucket_elements=count // 4)
+    assert bytes_by_axis(config, engine=small_buckets)["dp"] == (4 + 8) * count * 4
 
 
 def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
@@ -104,7 +104,7 @@ def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
 
 
 def test_q_and_k_norms_are_summed_over_tp() -> None:
-    lines = transfers(_grid({"tp": 2}, style="modern_tied_qk"), habits=FP32)
+    lines = transfers(_grid({"tp": 2}, style="modern_tied_qk"), engine=FP32)
     assert [t.total_bytes for t in lines if t.what == "gradients of q and k norms"] == [2 * 3 * 8 * 4]
 
 
