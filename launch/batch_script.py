@@ -14,6 +14,7 @@ from typing import Literal
 
 from bd3_megatron.errors import final_codes
 from launch.cluster import ClusterProfile
+from launch.container import srun_options, wrapper
 from launch.env import rank_settings
 
 BODY = Path(__file__).parent / "templates" / "job.sh"
@@ -121,27 +122,11 @@ def _values(profile: ClusterProfile, job: Job) -> list[str]:
         f"signal_lead_seconds={profile.signal_lead_seconds}",
         f"excluded={shlex.quote(profile.exclude or '')}",
         f"python={shlex.quote(job.python)}",
-        f"srun_options=({' '.join(map(shlex.quote, _srun_options(profile)))})",
-        f"wrapper=({' '.join(map(shlex.quote, _wrapper(profile)))})",
+        f"srun_options=({' '.join(map(shlex.quote, srun_options(profile.container)))})",
+        f"wrapper=({' '.join(map(shlex.quote, wrapper(profile)))})",
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(settings.items())),
         *_setup_lines(profile),
     ]
-
-
-def _srun_options(profile: ClusterProfile) -> list[str]:
-    container = profile.container
-    if container.kind != "pyxis":
-        return []
-    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", *mounts, "--no-container-mount-home"]
-
-
-def _wrapper(profile: ClusterProfile) -> list[str]:
-    container = profile.container
-    if container.kind != "apptainer":
-        return []
-    gpu = ["--nv"] if profile.gpus_per_node else []
-    return ["apptainer", "exec", *gpu, *(f"--bind={m}" for m in container.mounts), container.image]
 
 
 def _setup_lines(profile: ClusterProfile) -> list[str]:

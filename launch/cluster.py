@@ -13,37 +13,51 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from bd3_megatron.config.load import build
-from bd3_megatron.config.ranges import FilePath, Range
+from bd3_megatron.config.ranges import FilePath, Matches, Range
 from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.errors import ConfigError, LaunchError, cut, shown
 from bd3_megatron.planner.machines import ClusterFile
+
+# what sbatch reads as one word; a quote or blank would end the directive early
+NAMES = Matches(r"[\w@+][\w.,@+-]*", "a name of letters, digits and . , @ + _ -")
+FEATURES = Matches(r"[\w(\[!][\w.,:&|*()\[\]!=+-]*", "node features joined by & or |")
+NODES = Matches(r"[\w/][\w.,/\[\]-]*", "a list of nodes such as n[3,7]")
+ADDRESS = Matches(r"[^\s\"'\\,]+", "one mail address")
+MODULE = Matches(r"[^\s\"'\\]+", "one module's name")
+VARIABLE = Matches(r"[A-Za-z_]\w*", "a variable's name: letters, digits and _")
+OPTION = Matches(r"--?[A-Za-z][^\x00-\x1f\"\\]*", "an option of sbatch such as --comment=text, without quotes")
+JOB_NAME = Matches(r"[^\x00-\x1f\"\\/,%]{1,200}", "a job's name: one line without quotes and / , %")
+FOLDER = Matches(r"[^\"\\%]+", "a path that SLURM reads as it stands: without double quotes, backslashes and %")
+SLURM_EARLY_SECONDS = 60
+"""By so much SLURM may send a signal too early."""
+LONGEST_DAYS = 365
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerProfile:
     kind: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: enroot images through srun's own flags. apptainer: the command is wrapped in `apptainer exec`."""
-    image: str = ""
+    image: Annotated[str, Matches(r"[^\s\"'~\\][^\s\"'\\]*|", "an image without blanks, quotes and a leading ~")] = ""
     """Image of the container: a registry reference or .sqsh file (pyxis), a .sif file (apptainer)."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[Annotated[str, Matches(r"/[^:,]*:/[^:,]*(:[\w=+-]+)?", "a mount /host:/container")], ...] = ()
     """host:container pairs; the run folder, the snapshot and the data must be among them or below one of them."""
-    python: str = "python3"
+    python: Annotated[str, FilePath()] = "python3"
     """Interpreter inside the image; the host's virtual environment is not visible there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterProfile:
-    partition: str
+    partition: Annotated[str, NAMES]
     """Queue the job is put in."""
-    account: str | None = None
+    account: Annotated[str, NAMES] | None = None
     """Whom the hours are charged to; None: the site's default."""
-    qos: str | None = None
+    qos: Annotated[str, NAMES] | None = None
     """Quality of service; None: the site's default."""
-    constraint: str | None = None
+    constraint: Annotated[str, FEATURES] | None = None
     """Node features, for example "a100&ib"."""
     gpus_per_node: Annotated[int, Range(0, 1000)] = 0
     """GPUs of a node, one rank each; 0: a CPU job."""
-    gpu_type: str | None = None
+    gpu_type: Annotated[str, NAMES] | None = None
     """SLURM's name of the GPU model (as in gres.conf); None: any."""
     ranks_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Ranks of a node; None: gpus_per_node."""
@@ -57,17 +71,17 @@ class ClusterProfile:
     """How long before the limit ranks are told to save: a step, a save, and SLURM's own 60 s of imprecision."""
     exclusive: bool = True
     """Nobody else on the nodes."""
-    exclude: str | None = None
+    exclude: Annotated[str, NODES] | None = None
     """Nodes never to be used, as SLURM writes them: n[3,7]."""
-    mail_user: str | None = None
+    mail_user: Annotated[str, ADDRESS] | None = None
     """Address for mail at end and failure; None: no mail."""
-    modules: tuple[str, ...] = ()
+    modules: tuple[Annotated[str, MODULE], ...] = ()
     """`module load` these."""
     setup: tuple[str, ...] = ()
     """Shell lines run on the first node before the ranks start."""
     environment_file: Annotated[str, FilePath()] | None = None
     """A file of export lines that is sourced (secrets such as a tracker's key belong there, not here)."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[Annotated[str, VARIABLE], str] = field(default_factory=dict)
     """Variables of every rank; they win over launch/env.py's table."""
     python: Annotated[str, FilePath()] | None = None
     """Interpreter on the nodes; None: the one that submits."""
@@ -77,7 +91,7 @@ class ClusterProfile:
     """The planner's numbers for this cluster; peak_tflops is needed with planner_gpu."""
     container: ContainerProfile = field(default_factory=ContainerProfile)
     """Where the ranks run."""
-    extra: tuple[str, ...] = ()
+    extra: tuple[Annotated[str, OPTION], ...] = ()
     """Further sbatch options, as on its command line."""
 
     @property
@@ -121,10 +135,10 @@ def check_cluster(profile: ClusterProfile) -> None:
             f"share a GPU; use {profile.gpus_per_node} or leave ranks_per_node unset."
         )
     limit = seconds_of(profile.time)
-    if limit <= profile.signal_lead_seconds + 60:
+    if limit <= profile.signal_lead_seconds + SLURM_EARLY_SECONDS:
         raise LaunchError(
             f"cluster.time={profile.time} leaves no time to train: ranks are told to save {profile.signal_lead_seconds} s "
-            "before the limit and SLURM may do so 60 s early; raise time or lower signal_lead_seconds."
+            f"before the limit and SLURM may do so {SLURM_EARLY_SECONDS} s early; raise time or lower signal_lead_seconds."
         )
     if profile.container.kind != "none" and not profile.container.image:
         raise LaunchError(
@@ -138,8 +152,15 @@ def seconds_of(limit: str) -> int:
     Raises:
         LaunchError: another form (SLURM's shorter forms are read in surprising ways: "30" is minutes, "1-2" days-hours).
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2}):(\d{2})", limit)
+    found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", limit, re.ASCII)
     if found is None:
-        raise LaunchError(f'cluster.time={limit} is not [days-]hours:minutes:seconds; write for example "1-12:00:00".')
+        raise LaunchError(
+            f'cluster.time={shown(limit)} is not [days-]hours:minutes:seconds; write for example "1-12:00:00".'
+        )
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    if days * 24 + hours > LONGEST_DAYS * 24 or (found[1] is not None and hours > 23):
+        raise LaunchError(
+            f"cluster.time={shown(limit)} is more than {LONGEST_DAYS} days, or has days and more than 23 hours; write for "
+            'example "1-12:00:00".'
+        )
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

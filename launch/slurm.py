@@ -11,7 +11,9 @@ anything is written: a grid that does not match nodes x ranks, a run folder that
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -29,10 +31,15 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import GridError, LaunchError
 from launch.batch_script import Job, render
-from launch.cluster import ClusterProfile, load_cluster
+from launch.cluster import FOLDER, JOB_NAME, ClusterProfile, load_cluster
+from launch.container import check_visible
 from launch.local import check_run_folder, check_training_data
 from launch.prediction import prediction_lines
-from launch.submission import with_absolute_paths, write_submission
+from launch.submission import paths_of, with_absolute_paths, write_submission
+
+MOST_JOBS = 1000
+"""Of a chain or an array, as SLURM's MaxArraySize is by default."""
+MOST_NODES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,22 +116,23 @@ def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
         ConfigError, GridError, LaunchError: one sentence with value, rule and remedy.
     """
     profile = _profile(options)
-    if options.chain < 1 or options.max_attempts < 1:
-        raise LaunchError(f"--chain {options.chain} and --max-attempts {options.max_attempts} must both be at least 1.")
-    if options.chain > 1 and options.array:
-        raise LaunchError("--chain with --array: tasks of an array would wait for each other; submit one of them.")
+    _check_typed(options)
     main_config = with_absolute_paths(load_config(options.config, options.overrides), here)
     nodes = nodes_of(main_config, profile, options.nodes)
     configs = _array_configs(options, main_config, here) if options.array else (main_config,)
+    run_dir = Path(main_config.run.dir)
+    folder = run_dir / "slurm" / now.strftime("%Y%m%d-%H%M%S")
     for config in configs:
         validate(config, world_size=nodes * profile.ranks)
+        FOLDER.check(config.run.dir, "run.dir")
         check_run_folder(config)
         check_training_data(config)
-    run_dir = Path(main_config.run.dir)
+        check_visible(profile.container, {**paths_of(config), "the code's folder": folder})
     job = Job(
-        name=options.name or f"bd3-{run_dir.name}",
+        # of a folder's name, what a job's name may hold
+        name=re.sub(r"[^\w.+-]", "-", f"bd3-{run_dir.name}") if options.name is None else options.name,
         nodes=nodes,
-        folder=run_dir / "slurm" / now.strftime("%Y%m%d-%H%M%S"),
+        folder=folder,
         run_dirs=tuple(Path(c.run.dir) for c in configs),
         launcher=options.launcher,
         chained=options.chain > 1,
@@ -133,6 +141,18 @@ def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
         python=profile.container.python if profile.container.kind != "none" else profile.python or sys.executable,
     )
     return Submission(profile=profile, job=job, configs=configs, script=render(profile, job), copies=options.chain)
+
+
+def _check_typed(options: argparse.Namespace) -> None:
+    for name, number in (("--chain", options.chain), ("--max-attempts", options.max_attempts)):
+        if not 1 <= number <= MOST_JOBS:
+            raise LaunchError(f"{name} {number} is outside [1, {MOST_JOBS}]; give a number inside.")
+    if len(options.array) > MOST_JOBS:
+        raise LaunchError(f"{len(options.array)} --array tasks are more than SLURM takes; give at most {MOST_JOBS}.")
+    if options.chain > 1 and options.array:
+        raise LaunchError("--chain with --array: tasks of an array would wait for each other; submit one of them.")
+    if options.name is not None:
+        JOB_NAME.check(options.name, "--name")
 
 
 def _profile(options: argparse.Namespace) -> ClusterProfile:
@@ -161,8 +181,8 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
     """
     per_node, parallel = profile.ranks, config.parallel
     wanted = parallel.world_size() if parallel.dp is not None else None
-    if asked is not None and asked < 1:
-        raise GridError(f"--nodes {asked} is below 1; ask for at least one node.")
+    if asked is not None and not 1 <= asked <= MOST_NODES:
+        raise GridError(f"--nodes {asked} is outside [1, {MOST_NODES}]; ask for the nodes of the grid.")
     if wanted is None:
         nodes = asked or 1
         if nodes * per_node % parallel.model_ranks:
@@ -183,7 +203,7 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
 
 
 def _fitting_nodes(per_node: int, model_ranks: int) -> int:
-    return next(n for n in range(1, model_ranks + 1) if n * per_node % model_ranks == 0)
+    return model_ranks // math.gcd(per_node, model_ranks)
 
 
 def plan_lines(submission: Submission) -> list[str]:

@@ -52,6 +52,21 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     return config
 
 
+def paths_of(config: Config) -> dict[str, Path]:
+    """What ranks open on shared file systems: the key that names it, and the path.
+
+    Args:
+        config: of `with_absolute_paths`.
+    """
+    data = config.data
+    named = {"run.dir": config.run.dir, "data.path": data.path, "train.stop_file": config.train.stop_file}
+    named |= {f"data.text[{number}]": text for number, text in enumerate(data.text)}
+    named |= {f"data.mixture[{number}]": folder for number, folder in enumerate(data.mixed_folders)}
+    named |= {"data.tokenizer": data.tokenizer, "data.stream.dataset": data.stream.dataset if data.stream else None}
+    # what is not absolute by now is a name: of a builtin text, a tokenizer, or a dataset of the hub
+    return {key: Path(value) for key, value in named.items() if value is not None and value.startswith("/")}
+
+
 def _absolute_keys(weights: Mapping[str, float], base: Path) -> dict[str, float]:
     return {str(base / folder): weight for folder, weight in weights.items()}
 

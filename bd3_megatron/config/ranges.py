@@ -7,6 +7,7 @@ Both ends of every range are finite: no value makes the arithmetic of a launcher
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,25 @@ class Range:
         lower = f"{'above' if self.open_lower else 'of at least'} {_short(self.lower)}"
         upper = f"{'below' if self.open_upper else 'at most'} {_short(self.upper)}"
         return f"give {'0 or ' if self.or_zero else ''}{noun} {lower} and {upper}"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A text of one form."""
+
+    pattern: str
+    """Regular expression that matches all of it."""
+    form: str
+    """In words, after "is not"."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse a text of another form.
+
+        Raises:
+            ConfigError: "cluster.partition='a b' is not a name of letters, digits and . _ -; give one."
+        """
+        if not re.fullmatch(self.pattern, value):
+            raise ConfigError(f"{where}={shown(value)} is not {self.form}; give one.")
 
 
 @dataclass(frozen=True)

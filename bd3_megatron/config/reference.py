@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.config import schema
-from bd3_megatron.config.ranges import FilePath
+from bd3_megatron.config.ranges import FilePath, Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, cut
 
@@ -126,8 +126,8 @@ def _kind(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         law = args[1]
-        if isinstance(law, FilePath):
-            return "path"
+        if not isinstance(law, Range):
+            return "path" if isinstance(law, FilePath) else _kind(args[0])
         return f"{'0 or ' if law.or_zero else ''}{'even ' if law.even else ''}{_kind(args[0])} in {law.interval}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_kind(a) for a in args if a is not type(None)) + (" or null" if type(None) in args else "")

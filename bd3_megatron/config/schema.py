@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from bd3_megatron.config.ranges import FilePath, Range
+from bd3_megatron.config.ranges import FilePath, Matches, Range
 from bd3_megatron.diffusion.constants import MIN_T
 
 MOST_STEPS = 10**9
@@ -352,7 +352,9 @@ class LogConfig:
     """Write a record (and print) this often."""
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Mirror metrics.jsonl to Weights & Biases."""
-    wandb_project: str = "bd3_megatron"
+    wandb_project: Annotated[str, Matches(r"[^/\\#?%:\s]{1,128}", "a name without blanks and / \\ # ? % :")] = (
+        "bd3_megatron"
+    )
     """Project name there."""
     tensorboard: bool = False
     """Mirror metrics.jsonl to TensorBoard event files where that package is installed."""

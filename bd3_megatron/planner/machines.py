@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from bd3_megatron.config.ranges import Range
-from bd3_megatron.errors import ConfigError, either
+from bd3_megatron.errors import ConfigError, either, shown
 
 GIB = 2**30
 GB = 1e9
@@ -115,7 +115,7 @@ def full_name(gpu: str) -> str:
     """
     name = ALIASES.get(gpu, gpu)
     if name not in DEVICES:
-        raise ConfigError(f"gpu '{gpu}' is not known; use {either(sorted([*DEVICES, *ALIASES]))}.")
+        raise ConfigError(f"gpu {shown(gpu)} is not known; use {either(sorted([*DEVICES, *ALIASES]))}.")
     return name
 
 

@@ -20,8 +20,10 @@ QUICK = ("data.path=/nowhere",)
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
 def test_sbatch_would_take_every_shipped_profile(path: Path, slurm: Slurm, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(path.read_text().replace("/shared:/shared", f"{tmp_path}:{tmp_path}"))
     for kind in launcher_kinds():
-        typed = [str(DEBUG), "--cluster", str(path), "--nodes", "2", "--launcher", kind, "train.global_batch_size=64"]
+        typed = [str(DEBUG), "--cluster", str(site), "--nodes", "2", "--launcher", kind, "train.global_batch_size=64"]
         options = launcher.build_parser().parse_intermixed_args([*typed, f"run.dir={tmp_path}/run"])
         script = tmp_path / f"{kind}.sh"
         script.write_text(launcher.plan(options, tmp_path, datetime(2026, 1, 2)).script)

@@ -16,7 +16,6 @@ import pytest
 from bd3_megatron.config.load import load_config
 from bd3_megatron.errors import BD3Error, ConfigError, GridError, LaunchError
 from launch import slurm
-from launch.cluster import load_cluster, seconds_of
 from launch.submission import copy_code, with_absolute_paths
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +53,9 @@ def directives(script: str) -> list[str]:
 def test_every_shipped_profile_renders_a_script_that_bash_and_shellcheck_accept(
     path: Path, launcher: str, config: Path, tmp_path: Path
 ) -> None:
-    submission = planned(path, config, "--launcher", launcher, "train.global_batch_size=64")
+    site = tmp_path / "shared.yaml"
+    site.write_text(path.read_text().replace("/shared:/shared", f"{tmp_path}:{tmp_path}"))
+    submission = planned(site, config, "--launcher", launcher, "train.global_batch_size=64")
     script = tmp_path / "job.sh"
     script.write_text(submission.script)
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
@@ -77,7 +78,7 @@ def test_one_task_a_rank_or_one_torchrun_a_node(profile: Path, config: Path) -> 
     assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"} <= set(agent)
 
 
-def test_every_key_of_a_profile_reaches_the_script(profile: Path, config: Path) -> None:
+def test_every_key_of_a_profile_reaches_the_script(profile: Path, config: Path, tmp_path: Path) -> None:
     profile.write_text(
         """
 partition: main
@@ -99,8 +100,8 @@ environment_file: /etc/site env
 environment: {NCCL_DEBUG: INFO, ODD: "a b"}
 python: /opt/py/bin/python3
 extra: ["--comment=two words"]
-container: {kind: pyxis, image: "site#bd3", mounts: ["/a:/a", "/b:/b"]}
-"""
+container: {kind: pyxis, image: "site#bd3", mounts: ["/a:/a", "FOLDER:FOLDER"]}
+""".replace("FOLDER", str(tmp_path))
     )
     script = planned(profile, config, "--nodes", "2").script
     assert set(directives(script)) >= {
@@ -126,7 +127,7 @@ container: {kind: pyxis, image: "site#bd3", mounts: ["/a:/a", "/b:/b"]}
         "ulimit -l unlimited",
         "export NCCL_DEBUG=INFO",
         "export ODD='a b'",
-        "srun_options=('--container-image=site#bd3' --container-mounts=/a:/a,/b:/b --no-container-mount-home)",
+        f"srun_options=('--container-image=site#bd3' --container-mounts=/a:/a,{tmp_path}:{tmp_path} --no-container-mount-home)",
         "python=python3",
     ):
         assert line in script.splitlines(), line
@@ -174,7 +175,20 @@ def test_nodes_are_asked_for_or_what_a_given_dp_needs(
             GridError,
             r"^1 nodes x 2 ranks = 2 is not a multiple of tp=4 x pp=1 x cp=1 = 4; use --nodes 2 or a multiple",
         ),
-        (["--nodes", "0"], GridError, r"^--nodes 0 is below 1"),
+        (["--nodes", "0"], GridError, r"^--nodes 0 is outside \[1, 100000\]; ask for the nodes of the grid\.$"),
+        (["--nodes", "-2"], GridError, r"^--nodes -2 is outside"),
+        (["--nodes", str(10**9)], GridError, r"^--nodes 1000000000 is outside"),
+        (
+            ["--name", "a\nb"],
+            ConfigError,
+            r"^--name='a\\nb' is not a job's name: one line without quotes and / , %; give one\.$",
+        ),
+        (["--name", ""], ConfigError, r"^--name='' is not a job's name"),
+        (
+            ["run.dir=50%"],
+            ConfigError,
+            r"50%' is not a path that SLURM reads as it stands: without double quotes, backslashes and",
+        ),
         (["--nodes", "8"], GridError, r"^global_batch_size=8 is not a multiple of dp x micro_batch_size=16"),
         (["parallel.tp=3", "--nodes", "3"], GridError, r"^tp=3 does not divide num_heads=4"),
         (
@@ -182,13 +196,27 @@ def test_nodes_are_asked_for_or_what_a_given_dp_needs(
             LaunchError,
             r"^cluster\.time=00:02:00 leaves no time to train: ranks are told to save 180 s before",
         ),
-        (["--time", "90"], LaunchError, r"^cluster\.time=90 is not \[days-\]hours:minutes:seconds"),
+        (["--time", "90"], LaunchError, r"^cluster\.time='90' is not \[days-\]hours:minutes:seconds"),
+        (["--time", "9999-00:00:00"], LaunchError, r"^cluster\.time='9999-00:00:00' is not \[days-\]"),
+        (["--time", "01:99:00"], LaunchError, r"^cluster\.time='01:99:00' is not \[days-\]"),
+        (
+            ["--time", "1-30:00:00"],
+            LaunchError,
+            r"^cluster\.time='1-30:00:00' is more than 365 days, or has days and more than",
+        ),
         (
             ["--ranks-per-node", "0"],
             ConfigError,
             r"^cluster\.ranks_per_node=0 is outside \[1, 1000\]; give a whole number",
         ),
-        (["--chain", "0"], LaunchError, r"must both be at least 1\.$"),
+        (["--chain", "0"], LaunchError, r"^--chain 0 is outside \[1, 1000\]; give a number inside\.$"),
+        (["--chain", "5000"], LaunchError, r"^--chain 5000 is outside"),
+        (["--max-attempts", "0"], LaunchError, r"^--max-attempts 0 is outside \[1, 1000\]"),
+        (
+            ["--array", "optim.lr=1"] * 1001,
+            LaunchError,
+            r"^1001 --array tasks are more than SLURM takes; give at most 1000\.$",
+        ),
         (["--chain", "2", "--array", "optim.lr=1"], LaunchError, r"^--chain with --array"),
         (["--array", "run.dir=/tmp/x", "--array", "run.dir=/tmp/x"], LaunchError, r"^--array tasks share a run folder"),
         (["--array", "optim.lr=fast"], ConfigError, r"^optim\.lr='fast' is not a number"),
@@ -205,60 +233,45 @@ def test_what_cannot_run_is_refused_and_nothing_is_written(
     assert sorted(p.name for p in config.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "kind", "sentence"),
-    [
-        ("ranks_per_node: 2\n", ConfigError, r"^cluster\.partition is not set and has no default"),
-        (
-            "partition: a\npartitoin: b\n",
-            ConfigError,
-            r"^unknown key cluster\.partitoin; did you mean cluster\.partition\?$",
-        ),
-        ("partition: [\n", ConfigError, r"is not valid YAML"),
-        (
-            "partition: a\n",
-            LaunchError,
-            r"^cluster\.gpus_per_node=0 and cluster\.ranks_per_node=None leave a node without ranks",
-        ),
-        (
-            "partition: a\ngpus_per_node: 4\nranks_per_node: 8\n",
-            LaunchError,
-            r"^cluster\.ranks_per_node=8 exceeds gpus_per_node=4",
-        ),
-        (
-            "partition: a\nranks_per_node: 1\ncpus_per_rank: 0\n",
-            ConfigError,
-            r"^cluster\.cpus_per_rank=0 is outside \[1",
-        ),
-        (
-            "partition: a\nranks_per_node: 1\ncontainer: {kind: pyxis}\n",
-            LaunchError,
-            r"without an image; set cluster\.container\.image\.$",
-        ),
-        (
-            "partition: a\nranks_per_node: 1\ncontainer: {kind: docker}\n",
-            ConfigError,
-            r"use none, pyxis or apptainer\.$",
-        ),
-    ],
-)
-def test_a_bad_profile_is_refused(tmp_path: Path, text: str, kind: type[BD3Error], sentence: str) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(kind, match=sentence):
-        load_cluster(path)
+CONTAINER = "container: {{kind: {kind}, image: site#bd3, mounts: [{mounts}]}}\n"
 
 
-def test_a_missing_profile_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_what_the_container_does_not_show_is_refused(profile: Path, config: Path, tmp_path: Path, kind: str) -> None:
+    text = profile.read_text()
+
+    def plan(mounts: str, *overrides: str) -> slurm.Submission:
+        profile.write_text(text + CONTAINER.format(kind=kind, mounts=mounts))
+        return planned(profile, config, *overrides)
+
+    whole = f'"{tmp_path}:{tmp_path}:rw"'
+    assert plan(whole, "data.path=data").job.folder.is_relative_to(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"cluster profile '.*none\.yaml' does not exist; give a copy of one of configs/cluster/"
+        LaunchError, match=r"run is not visible in the container, which mounts no folder under its own name;"
     ):
-        load_cluster(tmp_path / "none.yaml")
+        plan("")
+    with pytest.raises(
+        LaunchError,
+        match=r"^run\.dir=.*/run is not visible in the container, which mounts /data under its own name; name a folder below "
+        r"one that is, or add it to cluster\.container\.mounts with the same path on both sides, as in /shared:/shared\.$",
+    ):
+        plan("/data:/data")
+    with pytest.raises(LaunchError, match="mounts no folder under its own name"):
+        plan(f'"{tmp_path}:/work"')
+    for key, value in (
+        ("data.path", "/other/data"),
+        ("train.stop_file", "/other/stop"),
+        ("data.text", "[/other/a.txt]"),
+    ):
+        name = "data.text[0]" if key == "data.text" else key
+        with pytest.raises(LaunchError, match=rf"^{re.escape(name)}=/other/.* is not visible in the container"):
+            plan(whole, f"{key}={value}")
+    profile.write_text(text)
+    assert planned(profile, config).job.name == "bd3-run", "without a container every path is seen"
 
 
-@pytest.mark.parametrize(("limit", "seconds"), [("00:10:00", 600), ("24:00:00", 86400), ("1-12:00:30", 129630)])
-def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> None:
-    assert seconds_of(limit) == seconds
+def test_a_job_is_named_after_its_folder_whatever_that_holds(profile: Path, config: Path) -> None:
+    assert planned(profile, config, "run.dir=my run, (2)").job.name == "bd3-my-run---2-"
 
 
 def test_an_array_gives_each_task_its_config_and_run_folder(profile: Path, config: Path) -> None:
@@ -400,7 +413,9 @@ def test_the_plan_predicts_speed_where_the_profile_names_the_device(profile: Pat
     with pytest.raises(ConfigError, match="gpu 'a1000' is not known; use a100, a100-40g"):
         lines()
     profile.write_text(f"{text}planner_gpu: a100-80g\n")
-    with pytest.raises(ConfigError, match="gpu 'a100-80g' has no known peak at this precision; give planner.peak_tflops"):
+    with pytest.raises(
+        ConfigError, match="gpu 'a100-80g' has no known peak at this precision; give planner.peak_tflops"
+    ):
         lines()
 
 
