@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.errors import RangeError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.results import ResultChart, ResultSection, ResultSeries, write_results
@@ -185,7 +186,7 @@ def _last_interval(folder: Path) -> str:
 
     run = read_run(folder)
     low, high = run.latest("noise/interval_beta"), run.latest("noise/interval_omega")
-    return "-" if low is None or run.config.diffusion.objective == "ar" else f"[{low:g}, {high:g}]"
+    return "-" if low is None or not objective_of(run.config).has_noise else f"[{low:g}, {high:g}]"
 
 
 def _frontier(size: MiniSize, jobs: Sequence[Any], out: Path) -> ResultSection:

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(parsed: argparse.Namespace) -> int:
     """Prepare the data, write step 0 and say how to go on."""
     from bd3_megatron.config.load import load_config
+    from bd3_megatron.config.objective import objective_of
     from bd3_megatron.config.validate import validate
     from bd3_megatron.convert.start_run import check_source, start_run
     from bd3_megatron.data.shards import read_header
@@ -51,7 +52,7 @@ def work(parsed: argparse.Namespace) -> int:
     check_source(parsed.folder)
     prepare_text(config, print)
     header = read_header(data_folder(config) / "train")
-    mask_id = header.special_ids.mask if config.diffusion.objective == "block" else None
+    mask_id = header.special_ids.mask if objective_of(config).has_noise else None
     size = config.model.vocab_size or header.vocab_size
     report = start_run(parsed.folder, config, vocab_size=size, mask_id=mask_id, mask_init=parsed.mask_init)
     print(f"{report.path}: {report.num_parameters / 1e6:.2f} M parameters of a {report.model_type} folder")

@@ -22,6 +22,7 @@ from bd3_megatron.checkpoint.layout import MANIFEST, Manifest
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.verify import newest_valid, verify
 from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.model_card import model_card
@@ -30,6 +31,7 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder
 from bd3_megatron.data.shards import read_header
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
@@ -156,7 +158,9 @@ def prove(
     span = proof_span(described.objective, described.block_size)
     vocab_size = described.vocab_size
     noisy_BL = random_tokens(vocab_size, NUM_BLOCKS * span)
-    clean_BL = random_tokens(vocab_size, NUM_BLOCKS * span, seed=2) if described.objective == "block" else None
+    clean_BL = (
+        random_tokens(vocab_size, NUM_BLOCKS * span, seed=2) if objective_named(described.objective).has_noise else None
+    )
 
     there = parallel_logits(
         partial(reader.tensor, which=which),
@@ -218,7 +222,7 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
 
 def block_size_at(config: Config, step: int) -> int:
     """Block size of the phase that led to the state after `step` updates."""
-    if config.diffusion.objective == "ar":
+    if not objective_of(config).has_noise:
         return 1
     phases = config.diffusion.phases
     end = 0

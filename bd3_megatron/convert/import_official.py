@@ -26,6 +26,7 @@ from bd3_megatron.convert.official import (
 )
 from bd3_megatron.convert.official_source import OfficialSource, read_source
 from bd3_megatron.convert.to_hf import is_tokenizer_file, write_folder
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError, TokenizerError, check_multiple
 from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -220,9 +221,9 @@ def official_config_json(config: BD3Config, official: dict[str, Tensor]) -> dict
             "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
         },
         "block_size": config.block_size,
-        "causal": config.objective == "ar",
+        "causal": not objective_named(config.objective).has_noise,
         "cond_dim": official["backbone.sigma_map.mlp.0.bias"].shape[0],
-        "cross_attn": config.objective != "ar",
+        "cross_attn": objective_named(config.objective).has_noise,
         "dropout": config.residual_dropout,
         "hidden_dim": config.hidden_size,
         "model_length": config.max_position_embeddings,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bd3_megatron.attention.visibility import sees
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.convert.plain_source import PlainSource
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.plain_bd3 import (
     Layer,
     Shape,
@@ -52,7 +53,7 @@ def random_tokens(vocab_size: int, length: int, *, seed: int = SEED) -> Tensor:
 
 def proof_span(objective: str, block_size: int) -> int:
     """Tokens of a block in the proof: the model's own where that is short; weights do not depend on it."""
-    return 1 if objective == "ar" else min(block_size, LONGEST_SPAN)
+    return min(objective_named(objective, block_size=block_size).block_size, LONGEST_SPAN)
 
 
 @torch.no_grad()

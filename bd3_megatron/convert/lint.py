@@ -19,6 +19,7 @@ from typing import Any, Literal
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.sdar import SDAR_MASK_ID
 from bd3_megatron.convert.to_hf import is_tokenizer_file
+from bd3_megatron.hf.plain_bd3 import predicts_next
 from bd3_megatron.sampling.folder import read_json
 
 Engine = Literal["sglang", "lmdeploy", "transformers"]
@@ -108,7 +109,7 @@ def _meaning(config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
             yield Finding(
                 True, f"{field}={given}, but {engine} computes {wanted}; the folder cannot be served with it."
             )
-    if config.get("objective", "block") != "block":
+    if predicts_next(config.get("objective", "block")):
         yield Finding(
             True, "objective=ar: an autoregressive model; serve it as Qwen3 (--layout qwen3), not as block diffusion."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from bd3_megatron.checkpoint.layout import Manifest
 from bd3_megatron.config.schema import Config
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
 _CARD = """---
@@ -79,7 +80,7 @@ def model_card(
         licence: a Hugging Face licence id, or "unknown".
         run_dir: whose metrics.jsonl holds evaluations.
     """
-    block = described.objective == "block"
+    block = objective_named(described.objective).has_noise
     tokens = manifest.samples_consumed * config.data.seq_len
     return _CARD.format(
         licence=licence,

@@ -22,6 +22,7 @@ from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.stream import stream_weights
 from bd3_megatron.convert.to_hf import DTYPE_NAMES, checked_shapes, is_tokenizer_file
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -127,7 +128,7 @@ def _check_expressible(config: BD3Config, layout: Layout) -> None:
         raise ConversionError(f"style={config.style} cannot be written as {layout}; it needs RMSNorm and SwiGLU.")
     if not config.qk_norm:
         raise ConversionError(f"qk_norm=false cannot be written as {layout}, whose queries and keys are normed.")
-    if layout == "sdar" and config.objective != "block":
+    if layout == "sdar" and not objective_named(config.objective).has_noise:
         raise ConversionError(
             "objective=ar has shifted logits and no mask; SDAR's engines expect neither: use --layout qwen3."
         )

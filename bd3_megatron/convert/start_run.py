@@ -28,6 +28,7 @@ from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_lo
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
 from bd3_megatron.convert.to_hf import checked_shapes
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import MODEL_TYPE, read_config
@@ -199,7 +200,9 @@ def _prove(path: Path, config: Config, source: PlainSource, described: BD3Config
     span = proof_span(described.objective, described.block_size)
     noisy_BL = random_tokens(described.vocab_size, NUM_BLOCKS * span)
     clean_BL = (
-        random_tokens(described.vocab_size, NUM_BLOCKS * span, seed=2) if described.objective == "block" else None
+        random_tokens(described.vocab_size, NUM_BLOCKS * span, seed=2)
+        if objective_named(described.objective).has_noise
+        else None
     )
     there = plain_logits(source, described, noisy_BL, clean_BL, span=span)
     reader = open_checkpoint(path)

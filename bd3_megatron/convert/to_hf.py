@@ -17,6 +17,7 @@ from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.plain_source import PlainSource, StateSource
 from bd3_megatron.convert.stream import SHARD_BYTES, stream_weights
 from bd3_megatron.data.special_ids import check_special_ids
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json, write_text
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -167,7 +168,7 @@ def config_json(config: BD3Config, dtype: torch.dtype) -> dict[str, object]:
     """Content of config.json. The dtype goes under the key that both transformers 4.5x and 5.x read."""
     described = {name: value for name, value in vars(config).items() if name in CONFIG_FIELDS}
     return {
-        "architectures": ["BD3ForCausalLM" if config.objective == "ar" else "BD3ForMaskedLM"],
+        "architectures": ["BD3ForCausalLM" if not objective_named(config.objective).has_noise else "BD3ForMaskedLM"],
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
         **dict(sorted(described.items())),

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 STYLES = ("paper", "modern")
-OBJECTIVES = ("block", "ar")
+LOGIT_ALIGNMENTS = {"block": "none", "ar": "shifted"}
+"""Objective -> which row of the logits predicts a token: its own, or the row before."""
 
 
 class BD3Config(PretrainedConfig):
@@ -98,7 +99,7 @@ class BD3Config(PretrainedConfig):
         self.evaluation = evaluation
         # The three semantic switches in which engines that serve block-diffusion models differ: each is written into the
         # file, so that a reader need not guess.
-        self.logit_alignment = "shifted" if objective == "ar" else "none"
+        self.logit_alignment = LOGIT_ALIGNMENTS.get(objective)
         self.prefix_attention = "block_causal"
         self.block_grid = "absolute"
         self._check_names()
@@ -107,8 +108,8 @@ class BD3Config(PretrainedConfig):
     def _check_names(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"style={self.style!r} is unknown; use one of {', '.join(STYLES)}.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is unknown; use one of {', '.join(OBJECTIVES)}.")
+        if self.objective not in LOGIT_ALIGNMENTS:
+            raise ValueError(f"objective={self.objective!r} is unknown; use one of {', '.join(LOGIT_ALIGNMENTS)}.")
         # transformers builds a configuration without arguments to find defaults: a missing mask id is legal until used.
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(

@@ -19,7 +19,7 @@ from .decoding_options_bd3 import DecodingOptions
 from .decoding_rules_bd3 import BlockRule
 from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
-from .plain_bd3 import Shape, Stack
+from .plain_bd3 import Shape, Stack, predicts_next
 from .window_bd3 import Layout, SequenceState, Window
 
 # Clean rows of one forward: bounds the memory of a long prompt's attention.
@@ -115,7 +115,7 @@ def check_request(request: Request, shape: Shape, mask_id: int | None) -> None:
     first = ids.index(mask_id)
     block = first // shape.block_size
     after = [i for i, token in enumerate(ids) if token != mask_id and i // shape.block_size > block]
-    if shape.objective == "ar" or after:
+    if predicts_next(shape.objective) or after:
         later = after[0] if after else first
         raise ValueError(
             f"position {first} is masked, and the text given at position {later} lies where its block (positions "
@@ -153,7 +153,7 @@ class Decoder:
         forward: Forward | None = None,
     ) -> None:
         shape = stack.shape
-        self._is_ar = shape.objective == "ar"
+        self._is_ar = predicts_next(shape.objective)
         if mask_id is None and not self._is_ar:
             raise ValueError("the model has no mask token id; write mask_token_id into its config.json.")
         if options.stop_at_eos and eos_id is None:

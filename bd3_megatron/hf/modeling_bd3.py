@@ -27,7 +27,7 @@ from .forward_bd3 import EagerForward  # noqa: F401
 from .generation_bd3 import Decoder  # noqa: F401
 from .hf_generate_bd3 import generate_rows
 from .philox import uniform  # noqa: F401
-from .plain_bd3 import Stack, new_head
+from .plain_bd3 import Stack, new_head, predicts_next
 from .token_choice_bd3 import TokenFilters  # noqa: F401
 from .window_bd3 import Window  # noqa: F401
 
@@ -158,7 +158,7 @@ class BD3ForCausalLM(BD3PreTrainedModel):
         """As `BD3ForMaskedLM.forward`; with objective="ar" the logits of a position predict the next one."""
         logits = self.noisy_logits(input_ids, context_ids, document_ids, attention_mask)
         loss = None
-        if labels is not None and self.config.objective == "ar":
+        if labels is not None and predicts_next(self.config.objective):
             loss = mean_cross_entropy(logits[:, :-1], labels[:, 1:])
         elif labels is not None:
             loss = mean_cross_entropy(logits, labels)

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 # (queries_BQNH, keys_BRGH, values_BRGH, layer) -> mixed_BQNH
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
+NEXT_TOKEN = "ar"
+"""The objective of an autoregressive model; the other is "block"."""
+
 
 class Shape(Protocol):
     """What the plain model reads of a configuration; `BD3Config` is one."""
@@ -139,6 +142,11 @@ def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tens
     folded = fold_groups(queries_BQNH, num_groups)
     mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=visible)
     return unfold_groups(mixed, num_heads)
+
+
+def predicts_next(objective: str) -> bool:
+    """Whether rows predict the token after them (autoregressive), or their own (block diffusion)."""
+    return objective == NEXT_TOKEN
 
 
 class SelfAttention(nn.Module):
@@ -273,7 +281,7 @@ class Stack(nn.Module):
             ValueError: a context of another shape, or a context for the autoregressive objective.
         """
         length, device = input_ids_BL.shape[1], input_ids_BL.device
-        span = 1 if self.shape.objective == "ar" else self.shape.block_size
+        span = 1 if predicts_next(self.shape.objective) else self.shape.block_size
         is_pair = context_ids_BL is not None
         if is_pair:
             check_context(input_ids_BL, context_ids_BL, self.shape.objective)
@@ -297,7 +305,7 @@ def check_context(input_ids_BL: Tensor, context_ids_BL: Tensor | None, objective
     """Refuse a clean half that cannot belong to the noisy one."""
     if context_ids_BL is None:
         return
-    if objective == "ar":
+    if predicts_next(objective):
         raise ValueError("context_ids were given to an autoregressive model, which has no noisy half; leave them out.")
     if context_ids_BL.shape != input_ids_BL.shape:
         raise ValueError(

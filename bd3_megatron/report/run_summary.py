@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bd3_megatron.config.load import flatten
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import ConfigError
@@ -111,7 +112,8 @@ def _per_device(run: RunRecord) -> float | None:
 
 
 def _model_name(config: Config) -> str:
-    kind = "ar" if config.diffusion.objective == "ar" else f"S{config.diffusion.block_size}"
+    objective = objective_of(config)
+    kind = f"S{objective.block_size}" if objective.has_noise else objective.name
     try:
         count = parameter_count(config)
     except ConfigError:

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
@@ -301,7 +302,8 @@ def compare(measured: Mapping[str, CaseMeasurement]) -> str:
 def _shape(config: Config) -> str:
     m, t, p = config.model, config.train, config.parallel
     grid = " ".join(f"{axis}{size}" for axis in ("tp", "pp", "cp", "dp") if (size := vars(p)[axis] or 1) > 1)
-    kind = "AR" if config.diffusion.objective == "ar" else f"S{config.diffusion.block_size}"
+    objective = objective_of(config)
+    kind = f"S{objective.block_size}" if objective.has_noise else "AR"
     parts = [grid or "one rank", f"{m.num_layers} layers", f"h{m.hidden_size}", f"L{config.data.seq_len}", kind]
     return ", ".join([*parts, f"{t.global_batch_size} in micro-batches of {t.micro_batch_size}"])
 

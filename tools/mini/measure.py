@@ -22,6 +22,7 @@ from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
+from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of
 from bd3_megatron.evaluate.offline import Work, load_model, score_plain
@@ -77,7 +78,7 @@ def _measure(job: MiniRun, held_out: Path, size: MiniSize, with_variances: bool)
 def likelihood(job: MiniRun, dataset: TokenDataset, size: MiniSize) -> tuple[Estimate, SequenceScores]:
     """Perplexity of one model, and the scores of each sequence."""
     model, config = load_model(job.folder, device=HOST)
-    is_small = config.objective == "block" and config.block_size <= MAX_EXACT
+    is_small = objective_named(config.objective).has_noise and config.block_size <= MAX_EXACT
     # AR predicts no first token, so no model is asked for it
     convention = EvaluationConvention(first_token_given=True)
     settings = ScoreSettings(convention=convention, num_sequences=size.num_sequences, draws=size.draws, exact=is_small)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.diffusion.constants import MIN_T
+from bd3_megatron.diffusion.objective import objective_named
 
 SEQ_LEN = 128
 TRUNK = "mdlm"
@@ -52,7 +53,7 @@ class Variant:
     @property
     def is_branch(self) -> bool:
         """Trained from the trunk's checkpoint."""
-        return self.objective == "block" and self.block_size < SEQ_LEN
+        return objective_named(self.objective).has_noise and self.block_size < SEQ_LEN
 
 
 VARIANTS = {
@@ -129,7 +130,7 @@ def base_tree(size: MiniSize, *, data: str) -> dict[str, Any]:
 def overrides(variant: Variant, size: MiniSize, *, seed: int, run_dir: str) -> list[str]:
     """What a model's command names beside the shared configuration."""
     named = [f"run.dir={run_dir}", f"run.seed={seed}"]
-    if variant.objective == "ar":
+    if not objective_named(variant.objective).has_noise:
         return [*named, "diffusion.objective=ar"]
     if not variant.is_branch:
         return named

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.objective import objective_of
 from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource
@@ -121,7 +122,7 @@ def open_subject(place: Path, batch_rows: int) -> Subject:
     """
     reader = open_checkpoint(find_checkpoint(place))
     config, manifest = config_from_tree(reader.manifest.config), reader.manifest
-    if config.diffusion.objective == "ar" or manifest.mask_id is None:
+    if not objective_of(config).has_noise or manifest.mask_id is None:
         raise DataError(f"'{place}' is an autoregressive run, which draws no noise; give a block-diffusion run.")
     data = open_data(config)
     if data.valid is None:
