@@ -30,9 +30,11 @@ from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.init_weights import initial_value
+from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import partition_of, unshard
+from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
-from bd3_megatron.train.batches import Noise, StepBatches
+from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.step import StepOutcome, TrainingStep
@@ -112,6 +114,11 @@ def noise_of(config: Config, *, block_size: int | None = None, mask_id: int = MA
     interval = Interval(*config.diffusion.interval_at(size))
     group = config.train.global_batch_size
     return Noise(seed=config.run.seed, mask_id=mask_id, group_size=group, block_size=size, interval=interval)
+
+
+def make_batch(config: Config, clean: CleanBatch, layout: PairLayout) -> PairBatch:
+    """One micro-batch of the configuration's first phase."""
+    return make_micro_batch(clean, noise_of(config), config.diffusion, layout).pair
 
 
 @dataclass

@@ -120,6 +120,18 @@ def test_counts_are_those_of_the_objective(padded: bool, diffusion: dict[str, An
     assert made.masked_count == noisy_of(source, config).is_masked_BL.sum()
 
 
+def test_every_view_has_noise_of_its_own_and_the_first_that_of_a_run_without_views() -> None:
+    config, clean = case(diffusion={"views": 3}), Samples().batch_for(torch.arange(8))
+    layout = layout_of(config, 4)
+    pair = make_micro_batch(clean, noise_of(), config.diffusion, layout).pair
+    copies = pair.token_BP[:, : layout.num_noisy].unflatten(1, (3, LENGTH)).unbind(1)
+    assert torch.equal(copies[0], noisy_of(Samples(), config).noisy_BL)
+    masked = [copy == MASK_ID for copy in copies]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        # 256 positions at levels over (0, 1): independent masks agree on about two thirds, equal ones on all
+        assert (masked[a] == masked[b]).float().mean() < 0.9
+
+
 def test_rows_with_loss_are_the_masked_ones() -> None:
     config = case()
     layout = layout_of(config, 4)
