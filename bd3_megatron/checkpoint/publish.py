@@ -113,13 +113,14 @@ def sweep(folder: Path) -> None:
     remove_leftovers(folder)
 
 
-def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int, finite_step: int | None = None) -> list[Path]:
     """Delete checkpoints that need not be kept, and universal forms of older ones; never `newest` nor a later step.
 
     Args:
         newest: the checkpoint just published.
         keep_last: how many of the newest stay, `newest` included; 0: all.
         keep_every_steps: multiples of this stay for ever; 0: none is special.
+        finite_step: the newest checkpoint up to this step stays too; None: none is special.
 
     Returns:
         What was deleted.
@@ -136,7 +137,8 @@ def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int) -> list[P
         return []
     found = {step_of(path.name): path for path in folders if not path.name.endswith(REPLACED_SUFFIX)}
     older = sorted((step for step in found if step is not None and step <= current), reverse=True)
-    gone = [s for s in older[keep_last:] if not (keep_every_steps and s % keep_every_steps == 0)]
+    finite = next((step for step in older if finite_step is not None and step <= finite_step), None)
+    gone = [s for s in older[keep_last:] if s != finite and not (keep_every_steps and s % keep_every_steps == 0)]
     for step in gone:
         discard(found[step])
     return [found[step] for step in gone]

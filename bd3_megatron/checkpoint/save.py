@@ -103,10 +103,12 @@ class Saver:
         config: Config,
         train_state: dict[str, Any],
         evaluation: dict[str, Any] | None = None,
+        finite_step: int | None = None,
     ) -> None:
         """Start a save (and, when synchronous, complete it); first waits for the one in flight.
 
-        A failure is told to `warn` and kept for `finish`; it does not stop the training.
+        A failure is told to `warn` and kept for `finish`; it does not stop the training. The newest checkpoint up to
+        `finite_step` is not deleted, whatever the configuration says.
         """
         self._complete()
         manifest = describe_run(
@@ -127,7 +129,15 @@ class Saver:
             return
 
         def work() -> None:
-            _write_and_publish(temporary, record, manifest, config, self._timeout)
+            published = _write_and_publish(temporary, record, manifest, self._timeout)
+            if published is not None:
+                keep = config.checkpoint
+                delete_old(
+                    published,
+                    keep_last=keep.keep_last,
+                    keep_every_steps=keep.keep_every_steps,
+                    finite_step=finite_step,
+                )
 
         if not self._asynchronous:
             self._agreed(work)
@@ -185,7 +195,8 @@ def _make_room(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, config: Config, timeout: float) -> None:
+def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, timeout: float) -> Path | None:
+    """Write this rank's files; on rank 0, publish when all ranks have, and return the checkpoint's folder."""
     rank = record.rank
     failure = None
     try:
@@ -196,6 +207,4 @@ def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, 
     write_bytes(temporary / rank_name(rank), content)
     if failure is not None:
         raise failure
-    if rank == 0:
-        folder = publish(temporary, manifest, timeout_seconds=timeout)
-        delete_old(folder, keep_last=config.checkpoint.keep_last, keep_every_steps=config.checkpoint.keep_every_steps)
+    return publish(temporary, manifest, timeout_seconds=timeout) if rank == 0 else None

@@ -290,8 +290,10 @@ class TrainConfig:
     """A loss above this multiple of the recent steps' median is a spike (ZeRO 1 only); 0: nobody looks."""
     spike_action: Literal["skip", "rollback"] = "skip"
     """skip: leave the batch out. rollback: return to the newest checkpoint and go on behind the batch."""
+    max_skipped_steps: Annotated[int, Range(1, MOST_STEPS)] = 10
+    """So many updates in a row that had to be left out (loss or gradient not finite, or a spike) end the run."""
     stop_file: PathText | None = None
-    """Training saves and stops when this file appears."""
+    """Training saves and stops when this file appears, and removes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +327,7 @@ class CheckpointConfig:
     every_steps: Annotated[int, Range(0, MOST_STEPS)] = 1000
     """Save this often, and at the end; 0: only at the end."""
     keep_last: Annotated[int, Range(0, 1e6)] = 2
-    """Newest checkpoints kept; 0: all."""
+    """Newest checkpoints kept, and the newest one that is known to give a finite loss; 0: all."""
     keep_every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Checkpoints at multiples of this are never deleted; 0: none is special."""
     asynchronous: bool = False

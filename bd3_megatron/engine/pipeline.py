@@ -81,4 +81,16 @@ class Pipeline:
         # megatron counts tokens in int; ours are counted once for the whole step, so it is given none
         weighted_sum, nll_R = output
         no_tokens = torch.zeros((), dtype=torch.int, device=nll_R.device)
-        return weighted_sum * loss_scale, no_tokens, loss_sums(batch, nll_R)
+        return scaled_loss(weighted_sum, loss_scale), no_tokens, loss_sums(batch, nll_R)
+
+
+def scaled_loss(weighted_sum: Tensor, loss_scale: float | Tensor) -> Tensor:
+    """A micro-batch's loss for the backward: the sum times the scale, with no finite gradient where it is not finite.
+
+    Args:
+        weighted_sum: sum of weight x NLL, nats.
+        loss_scale: factor on it.
+    """
+    # A finite gradient of a loss that is not would move the weights. This way the optimizer's own check of the gradient
+    # norm, which spans all ranks, finds it, and no rank has to ask another one or wait for its device.
+    return weighted_sum * (loss_scale + 0.0 * weighted_sum.detach())

@@ -25,7 +25,7 @@ from bd3_megatron.engine.ema import Ema
 from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients, late_parameters
 from bd3_megatron.engine.overlapped_reduction import OverlappedReduction
 from bd3_megatron.engine.param_groups import param_groups
-from bd3_megatron.engine.pipeline import Pipeline, Span, no_span
+from bd3_megatron.engine.pipeline import Pipeline, Span, no_span, scaled_loss
 from bd3_megatron.model.bd3_model import LossOutput
 from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.loss_sums import LossSums, loss_sums
@@ -166,7 +166,7 @@ class ZeroEngine:
             with span("forward"):
                 weighted_sum, nll_R = self.engine(batch)
             with span("backward"):
-                self.engine.backward(weighted_sum * loss_scale, scale_wrt_gas=False)
+                self.engine.backward(scaled_loss(weighted_sum, loss_scale), scale_wrt_gas=False)
             with span("optimizer"):
                 self.engine.step()
             logs.append(loss_sums(batch, nll_R))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bd3_megatron.checkpoint.layout import candidates, step_of
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
@@ -109,8 +110,15 @@ class Hooks:
                 samples_consumed=state.samples_consumed,
                 config=self.config,
                 train_state=state.to_json(),
+                finite_step=state.finite_step,
                 evaluation=self.data.convention.to_json(),
             )
+
+    def finite_checkpoint(self, state: TrainState) -> Path | None:
+        """The newest checkpoint whose weights gave a finite loss; None where none is left. Waits for a save. Collective."""
+        self.saver.finish()
+        there = candidates(Path(self.config.run.dir) / "checkpoints")
+        return next((path for path in there if (step_of(path.name) or 0) <= state.finite_step), None)
 
     def roll_back(self, state: TrainState) -> TrainState | None:
         """Load the newest checkpoint after a loss spike; the run goes on behind the data it has seen. Collective.
@@ -131,6 +139,7 @@ class Hooks:
             loaded,
             samples_consumed=state.samples_consumed,
             skipped_steps=state.skipped_steps,
+            skipped_in_a_row=state.skipped_in_a_row,
             rolled_back_to=loaded.step,
             wandb_id=state.wandb_id,
         )

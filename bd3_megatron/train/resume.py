@@ -32,6 +32,7 @@ FREE_KEYS = (
     "train.recompute_layers",
     "train.skip_dead_rows",
     "train.stop_file",
+    "train.max_skipped_steps",
 )
 
 

@@ -17,7 +17,11 @@ class TrainState:
     intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Block size -> searched interval (beta, omega)."""
     skipped_steps: int = 0
-    """Updates left out so far (non-finite gradients, loss spikes)."""
+    """Updates left out so far (loss or gradients not finite, loss spikes)."""
+    skipped_in_a_row: int = 0
+    """Updates left out since the last one that was made."""
+    finite_step: int = 0
+    """The newest state whose weights are known to give a finite loss and gradient; its checkpoint is kept."""
     recent_losses: list[float] = field(default_factory=list)
     """What the loss-spike guard compares with; empty while it is off."""
     rolled_back_to: int | None = None

@@ -16,6 +16,7 @@ from bd3_megatron.compat.device import peak_memory_bytes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.pairs import Pairs
 from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.errors import NonFiniteError
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.planner.peaks import PeakTflops
 from bd3_megatron.process.status import write_status
@@ -109,15 +110,43 @@ class Trainer:
         outcome = self.training_step.run(
             self.plan, state, batches, veto=self._is_spike if self.config.train.spike_factor else None
         )
+        is_applied = outcome.result.applied
+        # the update's loss is that of the weights it started from
+        state.finite_step = state.step if is_applied else state.finite_step
+        state.skipped_steps += not is_applied
+        state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
         state.step += 1
         state.samples_consumed += outcome.num_samples
-        state.skipped_steps += not outcome.result.applied
         is_due = state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps
-        if outcome.result.vetoed or is_due:
+        if is_due or not is_applied:
             self._record_step(outcome)
         if self.loggers is not None:
             self.loggers.console.advance()
+            if not is_applied:
+                self.loggers.console.say(f"bd3: update {state.step} was left out, {state.skipped_in_a_row} in a row")
+        self._refuse_to_learn_nothing()
         return outcome.result.vetoed
+
+    def _refuse_to_learn_nothing(self) -> None:
+        """Stop where too many updates in a row, or all of the run, were left out. Collective where it does.
+
+        Raises:
+            NonFiniteError: on every rank.
+        """
+        state, limit = self.state, self.config.train.max_skipped_steps
+        is_over = state.step == self.plan.total_steps and state.skipped_steps == state.step
+        if state.skipped_in_a_row < limit and not is_over:
+            return
+        found = self.hooks.finite_checkpoint(state)
+        remedy = (
+            "no checkpoint is known to give a finite loss, so begin in a new run.dir"
+            if found is None
+            else f"{found.name} is the newest checkpoint known to give a finite loss: to go on from it, remove later ones"
+        )
+        raise NonFiniteError(
+            f"the last {state.skipped_in_a_row} updates, up to step {state.step}, were left out, since loss or gradients were "
+            f"not finite or far too large: the run learns nothing; lower optim.lr or look at the data, and then: {remedy}."
+        )
 
     def _is_spike(self, loss: float) -> bool:
         # the loss is global, so every rank comes to the same answer
@@ -166,7 +195,9 @@ class Trainer:
         pairs = step_pairs(self.config, outcome.batch.micro_batches, self.topology, block_size=outcome.phase.block_size)
         if self.loggers is not None:
             record = self._step_record(outcome, sums) | self._speed(outcome, sums, times, pairs) | times
-            self.loggers.write(record | {"event": "loss_spike"} if outcome.result.vetoed else record)
+            if not outcome.result.applied:
+                record["event"] = "loss_spike" if outcome.result.vetoed else "not_finite"
+            self.loggers.write(record)
 
     def _step_record(self, outcome: StepOutcome, sums: StepSums) -> dict[str, Any]:
         state = self.state

@@ -39,6 +39,14 @@ def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
     ]
 
 
+def test_the_newest_one_known_to_be_finite_stays(tmp_path: Path) -> None:
+    with_steps(tmp_path, 10, 20, 30, 40)
+    delete_old(tmp_path / step_name(40), keep_last=1, keep_every_steps=0, finite_step=29)
+    assert folders(tmp_path) == [step_name(20), step_name(40)]
+    delete_old(tmp_path / step_name(40), keep_last=1, keep_every_steps=0, finite_step=19)
+    assert folders(tmp_path) == [step_name(40)]
+
+
 def test_none_is_deleted_without_a_limit_and_never_the_last(tmp_path: Path) -> None:
     with_steps(tmp_path, 1, 2, 3)
     assert delete_old(tmp_path / step_name(3), keep_last=0, keep_every_steps=0) == []
