@@ -108,10 +108,11 @@ def whole(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
     Raises:
         FileError: it cannot be written; `path` is as it was.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     temporary = temporary_name(path)
     try:
-        _check_replaceable(path)
+        # /dev/stdout leads to a pipe that has no name
+        _check_replaceable(given)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush_tree(temporary)

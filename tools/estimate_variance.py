@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
 
-RESULTS = Path(__file__).parent / "bench" / "results"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
@@ -33,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(options: argparse.Namespace) -> int:
         # torch is paid for by those who measure, not by those who ask for --help
-        from tools.bench.harness import without_results
-        from tools.variance.measure import run
+        from tools.variance.measure import estimate_variances
 
-        options.given = " ".join(without_results(given))
-        run(options)
+        estimate_variances(options, given)
         return 0
 
     return run_tool(build_parser(), work, given)
@@ -62,7 +58,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
     parser.add_argument("--plots", type=Path, default=None, help="where the plots go (default: beside the note)")
     parser.add_argument("--no-note", action="store_true", help="print only; leave tools/bench/results alone")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(device="cpu")
     return parser
 

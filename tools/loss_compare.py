@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
-from bd3_megatron.errors import DataError
+from bd3_megatron.errors import DataError, UsageError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.chart import Series, line_chart, stroke
 from bd3_megatron.report.run_record import LOSS_KEY, read_run
@@ -71,6 +71,8 @@ def build_parser() -> CommandParser:
 
 def work(options: argparse.Namespace) -> int:
     """Print the table; 0 when all are within the tolerance, 1 when not."""
+    if not options.tolerance >= 0:
+        raise UsageError(f"--tolerance {options.tolerance:g} is no distance; give nats per token, 0 or more.")
     runs = {name: losses(Path(name)) for name in options.runs}
     rows = loss_gaps(runs)
     print(f"{'run':40} {'steps':>6} {'largest':>10} {'mean':>10}")

@@ -32,7 +32,7 @@ from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.data.vocabulary import vocabulary_size
 from bd3_megatron.errors import ConfigError, UsageError, either
 from bd3_megatron.files import write_text
-from bd3_megatron.planner.calibrate import Observation, calibrate, explain
+from bd3_megatron.planner.calibrate import Observation, calibrate, fitted_factors
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import (
     ALIASES,
@@ -252,7 +252,7 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
     others = [plan for plan in best_by_grid(found) if plan not in chosen]
     if others:
         lines += ["", "Why the other grids lose (the best plan of each):", "", *_table(others, answer)]
-    fitted = [f"fitted: {explain(answer.constants)}"] if calibrated else []
+    fitted = [f"fitted: {fitted_factors(answer.constants)}"] if calibrated else []
     return [*lines, "", "Assumptions:", *(f"  {line}" for line in [*assumptions(answer.machine), *fitted])]
 
 
@@ -307,7 +307,7 @@ def as_tree(answer: Answer, top: int) -> dict[str, Any]:
         "plans": [_plan_tree(plan, answer) for plan in found.fitting[:top]],
         "by_grid": [_plan_tree(plan, answer) for plan in best_by_grid(found)],
         "assumptions": assumptions(answer.machine),
-        "factors": explain(answer.constants),
+        "factors": fitted_factors(answer.constants),
     }
 
 

@@ -35,7 +35,7 @@ class Observation:
 
 
 def calibrate(observations: Sequence[Observation], machine: Machine, constants: Constants | None = None) -> Constants:
-    """Constants whose factors explain the observations best.
+    """Constants whose factors fitted_factors the observations best.
 
     Args:
         observations: at least one run on this machine.
@@ -113,6 +113,6 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     return result
 
 
-def explain(constants: Constants) -> str:
+def fitted_factors(constants: Constants) -> str:
     """The fitted factors in one line."""
     return ", ".join(f"{name} {getattr(constants, name):.3g}" for name in FACTORS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bd3_megatron.errors import RangeError
 from tools.bench import scaling
 from tools.bench.scaling import ScalingCase, Seen, cases, efficiencies, ranks_of
 
@@ -65,5 +66,5 @@ def test_efficiency_is_per_device_against_the_smallest() -> None:
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert ranks_of(argparse.Namespace(device="cuda", ranks=None)) == [1, 2]
-    with pytest.raises(SystemExit, match=r"--ranks 4 exceeds the 3 GPUs of this machine; give at most 3\."):
+    with pytest.raises(RangeError, match=r"--ranks 4 exceeds the 3 GPUs of this machine; give at most 3\."):
         ranks_of(argparse.Namespace(device="cuda", ranks=[1, 4]))

@@ -12,7 +12,7 @@ H200, head_dim 128, L 4096: 1.5x FlexAttention's Triton kernels, 2x aimed at.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,16 +23,21 @@ from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import backends
 from bd3_megatron.attention.streams import Attend, Stream
 from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.command import CommandParser
 from bd3_megatron.errors import BackendError
 from tools.bench import harness
+from tools.bench.harness import Note
 
 NAIVE = "dense mask"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, report."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_attention, arguments)
+
+
+def measure_attention(options: argparse.Namespace) -> Iterator[Note]:
+    """Check every backend, then time those that are right."""
     rows: list[list[object]] = []
     left_out: dict[str, None] = {}
     for length in options.length:
@@ -45,16 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "forward" if options.forward_only else "forward + backward"
     shape = f"B {options.batch}, heads {options.heads}:{options.kv_heads or options.heads}, head_dim {options.head_dim}"
     title = f"attention {what}, {options.device}, {options.dtype}, {shape}{', packed' if options.documents else ''}"
-    harness.report(
-        "tools.bench.attention", title, "\n\n".join([harness.table(header, rows), "\n".join(left_out)]), options
-    )
-    return 0
+    yield Note(title, "\n\n".join([harness.table(header, rows), "\n".join(left_out)]))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, repeats=9)
+    parser = harness.benchmark_parser("attention", __doc__, repeats=9)
     parser.add_argument("--length", type=int, nargs="+", default=[2048], help="L, clean positions")
     parser.add_argument("--block-size", type=int, nargs="+", default=[16], help="S")
     parser.add_argument("--batch", type=int, default=2)
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", action="store_true", help="pack four documents into every sequence")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--against", default=None, help=f"candidate that the others are divided by (default {NAIVE!r})")
-    return harness.parse(parser, arguments)
+    return parser
 
 
 def attention_request(options: argparse.Namespace, length: int, block_size: int) -> AttentionRequest:

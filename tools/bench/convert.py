@@ -35,25 +35,30 @@ from bd3_megatron.checkpoint.layout import (
 )
 from bd3_megatron.checkpoint.publish import publish_files
 from bd3_megatron.checkpoint.record import RankRecord
+from bd3_megatron.command import CommandParser
 from bd3_megatron.config.load import load_config, to_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_checkpoint import describe_model
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.to_hf import expected_shapes
+from bd3_megatron.errors import LaunchError
 from bd3_megatron.files import write_bytes
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, partition_of
 from tools.bench import harness
+from tools.bench.harness import REPOSITORY, Note
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tools.bench.convert"
 TP, PP = 2, 2
-STEP = 1000
-POLL_SECONDS = 0.05
+CHECKPOINT_STEP = 1000
+MEMORY_POLL_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make, convert, report."""
-    options = _options(arguments)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_conversion, arguments)
+
+
+def measure_conversion(options: argparse.Namespace) -> Iterator[Note]:
+    """Make a checkpoint, then convert it once in each precision."""
     config = load_config(options.config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_parameters = sum(math.prod(shape) for shape in shapes.values())
         rows, worst = [], 0.0
         for dtype in ("fp32", "bf16"):
-            seconds, peak = convert(path, folder / dtype, dtype)
+            seconds, peak = timed_conversion(path, folder / dtype, dtype)
             worst = max(worst, peak)
             rows.append([dtype, f"{seconds:.1f}", f"{peak:.2f}", f"{peak - largest:.2f}"])
     body = harness.table(["stored as", "seconds", "peak memory, GiB", "beyond the largest tensor, GiB"], rows)
@@ -73,21 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"\n\n{num_parameters / 1e9:.2f}B parameters, largest tensor {largest:.2f} GiB; making it took {made:.0f} s."
     )
     title = f"a checkpoint cut tp={TP} x pp={PP}, averaged weights, to a folder and its proof"
-    harness.report(MODULE, title, body, options)
-    return 0 if worst <= options.limit else 1
+    yield Note(title, body, is_sound=worst <= options.limit)
 
 
-def convert(path: Path, out: Path, dtype: str) -> tuple[float, float]:
+def timed_conversion(path: Path, out: Path, dtype: str) -> tuple[float, float]:
     """Run the tool; wall seconds and peak resident GiB of its process."""
-    tool = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), str(path), "--out", str(out), "--dtype", dtype]
+    tool = [
+        sys.executable,
+        str(REPOSITORY / "tools/convert_checkpoint.py"),
+        str(path),
+        "--out",
+        str(out),
+        "--dtype",
+        dtype,
+    ]
     began, peak_bytes = time.perf_counter(), 0
     child = subprocess.Popen(tool, stdout=subprocess.DEVNULL)
     # the mark only rises, so the last reading is the peak; wait4's own figure would begin at this process's size
     while child.poll() is None:
         peak_bytes = max(peak_bytes, _high_water_bytes(child.pid))
-        time.sleep(POLL_SECONDS)
+        time.sleep(MEMORY_POLL_SECONDS)
     if child.returncode != 0:
-        raise SystemExit(f"the conversion failed with exit code {child.returncode}")
+        raise LaunchError(f"the conversion failed with exit code {child.returncode}; its own error stands above.")
     return time.perf_counter() - began, peak_bytes / 2**30
 
 
@@ -125,7 +137,7 @@ def write_random_checkpoint(checkpoints_dir: Path, config: Config, *, vocab_size
         The checkpoint's folder.
     """
     shapes = whole_shapes(config, vocab_size)
-    temporary = checkpoints_dir / f"{TEMPORARY_PREFIX}{step_name(STEP)}"
+    temporary = checkpoints_dir / f"{TEMPORARY_PREFIX}{step_name(CHECKPOINT_STEP)}"
     temporary.mkdir(parents=True)
     files: dict[str, FileRecord] = {}
     for rank in range(TP * PP):
@@ -200,8 +212,8 @@ def _local_shape(name: str, whole: tuple[int, ...], *, gated: bool) -> tuple[int
 
 def _manifest(config: Config, vocab_size: int) -> Manifest:
     return Manifest(
-        step=STEP,
-        samples_consumed=STEP * config.train.global_batch_size,
+        step=CHECKPOINT_STEP,
+        samples_consumed=CHECKPOINT_STEP * config.train.global_batch_size,
         grid={"tp": TP, "pp": PP, "vpp": 1, "cp": 1, "dp": 1},
         zero_stage=1,
         world_size=TP * PP,
@@ -211,20 +223,23 @@ def _manifest(config: Config, vocab_size: int) -> Manifest:
         vocab_size=vocab_size,
         mask_id=vocab_size - 1,
         train_state={},
-        engine={"adam_step": STEP, "ema_updates": STEP, "skipped_steps": 0, "global_steps": STEP},
+        engine={
+            "adam_step": CHECKPOINT_STEP,
+            "ema_updates": CHECKPOINT_STEP,
+            "skipped_steps": 0,
+            "global_steps": CHECKPOINT_STEP,
+        },
         software=software_versions(),
     )
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=MODULE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=str(ROOT / "configs/1b3.yaml"), help="whose model (default 1.3B)")
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("convert", __doc__, repeats=1)
+    parser.add_argument("--config", default="configs/1b3.yaml", help="whose model (default 1.3B)")
     parser.add_argument("--vocab", type=int, default=50258, help="ids, mask included")
     parser.add_argument("--limit", type=float, default=6.0, help="GiB that the conversion may take")
-    harness.add_arguments(parser, repeats=1)
-    return harness.parse(parser, arguments)
+    return parser
 
 
 if __name__ == "__main__":

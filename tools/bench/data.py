@@ -20,40 +20,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
+from bd3_megatron.command import CommandParser
 from bd3_megatron.data.builtin_text import builtin_documents, builtin_items
 from bd3_megatron.data.loader import BatchLoader, TokenDataset
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.data.tokenizer_open import open_tokenizer
+from bd3_megatron.errors import UsageError
 from tools.bench import harness
+from tools.bench.harness import REPOSITORY, Note
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tools.bench.data"
 _POLL_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
-    torch.set_num_threads(options.threads)
-    sound = True
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_data, arguments)
+
+
+def measure_data(options: argparse.Namespace) -> Iterator[Note]:
+    """Whatever was asked for, one note each.
+
+    Raises:
+        UsageError: nothing was asked for.
+    """
+    if bool(options.gpt2) != bool(options.text):
+        raise UsageError("--gpt2 and --text go together: a folder and a file.")
+    if not (options.prepare or options.kills or options.loader or options.gpt2):
+        raise UsageError("nothing to do: give --prepare, --kills, --loader or --gpt2.")
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         if options.prepare:
-            bench_prepare(options, folder)
+            yield bench_prepare(options, folder)
         if options.kills:
-            sound = bench_kills(options, folder) and sound
+            yield bench_kills(options, folder)
         if options.loader:
-            bench_loader(options, folder)
+            yield bench_loader(options, folder)
         if options.gpt2:
-            sound = compare_gpt2(options) and sound
-    return 0 if sound else 1
+            yield compare_gpt2(options)
 
 
-def bench_prepare(options: argparse.Namespace, folder: Path) -> None:
+def bench_prepare(options: argparse.Namespace, folder: Path) -> Note:
     """One process against several over the same corpus."""
     corpus = write_corpus(folder / "corpus.txt", int(options.prepare * 1e9), seed=1)
     rows = []
@@ -69,10 +78,10 @@ def bench_prepare(options: argparse.Namespace, folder: Path) -> None:
     ratio = seconds[1] / seconds[options.workers]
     state = "equal" if same else "DIFFERENT"
     body += f"\n\n{options.workers} processes are {ratio:.2f}x as fast as one; the folders are {state}.\n"
-    harness.report(MODULE, f"preparing {options.prepare} GB, tokenizer {options.tokenizer}", body, options)
+    return Note(f"preparing {options.prepare} GB, tokenizer {options.tokenizer}", body)
 
 
-def bench_kills(options: argparse.Namespace, folder: Path) -> bool:
+def bench_kills(options: argparse.Namespace, folder: Path) -> Note:
     """Kill a run at random moments until enough kills hit; the result must equal an undisturbed one."""
     corpus = write_corpus(folder / "corpus.txt", int(options.kill_megabytes * 1e6), seed=2)
     calm, disturbed = folder / "calm", folder / "disturbed"
@@ -101,11 +110,10 @@ def bench_kills(options: argparse.Namespace, folder: Path) -> bool:
         f"{hits} kills between {min(moments):.2f} and {max(moments):.2f} s of a run of {seconds:.2f} s with "
         f"{options.workers} processes; the final folder is {'equal, byte for byte' if same else 'DIFFERENT'}.\n"
     )
-    harness.report(MODULE, f"kill -9 during preparation, {options.kill_megabytes} MB", body, options)
-    return same
+    return Note(f"kill -9 during preparation, {options.kill_megabytes} MB", body, is_sound=same)
 
 
-def bench_loader(options: argparse.Namespace, folder: Path) -> None:
+def bench_loader(options: argparse.Namespace, folder: Path) -> Note:
     """Reading speed from shards."""
     corpus = write_corpus(folder / "corpus.txt", int(options.loader_megabytes * 1e6), seed=3)
     timed(command(corpus, folder / "loader", 1, "bytes", 0))
@@ -116,10 +124,10 @@ def bench_loader(options: argparse.Namespace, folder: Path) -> None:
             rates = [reading_rate(dataset, micro, workers, options.seconds) for workers in (0, options.workers)]
             rows.append([packing, length, micro, *(f"{rate / 1e6:.1f}" for rate in rates)])
     header = ["packing", "L", "rows a batch", "this process", f"{options.workers} loader processes"]
-    harness.report(MODULE, "million tokens/s from shards", harness.table(header, rows) + "\n", options)
+    return Note("million tokens/s from shards", harness.table(header, rows) + "\n")
 
 
-def compare_gpt2(options: argparse.Namespace) -> bool:
+def compare_gpt2(options: argparse.Namespace) -> Note:
     """Ids of a text from a GPT-2 folder, against transformers' GPT2 tokenizer on the same files."""
     import transformers
 
@@ -137,8 +145,7 @@ def compare_gpt2(options: argparse.Namespace) -> bool:
     body = (
         f"{len(theirs)} tokens of {len(text)} characters; ours are {state} (transformers {transformers.__version__}).\n"
     )
-    harness.report(MODULE, "GPT-2 ids against transformers", body, options)
-    return same
+    return Note("GPT-2 ids against transformers", body, is_sound=same)
 
 
 def reading_rate(dataset: TokenDataset, micro_batch: int, workers: int, seconds: float) -> float:
@@ -169,7 +176,7 @@ def command(corpus: Path, out: Path, workers: int, tokenizer: str, vocab_size: i
     """tools/prepare_data.py as a user calls it."""
     made = [
         sys.executable,
-        str(ROOT / "tools" / "prepare_data.py"),
+        str(REPOSITORY / "tools" / "prepare_data.py"),
         "--text",
         str(corpus),
         "--out",
@@ -219,9 +226,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, repeats=1)
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("data", __doc__, repeats=1)
     parser.add_argument("--prepare", type=float, metavar="GB", help="prepare a corpus of this size")
     parser.add_argument("--kills", type=int, metavar="N", help="kill preparation N times")
     parser.add_argument("--kill-megabytes", type=float, default=20.0, help="size of the corpus for --kills (20)")
@@ -235,14 +242,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1, help="of the moments of --kills")
     parser.add_argument("--scratch", type=Path, help="where the corpora go (the system's temporary folder)")
-    options = harness.parse(parser, arguments)
-    for place in filter(None, (options.gpt2, options.text, options.scratch)):
-        options.given = options.given.replace(str(place), Path(place).name)  # a note names no paths
-    if bool(options.gpt2) != bool(options.text):
-        parser.error("--gpt2 and --text go together: a folder and a file.")
-    if not (options.prepare or options.kills or options.loader or options.gpt2):
-        parser.error("nothing to do: give --prepare, --kills, --loader or --gpt2.")
-    return options
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
-"""What every benchmark shares: candidates take turns in one process, medians are compared, a dated note is kept.
+"""What every benchmark shares: its command line, candidates that take turns, ratios of medians, a dated note.
 
-Decides: one round runs every candidate once, so that a busy neighbour slows all of them alike; ratios are medians of the
-rounds' ratios. On CPU the clock counts this process's CPU time, on a GPU wall time between synchronizations.
 A note holds the command, versions, hardware and table, never a path or a host name.
 """
 
@@ -13,40 +11,94 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import UsageError
 from bd3_megatron.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "tools" / "bench" / "results"
+MIB = 2**20
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    """Options that every benchmark takes."""
+@dataclass(frozen=True)
+class Note:
+    """One result of a benchmark."""
+
+    title: str
+    body: str
+    """Markdown."""
+    is_sound: bool = True
+    """False where a promise was broken, such as bytes that differ: the benchmark then ends with exit code 1."""
+
+
+def benchmark_parser(name: str, description: str | None, *, repeats: int) -> CommandParser:
+    """A parser with the options that every benchmark takes.
+
+    Args:
+        name: of the module below tools/bench.
+        description: for --help, as it is laid out.
+        repeats: timed rounds by default.
+    """
+    parser = CommandParser(
+        prog=f"tools.bench.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds (default {repeats})")
+    add_note_arguments(parser)
+    return parser
+
+
+def add_note_arguments(parser: CommandParser) -> None:
+    """Where the note goes."""
     parser.add_argument("--no-note", action="store_true", help="print only; leave tools/bench/results alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and keep what was given (without the place of the results) for the note."""
+def run_benchmark(
+    parser: CommandParser,
+    measure: Callable[[argparse.Namespace], Iterable[Note]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Measure, print every note, and append it to results/NAME.md unless --no-note was given.
+
+    Args:
+        parser: of `benchmark_parser`.
+        measure: yields notes as they are ready.
+        arguments: without the program's name; None: the process's.
+
+    Returns:
+        The exit code: 1 where a note is not sound.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
-    options.given = " ".join(without_results(given))
-    return options
+
+    def work(options: argparse.Namespace) -> int:
+        if options.threads < 1 or options.repeats < 1:
+            raise UsageError(f"--threads {options.threads} and --repeats {options.repeats} must both be at least 1.")
+        torch.set_num_threads(options.threads)
+        is_sound = True
+        for note in measure(options):
+            write_note(f"python -m {parser.prog} {' '.join(shown_arguments(given))}".rstrip(), note, options)
+            is_sound = is_sound and note.is_sound
+        return 0 if is_sound else 1
+
+    return run_tool(parser, work, given)
 
 
-def without_results(given: Sequence[str]) -> list[str]:
-    """Arguments as a note shows them: where the note itself goes is nobody's business."""
-    if "--results" not in given:
-        return list(given)
-    at = list(given).index("--results")
-    return [*given[:at], *given[at + 2 :]]
+def shown_arguments(given: Sequence[str]) -> list[str]:
+    """Arguments as a note shows them: not where the note goes, and of a folder on this machine its name only."""
+    kept = list(given)
+    if "--results" in kept:
+        at = kept.index("--results")
+        kept = [*kept[:at], *kept[at + 2 :]]
+    return [Path(word).name if word.startswith(("/", "~")) else word for word in kept]
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
@@ -60,6 +112,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, repeats: int, 
     Returns:
         Name -> seconds, round by round.
     """
+    # a round runs every candidate once, so that a busy neighbour slows all of them alike
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for timed in (False, *(True,) * repeats):
         for name, run in candidates.items():
@@ -97,23 +150,24 @@ def machine(device: str) -> str:
     return ", ".join([*parts, load, f"torch {torch.__version__}", f"python {platform.python_version()}"])
 
 
-def report(module: str, title: str, body: str, arguments: argparse.Namespace) -> None:
-    """Print a result, and append it to results/<last part of module>.md unless --no-note was given."""
-    command = f"python -m {module} {arguments.given}".rstrip()
+def write_note(command: str, note: Note, options: argparse.Namespace) -> None:
+    """Print a note with its command, date and hardware, and append it to the results unless --no-note was given."""
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    note = f"## {when}: {title}\n\n    {command}\n\n{machine(arguments.device)}\n\n{body}\n"
-    print(note)
-    if arguments.no_note:
+    text = f"## {when}: {note.title}\n\n    {command}\n\n{machine(options.device)}\n\n{note.body}\n"
+    print(text)
+    if options.no_note:
         return
-    path = arguments.results / f"{module.rpartition('.')[2]}.md"
+    module = command.split()[2]
+    path = options.results / f"{module.rpartition('.')[2]}.md"
     before = path.read_text("utf-8") if path.exists() else f"# {module}: dated results\n"
-    write_text(path, f"{before}\n{note}")
+    write_text(path, f"{before}\n{text}")
 
 
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
+    # a neighbour's time does not count, which on shared cores is most of the noise
     return time.process_time()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.model.head import VocabShard, weighted_nll
 from tools.bench import harness
-
-MIB = 2**20
+from tools.bench.harness import MIB, Note
 
 
 class LiveBytes(TorchDispatchMode):
@@ -102,14 +102,21 @@ def peak_beyond_weight_gradient(run: Callable[[], Tensor], weight: Tensor) -> in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, print and note."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_head, arguments)
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("head", __doc__, repeats=3)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rows", type=int, default=512, help="masked rows (a quarter of the pair's)")
-    harness.add_arguments(parser, repeats=3)
-    options = harness.parse(parser, arguments)
-    torch.set_num_threads(options.threads)
+    return parser
+
+
+def measure_head(options: argparse.Namespace) -> Iterator[Note]:
+    """Both forms, interleaved."""
     run, weight = forms(options)
     error = float((run["shipped"]() - run["naive"]()).abs() / run["naive"]())
     peaks = {name: peak_beyond_weight_gradient(one, weight) for name, one in run.items()}
@@ -119,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     body = harness.table(("head", "forward + backward, ms", "peak beyond dW, MiB"), rows)
     note = f"shipped is {ratio:.2f} times as fast; losses differ by {error:.1e} (relative)"
     title = f"head, V {options.vocab}, h{options.hidden}, {options.rows} masked rows"
-    harness.report("tools.bench.head", title, f"{body}\n\n{note}", options)
-    return 0
+    yield Note(title, f"{body}\n\n{note}")
 
 
 if __name__ == "__main__":

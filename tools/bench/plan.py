@@ -28,14 +28,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
+from bd3_megatron.errors import RangeError
 from bd3_megatron.files import write_text
 from bd3_megatron.parallel.topology import leave
-from bd3_megatron.planner.calibrate import Observation, calibrate, explain
+from bd3_megatron.planner.calibrate import Observation, calibrate, fitted_factors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import ClusterFile, Machine, assumptions, machine_of
 from bd3_megatron.planner.timing import StepTime, step_time
@@ -45,10 +47,10 @@ from bd3_megatron.train.batches import StepBatches
 from bd3_megatron.train.build import build_trainer, meet
 from launch.env import rank_settings
 from tools.bench import harness
+from tools.bench.harness import MIB, Note
 from tools.bench.runs import on_ranks, prepare_bytes, trained
 from tools.plan import observation
 
-MIB = 2**20
 VOCABULARY = 2048
 TIME_ERROR, MEMORY_ERROR = 0.15, 0.10
 """Within these of the measurement a prediction is good enough to choose a grid by."""
@@ -122,7 +124,7 @@ def planner_case_config(case: PlannerCase, data: Path, run_dir: Path, *, steps: 
     config = config_from_tree(tree)
     ranks, cores = config.parallel.world_size(), os.cpu_count() or 1
     if ranks > cores:
-        raise SystemExit(
+        raise RangeError(
             f"a case of {ranks} ranks needs as many cores and this machine has {cores}; name other --cases."
         )
     validate(config, world_size=ranks)
@@ -137,7 +139,7 @@ def peak_tensor_bytes(profile: torch.profiler.profile, since_ns: int) -> int:
         since_ns: nanoseconds since the epoch.
     """
     if profile.profiler is None or profile.profiler.kineto_results is None:
-        raise SystemExit("the profile has not ended, so it holds no allocations; count memory after its block.")
+        raise RangeError("the profile has not ended, so it holds no allocations; count memory after its block.")
     alive: dict[int, int] = {}
     total = peak = 0
     for at_ns, size, address in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
@@ -177,9 +179,7 @@ def whole_step_peak(config: Config, rank: int) -> int:
         since_ns = 0
         for step in range(COUNTED_STEPS):
             since_ns = time.time_ns()
-            batch = batches.next(step, trainer.engine.model.layout, trainer.plan.interval(step, {}))
-            scale = trainer.topology.shard_size / batch.token_count
-            trainer.engine.train_step(batch.micro_batches, loss_scale=scale, lr=1e-3)
+            trainer.training_step.run(trainer.plan, replace(trainer.state, step=step), batches)
     return peak_tensor_bytes(profile, since_ns)
 
 
@@ -190,7 +190,7 @@ def count_memory(config: Config, rank: int, out: Path) -> int:
     return 0
 
 
-def measure(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, CaseMeasurement]:
+def measure_cases(names: Sequence[str], folder: Path, *, steps: int, rounds: int) -> dict[str, CaseMeasurement]:
     """Train every case `rounds` times, taking turns, count its memory `COUNTS` times; what `folder` holds is not run again."""
     data = folder / "data"
     prepare_bytes(data, VOCABULARY)
@@ -255,7 +255,7 @@ def predict(config: Config, machine: Machine, constants: Constants) -> tuple[Ste
     return step_time(config, machine, constants), memory_per_device(config, engine_assumptions("cpu", config)).peak
 
 
-def compare(measured: Mapping[str, CaseMeasurement]) -> str:
+def compare_predictions(measured: Mapping[str, CaseMeasurement]) -> str:
     """The note: predictions beside measurements, how many are near enough, and what was fitted."""
     known = [m for name, m in measured.items() if CASES[name].calibrates]
     machine = host_machine(list(measured.values()))
@@ -293,7 +293,7 @@ def compare(measured: Mapping[str, CaseMeasurement]) -> str:
         f"of {len(errors)} unseen cases {len(errors) - len(slow)} are within {TIME_ERROR:.0%} in step time (outside: "
         f"{', '.join(slow) or 'none'}), {len(errors) - len(large)} within {MEMORY_ERROR:.0%} in peak memory "
         f"(outside: {', '.join(large) or 'none'})",
-        f"fitted: {explain(constants)}",
+        f"fitted: {fitted_factors(constants)}",
         *assumptions(machine),
     ]
     return harness.table(header, rows) + "\n\n" + "\n\n".join(sentences)
@@ -308,33 +308,31 @@ def _shape(config: Config) -> str:
     return ", ".join([*parts, f"{t.global_batch_size} in micro-batches of {t.micro_batch_size}"])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("plan", __doc__, repeats=6)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help="besides those that calibrate (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of every run; the first is not counted (default 8)")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder, and do not run again what it holds")
-    harness.add_arguments(parser, repeats=6)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, predict, compare, print and note."""
-    options = harness.parse(build_parser(), arguments)
-    if options.keep is not None:
-        # a folder on this machine is nobody's business
-        options.given = options.given.replace(f"--keep {options.keep}", "").replace("  ", " ").strip()
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_planner, arguments)
+
+
+def measure_planner(options: argparse.Namespace) -> Iterator[Note]:
+    """Train, predict, compare."""
     # before a rank asks which device it has
     os.environ.update(rank_settings(os.environ, gpu=False, local=True) | {"CUDA_VISIBLE_DEVICES": ""})
     drop_known_warnings()
-    torch.set_num_threads(options.threads)
     chosen = [name for name, case in CASES.items() if case.calibrates or name in (options.cases or CASES)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        measured = measure(chosen, folder, steps=options.steps, rounds=options.repeats)
-        body = compare(measured)
-    harness.report("tools.bench.plan", f"{len(chosen)} grids and shapes", body, options)
-    return 0
+        measured = measure_cases(chosen, folder, steps=options.steps, rounds=options.repeats)
+        yield Note(f"{len(chosen)} grids and shapes", compare_predictions(measured))
 
 
 if __name__ == "__main__":

@@ -14,22 +14,24 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.train.batches import Noise, make_micro_batch
 from tools.bench import harness
-from tools.bench.step import make_problem, shipped
+from tools.bench.harness import Note
+from tools.bench.step import make_problem, shipped_step
 
-STEP = "training step"
+STEP_ROW = "training step"
 TOTAL = "micro-batch: levels, masks, loss rows"
 TARGET = 0.02
 """Of a training step."""
@@ -37,14 +39,17 @@ SHAPE = {"layers": 2, "hidden": 768, "heads": 12, "kv-heads": 0, "ffn": 0, "leng
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time, print and note."""
-    options = harness.parse(build_parser(), arguments)
-    torch.set_num_threads(options.threads)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_noise, arguments)
+
+
+def measure_noise(options: argparse.Namespace) -> Iterator[Note]:
+    """Draws and the step, interleaved."""
     options.batch = options.step_rows
-    step, _, label = shipped(make_problem(options), options.vocab, "auto")
-    seconds = harness.interleave(draws(options) | {STEP: step}, repeats=options.repeats, device=options.device)
-    seconds[STEP] = [s * options.rows / options.step_rows for s in seconds[STEP]]
-    rows = [(name, harness.milliseconds(s), share(s, seconds[STEP])) for name, s in seconds.items()]
+    step, _, label = shipped_step(make_problem(options), options.vocab, "auto")
+    seconds = harness.interleave(draws(options) | {STEP_ROW: step}, repeats=options.repeats, device=options.device)
+    seconds[STEP_ROW] = [s * options.rows / options.step_rows for s in seconds[STEP_ROW]]
+    rows = [(name, harness.milliseconds(s), share(s, seconds[STEP_ROW])) for name, s in seconds.items()]
     table = harness.table((f"[{options.rows}, {options.length}]", "ms", "of a step"), rows)
     times = f"{options.rows} / {options.step_rows}"
     note = f"attention {label}; the step was timed at {options.step_rows} rows and taken {times} times."
@@ -55,16 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         note += " On GPU: not measured."
     shape = f"{options.layers} layers, h{options.hidden}, S{options.block}, V{options.vocab}"
-    harness.report(
-        "tools.bench.rng", f"noise against a step of {shape}, {options.device}", f"{table}\n\n{note}", options
-    )
-    return 0
+    yield Note(f"noise against a step of {shape}, {options.device}", f"{table}\n\n{note}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, repeats=3)
+    parser = harness.benchmark_parser("rng", __doc__, repeats=3)
     parser.add_argument("--rows", type=int, default=64, help="rows of the batch whose noise is drawn (default 64)")
     parser.add_argument("--step-rows", type=int, default=1, help="rows of the timed step (default 1)")
     parser.add_argument("--style", choices=("modern", "paper"), default="paper")

@@ -11,6 +11,7 @@ import torch
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
+from bd3_megatron.errors import LaunchError
 from bd3_megatron.process.ranks import fork_ranks, reserve_port
 from bd3_megatron.report.run_record import RunRecord, read_run
 from bd3_megatron.train.entry import run_rank
@@ -26,7 +27,7 @@ def on_ranks(work: Callable[[int], int], ranks: int, log: Path, *, threads: int)
     """Run `work(rank)` in forked ranks that write to `log` instead of the terminal.
 
     Raises:
-        SystemExit: a rank failed; the log's end is shown.
+        LaunchError: a rank failed; the log's end is shown.
     """
     port = reserve_port()
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
@@ -41,7 +42,7 @@ def on_ranks(work: Callable[[int], int], ranks: int, log: Path, *, threads: int)
     code = fork_ranks(quietly, ranks, rendezvous)
     port.close()
     if code:
-        raise SystemExit(f"a rank ended with {code}:\n{log.read_text()[-2000:]}")
+        raise LaunchError(f"a rank ended with exit code {code}: {log.read_text()[-400:]}")
 
 
 def trained(config: Config, log: Path, *, threads: int, work: Callable[[int], int] | None = None) -> RunRecord:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
 from bd3_megatron.hf.forward_bd3 import EagerForward, Forward, ReplayedForward, record_graph
@@ -28,6 +29,7 @@ from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.figures import copy_bandwidth, weight_bytes
 from bd3_megatron.sampling.packed_linear import pack_linear_layers
 from tools.bench import harness
+from tools.bench.harness import Note
 from tools.bench.official_form import OfficialForm
 
 LENGTH, CONTEXT = 1024, 960
@@ -36,22 +38,23 @@ OURS, THEIRS = "sampler", "official form"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, report."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_sampler, arguments)
+
+
+def measure_sampler(options: argparse.Namespace) -> Iterator[Note]:
+    """Check both decoders, then time them."""
     if options.long:
-        title, body = "a text far beyond the trained length", long_text(options)
+        yield Note("a text far beyond the trained length", long_text(options))
     elif options.device == "cpu":
-        title, body = f"time a token, context {CONTEXT}, batch 1, fp32", against_official(options)
+        yield Note(f"time a token, context {CONTEXT}, batch 1, fp32", against_official(options))
     else:
-        title, body = f"tokens a second, context {CONTEXT}, {options.dtype}", throughput(options)
-    harness.report("tools.bench.sampler", title, body, options)
-    return 0
+        yield Note(f"tokens a second, context {CONTEXT}, {options.dtype}", throughput(options))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of this benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("sampler", __doc__, repeats=3)
     parser.add_argument("--block-size", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batches for --device cuda")
     parser.add_argument("--vocab-size", type=int, default=50258)
@@ -61,8 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--graphs", action="store_true", help="record and replay forwards (cuda)")
     parser.add_argument("--long", type=int, default=0, metavar="TOKENS", help="generate this many with a tiny model")
-    harness.add_arguments(parser, repeats=3)
-    return harness.parse(parser, arguments)
+    return parser
 
 
 def new_model(options: argparse.Namespace, block_size: int, *, length: int = LENGTH) -> PlainBD3:

@@ -33,15 +33,18 @@ from torch._C._distributed_c10d import ProcessGroup, Work
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
+from bd3_megatron.errors import RangeError
 from bd3_megatron.parallel.topology import Topology, leave
 from bd3_megatron.process.quiet import drop_known_warnings
 from bd3_megatron.report.run_record import RunRecord
 from bd3_megatron.train.build import build_trainer, meet
 from bd3_megatron.train.timeline import AXES, Timeline
 from tools.bench import harness
+from tools.bench.harness import Note
 from tools.bench.runs import prepare_bytes, trained
 
 COLLECTIVES = (
@@ -169,7 +172,7 @@ def run_observed(config: Config, rank: int) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[ScalingCase, Seen]:
+def run_cases(options: argparse.Namespace, folder: Path) -> dict[ScalingCase, Seen]:
     """All rounds of all cases, in turns, and the runs that are observed."""
     data, chosen = folder / "data", cases(options.ranks, options.batch)
     prepare_bytes(data, options.vocab)
@@ -230,8 +233,9 @@ def body_of(seen: Mapping[ScalingCase, Seen], options: argparse.Namespace) -> st
     return f"{harness.table(header, rows)}\n\nscaled over {options.axis}; {shared}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("scaling", __doc__, repeats=3)
     parser.add_argument("--axis", choices=AXES, default="dp", help="which axis the ranks are (default dp)")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 4, or powers of two up to the GPUs")
     parser.add_argument("--style", choices=("modern", "paper"), default="modern")
@@ -247,7 +251,6 @@ def build_parser() -> argparse.ArgumentParser:
         ("steps", 6, "of every run; the first is not counted"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
-    harness.add_arguments(parser, repeats=3)
     return parser
 
 
@@ -255,29 +258,31 @@ def ranks_of(options: argparse.Namespace) -> list[int]:
     """How many ranks to run, largest last.
 
     Raises:
-        SystemExit: more ranks than GPUs.
+        RangeError: more ranks than GPUs.
     """
     if options.device == "cpu":
         return options.ranks or [1, 2, 4]
     gpus = torch.cuda.device_count()
     if max(options.ranks or [1]) > gpus:
-        raise SystemExit(f"--ranks {max(options.ranks)} exceeds the {gpus} GPUs of this machine; give at most {gpus}.")
+        raise RangeError(f"--ranks {max(options.ranks)} exceeds the {gpus} GPUs of this machine; give at most {gpus}.")
     return options.ranks or [2**n for n in range(gpus.bit_length()) if 2**n <= gpus]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print and note."""
-    options = harness.parse(build_parser(), arguments)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_scaling, arguments)
+
+
+def measure_scaling(options: argparse.Namespace) -> Iterator[Note]:
+    """Run every case and compare."""
     # asked before any rank is forked: counting GPUs the NVML way leaves CUDA untouched
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     options.ranks = ranks_of(options)
     drop_known_warnings()
     with tempfile.TemporaryDirectory() as folder:
-        seen = measure(options, Path(folder))
-    torch.set_num_threads(options.threads)
+        seen = run_cases(options, Path(folder))
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    harness.report("tools.bench.scaling", f"{options.axis}, {shape}", body_of(seen, options), options)
-    return 0
+    yield Note(f"{options.axis}, {shape}", body_of(seen, options))
 
 
 if __name__ == "__main__":

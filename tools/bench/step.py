@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import choose
+from bd3_megatron.command import CommandParser
 from bd3_megatron.compat.device import peak_memory_bytes, rank_device
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
@@ -33,12 +34,14 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.errors import RangeError
 from bd3_megatron.hf.plain_bd3 import PlainBD3, pair_sees
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.pair_batch import pair_batch
 from bd3_megatron.parallel.topology import join
 from bd3_megatron.train.batches import Noise
 from tools.bench import harness
+from tools.bench.harness import Note
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -87,7 +90,7 @@ def make_problem(options: argparse.Namespace) -> Problem:
     return Problem(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
 
 
-def shipped(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Tensor], ParallelModel, str]:
+def shipped_step(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Tensor], ParallelModel, str]:
     """(one forward and backward of the shipped path, its model, its attention backend)."""
     config = problem.config
     if not dist.is_initialized():
@@ -118,7 +121,9 @@ def shipped(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Te
     return step, model, chosen.label
 
 
-def naive(problem: Problem, vocab: int, model: ParallelModel, attention: str) -> tuple[Callable[[], Tensor], nn.Module]:
+def naive_step(
+    problem: Problem, vocab: int, model: ParallelModel, attention: str
+) -> tuple[Callable[[], Tensor], nn.Module]:
     """One forward and backward of the form most code ships, with the shipped model's weights."""
     plain = plain_twin(problem.config, vocab, model).to(problem.device, problem.dtype)
     length, block = problem.config.data.seq_len, problem.config.diffusion.block_size
@@ -200,12 +205,13 @@ def check_equal(
             reference = grads[plain_name].float()
             worst = max(worst, float((grad.float() - reference).abs().max() / reference.abs().max()))
     if loss_error > LOSS_TOLERANCE[problem.dtype]:
-        raise SystemExit(f"the two sides disagree: loss {float(ours)} against {float(theirs)}; nothing was timed")
+        raise RangeError(f"the two sides disagree: loss {float(ours)} against {float(theirs)}; nothing was timed.")
     return f"loss differs by {loss_error:.1e} (relative), the worst gradient by {worst:.1e} of its largest element"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("step", __doc__, repeats=5)
     parser.add_argument("--against", choices=("naive", "naive-flex"), default="naive")
     parser.add_argument("--backend", default="auto", help="attention backend of the shipped path")
     parser.add_argument("--style", choices=("modern", "paper"), default="modern")
@@ -221,17 +227,19 @@ def build_parser() -> argparse.ArgumentParser:
         "batch": 4,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    harness.add_arguments(parser, repeats=5)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, print and note."""
-    options = harness.parse(build_parser(), arguments)
-    torch.set_num_threads(options.threads)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_step, arguments)
+
+
+def measure_step(options: argparse.Namespace) -> Iterator[Note]:
+    """Compare both forms, then time them."""
     problem = make_problem(options)
-    ours, model, label = shipped(problem, options.vocab, options.backend)
-    theirs, plain = naive(problem, options.vocab, model, options.against)
+    ours, model, label = shipped_step(problem, options.vocab, options.backend)
+    theirs, plain = naive_step(problem, options.vocab, model, options.against)
     equal = check_equal(problem, (ours(), theirs()), model, plain, options.vocab)
     seconds = harness.interleave(
         {"shipped": ours, options.against: theirs}, repeats=options.repeats, device=options.device
@@ -246,10 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda":
         notes.append(f"peak memory of both together {peak_memory_bytes(problem.device) / 2**30:.1f} GiB")
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    harness.report(
-        "tools.bench.step", f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}", options
-    )
-    return 0
+    yield Note(f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}")
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_megatron.command import CommandParser
 from bd3_megatron.train.timeline import Timeline, device_event_factory
 from tools.bench import harness
-from tools.bench.step import make_problem, shipped
+from tools.bench.harness import Note
+from tools.bench.step import make_problem, shipped_step
 
 STEPS_TIMED = 200
 """Steps' marks in one timing: one step's are too quick for the clock."""
@@ -43,23 +43,26 @@ def marks_of_steps(timeline: Timeline, micro_batches: int, steps: int = STEPS_TI
     timeline.finished()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = harness.benchmark_parser("timeline", __doc__, repeats=9)
     parser.add_argument("--backend", default="auto", help="attention backend")
     parser.add_argument("--style", choices=("modern", "paper"), default="modern")
     parser.add_argument("--micro-batches", type=int, default=8, help="of one step (default 8)")
     sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 0, "ffn": 0, "length": 64, "block": 4}
     for name, value in {**sizes, "vocab": 256, "batch": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    harness.add_arguments(parser, repeats=9)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time marks and step in turns, print and note."""
-    options = harness.parse(build_parser(), arguments)
-    torch.set_num_threads(options.threads)
-    micro_step, _, label = shipped(make_problem(options), options.vocab, options.backend)
+    """Run the benchmark; returns the exit code."""
+    return harness.run_benchmark(build_parser(), measure_marks, arguments)
+
+
+def measure_marks(options: argparse.Namespace) -> Iterator[Note]:
+    """Marks and step in turns."""
+    micro_step, _, label = shipped_step(make_problem(options), options.vocab, options.backend)
     timeline = Timeline(event_factory=device_event_factory() if options.device == "cuda" else None)
 
     def step() -> None:
@@ -77,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     body = harness.table(("part", "ms", "share"), rows) + f"\n\none mark takes {1e6 * each / count:.2g} microseconds"
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    harness.report("tools.bench.timeline", f"marks of a step, {shape}, batch {options.batch}", body, options)
-    return 0
+    yield Note(f"marks of a step, {shape}, batch {options.batch}", body)
 
 
 if __name__ == "__main__":

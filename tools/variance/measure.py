@@ -25,14 +25,13 @@ from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, 
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
-from bd3_megatron.errors import DataError, LaunchError
+from bd3_megatron.errors import DataError, LaunchError, UsageError
 from bd3_megatron.files import write_text
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.report.chart import Chart, Series, line_chart, stroke
 from bd3_megatron.train.dataset import open_data
 from tools.bench import harness
 
-MODULE = "tools.estimate_variance"
 SCORE_SEED, SEARCH_SEED = 1, 2
 OTHER_SCHEDULES = ("cosine", "square", "sqrt", "log")
 
@@ -142,7 +141,7 @@ def open_subject(place: Path, batch_rows: int) -> Subject:
     )
 
 
-def measure(subject: Subject, *, batches: int, gradient_batches: int) -> list[NoiseVariance]:
+def variances_of(subject: Subject, *, batches: int, gradient_batches: int) -> list[NoiseVariance]:
     """Every candidate interval under the linear schedule, then the other schedules over the full interval."""
     ways = [("loglinear", interval) for interval in candidates(subject.block_size)]
     if subject.block_size > 1:
@@ -181,7 +180,7 @@ def _gradient_variance(subject: Subject, schedule: str, interval: Interval, batc
     return (squares - batches * mean_square) / (batches - 1)
 
 
-def search(subject: Subject, *, batches: int) -> Interval:
+def searched_interval(subject: Subject, *, batches: int) -> Interval:
     """What the interval search chooses, from passes of its own on rows behind the measured ones."""
     intervals = candidates(subject.block_size)
     moments = Moments.none(len(intervals))
@@ -200,7 +199,7 @@ def _batches(subject: Subject, batches: int, *, first: int = 0) -> Iterator[rang
         yield range(number * subject.batch_rows, (number + 1) * subject.batch_rows)
 
 
-def as_markdown(
+def variance_markdown(
     subject: Subject, findings: Sequence[NoiseVariance], chosen: Interval, options: argparse.Namespace
 ) -> str:
     """A table of what people compare, and a line on what the search found."""
@@ -232,7 +231,7 @@ def _against(variance: float, linear: float) -> tuple[str, str]:
     return f"{variance:.4g}", f"{linear / variance:.2f}x" if variance else "-"
 
 
-def as_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict[str, Chart]:
+def variance_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict[str, Chart]:
     """{file name: chart} of both variances by interval, a line for each width of the candidates."""
     charts = {}
     for what, unit in (("loss", "nats²"), ("gradient", "nats²")):
@@ -250,13 +249,22 @@ def as_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict[str, 
     return charts
 
 
-def run(options: argparse.Namespace) -> None:
+def estimate_variances(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Measure, print, plot.
+
+    Args:
+        options: of tools/estimate_variance.py.
+        given: its command line, for the note.
 
     Raises:
         BD3Error: no run, a run that cannot be measured, training that failed.
     """
+    if min(options.batches, options.batch_rows, options.threads, options.steps) < 1 or options.gradient_batches < 0:
+        raise UsageError(
+            "--batches, --batch-rows, --steps and --threads must be at least 1, --gradient-batches at least 0."
+        )
     torch.set_num_threads(options.threads)
+    options.results = options.results or harness.RESULTS
     folders = _train(options) if options.train is not None else options.runs
     if not folders:
         raise DataError("no run was named; give a run's folder, or --train CONFIG to make one.")
@@ -264,13 +272,12 @@ def run(options: argparse.Namespace) -> None:
     charts: dict[str, Chart] = {}
     for folder in folders:
         subject = open_subject(folder, options.batch_rows)
-        findings = measure(subject, batches=options.batches, gradient_batches=options.gradient_batches)
-        chosen = search(subject, batches=options.batches)
-        bodies.append(as_markdown(subject, findings, chosen, options))
-        charts |= as_charts(subject, findings)
+        found = variances_of(subject, batches=options.batches, gradient_batches=options.gradient_batches)
+        chosen = searched_interval(subject, batches=options.batches)
+        bodies.append(variance_markdown(subject, found, chosen, options))
+        charts |= variance_charts(subject, found)
     title = "variance of losses and gradients by noise interval and block size"
-    harness.report(MODULE, title, "\n\n".join(bodies), options)
-    plots = options.plots or options.results
+    command = f"python -m tools.estimate_variance {' '.join(harness.shown_arguments(given))}".rstrip()
+    harness.write_note(command, harness.Note(title, "\n\n".join(bodies)), options)
     for name, chart in charts.items() if options.plots or not options.no_note else ():
-        plots.mkdir(parents=True, exist_ok=True)
-        write_text(plots / f"{name}.svg", chart.file())
+        write_text((options.plots or options.results) / f"{name}.svg", chart.file())

@@ -10,7 +10,7 @@ import pytest
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import ConfigError
-from bd3_megatron.planner.calibrate import Observation, calibrate, explain
+from bd3_megatron.planner.calibrate import Observation, calibrate, fitted_factors
 from bd3_megatron.planner.machines import GIB, machine_of
 from bd3_megatron.planner.plans import best_by_grid, rank_plans, why_not
 from bd3_megatron.planner.scaling import SIZES, efficiency_curves, scaling_markdown, weak_scaling, weak_scaling_config
@@ -107,7 +107,7 @@ def test_calibration_recovers_what_made_the_measurements() -> None:
     for config in _cpu_cases():
         predicted = step_time(config, machine, fitted).total
         assert predicted == pytest.approx(step_time(config, machine, truth).total, rel=0.15)
-    assert "overhead_factor" in explain(fitted)
+    assert "overhead_factor" in fitted_factors(fitted)
 
 
 def test_perfect_predictions_leave_the_factors_alone() -> None:

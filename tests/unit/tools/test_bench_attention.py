@@ -43,7 +43,7 @@ def test_without_a_note_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_a_wrong_backend_is_not_timed() -> None:
-    options = attention.parse([*SMALL])
+    options = attention.build_parser().parse_args(SMALL)
     request = attention.attention_request(options, 64, 4)
 
     def broken(*_: object, **__: object) -> object:
@@ -52,7 +52,7 @@ def test_a_wrong_backend_is_not_timed() -> None:
     assert attention.check(broken, request) == (None, "fails: no kernel image")  # type: ignore[arg-type]
 
 
-def test_contestants_take_turns() -> None:
+def test_candidates_take_turns() -> None:
     order: list[str] = []
     candidates = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     seconds = harness.interleave(candidates, repeats=3, device="cpu")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bd3_megatron.errors import RangeError
 from bd3_megatron.report.run_record import read_run
 from tests.unit.report.written_runs import steady_run
 from tools.bench import plan
+from tools.bench.harness import MIB
 from tools.plan import observation
-
-MIB = 2**20
 
 
 @pytest.mark.parametrize("name", plan.CASES)
@@ -24,7 +24,7 @@ def test_every_case_is_legal_and_fits_two_cores(name: str, tmp_path: Path, monke
 
 def test_more_ranks_than_cores_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    with pytest.raises(SystemExit, match="a case of 2 ranks needs as many cores and this machine has 1"):
+    with pytest.raises(RangeError, match="a case of 2 ranks needs as many cores and this machine has 1"):
         plan.planner_case_config(plan.CASES["tp2"], tmp_path, tmp_path, steps=2)
 
 
@@ -60,7 +60,7 @@ def test_the_table_holds_every_case_with_its_errors(tmp_path: Path) -> None:
     for number, name in enumerate(("base", "dp2", "wide")):
         run = read_run(steady_run(tmp_path / str(number), 1, seconds=1.0))
         measured[name] = plan.CaseMeasurement(observation(run), 0.25, 0.05, 64 * MIB)
-    note = plan.compare(measured)
+    note = plan.compare_predictions(measured)
     assert note.count("(calibrates)") == 2
     assert "| wide | " in note and "| +25% | " in note and "| 64.0 | " in note
     assert "of 1 unseen cases 1 are within 15% in step time (outside: none), 0 within 10% in peak memory" in note

@@ -20,7 +20,7 @@ def test_a_note_is_left(tmp_path: Path) -> None:
     assert "noise against a step of 1 layers, h32, S4, V64, cpu" in note and "[4, 64]" in note
     for name in ("levels", "levels and masks", rng.TOTAL):
         assert f"| {name} | " in note
-    assert f"| {rng.STEP} | " in note and "| 100 % |" in note
+    assert f"| {rng.STEP_ROW} | " in note and "| 100 % |" in note
     assert "the step was timed at 1 rows and taken 4 / 1 times. Noise stays below 2 % of a step on devices that" in note
     assert note.rstrip().endswith("data tokens/s. On GPU: not measured.")
 
