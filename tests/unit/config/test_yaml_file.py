@@ -12,7 +12,6 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.yaml_file import LONGEST_BYTES, parse_yaml, read_yaml
 from bd3_megatron.data.recipe import load_recipe
 from bd3_megatron.errors import ConfigError
-from bd3_megatron.planner.machines import read_cluster
 from launch.cluster import load_cluster
 
 SECTION_TWICE = """\
@@ -128,7 +127,7 @@ def loop(folder: Path) -> Path:
     return folder / "loop"
 
 
-@pytest.mark.parametrize("read", [load_config, load_cluster, load_recipe, read_cluster], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("read", [load_config, load_cluster, load_recipe], ids=lambda f: f.__name__)
 def test_every_file_of_ours_is_read_through_the_boundary(tmp_path: Path, read: Callable[[Path], object]) -> None:
     path = tmp_path / "file.yaml"
     path.write_text("a: 1\na: 2\n")
