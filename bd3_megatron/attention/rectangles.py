@@ -11,7 +11,7 @@ Decides, for one visibility and one layout of documents, which query rows meet w
   call each.
 Every allowed pair is in exactly one rectangle and no other pair is in any: the pair count is exact.
 Relies on `Visibility` for ranges that rise, whole noisy blocks and present keys; refuses a document in two places.
-Costs about 2 log2(blocks) calls per document or chunk. Plans are remembered (pure function of integers).
+Costs about 2 log2(blocks) calls per document or chunk. Covers are remembered (pure function of integers).
 Source: dyadic (segment-tree) decomposition of a causal mask; the mask is BD3-LM's (arXiv 2503.09573, section 3).
 """
 
@@ -43,7 +43,7 @@ class RowRun:
 
 
 @dataclass(frozen=True)
-class Step:
+class RectangleSeries:
     """`count` equal unmasked rectangles (or, with `causal`, one square triangle), evenly spaced, done in one call."""
 
     run: int
@@ -61,7 +61,7 @@ class Step:
     """Distance in rows (and in keys) between neighbouring rectangles."""
     causal: bool = False
     first: bool = False
-    """True for the step in which these rows meet their first keys; it opens their softmax statistics."""
+    """True for the series in which these rows meet their first keys; it opens their softmax statistics."""
 
     @property
     def num_pairs(self) -> int:
@@ -72,16 +72,16 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Lanes (by row ranges alone) and the steps over them (by row ranges and documents)."""
+class RectangleCover:
+    """Runs (by row ranges alone) and the series over them (by row ranges and documents)."""
 
     runs: tuple[RowRun, ...]
-    steps: tuple[Step, ...]
+    series: tuple[RectangleSeries, ...]
 
     @property
     def num_pairs(self) -> int:
         """Query-key pairs of one head and one sequence."""
-        return sum(step.num_pairs for step in self.steps)
+        return sum(series.num_pairs for series in self.series)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class _Span:
 
 
 @lru_cache(maxsize=512)
-def plan(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> Plan:
-    """Cut one visibility into runs and steps.
+def cover_of(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> RectangleCover:
+    """Cut one visibility into runs and series.
 
     Clean keys are counted by position: a visibility guarantees that every clean key a row here can see is present, so
     the key tensor begins with position 0 and has no gap up to the last one needed.
@@ -110,15 +110,15 @@ def plan(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends:
         document_ends: ends of the documents of one sequence, ascending, the last one being L.
 
     Returns:
-        The plan; equal arguments give the same object.
+        The cover; equal arguments give the same object.
     """
     runs: list[RowRun] = []
-    steps: list[Step] = []
+    series: list[RectangleSeries] = []
     for span in _spans(block_size, noisy_rows, clean_rows, document_ends):
         _extend_runs(runs, span)
         row = runs[-1].num_rows - (span.stop - span.start)
-        steps.extend(_span_steps(span, len(runs) - 1, row, block_size))
-    return Plan(tuple(runs), tuple(steps))
+        series.extend(_span_series(span, len(runs) - 1, row, block_size))
+    return RectangleCover(tuple(runs), tuple(series))
 
 
 def _spans(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> Iterator[_Span]:
@@ -165,7 +165,7 @@ def _extend_runs(runs: list[RowRun], span: _Span) -> None:
     runs.append(RowRun(span.who, span.noisy_start, span.clean_start, num_rows))
 
 
-def _span_steps(span: _Span, run: int, row: int, block_size: int) -> Iterator[Step]:
+def _span_series(span: _Span, run: int, row: int, block_size: int) -> Iterator[RectangleSeries]:
     """Own blocks first (they open the statistics), then the staircase inside the span, then everything before it."""
     size = span.stop - span.start
     document_start, document_stop = span.document
@@ -177,30 +177,30 @@ def _span_steps(span: _Span, run: int, row: int, block_size: int) -> Iterator[St
     causal = block_size == 1 and size > 1
     if span.who != "clean":
         # Noisy rows come in whole blocks, so the keys before a ragged piece stand right before it.
-        yield Step(run, "noisy", "noisy", row, span.noisy_start - span.start + key, *own, first=True)
+        yield RectangleSeries(run, "noisy", "noisy", row, span.noisy_start - span.start + key, *own, first=True)
     if span.who != "noisy" and causal:
-        yield Step(run, "clean", "clean", row, key, size, size, causal=True, first=True)
+        yield RectangleSeries(run, "clean", "clean", row, key, size, size, causal=True, first=True)
     elif span.who != "noisy":
-        yield Step(run, "clean", "clean", row, key, *own, first=True)
+        yield RectangleSeries(run, "clean", "clean", row, key, *own, first=True)
     if causal and span.who != "clean":
         # Strictly before: the causal square of the same keys, one row later.
-        yield Step(run, "noisy", "clean", row + 1, key, size - 1, size - 1, causal=True)
+        yield RectangleSeries(run, "noisy", "clean", row + 1, key, size - 1, size - 1, causal=True)
     elif whole and not causal:
         yield from _staircase(span, run, row, block_size)
     if document_start < block_start:
-        yield Step(run, span.who, "clean", row, document_start, size, block_start - document_start)
+        yield RectangleSeries(run, span.who, "clean", row, document_start, size, block_start - document_start)
 
 
-def _staircase(span: _Span, run: int, row: int, block_size: int) -> Iterator[Step]:
+def _staircase(span: _Span, run: int, row: int, block_size: int) -> Iterator[RectangleSeries]:
     """Inside a run of whole blocks: rows of every odd group of 2^j blocks see the group before, for every j."""
     size, half = span.stop - span.start, block_size
     while half < size:
         full, rest = divmod(size, 2 * half)
         if full:
-            yield Step(run, span.who, "clean", row + half, span.start, half, half, full, 2 * half)
+            yield RectangleSeries(run, span.who, "clean", row + half, span.start, half, half, full, 2 * half)
         if rest > half:
             at = full * 2 * half
-            yield Step(run, span.who, "clean", row + at + half, span.start + at, rest - half, half)
+            yield RectangleSeries(run, span.who, "clean", row + at + half, span.start + at, rest - half, half)
         half *= 2
 
 

@@ -1,4 +1,4 @@
-"""How rows lie in memory for the structured backend, so that every rectangle of a plan is a strided view.
+"""How rows lie in memory for the structured backend, so that every rectangle of a cover is a strided view.
 
 Queries of one position stand side by side: the noisy and the clean one, and with them all query heads that share a key
 head. A run is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.rectangles import RowRun, Step
+from bd3_megatron.attention.rectangles import RectangleSeries, RowRun
 
 
 def pack_rows(
@@ -22,7 +22,7 @@ def pack_rows(
     """Query-shaped rows of both streams, run by run.
 
     Args:
-        runs: of a plan.
+        runs: of a cover.
         noisy_BLNH, clean_BLNH: [B, rows, N, H], None where the stream is absent.
         groups: G, key heads.
 
@@ -66,38 +66,38 @@ def unfold_keys(folded: Tensor, groups: int) -> Tensor:
     return folded.unflatten(0, (-1, groups)).transpose(1, 2)
 
 
-def step_rows(run_rows: Tensor, run: RowRun, step: Step) -> Tensor:
-    """The rows that ask in one step, as a view of the run.
+def series_rows(run_rows: Tensor, run: RowRun, series: RectangleSeries) -> Tensor:
+    """The rows that ask in one series, as a view of the run.
 
     Args:
         run_rows: [X, rows * R, c, ...].
         run: the run they are.
-        step: of the plan.
+        series: of the cover.
 
     Returns:
-        [X, count, rows * R * c', ...] with c' the streams that ask; causal steps [X, R, rows, ...], because rows of one
+        [X, count, rows * R * c', ...] with c' the streams that ask; causal series [X, R, rows, ...], because rows of one
         position differ from their neighbours there.
     """
     share = run_rows.size(1) // run.num_rows
-    if step.who == run.who:
+    if series.who == run.who:
         rows, unit = run_rows.flatten(1, 2), share * run_rows.size(2)
     else:
-        rows, unit = run_rows.select(2, 0 if step.who == "noisy" else 1), share
-    if step.causal:
-        return rows.narrow(1, step.row * unit, step.num_rows * unit).unflatten(1, (-1, unit)).transpose(1, 2)
-    return _windows(rows, step.row * unit, step.num_rows * unit, step.count, step.spacing * unit)
+        rows, unit = run_rows.select(2, 0 if series.who == "noisy" else 1), share
+    if series.causal:
+        return rows.narrow(1, series.row * unit, series.num_rows * unit).unflatten(1, (-1, unit)).transpose(1, 2)
+    return _windows(rows, series.row * unit, series.num_rows * unit, series.count, series.spacing * unit)
 
 
-def step_keys(keys: Tensor, step: Step, num_calls: int) -> Tensor:
-    """The keys (or values) of one step, [X, num_calls, keys, H]; causal steps show the same keys to every call (stride 0)."""
-    windows = _windows(keys, step.key, step.num_keys, step.count, step.spacing)
-    return windows.expand(-1, num_calls, -1, -1) if step.causal else windows
+def series_keys(keys: Tensor, series: RectangleSeries, num_calls: int) -> Tensor:
+    """The keys (or values) of one series, [X, num_calls, keys, H]; causal series show the same keys to every call (stride 0)."""
+    windows = _windows(keys, series.key, series.num_keys, series.count, series.spacing)
+    return windows.expand(-1, num_calls, -1, -1) if series.causal else windows
 
 
-def add_step_keys_(total: Tensor, step: Step, part: Tensor) -> None:
-    """Add the gradient of one step's keys [X, calls, keys, H] to that of all keys [X, rows, H], in place."""
-    windows = _windows(total, step.key, step.num_keys, step.count, step.spacing)
-    windows.add_(part.sum(1, keepdim=True) if step.causal and part.size(1) > 1 else part)
+def add_series_keys_(total: Tensor, series: RectangleSeries, part: Tensor) -> None:
+    """Add the gradient of one series's keys [X, calls, keys, H] to that of all keys [X, rows, H], in place."""
+    windows = _windows(total, series.key, series.num_keys, series.count, series.spacing)
+    windows.add_(part.sum(1, keepdim=True) if series.causal and part.size(1) > 1 else part)
 
 
 def _windows(rows: Tensor, start: int, length: int, count: int, spacing: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bd3_megatron.attention import partial, row_runs
-from bd3_megatron.attention.rectangles import Plan, Step, document_ends, plan
+from bd3_megatron.attention.rectangles import RectangleCover, RectangleSeries, cover_of, document_ends
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
 from bd3_megatron.attention.visibility import Visibility, num_rows
@@ -33,11 +33,11 @@ Keys = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Job:
-    """Sequences [start, stop) of the batch, which share one plan."""
+    """Sequences [start, stop) of the batch, which share one cover."""
 
     start: int
     stop: int
-    plan: Plan
+    cover: RectangleCover
 
     def part(self, rows: Tensor | None) -> Tensor | None:
         return None if rows is None else rows[self.start : self.stop]
@@ -102,7 +102,7 @@ def executed_pairs(visibility: Visibility, *, batch: int = 1) -> int:
     Returns:
         Pairs summed over the batch (multiply by 4 N H for forward FLOPs).
     """
-    return sum((job.stop - job.start) * job.plan.num_pairs for job in _jobs(visibility, batch, batch))
+    return sum((job.stop - job.start) * job.cover.num_pairs for job in _jobs(visibility, batch, batch))
 
 
 def _no_kernel(device_type: str, dtype: torch.dtype, head_dim: int, kernel: str | None) -> str:
@@ -118,12 +118,12 @@ def _jobs(visibility: Visibility, batch: int, at_once: int) -> tuple[_Job, ...]:
     rows = (visibility.block_size, visibility.noisy_rows, visibility.clean_rows)
     layouts = visibility.document_layouts
     if layouts is None:
-        plans = [plan(*rows, (visibility.length,))] * batch
+        covers = [cover_of(*rows, (visibility.length,))] * batch
     else:
-        plans = [plan(*rows, document_ends(ids_L)) for ids_L in layouts]
-    edges = [b for b in range(1, batch) if plans[b] is not plans[b - 1]]
+        covers = [cover_of(*rows, document_ends(ids_L)) for ids_L in layouts]
+    edges = [b for b in range(1, batch) if covers[b] is not covers[b - 1]]
     runs = [(start, stop) for first, stop in pairwise((0, *edges, batch)) for start in range(first, stop, at_once)]
-    return tuple(_Job(start, min(start + at_once, stop), plans[start]) for start, stop in runs)
+    return tuple(_Job(start, min(start + at_once, stop), covers[start]) for start, stop in runs)
 
 
 def _sequences_at_once(q_BLNH: Tensor, visibility: Visibility) -> int:
@@ -148,17 +148,17 @@ class _Structured(torch.autograd.Function):
             queries, keys = _inputs(job, qkv, groups)
             outs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
             lses = [out.new_empty(out.shape[:-1]) for out in outs]
-            for step in job.plan.steps:
-                run = job.plan.runs[step.run]
-                q, out, lse = (row_runs.step_rows(t[step.run], run, step) for t in (queries, outs, lses))
-                k, v = (row_runs.step_keys(t, step, q.size(1)) for t in keys[step.keys])
-                part_out, part_lse = kernel.forward(q, k, v, scale, step.causal)
-                if step.first:
+            for series in job.cover.series:
+                run = job.cover.runs[series.run]
+                q, out, lse = (row_runs.series_rows(t[series.run], run, series) for t in (queries, outs, lses))
+                k, v = (row_runs.series_keys(t, series, q.size(1)) for t in keys[series.keys])
+                part_out, part_lse = kernel.forward(q, k, v, scale, series.causal)
+                if series.first:
                     out.copy_(part_out)
                     lse.copy_(part_lse)
                 else:
                     partial.merge_(out, lse, part_out, part_lse)
-            row_runs.unpack_rows_(job.plan.runs, outs, job.part(results[0]), job.part(results[1]), groups)
+            row_runs.unpack_rows_(job.cover.runs, outs, job.part(results[0]), job.part(results[1]), groups)
             saved_lses += lses
         ctx.jobs, ctx.kernel, ctx.scale = jobs, kernel, scale
         ctx.save_for_backward(*qkv, *results, *saved_lses)
@@ -174,7 +174,7 @@ class _Structured(torch.autograd.Function):
         for job in ctx.jobs:
             queries, keys = _inputs(job, qkv, groups)
             outs, grads = (
-                row_runs.pack_rows(job.plan.runs, job.part(noisy), job.part(clean), groups)
+                row_runs.pack_rows(job.cover.runs, job.part(noisy), job.part(clean), groups)
                 for noisy, clean in (results, douts)
             )
             dqs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
@@ -182,11 +182,11 @@ class _Structured(torch.autograd.Function):
             job_dkeys = {
                 stream: tuple(t[job.start * groups : job.stop * groups] for t in both) for stream, both in dkeys.items()
             }
-            for step in job.plan.steps:
-                run = job.plan.runs[step.run]
-                tensors = [row_runs.step_rows(t[step.run], run, step) for t in rows]
-                _backward_step(ctx, step, tensors, keys[step.keys], job_dkeys[step.keys])
-            row_runs.unpack_rows_(job.plan.runs, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
+            for series in job.cover.series:
+                run = job.cover.runs[series.run]
+                tensors = [row_runs.series_rows(t[series.run], run, series) for t in rows]
+                _backward_series(ctx, series, tensors, keys[series.keys], job_dkeys[series.keys])
+            row_runs.unpack_rows_(job.cover.runs, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
         dk_noisy, dv_noisy, dk_clean, dv_clean = (
             None if t is None else row_runs.unfold_keys(dkeys[stream][which], groups).to(t.dtype)
             for t, stream, which in _named_keys(qkv)
@@ -194,20 +194,20 @@ class _Structured(torch.autograd.Function):
         return None, None, None, dq_noisy, dk_noisy, dv_noisy, dq_clean, dk_clean, dv_clean
 
 
-def _backward_step(
-    ctx: Any, step: Step, tensors: list[Tensor], keys: tuple[Tensor, ...], dkeys: tuple[Tensor, ...]
+def _backward_series(
+    ctx: Any, series: RectangleSeries, tensors: list[Tensor], keys: tuple[Tensor, ...], dkeys: tuple[Tensor, ...]
 ) -> None:
-    """Gradients of one step, added to `dq` (last of `tensors`) and `dkeys` in place."""
+    """Gradients of one series, added to `dq` (last of `tensors`) and `dkeys` in place."""
     q, out, dout, lse, dq = tensors
-    k, v = (row_runs.step_keys(t, step, q.size(1)) for t in keys)
-    part_q, *part_keys = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.scale, step.causal)
-    (dq.copy_ if step.first else dq.add_)(part_q)
+    k, v = (row_runs.series_keys(t, series, q.size(1)) for t in keys)
+    part_q, *part_keys = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.scale, series.causal)
+    (dq.copy_ if series.first else dq.add_)(part_q)
     for total, part in zip(dkeys, part_keys, strict=True):
-        row_runs.add_step_keys_(total, step, part)
+        row_runs.add_series_keys_(total, series, part)
 
 
 def _inputs(job: _Job, qkv: tuple[Tensor | None, ...], groups: int) -> tuple[list[Tensor], Keys]:
-    queries = row_runs.pack_rows(job.plan.runs, job.part(qkv[0]), job.part(qkv[3]), groups)
+    queries = row_runs.pack_rows(job.cover.runs, job.part(qkv[0]), job.part(qkv[3]), groups)
     folded = {
         (stream, which): row_runs.fold_keys(t[job.start : job.stop])
         for t, stream, which in _named_keys(qkv)
