@@ -25,7 +25,7 @@ from bd3_megatron.errors import BD3Error, DataError, FileError
 
 LEFTOVER_SECONDS = 86_400
 """Age at which a temporary name of another host counts as abandoned; no single file takes a day."""
-LONGEST_NAME_BYTES = 150
+LONGEST_KEPT_NAME_BYTES = 150
 """Longer names are cut in temporary ones: file systems take 255 bytes, host, process and number included."""
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
@@ -293,7 +293,7 @@ def _remove(path: Path) -> None:
 
 
 def _shortened(name: str) -> str:
-    if len(name.encode()) <= LONGEST_NAME_BYTES:
+    if len(name.encode()) <= LONGEST_KEPT_NAME_BYTES:
         return name
     # 30 characters are at most 120 bytes of UTF-8
     return f"{name[:30]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -33,7 +33,7 @@ WATCHED_SECONDS = 3 * HEARTBEAT_SECONDS
 """How long a heartbeat is looked for before a lease is taken over, however old it seems: clocks may be wrong."""
 PATIENCE_SECONDS = 240.0
 """Longest wait for a verdict."""
-POLL_SECONDS = 0.5
+LEASE_POLL_SECONDS = 0.5
 
 Verdict = Literal["refuse", "wait", "take over"]
 
@@ -295,7 +295,7 @@ def _settled(path: Path, mine: Holder, first: Sighting, wait: _Wait) -> bool:
     found: Sighting | None = first
     looks = 0
     while found is not None:
-        watched = looks * POLL_SECONDS
+        watched = looks * LEASE_POLL_SECONDS
         verdict = judge(found, mine, has_moved=found.heartbeat != first.heartbeat, watched_seconds=watched)
         if verdict == "take over":
             wait.say(f"{wait.name} was held by {_who(found)}, which is gone: takes it over")
@@ -308,7 +308,7 @@ def _settled(path: Path, mine: Holder, first: Sighting, wait: _Wait) -> bool:
             )
         if looks == 0:
             wait.say(f"{wait.name} is held by {_who(found)}: waits for its end, or for a sign of life")
-        wait.sleep(POLL_SECONDS)
+        wait.sleep(LEASE_POLL_SECONDS)
         looks += 1
         found = look(path, mine)
     return True

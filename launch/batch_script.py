@@ -44,7 +44,7 @@ class Job:
     """Interpreter on the nodes."""
 
 
-def render(profile: ClusterProfile, job: Job) -> str:
+def script_of(profile: ClusterProfile, job: Job) -> str:
     """The whole sbatch script.
 
     Args:

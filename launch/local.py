@@ -36,7 +36,7 @@ class LocalLaunch:
     environment: Mapping[str, str]
 
 
-def plan(config_path: str, overrides: Sequence[str], environ: Mapping[str, str]) -> LocalLaunch:
+def local_launch(config_path: str, overrides: Sequence[str], environ: Mapping[str, str]) -> LocalLaunch:
     """The process that will hold the local ranks of this configuration.
 
     Args:
@@ -110,9 +110,9 @@ def start(config_path: str, overrides: Sequence[str]) -> NoReturn:
     """Become the process that holds the ranks; never returns.
 
     Raises:
-        BD3Error: as `plan`, before anything is started.
+        BD3Error: as `local_launch`, before anything is started.
     """
-    launch = plan(config_path, overrides, os.environ)
+    launch = local_launch(config_path, overrides, os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(launch.command[0], launch.command, launch.environment)

@@ -34,13 +34,13 @@ from bd3_megatron.errors import ConfigError, LaunchError
 from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
+from launch.submission import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-AXES = ("tp", "pp", "vpp", "cp", "dp", "zero_stage", "sequence_parallel")
+GRID_KEYS = ("tp", "pp", "vpp", "cp", "dp", "zero_stage", "sequence_parallel")
 MARK = ".quickstart.json"
 SAMPLE_TOKENS = 96
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 
 
 class StepFailed(Exception):
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(options: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
-            quickstart = plan(options)
+            quickstart = quickstart_of(options)
             print(begin(quickstart), flush=True)
             run_steps(quickstart)
-            print(summary(quickstart, time.monotonic() - started))
+            print(closing_lines(quickstart, time.monotonic() - started))
         except StepFailed as failed:
             return failed.code
         return 0
@@ -92,7 +92,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def plan(options: argparse.Namespace) -> Quickstart:
+def quickstart_of(options: argparse.Namespace) -> Quickstart:
     """Settings of this run; writes nothing.
 
     Raises:
@@ -125,7 +125,7 @@ def grid_overrides(grid: str | None) -> list[str]:
         print(f"quickstart: {gpus} GPU{'s' if gpus > 1 else ''} found, so the grid is {grid},dp=1 instead of tp=2,dp=2")
     named = dict(part.partition("=")[::2] for part in grid.split(","))
     for axis, value in named.items():
-        if axis not in AXES or not value:
+        if axis not in GRID_KEYS or not value:
             raise ConfigError(f"--grid {grid}: '{axis}' is no axis with a value; write for example --grid tp=1,dp=2.")
     return [f"parallel.{axis}={value}" for axis, value in ({"tp": "1", "dp": "1"} | named).items()]
 
@@ -169,18 +169,18 @@ def run_steps(quickstart: Quickstart) -> None:
     say(1, "text to tokens: the documentation every Python has")
     vocabulary = ["--tokenizer", data.tokenizer, "--vocab-size", str(data.tokenizer_vocab_size)]
     prepare = ["--builtin", "python-docs", *vocabulary, "--out", str(folder / "data")]
-    run_command([sys.executable, str(tools / "prepare_data.py"), *prepare])
+    run_step_command([sys.executable, str(tools / "prepare_data.py"), *prepare])
     parallel = quickstart.config.parallel
     say(2, f"training on {parallel.world_size()} local ranks (tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp})")
-    run_command([*bd3, "train", str(CONFIG), *quickstart.overrides])
+    run_step_command([*bd3, "train", str(CONFIG), *quickstart.overrides])
     say(3, "checkpoint to a Hugging Face folder")
     hf = folder / "hf"
     shutil.rmtree(hf, ignore_errors=True)
-    run_command([sys.executable, str(tools / "convert_checkpoint.py"), str(folder), "--out", str(hf)])
+    run_step_command([sys.executable, str(tools / "convert_checkpoint.py"), str(folder), "--out", str(hf)])
     say(4, "three samples")
     drawn = folder / ".samples.jsonl"
     request = ["--num-samples", "3", "--num-tokens", str(SAMPLE_TOKENS), "--seed", "1", "--out", str(drawn)]
-    run_command([*bd3, "sample", str(hf), *request], capture=True)
+    run_step_command([*bd3, "sample", str(hf), *request], capture=True)
     texts = [json.loads(line)["text"].strip() for line in drawn.read_text(encoding="utf-8").splitlines()]
     drawn.unlink()
     write_text(folder / "samples.txt", "\n\n----\n\n".join(texts) + "\n")
@@ -192,7 +192,7 @@ def say(number: int, what: str) -> None:
     print(f"[{number}/5] {what}", flush=True)
 
 
-def run_command(command: Sequence[str], *, capture: bool = False) -> str:
+def run_step_command(command: Sequence[str], *, capture: bool = False) -> str:
     """Run a step's command; it dies with this process, and a stop request reaches it before this process ends.
 
     Returns:
@@ -227,16 +227,16 @@ def run_command(command: Sequence[str], *, capture: bool = False) -> str:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def summary(quickstart: Quickstart, seconds: float) -> str:
+def closing_lines(quickstart: Quickstart, seconds: float) -> str:
     """What came out, in a few lines."""
     folder = quickstart.folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     samples = folder / "samples.txt"
     inspect = [sys.executable, str(ROOT / "tools/inspect_samples.py"), str(samples), "--data", str(folder / "data")]
-    words = json.loads(run_command(inspect, capture=True))
+    words = json.loads(run_step_command(inspect, capture=True))
     share = words["share_in_training_text"]
     known = (
         "no words were sampled"

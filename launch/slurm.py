@@ -30,7 +30,7 @@ from bd3_megatron.config.load import load_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import GridError, LaunchError
-from launch.batch_script import Job, render
+from launch.batch_script import Job, script_of
 from launch.cluster import FOLDER, JOB_NAME, ClusterProfile, load_cluster
 from launch.container import check_visible
 from launch.local import check_run_folder, check_training_data
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
 
     def work(options: argparse.Namespace) -> int:
-        submission = plan(options, Path.cwd(), datetime.now())
+        submission = submission_of(options, Path.cwd(), datetime.now())
         if options.dry_run:
             print(submission.script, end="")
             print("\n".join(f"# {line}" for line in plan_lines(submission)))
@@ -104,7 +104,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
+def submission_of(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
     """Decide everything and refuse what cannot run; writes nothing.
 
     Args:
@@ -140,7 +140,7 @@ def plan(options: argparse.Namespace, here: Path, now: datetime) -> Submission:
         max_attempts=options.max_attempts,
         python=profile.container.python if profile.container.kind != "none" else profile.python or sys.executable,
     )
-    return Submission(profile=profile, job=job, configs=configs, script=render(profile, job), copies=options.chain)
+    return Submission(profile=profile, job=job, configs=configs, script=script_of(profile, job), copies=options.chain)
 
 
 def _check_typed(options: argparse.Namespace) -> None:

@@ -353,7 +353,7 @@ def answers_of(case: Case) -> tuple[Answer, ...]:
 
 def answer_local(case: Case, folder: Path) -> None:
     """`bd3 train` until a process would start, and the stored form of what would run."""
-    local.plan(str(folder / "config.yaml"), case.overrides, {"CUDA_VISIBLE_DEVICES": ""})
+    local.local_launch(str(folder / "config.yaml"), case.overrides, {"CUDA_VISIBLE_DEVICES": ""})
     if case.number % STORED_EVERY == 0:
         config = load_config(folder / "config.yaml", case.overrides)
         stored = yaml.safe_dump(to_tree(config), sort_keys=False)
@@ -365,7 +365,7 @@ def answer_slurm(case: Case, folder: Path) -> None:
     arguments = ["--cluster", str(folder / "site.yaml"), *case.arguments]
     with contextlib.redirect_stderr(open("/dev/null", "w")) as nowhere, nowhere:
         options = slurm.build_parser().parse_intermixed_args([str(folder / "config.yaml"), *arguments, *case.overrides])
-    slurm.plan_lines(slurm.plan(options, folder, NOW))
+    slurm.plan_lines(slurm.submission_of(options, folder, NOW))
 
 
 def answer_search(case: Case, folder: Path) -> None:

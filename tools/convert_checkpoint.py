@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Convert, and say what the proof found."""
-    lines = convert(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
+    lines = convert_own_folder(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
     print("\n  ".join(lines))
     return 0
 
 
-def convert(parsed: argparse.Namespace) -> list[str]:
+def convert_own_folder(parsed: argparse.Namespace) -> list[str]:
     """Write our own folder; returns what to say."""
     import torch
 
@@ -84,7 +84,7 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
         folder, lines = parsed.place, []
         if model_type_of(folder) != MODEL_TYPE:
             folder = between / "bd3"
-            lines = convert(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
+            lines = convert_own_folder(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
         remarks = export_layout(folder, parsed.out, parsed.layout, remap_mask=parsed.remap_mask, dtype=dtype)
     return [f"{parsed.out}: {parsed.layout} layout of {parsed.place}", *lines, *remarks]
 

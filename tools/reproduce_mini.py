@@ -111,11 +111,11 @@ def measured(size: MiniSize, jobs: Sequence[Any], out: Path, at_once: int) -> li
     """The sections of the result: perplexity, verdicts, variance, and in the whole form the frontier."""
     from bd3_megatron.data.loader import TokenDataset
     from tools.mini.measure import INTERVALS, measure_all
-    from tools.mini.variants import SEQ_LEN
+    from tools.mini.variants import MINI_SEQ_LEN
     from tools.mini.verdicts import verdicts
 
     held_out = out / "data" / "valid"
-    dataset = TokenDataset.open(held_out, seq_len=SEQ_LEN, shuffle=False)
+    dataset = TokenDataset.open(held_out, seq_len=MINI_SEQ_LEN, shuffle=False)
     found, scores, by_interval = {}, {}, []
     with_variances = ("s4", "s8", "s16", TRUNK)
     for job, one in zip(
@@ -155,13 +155,13 @@ def measured(size: MiniSize, jobs: Sequence[Any], out: Path, at_once: int) -> li
 
 
 def _what(size: MiniSize, dataset: Any) -> str:
-    from tools.mini.variants import SEQ_LEN
+    from tools.mini.variants import MINI_SEQ_LEN
 
-    tokens = size.steps * size.global_batch_size * SEQ_LEN
+    tokens = size.steps * size.global_batch_size * MINI_SEQ_LEN
     return (
         f"{tokens / 1e6:.2f}M bytes of training a model ({size.steps} updates; blocks from update {size.branch_step} on), "
         f"{len(size.seeds)} seed{'s' if len(size.seeds) > 1 else ''}, {min(size.num_sequences, dataset.num_rows)} held-out "
-        f"sequences of {SEQ_LEN} bytes, the first byte given. Perplexity is per byte, an upper bound for S > 1."
+        f"sequences of {MINI_SEQ_LEN} bytes, the first byte given. Perplexity is per byte, an upper bound for S > 1."
     )
 
 

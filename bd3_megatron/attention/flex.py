@@ -24,7 +24,7 @@ from bd3_megatron.attention.partial import capability
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
 from bd3_megatron.attention.tiles import TILE, executed_tiles, tile_table
-from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, sees, shipped
+from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, on_device, sees
 from bd3_megatron.errors import BackendError
 
 KernelName = Literal["TRITON", "FLASH"]
@@ -161,7 +161,7 @@ def _ordered(tiles_BQK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per query tile: how many key tiles, and their numbers first in a row (int32 [B, 1, Q], [B, 1, Q, K])."""
     order = torch.argsort(tiles_BQK.to(torch.int8), dim=-1, descending=True, stable=True)
     count = tiles_BQK.sum(-1, dtype=torch.int32)
-    return shipped(count[:, None], device), shipped(order[:, None].to(torch.int32).contiguous(), device)
+    return on_device(count[:, None], device), on_device(order[:, None].to(torch.int32).contiguous(), device)
 
 
 def _mask_mod(visibility: Visibility, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -170,7 +170,7 @@ def _mask_mod(visibility: Visibility, device: torch.device) -> Callable[[Tensor,
     block_size, border = visibility.block_size, num_rows(visibility.noisy_rows)
     q_position = _position_of((*visibility.noisy_rows, *visibility.clean_rows))
     k_position = _position_of((*visibility.noisy_rows, *visibility.clean_key_rows))
-    documents = None if visibility.document_id_BL is None else shipped(visibility.document_id_BL, device)
+    documents = None if visibility.document_id_BL is None else on_device(visibility.document_id_BL, device)
 
     def allowed(batch: Tensor, head: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
         q, k = q_position(q_row), k_position(k_row)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.rectangles import document_ends
-from bd3_megatron.attention.visibility import Rows, Visibility, positions, shipped
+from bd3_megatron.attention.visibility import Rows, Visibility, on_device, positions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Intervals:
 
     def to_rows(self, device: torch.device) -> Tensor:
         """int32 [T, 2, rows] as kernels read them."""
-        return shipped(torch.stack([self.low, self.high], dim=1).to(torch.int32).contiguous(), device)
+        return on_device(torch.stack([self.low, self.high], dim=1).to(torch.int32).contiguous(), device)
 
 
 def noisy_to_clean(visibility: Visibility) -> Intervals:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from bd3_megatron.attention import intervals
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
-from bd3_megatron.attention.visibility import Visibility, shipped
+from bd3_megatron.attention.visibility import Visibility, on_device
 from bd3_megatron.errors import BackendError
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -123,11 +123,11 @@ def _build(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables
         if not some:
             return torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
         bounds = intervals.bounds_of_queries(some, row_tile=tiles.rows, key_tile=tiles.keys)
-        return shipped(bounds.to(torch.int32).contiguous(), device)
+        return on_device(bounds.to(torch.int32).contiguous(), device)
 
     def keys(run: intervals.Intervals, num_keys: int) -> Tensor:
         bounds = intervals.bounds_of_keys(run, num_keys, row_tile=tiles.rows, key_tile=tiles.keys)
-        return shipped(bounds.to(torch.int32).contiguous(), device)
+        return on_device(bounds.to(torch.int32).contiguous(), device)
 
     return Tables(
         tiles=tiles,

@@ -206,7 +206,7 @@ def num_rows(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 
 
-def shipped(table: Tensor, device: torch.device) -> Tensor:
+def on_device(table: Tensor, device: torch.device) -> Tensor:
     """A table made on the host, on `device`; the host does not wait for the device."""
     if device.type == "cpu":
         return table

@@ -14,7 +14,7 @@ from bd3_megatron.config.schema import Config
 if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
 
-PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
+RECORDED_PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
 
 
 def describe_run(
@@ -65,7 +65,7 @@ def describe_run(
 def software_versions() -> dict[str, str]:
     """Versions of what writes checkpoints, as far as they are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in RECORDED_PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -23,7 +23,7 @@ from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import stream
 
 READ_BYTES = 8 * 2**20
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 """safetensors' names; others are not written."""
 SPACE_MARGIN = 1.05
 """Archives, sidecars and the manifest cost a little beyond the tensors."""
@@ -92,7 +92,7 @@ def stream_safetensors(
     end = 0
     for name, (dtype, shape) in specs.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with stream(path) as file:

@@ -101,7 +101,7 @@ def ema_name(rank: int) -> str:
     return f"{EMA_DIR}/rank_{rank:05d}.safetensors"
 
 
-def candidates(checkpoints_dir: Path) -> list[Path]:
+def checkpoint_folders(checkpoints_dir: Path) -> list[Path]:
     """Folders that may hold a checkpoint, newest first; one that was being replaced stands behind its successor."""
     if not checkpoints_dir.is_dir():
         return []

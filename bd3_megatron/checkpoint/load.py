@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
 
 
-class Source(Protocol):
+class ElementSource(Protocol):
     """Where elements come from."""
 
     def elements(self, piece: Piece, kind: str) -> Tensor:
@@ -72,7 +72,7 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
         raise CheckpointError(problem)
     same = agree.gathered(_is_same_layout(engine, path, manifest))
     if all(same):
-        source: Source = OwnFiles(path, engine)
+        source: ElementSource = OwnFiles(path, engine)
     elif manifest.kind == "whole":
         source = WholeTensors(open_checkpoint(path), engine)
     else:
@@ -100,7 +100,7 @@ class OwnFiles:
         self._averages = open_safetensors(inside(path, ema_name(rank))) if "ema" in sidecar["kinds"] else None
 
     def elements(self, piece: Piece, kind: str) -> Tensor:
-        """As Source."""
+        """As ElementSource."""
         end = piece.start + piece.numel
         if kind == "ema" and self._averages is not None:
             return self._averages.get_slice(f"shard.{piece.index}")[piece.start : end]
@@ -116,7 +116,7 @@ class WholeTensors:
         self._topology = engine.model.topology
 
     def elements(self, piece: Piece, kind: str) -> Tensor:
-        """As Source."""
+        """As ElementSource."""
         partition = partition_of(piece.name, gated=self._gated)
         mine = shard(self._reader.tensor(piece.name, kind), partition, self._topology.tp_rank, self._topology.tp)
         return mine.flatten()[piece.offset : piece.offset + piece.numel]
@@ -149,7 +149,7 @@ def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:
     return None
 
 
-def _fill(engine: ZeroEngine, manifest: Manifest, source: Source, kinds: list[str]) -> None:
+def _fill(engine: ZeroEngine, manifest: Manifest, source: ElementSource, kinds: list[str]) -> None:
     has_moments = MOMENTS[0] in kinds
     if has_moments or adam_step(engine) > 0:
         make_moments(engine)

@@ -32,7 +32,7 @@ from bd3_megatron.checkpoint.layout import (
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, remove_leftovers, write_bytes, write_text
 
-POLL_SECONDS = 0.02
+PUBLISH_POLL_SECONDS = 0.02
 
 
 def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> Path:
@@ -87,7 +87,7 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
                 raise CheckpointError(
                     f"rank {rank} did not finish writing {temporary} in {timeout_seconds:.0f} s; earlier checkpoints are intact."
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(PUBLISH_POLL_SECONDS)
         tree = json.loads(path.read_bytes())
         if tree.get("error"):
             raise CheckpointError(

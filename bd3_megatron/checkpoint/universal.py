@@ -34,7 +34,7 @@ from bd3_megatron.model.partition import Partition, partition_of
 
 COMPLETE = "COMPLETE"
 ZERO_DIR = "zero"
-EMA_DIR = "ema"
+_EMA_DIR = "ema"
 
 
 def universal_form(path: Path) -> Path:
@@ -69,7 +69,7 @@ class UniversalReader:
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """A whole parameter's fp32, exp_avg, exp_avg_sq or ema."""
-        folder = self._folder / (EMA_DIR if kind == "ema" else ZERO_DIR) / name
+        folder = self._folder / (_EMA_DIR if kind == "ema" else ZERO_DIR) / name
         return open_pt(folder / f"{'fp32' if kind == 'ema' else kind}.pt")["param"]
 
 
@@ -109,7 +109,7 @@ def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
         if MOMENTS[0] in kinds:
             write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine["adam_step"])))
         if "ema" in kinds:
-            write_torch(out / EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
+            write_torch(out / _EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
     if rank == 0:
         _write_globals(reader, out, gated=gated)
     reader.close()

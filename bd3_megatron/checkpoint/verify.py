@@ -12,7 +12,14 @@ from pathlib import Path
 
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.files import record_of
-from bd3_megatron.checkpoint.layout import MANIFEST, MANIFEST_DIGEST, Manifest, candidates, inside, read_manifest
+from bd3_megatron.checkpoint.layout import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    Manifest,
+    checkpoint_folders,
+    inside,
+    read_manifest,
+)
 from bd3_megatron.errors import CheckpointError
 
 
@@ -27,7 +34,7 @@ def newest_valid(checkpoints_dir: Path, *, warn: Callable[[str], None] | None = 
         Its folder and manifest, the same on every rank; None when there is none.
     """
     rank, _ = agree.rank_and_size()
-    names = agree.from_first([path.name for path in candidates(checkpoints_dir)])
+    names = agree.from_first([path.name for path in checkpoint_folders(checkpoints_dir)])
     for name in names:
         path = checkpoints_dir / name
         problem = problem_of(path)

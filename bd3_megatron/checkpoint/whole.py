@@ -2,7 +2,7 @@
 
 Decides: what an imported model, or an average of checkpoints, looks like to those who load checkpoints. Such a
 checkpoint loads on any grid without a universal form; moments start at zero and the average starts at the weights.
-Costs: the largest tensor; files of at most SHARD_BYTES.
+Costs: the largest tensor; files of at most WEIGHTS_FILE_BYTES.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import whole, write_bytes, write_text
 from bd3_megatron.lease import held_output
 
-SHARD_BYTES = 4 * 2**30
+WEIGHTS_FILE_BYTES = 4 * 2**30
 
 
 def write_whole(
@@ -89,7 +89,7 @@ def _write_weights(
     filled = 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
-        if shards[-1] and filled + size > SHARD_BYTES:
+        if shards[-1] and filled + size > WEIGHTS_FILE_BYTES:
             shards.append({})
             filled = 0
         shards[-1][name] = (torch.float32, shape)

@@ -16,7 +16,7 @@ from bd3_megatron.compat.device import cuda_is_there
 COMPILED_ON_FIRST_USE = ("deepspeed_shm_comm", "shm_comm")
 
 
-def load() -> ModuleType:
+def load_deepspeed() -> ModuleType:
     """Import DeepSpeed with its compile-at-first-use collectives off and its log at warnings.
 
     Returns:

@@ -29,7 +29,7 @@ def find(package: str) -> Any | None:
         return None
 
 
-def report() -> dict[str, str]:
+def package_report() -> dict[str, str]:
     """One sentence a package: used, absent, or an impostor of the same name."""
     return {package: _sentence(package) for package in PROBES}
 

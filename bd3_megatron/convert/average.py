@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bd3_megatron.checkpoint.layout import Manifest, candidates, read_manifest
+from bd3_megatron.checkpoint.layout import Manifest, checkpoint_folders, read_manifest
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.verify import problem_of, verify
 from bd3_megatron.checkpoint.whole import write_whole
@@ -49,7 +49,7 @@ def best_checkpoints(run_dir: Path, count: int, *, warn: Callable[[str], None] |
 def complete_checkpoints(run_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[Path]:
     """Every checkpoint of a run whose files are as they were written, newest first."""
     found = []
-    for path in candidates(run_dir / "checkpoints"):
+    for path in checkpoint_folders(run_dir / "checkpoints"):
         problem = problem_of(path)
         if problem is None:
             found.append(path)

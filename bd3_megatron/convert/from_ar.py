@@ -21,13 +21,13 @@ from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.rng import Purpose, generator_seed
-from bd3_megatron.sampling.folder import read_json
+from bd3_megatron.sampling.folder import read_export_json
 
 MaskInit = Literal["mean", "noise", "keep"]
 MODEL_TYPES = ("qwen3", "qwen2", "llama", "sdar")
 BLOCK_DIFFUSION_TYPES = ("sdar",)
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+EMBED_TOKENS = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def read_ar_folder(folder: Path) -> ArFolder:
         CheckpointError: no readable config.json.
         ConversionError: a model that the modern style does not express exactly.
     """
-    tree = read_json(folder / "config.json")
+    tree = read_export_json(folder / "config.json")
     model_type = str(tree.get("model_type"))
     if model_type not in MODEL_TYPES:
         raise ConversionError(f"{folder} holds model_type={model_type!r}; this reads {', '.join(MODEL_TYPES)}.")
@@ -176,11 +176,11 @@ class ArSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """As PlainSource."""
         stored = self._folder.shape(name)
-        return (self._config.vocab_size, *stored[1:]) if name in (EMBEDDING, HEAD) else stored
+        return (self._config.vocab_size, *stored[1:]) if name in (EMBED_TOKENS, LM_HEAD) else stored
 
     def tensor(self, name: str) -> Tensor:
         """As PlainSource."""
-        if name not in (EMBEDDING, HEAD):
+        if name not in (EMBED_TOKENS, LM_HEAD):
             return self._folder.tensor(name)
         if self._last[0] != name:
             self._last = ("", torch.empty(0))
@@ -203,7 +203,7 @@ class ArSource:
                     )
                 continue
             # written by some exporters although tied, or recomputed from the configuration
-            if (name == HEAD and tied) or name.endswith("rotary_emb.inv_freq"):
+            if (name == LM_HEAD and tied) or name.endswith("rotary_emb.inv_freq"):
                 continue
             kept.append(name)
         return kept

@@ -51,7 +51,7 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class ConversionReport:
+class ImportReport:
     """What was written, and what the reader chose or skipped."""
 
     out: Path
@@ -59,7 +59,7 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
 
 
-def import_official(source: Path, out: Path, options: ImportOptions | None = None) -> ConversionReport:
+def import_official(source: Path, out: Path, options: ImportOptions | None = None) -> ImportReport:
     """Fold an official source into an exported folder (fp32).
 
     Args:
@@ -81,7 +81,7 @@ def import_official(source: Path, out: Path, options: ImportOptions | None = Non
     notes.append(f"mask token id {config.mask_token_id} of {config.vocab_size}")
     if not copied:
         notes.append("no tokenizer files: prompts must be token ids, and texts are not decoded")
-    return ConversionReport(Path(out), sum(tensor.numel() for tensor in plain.values()), notes)
+    return ImportReport(Path(out), sum(tensor.numel() for tensor in plain.values()), notes)
 
 
 def _tokenizer_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
@@ -153,7 +153,7 @@ def _head_dim(read: OfficialSource, hidden_size: int) -> int:
     return head_dim
 
 
-def export_official(folder: Path, out: Path) -> ConversionReport:
+def export_official(folder: Path, out: Path) -> ImportReport:
     """Write an exported folder under official keys, for the official Hugging Face class (fp32).
 
     Args:
@@ -177,7 +177,7 @@ def export_official(folder: Path, out: Path) -> ConversionReport:
         notes.append(f"mask token id {config.mask_token_id} is not the last row: the official class asks its tokenizer")
     if not copied:
         notes.append("no tokenizer files in the source folder, so none here")
-    return ConversionReport(Path(out), sum(tensor.numel() for tensor in state.values()), notes)
+    return ImportReport(Path(out), sum(tensor.numel() for tensor in state.values()), notes)
 
 
 def check_exportable(config: BD3Config) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bd3_megatron.attention.visibility import sees
 from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.plain_source import PlainSource
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.plain_bd3 import (
@@ -39,10 +40,9 @@ LONGEST_SPAN = 16
 
 TABLE_ROWS = 8192
 """Rows of the vocabulary that are in memory at a time, beside what the source itself holds."""
-EMBED_TOKENS = "model.embed_tokens.weight"
 
 Produce = Callable[[str], Tensor]
-Rows = Callable[[int, int], Tensor]
+RowReader = Callable[[int, int], Tensor]
 
 
 def random_tokens(vocab_size: int, length: int, *, seed: int = SEED) -> Tensor:
@@ -82,12 +82,12 @@ def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
         layer = _loaded(partial(Layer, shape, index), source, f"model.layers.{index}.")
         x_BRD = layer(x_BRD, rotary, attend)
     x_BLD = _loaded(partial(new_norm, shape), source, "model.norm.")(x_BRD[:, :length])
-    head = EMBED_TOKENS if shape.tie_word_embeddings else "lm_head.weight"
+    head = EMBED_TOKENS if shape.tie_word_embeddings else LM_HEAD
     logits = _scored(partial(source.rows, head), shape.vocab_size, x_BLD)
     return logits + source.tensor("lm_head.bias").float() if shape.style == "paper" else logits
 
 
-def _looked_up(rows: Rows, num_rows: int, ids_BR: Tensor) -> Tensor:
+def _looked_up(rows: RowReader, num_rows: int, ids_BR: Tensor) -> Tensor:
     """Rows of a table by id, fp32, reading a part of the table at a time."""
     parts = []
     for start in range(0, num_rows, TABLE_ROWS):
@@ -100,7 +100,7 @@ def _looked_up(rows: Rows, num_rows: int, ids_BR: Tensor) -> Tensor:
     return x_BRD
 
 
-def _scored(rows: Rows, num_rows: int, x_BLD: Tensor) -> Tensor:
+def _scored(rows: RowReader, num_rows: int, x_BLD: Tensor) -> Tensor:
     """x times the transposed table, reading a part of the table at a time."""
     ends = range(TABLE_ROWS, num_rows + TABLE_ROWS, TABLE_ROWS)
     return torch.cat([x_BLD @ rows(end - TABLE_ROWS, min(end, num_rows)).float().T for end in ends], dim=-1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from bd3_megatron.convert.official import IGNORED_KEYS, strip_compile_prefix
 from bd3_megatron.convert.unread import Unread, plain_value, read_foreign
 from bd3_megatron.errors import CheckpointError, ConversionError
-from bd3_megatron.sampling.folder import read_json, read_safetensors
+from bd3_megatron.sampling.folder import read_export_json, read_safetensors
 
 OFFICIAL_MODEL_TYPES = ("bd3lm", "mdlm")
 TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -64,7 +64,7 @@ def read_source(path: Path, *, raw: bool = False) -> OfficialSource:
 
 
 def _read_hf_folder(folder: Path, *, raw: bool) -> OfficialSource:
-    described = read_json(folder / "config.json")
+    described = read_export_json(folder / "config.json")
     model_type = described.get("model_type")
     if model_type not in OFFICIAL_MODEL_TYPES:
         raise ConversionError(

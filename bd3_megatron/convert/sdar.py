@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.convert.folder import copy_files, published
+from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.stream import stream_weights
 from bd3_megatron.convert.to_hf import DTYPE_NAMES, checked_shapes, is_tokenizer_file
@@ -28,14 +29,14 @@ from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import read_config
 
-Layout = Literal["sdar", "qwen3"]
+ExportLayout = Literal["sdar", "qwen3"]
 SDAR_MASK_ID = 151669
 SDAR_VOCAB_SIZE = 151936
-TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+TABLES = (EMBED_TOKENS, LM_HEAD)
 
 
 def export_layout(
-    folder: Path, out: Path, layout: Layout, *, remap_mask: bool = False, dtype: torch.dtype = torch.bfloat16
+    folder: Path, out: Path, layout: ExportLayout, *, remap_mask: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> list[str]:
     """Write an exported folder in another engine's layout.
 
@@ -73,7 +74,7 @@ def export_layout(
 
 
 def layout_config(
-    config: BD3Config, layout: Layout, *, vocab_size: int, mask_id: int | None, dtype: torch.dtype
+    config: BD3Config, layout: ExportLayout, *, vocab_size: int, mask_id: int | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Content of config.json in the other layout."""
     described = {
@@ -110,7 +111,7 @@ def layout_config(
     return described | switches | {"block_size": config.block_size, "mask_token_id": mask_id}
 
 
-def generation_config(config: BD3Config, layout: Layout, unused: list[int]) -> dict[str, Any]:
+def generation_config(config: BD3Config, layout: ExportLayout, unused: list[int]) -> dict[str, Any]:
     """Content of generation_config.json; `unused` rows must never be sampled."""
     ids = {
         "bos_token_id": config.bos_token_id,
@@ -123,7 +124,7 @@ def generation_config(config: BD3Config, layout: Layout, unused: list[int]) -> d
     return described | ({"suppress_tokens": unused} if unused else {})
 
 
-def _check_expressible(config: BD3Config, layout: Layout) -> None:
+def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
     if config.style != "modern":
         raise ConversionError(f"style={config.style} cannot be written as {layout}; it needs RMSNorm and SwiGLU.")
     if not config.qk_norm:
@@ -165,7 +166,7 @@ def _with_moved_mask(
     return produce
 
 
-def _remarks(config: BD3Config, layout: Layout, mask_id: int | None, copied: list[str]) -> list[str]:
+def _remarks(config: BD3Config, layout: ExportLayout, mask_id: int | None, copied: list[str]) -> list[str]:
     remarks = [] if copied else ["no tokenizer files were there; copy the tokenizer into the folder"]
     if layout == "sdar":
         remarks.append(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint.describe import software_versions, source_commit
-from bd3_megatron.checkpoint.layout import Manifest, candidates, step_name
+from bd3_megatron.checkpoint.layout import Manifest, checkpoint_folders, step_name
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.checkpoint.whole import write_whole
 from bd3_megatron.config.load import to_tree
@@ -77,7 +77,7 @@ def start_run(
         ConversionError, CheckpointError: see the module.
     """
     checkpoints = Path(config.run.dir) / "checkpoints"
-    if candidates(checkpoints):
+    if checkpoint_folders(checkpoints):
         raise ConversionError(f"{checkpoints} holds checkpoints already; name a new run.dir, or remove them first.")
     described, source, origin = open_source(folder, config, vocab_size=vocab_size, mask_id=mask_id, mask_init=mask_init)
     refuse_other_shape(described, config)

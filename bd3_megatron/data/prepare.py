@@ -23,7 +23,7 @@ from bd3_megatron.data.held_out import check_fraction
 from bd3_megatron.data.part_maker import PartRecord, PartTask, TokenPartMaker
 from bd3_megatron.data.part_pool import make_parts
 from bd3_megatron.data.prepare_progress import ProgressBar
-from bd3_megatron.data.shards import FORMAT, HEADER_FILE, VERSION, Header, token_dtype
+from bd3_megatron.data.shards import FORMAT, HEADER_FILE, SHARDS_VERSION, Header, token_dtype
 from bd3_megatron.data.sources import Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
@@ -203,7 +203,7 @@ def _plan(request: PrepareRequest) -> dict[str, Any]:
     )
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": SHARDS_VERSION,
         "sources": {split: source.identity() for split, source in request.sources.items()},
         "tokenizer": tokenizer,
         "valid_fraction": request.valid_fraction if request.holds_out() else 0.0,

@@ -28,7 +28,7 @@ from bd3_megatron.errors import DataError
 from bd3_megatron.files import disk_errors, flush, move, read_json, write_bytes
 
 FORMAT = "bd3_megatron shards"
-VERSION = 1
+SHARDS_VERSION = 1
 HEADER_FILE = "header.json"
 _PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py"
 _END_DTYPE = np.dtype("<u8")
@@ -73,7 +73,7 @@ class Header:
     def as_dict(self) -> dict[str, Any]:
         content = asdict(self) | {"special_ids": self.special_ids.as_dict()}
         totals = {"num_tokens": self.num_tokens, "num_documents": self.num_documents}
-        return {"format": FORMAT, "version": VERSION, **content, **totals}
+        return {"format": FORMAT, "version": SHARDS_VERSION, **content, **totals}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -301,9 +301,9 @@ def read_header(folder: Path) -> Header:
     content = read_json(path, _PREPARE_AGAIN)
     if content.get("format") != FORMAT:
         raise DataError(f"{path} is not a header of token shards; {_PREPARE_AGAIN}.")
-    if content.get("version") != VERSION:
+    if content.get("version") != SHARDS_VERSION:
         raise DataError(
-            f"{path} has version {content.get('version')}; this release reads version {VERSION}, "
+            f"{path} has version {content.get('version')}; this release reads version {SHARDS_VERSION}, "
             f"use the release that wrote it or {_PREPARE_AGAIN}."
         )
     try:

@@ -192,7 +192,7 @@ def score_resampled(
     return _moments(loss_BK, weight_CX, is_counted_BK)
 
 
-def choose(intervals: Sequence[Interval], moments: Moments, *, min_blocks: float = 2.0) -> int:
+def least_varying(intervals: Sequence[Interval], moments: Moments, *, min_blocks: float = 2.0) -> int:
     """The candidate whose block loss varies least; of equals the first.
 
     Args:

@@ -71,7 +71,7 @@ class ZeroEngine:
             hook_partial_gradients(root, topology)
         else:
             model.config.finalize_model_grads_func = lambda *_, **__: finish_gradients(root, topology)
-        deepspeed = deepspeed_compat.load()
+        deepspeed = deepspeed_compat.load_deepspeed()
         if self.stage == 3:
             for chunk in model.chunks:
                 # the head reads a table that belongs to the embedding: ZeRO-3 must gather it there too

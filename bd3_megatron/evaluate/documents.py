@@ -22,11 +22,10 @@ from bd3_megatron.errors import DataError
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, ScoreSums, Share, estimate, score_table
 from bd3_megatron.hf.cache_bd3 import KeyValueCache, cached_hidden
+from bd3_megatron.hf.generation_bd3 import MAX_COMMIT_ROWS
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.hf.window_bd3 import SequenceState, Window
 
-MAX_COMMIT_ROWS = 2048
-"""Clean rows of one forward."""
 MAX_DRAW_ROWS = 1024
 """Noisy rows of one forward: draws beyond MAX_DRAW_ROWS / S are scored in turns."""
 

@@ -17,7 +17,7 @@ from bd3_megatron.evaluate.tables import Column
 from bd3_megatron.evaluate.text_statistics import text_statistics
 from bd3_megatron.sampling.generate import Sampler
 
-COLUMNS = (
+GENERATION_COLUMNS = (
     Column("rule", "rule"),
     Column("temperature", "temperature", "g"),
     Column("perplexity", "scored ppl", ".2f"),
@@ -43,7 +43,7 @@ class GenerationRequest:
     """Decoding options that all settings share."""
 
 
-def measure(
+def measure_samples(
     sampler: Sampler, scorer: ScoringModel | None, request: GenerationRequest, **options: Any
 ) -> dict[str, Any]:
     """One point: sample under some decoding options and measure.
@@ -93,7 +93,7 @@ def frontier(
     sampler: Sampler, scorer: ScoringModel | None, request: GenerationRequest, settings: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """`measure` for every setting, in order."""
-    return [measure(sampler, scorer, request, **setting) for setting in settings]
+    return [measure_samples(sampler, scorer, request, **setting) for setting in settings]
 
 
 def grid_of(rules: Sequence[str], temperatures: Sequence[float]) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from bd3_megatron.errors import CheckpointError, DataError, TokenizerError
 from bd3_megatron.hf.modeling_bd3 import BD3ForCausalLM
-from bd3_megatron.sampling.folder import MODEL_TYPE, read_json
-from bd3_megatron.sampling.text import Tokenizer, folder_tokenizer
+from bd3_megatron.sampling.folder import MODEL_TYPE, read_export_json
+from bd3_megatron.sampling.text import HubTokenizer, folder_tokenizer
 
 MAX_WINDOW = 1024
 """Tokens visible to a scoring model at once, where it could take more."""
@@ -65,7 +65,7 @@ class ScoringModel:
         window: the most tokens visible at once.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, window: int) -> None:
+    def __init__(self, model: Any, tokenizer: HubTokenizer, *, window: int) -> None:
         self.model, self.tokenizer, self.window = model, tokenizer, window
 
     @staticmethod
@@ -79,7 +79,7 @@ class ScoringModel:
         from transformers import AutoModelForCausalLM
 
         path = Path(folder)
-        described = read_json(path / "config.json")
+        described = read_export_json(path / "config.json")
         ours = described.get("model_type") == MODEL_TYPE
         if ours and described.get("objective") != "ar":
             raise CheckpointError(

@@ -25,8 +25,6 @@ from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @contextmanager
 def joined(options: argparse.Namespace) -> Iterator[Work]:
@@ -113,7 +111,7 @@ def print_perplexity(options: argparse.Namespace, work: Work) -> int:
 def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
     """`--zero-shot`; the exit code is 1 where no set could be had."""
     folder = Path(options.folder)
-    recipes = Path(options.recipes) if options.recipes else ROOT / "configs" / "data"
+    recipes = Path(options.recipes) if options.recipes else Path(__file__).resolve().parents[2] / "configs" / "data"
     if not recipes.is_dir():
         raise ConfigError(f"{recipes} holds no recipes; give --recipes DIR (configs/data of a checkout).")
     opened = open_model(folder)
@@ -135,7 +133,7 @@ def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
         local=named_paths(options.local),
     )
     if work.rank == 0:
-        print(render(zero_shot.COLUMNS, [row.as_dict() for row in rows], options.format))
+        print(render(zero_shot.ZERO_SHOT_COLUMNS, [row.as_dict() for row in rows], options.format))
     return 0 if any(row.estimate is not None for row in rows) else 1
 
 
@@ -167,7 +165,7 @@ def print_frontier(options: argparse.Namespace) -> int:
         options=shared,
     )
     points = generative.frontier(sampler, scorer, request, generative.grid_of(options.rules, options.temperatures))
-    print(render(generative.COLUMNS, points, options.format))
+    print(render(generative.GENERATION_COLUMNS, points, options.format))
     return 0
 
 

@@ -32,7 +32,7 @@ SETS = {
 }
 """Name and recipe of each set, in the order of the paper's table."""
 
-COLUMNS = (
+ZERO_SHOT_COLUMNS = (
     Column("set", "set"),
     Column("perplexity", "perplexity", ".2f"),
     Column("low", "95% low", ".2f"),

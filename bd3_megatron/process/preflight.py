@@ -33,7 +33,7 @@ from bd3_megatron.files import append_line
 from bd3_megatron.lease import node_name
 from bd3_megatron.parallel.topology import Topology
 
-PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
+COMPARED_PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
 PRODUCT_SIZE = {"cpu": 256, "cuda": 4096}
 PRODUCT_REPEATS = 5
 PRODUCT_TOLERANCE = 1e-9
@@ -73,7 +73,7 @@ class RankReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class NodeRemark:
     """Something wrong about a node."""
 
     node: str
@@ -131,7 +131,7 @@ def examine(run_dir: Path, topology: Topology) -> RankReport:
             "python": platform.python_version(),
             "bd3_megatron": __version__,
             "device": device_name(device),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            **{name: importlib.metadata.version(name) for name in COMPARED_PACKAGES},
         },
         product_seconds=seconds,
         product_is_right=right,
@@ -238,7 +238,7 @@ def _unseen(folder: Path, wanted: Sequence[int]) -> list[int]:
         time.sleep(0.2)
 
 
-def judge(reports: Sequence[RankReport], *, device_type: str) -> list[Finding]:
+def judge(reports: Sequence[RankReport], *, device_type: str) -> list[NodeRemark]:
     """What is wrong, by node; pure.
 
     Args:
@@ -258,19 +258,19 @@ def judge(reports: Sequence[RankReport], *, device_type: str) -> list[Finding]:
             faults.append("does not share the run folder with rank 0, or cannot write there")
         if r.occupied > OCCUPIED_LIMIT:
             faults.append(f"finds {100 * r.occupied:.0f} % of its device's memory in use before training")
-        findings += [Finding(node=r.node, sentence=f"{where} {fault}", kind="fault") for fault in faults]
+        findings += [NodeRemark(node=r.node, sentence=f"{where} {fault}", kind="fault") for fault in faults]
         if abs(r.clock - clock) > CLOCK_SECONDS:
             late = f"{where} has a clock {r.clock - clock:+.0f} s from the others'"
-            findings.append(Finding(node=r.node, sentence=late, kind="note"))
+            findings.append(NodeRemark(node=r.node, sentence=late, kind="note"))
     return findings
 
 
-def _odd_versions(reports: Sequence[RankReport]) -> list[Finding]:
+def _odd_versions(reports: Sequence[RankReport]) -> list[NodeRemark]:
     found = []
     for name in reports[0].versions:
         usual = Counter(r.versions.get(name) for r in reports).most_common(1)[0][0]
         found += [
-            Finding(
+            NodeRemark(
                 node=r.node,
                 sentence=f"rank {r.rank} on node {r.node} has {name} {r.versions.get(name)}, others {usual}",
                 kind="fault",
@@ -281,7 +281,7 @@ def _odd_versions(reports: Sequence[RankReport]) -> list[Finding]:
     return found
 
 
-def _slow(reports: Sequence[RankReport], factor: float) -> list[Finding]:
+def _slow(reports: Sequence[RankReport], factor: float) -> list[NodeRemark]:
     found = []
     for r in reports:
         # the node's median finds one slow device in a box, the job's a box that is slow as a whole
@@ -290,7 +290,7 @@ def _slow(reports: Sequence[RankReport], factor: float) -> list[Finding]:
         if r.product_seconds > factor * usual:
             times = f"{1e3 * r.product_seconds:.1f} ms against {1e3 * usual:.1f} ms"
             sentence = f"rank {r.rank} on node {r.node} is slow: a matrix product takes {times}"
-            found.append(Finding(node=r.node, sentence=sentence, kind="slow"))
+            found.append(NodeRemark(node=r.node, sentence=sentence, kind="slow"))
     return found
 
 

@@ -35,7 +35,7 @@ def render_page(
         sections.course_charts(runs),
         sections.noise(runs),
         sections.time_split(runs),
-        sections.phases(runs),
+        sections.curriculum(runs),
         sections.samples(runs),
         sections.environment(runs),
         sections.configuration(runs),

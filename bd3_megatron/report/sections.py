@@ -175,7 +175,7 @@ def time_split(runs: Sequence[ReportedRun]) -> Section | None:
     return Section(title="Time", charts=charts) if charts else None
 
 
-def phases(runs: Sequence[ReportedRun]) -> Section | None:
+def curriculum(runs: Sequence[ReportedRun]) -> Section | None:
     """Block sizes and intervals in force, one row for every change."""
     rows = []
     for run in runs:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TextIO
 
-from bd3_megatron.sampling.text import Tokenizer
+from bd3_megatron.sampling.text import HubTokenizer
 
 SHADE = "░"
 CLEAR_LINE = "\r\x1b[K"
@@ -26,7 +26,7 @@ class DenoisingDisplay:
         out: where to write.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, mask_id: int | None, out: TextIO) -> None:
+    def __init__(self, tokenizer: HubTokenizer | None, mask_id: int | None, out: TextIO) -> None:
         self._tokenizer, self._mask_id, self._out = tokenizer, mask_id, out
         self._shown = (-1, -1)
 

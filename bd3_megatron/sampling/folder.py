@@ -7,7 +7,6 @@ caller's question.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import read_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
 MODEL_TYPE = "bd3"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object.
+def read_export_json(path: Path) -> dict[str, Any]:
+    """A JSON object of an exported folder.
 
     Raises:
         CheckpointError: the file is missing or is not a JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give an exported model folder.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); export the folder again.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; export the folder again.")
-    return content
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give an exported model folder.")
+    return read_json(path, "export the folder again", kind=CheckpointError)
 
 
 def read_config(folder: Path) -> BD3Config:
@@ -46,7 +40,7 @@ def read_config(folder: Path) -> BD3Config:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give an exported model folder.")
-    described = read_json(folder / "config.json")
+    described = read_export_json(folder / "config.json")
     model_type = described.pop("model_type", None)
     if model_type != MODEL_TYPE:
         raise CheckpointError(
@@ -68,7 +62,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index_path = folder / "model.safetensors.index.json"
     if not index_path.exists():
         return read_safetensors(folder / "model.safetensors")
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map = read_export_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index_path} has no weight_map; export the folder again.")
     state: dict[str, Tensor] = {}

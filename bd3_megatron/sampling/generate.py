@@ -33,9 +33,9 @@ from bd3_megatron.sampling.request import (
     new_options,
 )
 from bd3_megatron.sampling.text import (
+    HubTokenizer,
     StopStrings,
     TextStream,
-    Tokenizer,
     continuation_text,
     cut_at_stop,
     encode_prompt,
@@ -58,12 +58,12 @@ class Sampler:
 
     model: PlainBD3
     config: BD3Config
-    tokenizer: Tokenizer | None
+    tokenizer: HubTokenizer | None
     figures: RunFigures | None
     """costs of the last `generate` or `infill`"""
 
     def __init__(
-        self, model: PlainBD3, config: BD3Config, tokenizer: Tokenizer | None, *, with_graphs: bool = False
+        self, model: PlainBD3, config: BD3Config, tokenizer: HubTokenizer | None, *, with_graphs: bool = False
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.figures = None

@@ -17,7 +17,7 @@ CONTEXT_TOKENS = 16
 UNFINISHED_CHARACTER = "\ufffd"
 
 
-class Tokenizer(Protocol):
+class HubTokenizer(Protocol):
     """What this package needs of a transformers tokenizer."""
 
     mask_token_id: int | None
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
 
 
-def folder_tokenizer(folder: Path) -> Tokenizer | None:
+def folder_tokenizer(folder: Path) -> HubTokenizer | None:
     """The tokenizer of a model's folder, by transformers; None where it has no tokenizer files.
 
     Raises:
@@ -42,7 +42,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
     from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
     try:
-        tokenizer: Tokenizer
+        tokenizer: HubTokenizer
         if (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else:
@@ -55,7 +55,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer | None, bos_id: int | None) -> list[int]:
+def encode_prompt(prompt: str | Sequence[int], tokenizer: HubTokenizer | None, bos_id: int | None) -> list[int]:
     """Token ids of a prompt; an empty one becomes the BOS token.
 
     Raises:
@@ -74,7 +74,7 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer | None, bos_
     return [bos_id]
 
 
-def continuation_text(tokenizer: Tokenizer, given: Sequence[int], new: Sequence[int]) -> str:
+def continuation_text(tokenizer: HubTokenizer, given: Sequence[int], new: Sequence[int]) -> str:
     """What `new` adds to the text of `given`."""
     # decoding new tokens alone would lose the space that many vocabularies keep in front of a word
     context = list(given[-CONTEXT_TOKENS:])
@@ -88,7 +88,7 @@ def continuation_text(tokenizer: Tokenizer, given: Sequence[int], new: Sequence[
 class TextStream:
     """A continuation's text as it grows; keeps a bounded number of tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, given: Sequence[int]) -> None:
+    def __init__(self, tokenizer: HubTokenizer, given: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._shown = list(given[-CONTEXT_TOKENS:])
         self._waiting: list[int] = []
@@ -111,7 +111,7 @@ class TextStream:
 class StopStrings:
     """Ends a text at the first stop string of its continuation; the token that completes it is the last one kept."""
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], given: Sequence[Sequence[int]]) -> None:
+    def __init__(self, tokenizer: HubTokenizer, strings: Sequence[str], given: Sequence[Sequence[int]]) -> None:
         self._tokenizer, self._strings, self._given = tokenizer, tuple(strings), given
         # A token is at least one byte of the text, and a character at most four bytes.
         self._reach = 4 * max(map(len, strings)) + CONTEXT_TOKENS

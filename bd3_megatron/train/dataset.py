@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_megatron.checkpoint.layout import candidates
+from bd3_megatron.checkpoint.layout import checkpoint_folders
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
@@ -131,7 +131,9 @@ def prepare_text(config: Config, say: Callable[[str], None]) -> None:
     if data.path is not None or data.mixtures:
         return
     # a run that has begun reads what it began with, though the text may be gone or Python's own have changed
-    if (data_folder(config) / "train" / HEADER_FILE).is_file() and candidates(Path(config.run.dir) / "checkpoints"):
+    if (data_folder(config) / "train" / HEADER_FILE).is_file() and checkpoint_folders(
+        Path(config.run.dir) / "checkpoints"
+    ):
         return
     if not data.text:
         raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")

@@ -32,7 +32,7 @@ from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 
-WIDTH, HEADS, LAYERS = 32, 2, 2
+PROBE_WIDTH, HEADS, LAYERS = 32, 2, 2
 BLOCKS_BEFORE_TRAINING = 4
 
 
@@ -100,12 +100,12 @@ def _blocks(layout: PairLayout, *, noisy: bool) -> dict[int, Tensor]:
 
 def _start(layout: PairLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    x_PD = torch.randn(layout.num_rows, WIDTH, generator=generator)
+    x_PD = torch.randn(layout.num_rows, PROBE_WIDTH, generator=generator)
     return x_PD.to(device, dtype).requires_grad_()
 
 
 def _toy(attend: Attend, layout: PairLayout, documents_L: Tensor | None, x_PD: Tensor, device: torch.device) -> Tensor:
-    width = WIDTH // HEADS
+    width = PROBE_WIDTH // HEADS
     core = CoreAttention(
         SimpleNamespace(kv_channels=width),
         1,
@@ -121,11 +121,11 @@ def _toy(attend: Attend, layout: PairLayout, documents_L: Tensor | None, x_PD: T
     rotary = rotary_table(layout.position_P[None].to(device), head_dim=width, theta=1e4, dtype=x_PD.dtype)
     shape = SimpleNamespace(
         style="modern",
-        hidden_size=WIDTH,
+        hidden_size=PROBE_WIDTH,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=width,
-        intermediate_size=WIDTH,
+        intermediate_size=PROBE_WIDTH,
         qk_norm=False,
         layer_norm_eps=1e-5,
         residual_dropout=0.0,
@@ -214,7 +214,7 @@ def run(options: argparse.Namespace) -> int:
         block_size=min(block_sizes(config)),
         num_heads=HEADS,
         num_kv_heads=HEADS,
-        head_dim=WIDTH // HEADS,
+        head_dim=PROBE_WIDTH // HEADS,
         streams=streams_of(config),
         documents=config.data.packing == "isolated",
     )

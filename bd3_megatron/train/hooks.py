@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bd3_megatron.checkpoint.layout import candidates, step_of
+from bd3_megatron.checkpoint.layout import checkpoint_folders, step_of
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
@@ -117,7 +117,7 @@ class Hooks:
     def finite_checkpoint(self, state: TrainState) -> Path | None:
         """The newest checkpoint whose weights gave a finite loss; None where none is left. Waits for a save. Collective."""
         self.saver.finish()
-        there = candidates(Path(self.config.run.dir) / "checkpoints")
+        there = checkpoint_folders(Path(self.config.run.dir) / "checkpoints")
         return next((path for path in there if (step_of(path.name) or 0) <= state.finite_step), None)
 
     def roll_back(self, state: TrainState) -> TrainState | None:

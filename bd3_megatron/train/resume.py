@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.checkpoint.layout import candidates
+from bd3_megatron.checkpoint.layout import checkpoint_folders
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.config.load import config_from_tree, flatten
@@ -49,7 +49,7 @@ def resume(engine: ZeroEngine, run_dir: Path, config: Config, say: Callable[[str
     folder = run_dir / "checkpoints"
     found = newest_valid(folder, warn=say)
     if found is None:
-        damaged = len(candidates(folder))
+        damaged = len(checkpoint_folders(folder))
         if damaged:
             raise CheckpointError(
                 f"all {damaged} checkpoints in '{folder}' are damaged; restore one, or remove the folder to start anew."

@@ -19,7 +19,7 @@ from torch import Tensor
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
-from bd3_megatron.diffusion.interval_search import Moments, candidates, choose, passes, score, score_resampled
+from bd3_megatron.diffusion.interval_search import Moments, candidates, least_varying, passes, score, score_resampled
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -33,7 +33,7 @@ ROUNDS_PER_CALL = 16
 
 
 @dataclass(frozen=True)
-class Choice:
+class FoundInterval:
     """What a search found."""
 
     interval: Interval
@@ -56,7 +56,7 @@ class Choice:
 
 def search_interval(
     engine: ZeroEngine, topology: Topology, held_out: HeldOut, config: Config, *, block_size: int, step: int
-) -> Choice:
+) -> FoundInterval:
     """The interval of least variance at a block size. Collective over all ranks.
 
     Args:
@@ -78,9 +78,9 @@ def search_interval(
                 batches = _micro_batches(engine, held_out, config, drawn_from, step=step, rounds=rounds)
                 moments = moments.merge(_score(engine, config, batches, intervals, drawn_from, num_rows=num_rows))
     moments = _merged_over_ranks(moments, topology)
-    best = choose(intervals, moments)
+    best = least_varying(intervals, moments)
     variance = moments.variance()
-    return Choice(intervals[best], float(variance[best]), float(variance[0]), len(intervals))
+    return FoundInterval(intervals[best], float(variance[best]), float(variance[0]), len(intervals))
 
 
 def _micro_batches(

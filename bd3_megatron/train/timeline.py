@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from bd3_megatron.cost.traffic import AXES
 from bd3_megatron.files import whole
 
 KINDS = (
@@ -36,8 +37,6 @@ KINDS = (
     "other",
 )
 """Kinds of spans; communication may name its axis: communication_tp."""
-
-AXES = ("tp", "pp", "cp", "dp")
 
 
 class Event(Protocol):

@@ -26,7 +26,7 @@ def test_sbatch_would_take_every_shipped_profile(path: Path, slurm: Slurm, tmp_p
         typed = [str(DEBUG), "--cluster", str(site), "--nodes", "2", "--launcher", kind, "train.global_batch_size=64"]
         options = launcher.build_parser().parse_intermixed_args([*typed, f"run.dir={tmp_path}/run"])
         script = tmp_path / f"{kind}.sh"
-        script.write_text(launcher.plan(options, tmp_path, datetime(2026, 1, 2)).script)
+        script.write_text(launcher.submission_of(options, tmp_path, datetime(2026, 1, 2)).script)
         done = slurm.lab.run("sbatch", "--test-only", script)
         assert "to start at" in done.stderr
 

@@ -42,7 +42,7 @@ def run_ranks(function: RankFunction, parallel: ParallelConfig, *, timeout: floa
     """
     world_size = parallel.world_size()
     megatron_compat.install()
-    deepspeed_compat.load()
+    deepspeed_compat.load_deepspeed()
     with tempfile.TemporaryDirectory() as folder:
         children = {rank: _fork(function, parallel, rank, Path(folder)) for rank in range(world_size)}
         late = _wait(children, time.monotonic() + timeout, Path(folder))

@@ -188,7 +188,7 @@ def kill_and_compare(folder: Path, *, kills: int, num_steps: int, seed: int, ove
         AssertionError: the record differs from the undisturbed run's anywhere, or a start failed.
     """
     megatron_compat.install()
-    deepspeed_compat.load()
+    deepspeed_compat.load_deepspeed()
     chance, tally = random.Random(seed), Tally()
     whole = make_config(folder, "whole", num_steps, *overrides)
     prepare_text(whole, lambda _: None)

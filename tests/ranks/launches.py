@@ -116,7 +116,7 @@ def prepared(folder: Path) -> Path:
     if not path.exists():
         # in the parent, so that every launch is a fork
         megatron_compat.install()
-        deepspeed_compat.load()
+        deepspeed_compat.load_deepspeed()
         import bd3_megatron.train.entry  # noqa: F401
 
         watch = {"leak_check": False, "preflight": False}

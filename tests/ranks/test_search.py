@@ -21,7 +21,7 @@ from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
-from bd3_megatron.train.search import Choice, search_interval
+from bd3_megatron.train.search import FoundInterval, search_interval
 from tests import tolerances
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import BATCH, MASK_ID, VOCAB, job_config, plain_model
@@ -42,10 +42,10 @@ def search_config(parallel: dict[str, Any], micro: int, **diffusion: Any) -> Con
     return job_config(parallel=parallel, train={"micro_batch_size": micro}, diffusion=diffusion)
 
 
-def on_grid(config: Config) -> list[tuple[Choice, int]]:
+def on_grid(config: Config) -> list[tuple[FoundInterval, int]]:
     """What every rank found, and how many rows it ran."""
 
-    def on_rank(topology: Topology) -> tuple[Choice, int]:
+    def on_rank(topology: Topology) -> tuple[FoundInterval, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=torch.float32)
         engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32)

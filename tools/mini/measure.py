@@ -32,7 +32,7 @@ from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
 from tools.mini.runs import MiniRun
-from tools.mini.variants import SEQ_LEN, MiniSize
+from tools.mini.variants import MINI_SEQ_LEN, MiniSize
 
 MAX_EXACT = 4
 INTERVALS = ((1e-3, 0.5), (0.3, 0.8), (0.5, 1.0), (1e-3, 1.0))
@@ -70,7 +70,7 @@ def measure_all(
 
 
 def _measure(job: MiniRun, held_out: Path, size: MiniSize, with_variances: bool) -> ModelMeasurement:
-    dataset = TokenDataset.open(held_out, seq_len=SEQ_LEN, shuffle=False)
+    dataset = TokenDataset.open(held_out, seq_len=MINI_SEQ_LEN, shuffle=False)
     variances = interval_variances(job, dataset, size.num_sequences) if with_variances else []
     return ModelMeasurement(*likelihood(job, dataset, size), tuple(variances))
 
@@ -107,7 +107,7 @@ def _block_losses(
     """One draw's loss of every block: [blocks], nats per token."""
     assert mask_id is not None  # block-diffusion models have one
     clean = dataset.batch_for(index_B)
-    blocks = SEQ_LEN // model.model.shape.block_size
+    blocks = MINI_SEQ_LEN // model.model.shape.block_size
     t_BK = noise_levels(VARIANCE_SEED, index_B, num_blocks=blocks, interval=interval, group_size=len(index_B))
     noisy = corrupt(
         clean.tokens_BL,
@@ -139,7 +139,7 @@ def frontiers(
         temperatures: of the points.
     """
     scorer, tokenizer = ScoringModel.load(scorer_folder), folder_tokenizer(tokenizer_folder)
-    request = GenerationRequest(num_samples=num_samples, num_tokens=SEQ_LEN - 1, batch_size=num_samples)
+    request = GenerationRequest(num_samples=num_samples, num_tokens=MINI_SEQ_LEN - 1, batch_size=num_samples)
     points = {}
     for job in jobs:
         model, config = load_model(job.folder, device=HOST)

@@ -16,7 +16,7 @@ from typing import Any
 from bd3_megatron.diffusion.constants import MIN_T
 from bd3_megatron.diffusion.objective import objective_named
 
-SEQ_LEN = 128
+MINI_SEQ_LEN = 128
 TRUNK = "mdlm"
 WHOLE_INTERVAL = (MIN_T, 1.0)
 
@@ -46,14 +46,14 @@ class Variant:
     name: str
     label: str
     objective: str = "block"
-    block_size: int = SEQ_LEN
+    block_size: int = MINI_SEQ_LEN
     interval: tuple[float, float] | None = None
     """Noise interval of the second phase; None: what the search finds (or full masking at S = 1)."""
 
     @property
     def is_branch(self) -> bool:
         """Trained from the trunk's checkpoint."""
-        return objective_named(self.objective).has_noise and self.block_size < SEQ_LEN
+        return objective_named(self.objective).has_noise and self.block_size < MINI_SEQ_LEN
 
 
 VARIANTS = {
@@ -102,8 +102,8 @@ def base_tree(size: MiniSize, *, data: str) -> dict[str, Any]:
     return {
         "run": {"dir": "runs/mini"},
         "model": {"style": "modern", "num_layers": 4, "hidden_size": 128, "num_heads": 4},
-        "data": {"path": data, "seq_len": SEQ_LEN},
-        "diffusion": {"block_size": SEQ_LEN},
+        "data": {"path": data, "seq_len": MINI_SEQ_LEN},
+        "diffusion": {"block_size": MINI_SEQ_LEN},
         "parallel": {"dp": 1},
         "train": {
             "steps": size.steps,
@@ -135,7 +135,7 @@ def overrides(variant: Variant, size: MiniSize, *, seed: int, run_dir: str) -> l
     if not variant.is_branch:
         return named
     second = {"block_size": variant.block_size}
-    phases = f"[{{block_size: {SEQ_LEN}, steps: {size.branch_step}}}, {_flow(second, variant.interval)}]"
+    phases = f"[{{block_size: {MINI_SEQ_LEN}, steps: {size.branch_step}}}, {_flow(second, variant.interval)}]"
     named += [f"diffusion.block_size={variant.block_size}", f"diffusion.phases={phases}"]
     if variant.interval is None:
         every = max(1, (size.steps - size.branch_step) // 4)

@@ -21,7 +21,7 @@ from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.vocabulary import data_folder
 from bd3_megatron.diffusion.corrupt import corrupt
-from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes, score
+from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, least_varying, passes, score
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.token_nll import block_losses, masked_token_nll
@@ -190,7 +190,7 @@ def searched_interval(subject: Subject, *, batches: int) -> Interval:
                 loss_BK, t_BK, is_counted_BK = subject.losses(numbers, drawn_from, "loglinear", seed=SEARCH_SEED)
                 found = score(loss_BK, t_BK, intervals=intervals, drawn_from=drawn_from, is_counted_BK=is_counted_BK)
                 moments = moments.merge(found)
-    return intervals[choose(intervals, moments)]
+    return intervals[least_varying(intervals, moments)]
 
 
 def _batches(subject: Subject, batches: int, *, first: int = 0) -> Iterator[range]:

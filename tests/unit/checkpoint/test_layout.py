@@ -14,7 +14,7 @@ from bd3_megatron.checkpoint.layout import (
     VERSION,
     FileRecord,
     Manifest,
-    candidates,
+    checkpoint_folders,
     digest_bytes,
     inside,
     manifest_bytes,
@@ -108,7 +108,7 @@ def test_folders_are_tried_from_the_newest(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000012").write_text("a file")
-    assert [p.name for p in candidates(tmp_path)] == [
+    assert [p.name for p in checkpoint_folders(tmp_path)] == [
         "step_123456789",
         "step_00000010",
         "step_00000010.replaced",

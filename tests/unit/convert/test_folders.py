@@ -145,8 +145,8 @@ def test_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json does not exist"):
         read_folder(tmp_path)
     for text, sentence in (
-        ("[]", "holds no JSON object"),
-        ("{", "cannot be read"),
+        ("[]", "is damaged .no JSON object."),
+        ("{", "is damaged .not JSON.; export the folder again"),
         ('{"model_type": "bd3lm"}', "expected 'bd3': official weights become such a folder"),
         ('{"model_type": "bd3", "style": "odd"}', "style='odd' is unknown"),
         ('{"model_type": "bd3", "mask_token_id": 1}', "model.safetensors does not exist"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
-from bd3_megatron.convert.lint import Finding, lint_folder, served_rightly
+from bd3_megatron.convert.lint import LintRemark, lint_folder, served_rightly
 from bd3_megatron.convert.sdar import export_layout
 from bd3_megatron.errors import CheckpointError
 from tests.unit.convert.models import run_config, whole_checkpoint
@@ -54,7 +54,7 @@ def drop_tensor(folder: Path, name: str) -> None:
     save_file(state, folder / "model.safetensors")
 
 
-def errors(findings: list[Finding]) -> str:
+def errors(findings: list[LintRemark]) -> str:
     return "\n".join(finding.sentence for finding in findings if finding.is_error)
 
 

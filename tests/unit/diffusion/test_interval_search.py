@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_megatron.diffusion import interval_search
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
-from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, choose, passes
+from bd3_megatron.diffusion.interval_search import FULL, FULL_MASKING, Moments, candidates, least_varying, passes
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.token_nll import block_losses
@@ -166,7 +166,7 @@ def test_shared_passes_find_the_variance_of_each_interval(resample: bool) -> Non
         estimator_variance(all_masks(S).double().mean(1), LINEAR, interval, resample=resample) for interval in intervals
     ]
     assert torch.allclose(moments.variance(), torch.tensor(exact, dtype=torch.float64), rtol=0.08)
-    winner = choose(intervals, moments)
+    winner = least_varying(intervals, moments)
     assert exact[winner] <= 1.05 * min(exact)
 
 
@@ -204,20 +204,20 @@ def test_an_interval_no_mask_can_fulfil_cannot_win() -> None:
         block_size=S,
         schedule=LINEAR,
     )
-    assert moments.weight[0] == 0 and choose(intervals, moments) == 1
+    assert moments.weight[0] == 0 and least_varying(intervals, moments) == 1
 
 
 def test_of_equals_the_first_wins_and_too_little_evidence_is_refused() -> None:
     values = torch.tensor([1.0, 2.0, 4.0])
     moments = Moments.of(values, torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1]]))
     intervals = candidates(4)[:4]
-    assert choose(intervals, moments) == 1
+    assert least_varying(intervals, moments) == 1
     with pytest.raises(RangeError, match=r"none of 4 intervals was seen in 3 blocks; score more held-out batches\."):
-        choose(intervals, moments, min_blocks=3)
+        least_varying(intervals, moments, min_blocks=3)
     with pytest.raises(RangeError, match=r"none of 4 intervals was seen in 2 blocks"):
-        choose(intervals, Moments.none(4))
+        least_varying(intervals, Moments.none(4))
     with pytest.raises(ShapeError, match=r"moments has shape \[4\]; expected \[3\]\."):
-        choose(intervals[:3], moments)
+        least_varying(intervals[:3], moments)
 
 
 def test_bad_requests_are_refused() -> None:
@@ -274,7 +274,7 @@ def test_on_text_clipping_to_45_95_halves_the_variance_and_the_search_finds_such
     variance = moments.variance()
     linear, clipped = variance[0].item(), variance[intervals.index(Interval(0.45, 0.95))].item()
     assert linear > 2 * clipped
-    winner = intervals[choose(intervals, moments)]
+    winner = intervals[least_varying(intervals, moments)]
     fresh = {}
     for interval in (winner, Interval(0.5, 1.0), Interval(0.45, 0.95), Interval(0.4, 0.9)):
         own = drawn(3200, interval, start=10_000)

@@ -17,7 +17,7 @@ from bd3_megatron.cli import main
 from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import CheckpointError, DataError, SamplingError, TokenizerError
-from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of, measure
+from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of, measure_samples
 from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.text_statistics import distinct_ngrams, text_statistics, unigram_entropy
 from bd3_megatron.sampling.generate import Sampler
@@ -157,19 +157,19 @@ def test_a_point_carries_diversity_and_cost(model_folder: Path) -> None:
         ("ancestral", 1.0),
     ]
     assert all(p["top_p"] == 0.9 and p["forwards_per_token"] > 0 and p["entropy_nats"] > 0 for p in points)
-    again = measure(sampler, None, request, rule="ancestral", temperature=1.0)
+    again = measure_samples(sampler, None, request, rule="ancestral", temperature=1.0)
     assert again == points[3]
     with pytest.raises(SamplingError, match="rule='none' is unknown"):
-        measure(sampler, None, request, rule="none")
+        measure_samples(sampler, None, request, rule="none")
 
 
 def test_text_is_scored_by_another_tokenizer(model_folder: Path, scorer: ScoringModel) -> None:
     sampler = Sampler.from_pretrained(model_folder, device="cpu")
-    point = measure(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=48))
+    point = measure_samples(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=48))
     assert point["perplexity"] > 1 and point["corpus_perplexity"] > 1
     sampler.tokenizer = None
     with pytest.raises(TokenizerError, match="has no tokenizer, so its samples are no text to score"):
-        measure(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=8))
+        measure_samples(sampler, scorer, GenerationRequest(num_samples=2, num_tokens=8))
 
 
 def test_the_command_prints_the_frontier(

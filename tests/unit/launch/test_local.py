@@ -20,7 +20,7 @@ def debug(root: Path) -> str:
 
 def test_the_plan_is_one_process_that_holds_the_product_of_the_axes(debug: str, tmp_path: Path) -> None:
     overrides = ["parallel.tp=2", "parallel.pp=2", "parallel.dp=2", f"run.dir={tmp_path}/run"]
-    launch = local.plan(debug, overrides, {"HOME": "/h", "CUDA_VISIBLE_DEVICES": ""})
+    launch = local.local_launch(debug, overrides, {"HOME": "/h", "CUDA_VISIBLE_DEVICES": ""})
     assert launch.command[1:5] == ("-m", "bd3_megatron.train.local_ranks", "--ranks", "8")
     assert launch.command[5:] == (debug, *overrides)
     assert launch.environment["HOME"] == "/h"
@@ -30,7 +30,7 @@ def test_the_plan_is_one_process_that_holds_the_product_of_the_axes(debug: str, 
 
 def test_with_gpus_there_is_one_process_a_rank(debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "visible_gpus", lambda environ: 2)
-    launch = local.plan(debug, ["parallel.tp=2"], {})
+    launch = local.local_launch(debug, ["parallel.tp=2"], {})
     assert "--gpu" in launch.command and "DS_ACCELERATOR" not in launch.environment
 
 
@@ -54,45 +54,45 @@ def test_without_gpus_or_with_enough_of_them_any_grid_may_start() -> None:
 def test_a_run_folder_below_a_file_is_refused(debug: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LaunchError, match=r"file' is a file; give a folder\.$"):
-        local.plan(debug, [f"run.dir={tmp_path}/file/run"], {})
+        local.local_launch(debug, [f"run.dir={tmp_path}/file/run"], {})
 
 
 def test_an_unwritable_run_folder_is_refused(debug: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(local.os, "access", lambda path, mode: False)
     with pytest.raises(LaunchError, match=r"is not writable; give a folder you may write to\.$"):
-        local.plan(debug, [f"run.dir={tmp_path}/run"], {})
+        local.local_launch(debug, [f"run.dir={tmp_path}/run"], {})
 
 
 def test_a_configuration_without_data_is_refused(debug: str, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^data\.path is not set and data\.text is empty; name a prepared folder or text"
     ):
-        local.plan(debug, [f"run.dir={tmp_path}/run", "data.text=[]"], {})
+        local.local_launch(debug, [f"run.dir={tmp_path}/run", "data.text=[]"], {})
 
 
 def test_an_evaluation_on_a_folder_without_held_out_rows_is_refused(debug: str, tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path}/run", f"data.path={tmp_path}/data", "evaluate.every_steps=5"]
-    local.plan(debug, overrides, {})  # a folder that only the ranks see
+    local.local_launch(debug, overrides, {})  # a folder that only the ranks see
     (tmp_path / "data/train").mkdir(parents=True)
     with pytest.raises(
         ConfigError, match=r"data' has no split valid, and evaluate\.every_steps=5 needs held-out rows; hold"
     ):
-        local.plan(debug, overrides, {})
-    local.plan(debug, overrides[:2], {})
+        local.local_launch(debug, overrides, {})
+    local.local_launch(debug, overrides[:2], {})
     (tmp_path / "data/valid").mkdir()
-    local.plan(debug, overrides, {})
+    local.local_launch(debug, overrides, {})
 
 
 def test_an_invalid_config_is_refused(debug: str) -> None:
     with pytest.raises(ConfigError, match="does not divide"):
-        local.plan(debug, ["parallel.tp=3"], {})
+        local.local_launch(debug, ["parallel.tp=3"], {})
 
 
 def test_the_launcher_needs_no_torch(debug: str, clean_environment: Mapping[str, str]) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import launch.env, launch.local\n"
-        f"launch.local.plan({debug!r}, [], {{}})\n"
+        f"launch.local.local_launch({debug!r}, [], {{}})\n"
         "assert not {'numpy', 'megatron', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=dict(clean_environment), check=True, timeout=60)

@@ -11,7 +11,7 @@ from launch import quickstart
 
 
 def planned(folder: Path, *arguments: str) -> quickstart.Quickstart:
-    return quickstart.plan(quickstart.build_parser().parse_args(["--out", str(folder), *arguments]))
+    return quickstart.quickstart_of(quickstart.build_parser().parse_args(["--out", str(folder), *arguments]))
 
 
 def test_a_grid_names_some_axes_and_leaves_the_others_at_one(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_grid_fits_the_gpus_there_are(
 @pytest.mark.parametrize("grid", ["tp", "tp=", "zz=2", "tp=1;dp=2x"])
 def test_what_is_no_grid_is_refused(grid: str) -> None:
     with pytest.raises(ConfigError):
-        quickstart.plan(quickstart.build_parser().parse_args(["--grid", grid]))
+        quickstart.quickstart_of(quickstart.build_parser().parse_args(["--grid", grid]))
 
 
 def test_planning_writes_nothing(tmp_path: Path) -> None:

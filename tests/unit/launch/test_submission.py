@@ -41,7 +41,7 @@ def config(tmp_path: Path) -> Path:
 
 def planned(profile: Path, config: Path, *arguments: str) -> slurm.Submission:
     options = slurm.build_parser().parse_intermixed_args([str(config), "--cluster", str(profile), *arguments])
-    return slurm.plan(options, config.parent, NOW)
+    return slurm.submission_of(options, config.parent, NOW)
 
 
 def directives(script: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bd3_megatron.process import preflight
-from bd3_megatron.process.preflight import Finding, RankReport, judge, summary
+from bd3_megatron.process.preflight import NodeRemark, RankReport, judge, summary
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def reports(*changes: dict[str, Any]) -> list[RankReport]:
     ]
 
 
-def verdict(*changes: dict[str, Any], device_type: str = "cuda") -> list[Finding]:
+def verdict(*changes: dict[str, Any], device_type: str = "cuda") -> list[NodeRemark]:
     return judge(reports(*changes), device_type=device_type)
 
 
@@ -53,7 +53,7 @@ def test_healthy_ranks_have_no_findings() -> None:
     ],
 )
 def test_the_odd_rank_is_named_with_its_node(change: dict[str, Any], kind: str, sentence: str) -> None:
-    assert verdict({}, {}, {}, change) == [Finding(node="n2", sentence=sentence, kind=kind)]
+    assert verdict({}, {}, {}, change) == [NodeRemark(node="n2", sentence=sentence, kind=kind)]
 
 
 def test_what_rank_0_does_not_see_is_laid_on_the_rank_that_wrote_it() -> None:

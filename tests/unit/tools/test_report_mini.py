@@ -16,7 +16,7 @@ from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.perplexity import SequenceScores
 from bd3_megatron.report.results import ResultSection
 from tools.mini.runs import MiniRun, RunFailed, Runner, mini_runs
-from tools.mini.variants import QUICK, SEQ_LEN, TRUNK, VARIANTS, WHOLE, MiniSize, base_tree, overrides
+from tools.mini.variants import MINI_SEQ_LEN, QUICK, TRUNK, VARIANTS, WHOLE, MiniSize, base_tree, overrides
 from tools.mini.verdicts import CLAIMS, verdicts
 from tools.reproduce_mini import build_parser, main, sections_as_markdown, size_of
 
@@ -32,7 +32,7 @@ def test_every_variant_is_a_legal_run_of_equal_budget(name: str, size: MiniSize,
     validate(config)
     assert config.train.steps == size.steps and config.run.seed == 3
     if VARIANTS[name].is_branch:
-        assert block_sizes(config) == [SEQ_LEN, VARIANTS[name].block_size]
+        assert block_sizes(config) == [MINI_SEQ_LEN, VARIANTS[name].block_size]
         assert config.diffusion.phases[0].steps == size.branch_step
         # the trunk's checkpoint lies before the learning rate falls
         assert size.branch_step <= size.steps * (1 - config.optim.decay_fraction)
