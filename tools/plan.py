@@ -28,7 +28,9 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.budget import samples_before, total_steps
 from bd3_megatron.config.load import flatten, load_config, replace_field
 from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.memory import engine_assumptions
 from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.cost.traffic import bytes_by_axis
 from bd3_megatron.data.vocabulary import vocabulary_size
 from bd3_megatron.errors import ConfigError, UsageError, either
 from bd3_megatron.files import write_text
@@ -247,7 +249,7 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
     lines += [
         "",
         f"Parts of {'the best' if best is not None else 'the smallest'}:",
-        *(f"  {line}" for line in _parts(chosen[0])),
+        *(f"  {line}" for line in _parts(chosen[0], answer.machine)),
     ]
     others = [plan for plan in best_by_grid(found) if plan not in chosen]
     if others:
@@ -285,13 +287,15 @@ def _cells(plan: Plan, answer: Answer) -> list[str]:
     ]
 
 
-def _parts(plan: Plan) -> list[str]:
+def _parts(plan: Plan, machine: Machine) -> list[str]:
     memory = ", ".join(f"{part} {size / GIB:.2f}" for part, size in plan.memory.parts().items() if size)
     lines = [f"memory GiB: {memory}"]
     if plan.time is not None:
         total = plan.time.total
         lines.append("time: " + ", ".join(f"{part} {s / total:.1%}" for part, s in plan.time.parts().items() if s))
-    return lines
+    moved = bytes_by_axis(plan.config, engine=engine_assumptions(machine.device_type, plan.config))
+    gib = ", ".join(f"{axis} {size / GIB:.3g}" for axis, size in moved.items() if size)
+    return [*lines, f"GiB that a rank of the first stage hands to collectives in a step: {gib or 'none'}"]
 
 
 def as_tree(answer: Answer, top: int) -> dict[str, Any]:

@@ -179,11 +179,6 @@ def execution_of(config: Config, *, block_size: int | None = None, backend: str 
     )
 
 
-def naive_execution() -> Execution:
-    """The form most code ships: dense mask, all rows in all layers, logits of all rows."""
-    return Execution(backend="dense", head_rows="all", attention_backward=2.0, padded=False)
-
-
 def executed_flops(
     config: Config,
     execution: Execution,

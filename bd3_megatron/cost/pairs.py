@@ -72,12 +72,6 @@ def mean_pairs(samples: Sequence[Pairs]) -> Pairs:
     )
 
 
-def document_lengths(ids: Sequence[int]) -> list[int]:
-    """Lengths of the runs of equal document ids of one sequence, in order."""
-    edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
-
-
 def _placed(documents: Sequence[int]) -> list[tuple[int, int]]:
     starts = [sum(documents[:i]) for i in range(len(documents))]
     return list(zip(starts, documents, strict=True))

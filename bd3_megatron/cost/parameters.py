@@ -96,14 +96,6 @@ def parameter_count(config: Config, *, padded: bool = False) -> int:
     return sum(p.count for p in parameter_table(config, padded=padded))
 
 
-def stage_parameters(config: Config, stage: int) -> list[Parameter]:
-    """Tensors that pipeline stage `stage` holds, tables padded, whole (before tensor parallelism cuts them)."""
-    shape = shape_of(config)
-    layers = _layers_of(config, stage, layers_per_stage(config))
-    inside = [p for index in layers for p in layer_parameters(shape, index)]
-    return inside + _outside_layers(config, shape, stage)
-
-
 def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]:
     pp = config.parallel.pp
     table: list[Parameter] = []
@@ -116,17 +108,6 @@ def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]
         elif pp > 1:
             table.append(_table("lm_head.weight", shape, shape.padded_vocab))
     return table
-
-
-def _layers_of(config: Config, stage: int, layers: tuple[int, ...]) -> list[int]:
-    """Layer numbers of a stage; with vpp a stage holds every pp-th chunk."""
-    vpp = config.parallel.vpp or 1
-    if vpp == 1:
-        start = sum(layers[:stage])
-        return list(range(start, start + layers[stage]))
-    size = layers[stage] // vpp
-    starts = [(chunk * config.parallel.pp + stage) * size for chunk in range(vpp)]
-    return [layer for start in starts for layer in range(start, start + size)]
 
 
 def parameters_per_rank(config: Config, stage: int) -> int:

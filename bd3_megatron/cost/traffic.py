@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
@@ -44,13 +45,30 @@ from bd3_megatron.cost.shape import (
 AXES = ("tp", "pp", "cp", "dp")
 
 
+class Collective(Enum):
+    """How tensors move between the ranks of a group."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    SEND = "send"
+
+    def ring_steps(self, ranks: int) -> int:
+        """Messages one after another when it runs as a ring."""
+        # an all-reduce is a reduce-scatter and an all-gather
+        return {Collective.ALL_REDUCE: 2 * (ranks - 1), Collective.SEND: 1}.get(self, ranks - 1)
+
+    def ring_share(self, ranks: int) -> float:
+        """Of the larger tensor, what one rank puts on its link."""
+        return 1.0 if self is Collective.SEND else self.ring_steps(ranks) / ranks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
     """Equal collectives of one rank in one step."""
 
     axis: str
-    kind: str
-    """all_reduce, all_gather, reduce_scatter or send."""
+    collective: Collective
     what: str
     ranks: int
     """Ranks of the group."""
@@ -65,8 +83,7 @@ class Transfer:
     @property
     def wire_bytes(self) -> float:
         """Bytes one rank puts on its link when the collective runs as a ring."""
-        share = {"all_reduce": 2 * (self.ranks - 1) / self.ranks, "send": 1.0}
-        return self.total_bytes * share.get(self.kind, (self.ranks - 1) / self.ranks)
+        return self.total_bytes * self.collective.ring_share(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -154,10 +171,10 @@ def small_collectives(config: Config) -> Mapping[str, int]:
     }
 
 
-def _line(at: _Stage, axis: str, kind: str, what: str, calls: int, size: float) -> Transfer:
+def _line(at: _Stage, axis: str, collective: Collective, what: str, calls: int, size: float) -> Transfer:
     parallel = at.config.parallel
     ranks = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": zero_shards(at.config)}[axis]
-    return Transfer(axis=axis, kind=kind, what=what, ranks=ranks, calls=calls, size_bytes=size)
+    return Transfer(axis=axis, collective=collective, what=what, ranks=ranks, calls=calls, size_bytes=size)
 
 
 def _again(at: _Stage, *kinds: str) -> tuple[int, int]:
@@ -176,16 +193,20 @@ def _tensor_parallel(at: _Stage) -> list[Transfer]:
     forward = 2 * (layers + (covered - covered_short) * at.micro)
     forward_short = 2 * (short + covered_short * at.micro)
     lines = [
-        _line(at, "tp", "all_reduce", "attention and MLP outputs", forward, at.rows_bytes),
-        _line(at, "tp", "all_reduce", "gradients of attention and MLP inputs", 2 * layers + short, at.rows_bytes),
-        _line(at, "tp", "all_reduce", "outputs of the last layer's scored rows", forward_short, at.scored_bytes),
-        _line(at, "tp", "all_reduce", "gradients of its MLP input", short, at.scored_bytes),
+        _line(at, "tp", Collective.ALL_REDUCE, "attention and MLP outputs", forward, at.rows_bytes),
+        _line(
+            at, "tp", Collective.ALL_REDUCE, "gradients of attention and MLP inputs", 2 * layers + short, at.rows_bytes
+        ),
+        _line(
+            at, "tp", Collective.ALL_REDUCE, "outputs of the last layer's scored rows", forward_short, at.scored_bytes
+        ),
+        _line(at, "tp", Collective.ALL_REDUCE, "gradients of its MLP input", short, at.scored_bytes),
     ]
     if at.first:
-        lines.append(_line(at, "tp", "all_reduce", "embedded rows", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", Collective.ALL_REDUCE, "embedded rows", at.micro, at.rows_bytes))
     if at.shape.qk_norm:
         size = 2 * at.layers * at.shape.head_width * FP32
-        lines.append(_line(at, "tp", "all_reduce", "gradients of q and k norms", 1, size))
+        lines.append(_line(at, "tp", Collective.ALL_REDUCE, "gradients of q and k norms", 1, size))
     return lines
 
 
@@ -193,15 +214,22 @@ def _sequence_parallel(at: _Stage) -> list[Transfer]:
     config, layers = at.config, at.layers * at.micro
     forward = 2 * (layers + _again(at, "full")[0] * at.micro)
     lines = [
-        _line(at, "tp", "all_gather", "rows before attention and MLP", forward, at.rows_bytes),
-        _line(at, "tp", "reduce_scatter", "outputs of attention and MLP", forward, at.rows_bytes),
-        _line(at, "tp", "all_gather", "rows again and output gradients", 4 * layers, at.rows_bytes),
-        _line(at, "tp", "reduce_scatter", "gradients of attention and MLP inputs", 2 * layers, at.rows_bytes),
-        _line(at, "tp", "all_reduce", "gradients of norms and row biases", 1, FP32 * copied_per_rank(config, at.index)),
+        _line(at, "tp", Collective.ALL_GATHER, "rows before attention and MLP", forward, at.rows_bytes),
+        _line(at, "tp", Collective.REDUCE_SCATTER, "outputs of attention and MLP", forward, at.rows_bytes),
+        _line(at, "tp", Collective.ALL_GATHER, "rows again and output gradients", 4 * layers, at.rows_bytes),
+        _line(at, "tp", Collective.REDUCE_SCATTER, "gradients of attention and MLP inputs", 2 * layers, at.rows_bytes),
+        _line(
+            at,
+            "tp",
+            Collective.ALL_REDUCE,
+            "gradients of norms and row biases",
+            1,
+            FP32 * copied_per_rank(config, at.index),
+        ),
     ]
     if at.first:
-        lines.append(_line(at, "tp", "reduce_scatter", "embedded rows", at.micro, at.rows_bytes))
-        lines.append(_line(at, "tp", "all_gather", "gradients of embedded rows", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", Collective.REDUCE_SCATTER, "embedded rows", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", Collective.ALL_GATHER, "gradients of embedded rows", at.micro, at.rows_bytes))
     return lines
 
 
@@ -210,14 +238,16 @@ def _head(at: _Stage) -> list[Transfer]:
     if not at.last:
         return []
     lines = [
-        _line(at, "tp", "all_reduce", "largest logit", at.micro, at.scored * FP32),
-        _line(at, "tp", "all_reduce", "sum of exponentials and target logit", at.micro, 2 * at.scored * FP32),
+        _line(at, "tp", Collective.ALL_REDUCE, "largest logit", at.micro, at.scored * FP32),
+        _line(at, "tp", Collective.ALL_REDUCE, "sum of exponentials and target logit", at.micro, 2 * at.scored * FP32),
     ]
     if at.config.parallel.sequence_parallel:
-        lines.append(_line(at, "tp", "all_gather", "rows before the head", at.micro, at.rows_bytes))
-        lines.append(_line(at, "tp", "reduce_scatter", "gradients of rows before the head", at.micro, at.rows_bytes))
+        lines.append(_line(at, "tp", Collective.ALL_GATHER, "rows before the head", at.micro, at.rows_bytes))
+        lines.append(
+            _line(at, "tp", Collective.REDUCE_SCATTER, "gradients of rows before the head", at.micro, at.rows_bytes)
+        )
         return lines
-    lines.append(_line(at, "tp", "all_reduce", "gradients of scored rows", at.micro, at.scored_bytes))
+    lines.append(_line(at, "tp", Collective.ALL_REDUCE, "gradients of scored rows", at.micro, at.scored_bytes))
     return lines
 
 
@@ -229,13 +259,15 @@ def _pipeline(at: _Stage) -> list[Transfer]:
     forward = vpp if not at.last else vpp - 1
     backward = vpp if not at.first else vpp - 1
     lines = [
-        _line(at, "pp", "send", "rows to the next stage", forward * at.micro, size),
-        _line(at, "pp", "send", "gradients to the stage before", backward * at.micro, size),
+        _line(at, "pp", Collective.SEND, "rows to the next stage", forward * at.micro, size),
+        _line(at, "pp", Collective.SEND, "gradients to the stage before", backward * at.micro, size),
     ]
     if at.shape.tied and parallel.pp > 1 and (at.first or at.last):
         table = at.shape.padded_vocab * at.shape.hidden // parallel.tp * FP32
         what = "gradient of the tied table"
-        lines.append(Transfer(axis="pp", kind="all_reduce", what=what, ranks=2, calls=1, size_bytes=table))
+        lines.append(
+            Transfer(axis="pp", collective=Collective.ALL_REDUCE, what=what, ranks=2, calls=1, size_bytes=table)
+        )
     return lines
 
 
@@ -248,8 +280,8 @@ def _context(at: _Stage) -> list[Transfer]:
     layers = at.layers * at.micro
     gathers = layers + _again(at, "selective", "full")[0] * at.micro
     return [
-        _line(at, "cp", "all_gather", "clean keys and values", gathers, size),
-        _line(at, "cp", "reduce_scatter", "gradients of clean keys and values", layers, size),
+        _line(at, "cp", Collective.ALL_GATHER, "clean keys and values", gathers, size),
+        _line(at, "cp", Collective.REDUCE_SCATTER, "gradients of clean keys and values", layers, size),
     ]
 
 
@@ -259,12 +291,12 @@ def _data(at: _Stage) -> list[Transfer]:
     # DeepSpeed all-reduces whole buckets at stages 1 and 2, and lets every rank keep its part
     if zero < 3:
         return [
-            _line(at, "dp", "all_reduce", "gradients", 1 if zero == 1 else at.micro, count * FP32),
-            _line(at, "dp", "all_gather", "updated weights", 1, weights),
+            _line(at, "dp", Collective.ALL_REDUCE, "gradients", 1 if zero == 1 else at.micro, count * FP32),
+            _line(at, "dp", Collective.ALL_GATHER, "updated weights", 1, weights),
         ]
     # gathered weights stay for the backward while they are fewer than stage3_max_live_parameters (two buckets)
     passes = 1 if count <= 2 * at.engine.reduce_bucket_elements else 2
     return [
-        _line(at, "dp", "reduce_scatter", "gradients", at.micro, count * FP32),
-        _line(at, "dp", "all_gather", "weights before each pass", passes * at.micro, weights),
+        _line(at, "dp", Collective.REDUCE_SCATTER, "gradients", at.micro, count * FP32),
+        _line(at, "dp", Collective.ALL_GATHER, "weights before each pass", passes * at.micro, weights),
     ]

@@ -42,6 +42,11 @@ class Machine:
     cores: int = 0
     """Ranks share this many cores of one host (CPU runs); 0: every rank has its own device."""
 
+    @property
+    def device_type(self) -> str:
+        """As torch calls it."""
+        return "cpu" if self.cores else "cuda"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterFile:

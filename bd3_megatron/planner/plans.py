@@ -95,7 +95,7 @@ def plan_of(config: Config, machine: Machine, constants: Constants | None = None
         machine: device and links.
         constants: of the time model; None: the machine's defaults.
     """
-    memory = memory_per_device(config, engine_assumptions("cpu" if machine.cores else "cuda", config))
+    memory = memory_per_device(config, engine_assumptions(machine.device_type, config))
     # the time costs more than the memory, and most candidates of a large model fail there
     fits = memory.peak <= machine.memory_bytes - machine.reserve_bytes
     return Plan(config, memory, step_time(config, machine, constants) if fits else None)

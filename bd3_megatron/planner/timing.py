@@ -46,7 +46,7 @@ from bd3_megatron.cost.shape import (
     zero_shards,
     zero_stage,
 )
-from bd3_megatron.cost.traffic import Transfer, small_collectives, transfers
+from bd3_megatron.cost.traffic import Collective, Transfer, small_collectives, transfers
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import Machine
 from bd3_megatron.planner.peaks import TERA
@@ -129,7 +129,7 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
     ran, masked = execution_of(config), expected_masked_fraction(config)
     flops = executed_flops(config, ran, masked)
     whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
-    engine = engine_assumptions("cpu" if machine.cores else "cuda", config)
+    engine = engine_assumptions(machine.device_type, config)
     at = _Setting(
         config, machine, constants or constants_for(machine), engine, shape, flops, whole, ran.backend, masked
     )
@@ -276,8 +276,8 @@ def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
     """Sends of the slowest stage; the interleaved schedule overlaps them."""
     lines = [t for t in lines if t.axis == "pp"]
     vpp = at.config.parallel.vpp or 1
-    sends = sum(_seconds(at, t) for t in lines if t.kind == "send")
-    other = sum(_seconds(at, t) for t in lines if t.kind != "send")
+    sends = sum(_seconds(at, t) for t in lines if t.collective is Collective.SEND)
+    other = sum(_seconds(at, t) for t in lines if t.collective is not Collective.SEND)
     # a middle stage also sends back: twice what the first one does
     exposed = 1.0 if vpp == 1 else 1 - at.constants.hidden_share
     return 2 * exposed * sends + other
@@ -291,7 +291,7 @@ def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
     if not leaves_early(at.config, at.engine.precision):
         return total + small
     # gradients leave during the last micro-batch's backward, two thirds of its time; weights are gathered after the update
-    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.kind == "all_reduce")
+    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.collective is Collective.ALL_REDUCE)
     return total - sums + _exposed(at, sums, 2 / 3 * compute / micro_batches(at.config)) + small
 
 
@@ -316,9 +316,10 @@ def _optimizer(at: _Setting) -> float:
 def _seconds(at: _Setting, transfer: Transfer) -> float:
     """Of all calls: latency of a ring's steps plus its bytes on the slowest link it crosses."""
     rate, latency = _link(at, transfer)
-    steps = {"all_reduce": 2 * (transfer.ranks - 1), "send": 1}.get(transfer.kind, transfer.ranks - 1)
+    steps = transfer.collective.ring_steps(transfer.ranks)
     c = at.constants
-    efficiency = c.gather_efficiency if transfer.kind in ("all_gather", "reduce_scatter") else c.link_efficiency
+    is_gather = transfer.collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
+    efficiency = c.gather_efficiency if is_gather else c.link_efficiency
     wire = transfer.wire_bytes / (rate * efficiency)
     return c.communication_factor * (transfer.calls * steps * latency + wire)
 
@@ -331,6 +332,6 @@ def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:
     if transfer.ranks <= here:
         return machine.intra_node_bytes_per_second, machine.intra_node_latency_seconds
     # members of one node share the ring's crossing: each has a network card of its own
-    members = 1 if transfer.kind == "send" else min(here, transfer.ranks)
+    members = 1 if transfer.collective is Collective.SEND else min(here, transfer.ranks)
     between = min(machine.intra_node_bytes_per_second, members * machine.inter_node_bytes_per_second)
     return between, machine.inter_node_latency_seconds

@@ -33,6 +33,7 @@ from bd3_megatron.train.dataset import open_data
 from tools.bench import harness
 
 SCORE_SEED, SEARCH_SEED = 1, 2
+LINEAR = "loglinear"
 OTHER_SCHEDULES = ("cosine", "square", "sqrt", "log")
 
 
@@ -91,9 +92,11 @@ class NoiseVariance:
     @property
     def name(self) -> str:
         """For the table: the schedule, and the interval where it is clipped."""
-        kind = "linear" if self.schedule == "loglinear" else self.schedule
+        is_linear, is_whole = self.schedule == LINEAR, self.interval == FULL
         shown = f"[{self.interval.beta:g}, {self.interval.omega:g}]"
-        return kind if self.interval == FULL else f"clipped {shown}" if kind == "linear" else f"{kind} {shown}"
+        if is_linear:
+            return "linear" if is_whole else f"clipped {shown}"
+        return self.schedule if is_whole else f"{self.schedule} {shown}"
 
 
 def _train(options: argparse.Namespace) -> list[Path]:
@@ -143,7 +146,7 @@ def open_subject(place: Path, batch_rows: int) -> Subject:
 
 def variances_of(subject: Subject, *, batches: int, gradient_batches: int) -> list[NoiseVariance]:
     """Every candidate interval under the linear schedule, then the other schedules over the full interval."""
-    ways = [("loglinear", interval) for interval in candidates(subject.block_size)]
+    ways = [(LINEAR, interval) for interval in candidates(subject.block_size)]
     if subject.block_size > 1:
         ways += [(schedule, FULL) for schedule in OTHER_SCHEDULES]
     return [variance_of_one(subject, schedule, i, batches, gradient_batches) for schedule, i in ways]
@@ -187,7 +190,7 @@ def searched_interval(subject: Subject, *, batches: int) -> Interval:
     with torch.no_grad():
         for drawn_from in passes(intervals):
             for numbers in _batches(subject, batches, first=batches):
-                loss_BK, t_BK, is_counted_BK = subject.losses(numbers, drawn_from, "loglinear", seed=SEARCH_SEED)
+                loss_BK, t_BK, is_counted_BK = subject.losses(numbers, drawn_from, LINEAR, seed=SEARCH_SEED)
                 found = score(loss_BK, t_BK, intervals=intervals, drawn_from=drawn_from, is_counted_BK=is_counted_BK)
                 moments = moments.merge(found)
     return intervals[least_varying(intervals, moments)]
@@ -204,7 +207,7 @@ def variance_markdown(
 ) -> str:
     """A table of what people compare, and a line on what the search found."""
     linear = findings[0]
-    clipped = [f for f in findings if f.schedule == "loglinear"]
+    clipped = [f for f in findings if f.schedule == LINEAR]
     best = min(clipped, key=lambda f: f.loss_variance)
     picked = next(f for f in clipped if f.interval == chosen)
     shown = {FULL, FULL_MASKING, Interval(0.45, 0.95), Interval(0.3, 0.8), best.interval, chosen}
@@ -212,7 +215,7 @@ def variance_markdown(
         [f.name, f"{f.loss:.3f}", *_against(f.loss_variance, linear.loss_variance)]
         + [*_against(f.gradient_variance, linear.gradient_variance)]
         for f in findings
-        if f.schedule != "loglinear" or f.interval in shown
+        if f.schedule != LINEAR or f.interval in shown
     ]
     header = ["noise", "loss", "variance of a block's loss", "linear / it", "variance of a gradient", "linear / it"]
     excess = 100 * (picked.loss_variance / best.loss_variance - 1)
@@ -238,7 +241,7 @@ def variance_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict
         by_width: dict[str, list[tuple[float, float]]] = {}
         for finding in findings:
             interval, value = finding.interval, getattr(finding, f"{what}_variance")
-            if finding.schedule == "loglinear" and value == value:
+            if finding.schedule == LINEAR and value == value:
                 beta = 0.0 if interval.beta == FULL.beta else interval.beta
                 by_width.setdefault(f"width {interval.omega - beta:.1f}", []).append((beta, value))
         title = f"Variance of a {'block' if what == 'loss' else 'batch'}'s {what}, S = {subject.block_size}"

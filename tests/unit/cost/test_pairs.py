@@ -10,7 +10,7 @@ import torch
 
 from bd3_megatron.attention import structured
 from bd3_megatron.attention.visibility import Visibility, sees
-from bd3_megatron.cost.pairs import Pairs, attended_pairs, document_lengths, executed_pairs, mean_pairs
+from bd3_megatron.cost.pairs import Pairs, attended_pairs, executed_pairs, mean_pairs
 from bd3_megatron.cost.shape import shape_of
 from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.errors import ConfigError, ShapeError
@@ -68,11 +68,6 @@ def test_without_documents_a_pair_of_streams_has_l_times_l_plus_s_pairs(block: i
 def test_mean_pairs_is_the_mean() -> None:
     one, two = attended_pairs(32, 4), attended_pairs(32, 4, [16, 16])
     assert mean_pairs([one, two]).noisy == (one.noisy + two.noisy) / 2
-
-
-def test_document_lengths_are_the_runs_of_ids() -> None:
-    assert document_lengths([5, 5, 2, 2, 2, 9]) == [2, 3, 1]
-    assert document_lengths([7]) == [1]
 
 
 @pytest.mark.parametrize("kind", ["s1", "s4", "s16", "mdlm", "ar"])

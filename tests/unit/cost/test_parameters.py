@@ -9,7 +9,6 @@ from bd3_megatron.cost.parameters import (
     parameter_count,
     parameter_table,
     parameters_per_rank,
-    stage_parameters,
 )
 from bd3_megatron.cost.shape import shape_of
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -64,20 +63,9 @@ def test_tensor_parallel_ranks_add_up(style: str, tp: int) -> None:
 def test_stages_add_up_and_a_tied_table_is_held_twice(style: str, vpp: int | None) -> None:
     model = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": 60, "vocab_multiple": 64}
     config = case(model=model | STYLES[style], parallel={"pp": 2, "vpp": vpp})
-    names = [p.name for stage in range(2) for p in stage_parameters(config, stage)]
-    table = {p.name for p in parameter_table(config)}
-    assert set(names) - {"lm_head.weight"} == table - {"lm_head.weight"}
-    assert len(names) == len(set(names))
     held = sum(parameters_per_rank(config, stage) for stage in range(2))
     copy = 64 * 32 if config.model.tie_embeddings else 0
     assert held == parameter_count(config, padded=True) + copy
-
-
-def test_interleaved_stages_hold_every_second_chunk() -> None:
-    model = {"num_layers": 8, "hidden_size": 32, "num_heads": 4, "vocab_size": 60}
-    config = case(model=model, parallel={"pp": 2, "vpp": 2})
-    layers = {p.name.split(".")[2] for p in stage_parameters(config, 1) if ".layers." in p.name}
-    assert layers == {"2", "3", "6", "7"}
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
@@ -87,9 +75,7 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_counting_a_rank_is_listing_its_tensors(style: str) -> None:
+def test_what_every_tensor_parallel_rank_holds_whole_is_what_is_not_cut(style: str) -> None:
     config = case(style=style, parallel={"pp": 2, "tp": 2})
-    for stage in range(2):
-        table = stage_parameters(config, stage)
-        assert parameters_per_rank(config, stage) == sum(p.count_per_rank(2) for p in table)
-        assert copied_per_rank(config, stage) == sum(p.count for p in table if p.cut is None)
+    copied = sum(p.count for p in parameter_table(config, padded=True) if p.cut is None)
+    assert sum(copied_per_rank(config, stage) for stage in range(2)) == copied > 0

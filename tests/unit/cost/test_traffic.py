@@ -9,7 +9,7 @@ import pytest
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import EngineAssumptions
 from bd3_megatron.cost.parameters import parameters_per_rank
-from bd3_megatron.cost.traffic import Transfer, bytes_by_axis, small_collectives, transfers
+from bd3_megatron.cost.traffic import Collective, Transfer, bytes_by_axis, small_collectives, transfers
 from tests.unit.cost.cases import case
 
 FP32 = EngineAssumptions(precision="fp32", fused=False)
@@ -109,9 +109,9 @@ def test_q_and_k_norms_are_summed_over_tp() -> None:
 
 
 def test_a_ring_puts_less_than_twice_an_all_reduce_on_a_link() -> None:
-    reduce = Transfer(axis="dp", kind="all_reduce", what="x", ranks=4, calls=2, size_bytes=100)
-    gather = Transfer(axis="dp", kind="all_gather", what="x", ranks=4, calls=2, size_bytes=100)
-    send = Transfer(axis="pp", kind="send", what="x", ranks=2, calls=2, size_bytes=100)
+    reduce = Transfer(axis="dp", collective=Collective.ALL_REDUCE, what="x", ranks=4, calls=2, size_bytes=100)
+    gather = Transfer(axis="dp", collective=Collective.ALL_GATHER, what="x", ranks=4, calls=2, size_bytes=100)
+    send = Transfer(axis="pp", collective=Collective.SEND, what="x", ranks=2, calls=2, size_bytes=100)
     assert (reduce.wire_bytes, gather.wire_bytes, send.wire_bytes) == (300, 150, 200)
 
 

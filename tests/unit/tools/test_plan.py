@@ -40,6 +40,7 @@ def test_a_plan_names_the_best_the_others_and_the_assumptions(config: str, capsy
         "4 x a100-80g",
         "plans fit",
         "Parts of the best:",
+        "hands to collectives in a step: ",
         "Why the other grids lose",
         "Assumptions:",
         "312 TFLOP/s",
