@@ -32,6 +32,9 @@ class RunConfig:
     """Seeds initial weights, data order and noise; each draws from its own purpose of the counter-based generator."""
     overridden: tuple[str, ...] = ()
     """Keys that were named on the command line (filled in when the file is loaded): a resumed run may change these."""
+    reinterpret: bool = False
+    """Resume although a setting changed that gives the stored weights another meaning (heads, norms, rotary base, objective,
+    special ids, tokenizer); heeded only where the command line names it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     if config.watch.leak_check and rank == 0:
         say(diagnose(config, backend, max_blocks=BLOCKS_BEFORE_TRAINING, dtype=dtype, device=device))
     engine = _engine(config, topology, data, backend, dtype)
-    state = resume(engine, run_dir, config, say)
+    state = resume(engine, run_dir, config, data.tokenizer_identity(), say)
     plan = RunPlan(config, state.step, state.samples_consumed)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -116,8 +116,13 @@ class RunData:
     convention: EvaluationConvention
     """How they are cut and counted, here and wherever the run's model is evaluated later."""
     tokenizer_folder: Path
+    tokenizer_fingerprint: str
     special: SpecialIds
     vocab_size: int
+
+    def tokenizer_identity(self) -> dict[str, Any]:
+        """What a resumed run compares: the fingerprint and the special ids, in JSON."""
+        return {"fingerprint": self.tokenizer_fingerprint, **self.special.as_dict()}
 
 
 def prepare_text(config: Config, say: Callable[[str], None]) -> None:
@@ -173,7 +178,15 @@ def open_data(config: Config) -> RunData:
             f"model.vocab_size={given} is smaller than the tokenizer's {shards.vocab_size}; "
             f"use {shards.vocab_size} or more, or leave it unset."
         )
-    return RunData(train, valid, convention, folder / "tokenizer", shards.special, shards.vocab_size)
+    return RunData(
+        train=train,
+        valid=valid,
+        convention=convention,
+        tokenizer_folder=folder / "tokenizer",
+        tokenizer_fingerprint=shards.tokenizer_fingerprint,
+        special=shards.special,
+        vocab_size=shards.vocab_size,
+    )
 
 
 def evaluation_convention(config: Config, recipe: Mapping[str, bool]) -> EvaluationConvention:

@@ -1,12 +1,14 @@
 """Going on where a run stopped: from the newest checkpoint that is whole, or from the beginning, and saying which.
 
-Decides: what may differ from the run that made the checkpoint. The grid, saving, logging and evaluation may; a budget may
-grow; anything that changes what is learned must be named on the command line, and is listed and refused otherwise.
+Every setting that differs from the checkpoint's is said with both values. The grid, saving, logging and evaluation may
+differ freely, what changes learning must be named on the command line, and what gives the stored numbers another meaning
+is refused, unless `run.reinterpret=true` is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.config.load import config_from_tree, flatten
 from bd3_megatron.config.schema import Config
 from bd3_megatron.engine.zero_engine import ZeroEngine
-from bd3_megatron.errors import CheckpointError, ConfigError
+from bd3_megatron.errors import CheckpointError, ConfigError, cut
 from bd3_megatron.train.state import TrainState
 
+UNCOMPARED = ("run.overridden", "run.reinterpret")
+"""What a launch says about itself."""
 FREE_SECTIONS = ("parallel", "checkpoint", "evaluate", "log", "throughput", "watch", "attention")
 FREE_KEYS = (
     "run.dir",
-    "run.overridden",
     "data.path",
     "data.num_workers",
     "train.steps",
@@ -34,17 +37,59 @@ FREE_KEYS = (
     "train.stop_file",
     "train.max_skipped_steps",
 )
+MEANING_SECTIONS = ("model", "tokenizer")
+"""Shapes, or what stored weights and token ids stand for."""
+MEANING_KEYS = ("diffusion.objective",)
+LEARNING_KEYS = ("model.dropout", "model.init_std")
+"""Of the model section, what changes how it learns but not what its weights are."""
+VALUE_CHARACTERS = 60
 
 
-def resume(engine: ZeroEngine, run_dir: Path, config: Config, say: Callable[[str], None]) -> TrainState:
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the checkpoint's."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_short(self.before)} and is {_short(self.now)}"
+
+    @property
+    def is_free(self) -> bool:
+        """What is learned does not depend on it."""
+        return self.key in FREE_KEYS or self.key.split(".")[0] in FREE_SECTIONS
+
+    @property
+    def is_meaning(self) -> bool:
+        """The checkpoint's numbers would stand for something else."""
+        in_section = self.key.split(".")[0] in MEANING_SECTIONS and self.key not in LEARNING_KEYS
+        return in_section or self.key in MEANING_KEYS
+
+    def is_named(self, config: Config) -> bool:
+        """The command line names it, or a part of its value (a mixture's weight, a stream's split)."""
+        return any(name == self.key or name.startswith(f"{self.key}.") for name in config.run.overridden)
+
+
+def resume(
+    engine: ZeroEngine, run_dir: Path, config: Config, tokenizer: Mapping[str, Any], say: Callable[[str], None]
+) -> TrainState:
     """Load the newest whole checkpoint of the run, if there is one. Collective.
+
+    Args:
+        engine: takes the weights.
+        run_dir: the run's folder.
+        config: of this attempt.
+        tokenizer: fingerprint and special ids of the data.
+        say: told what is resumed and what differs.
 
     Returns:
         The state to go on from.
 
     Raises:
         CheckpointError: all checkpoints are damaged, or the newest whole one is of another model.
-        ConfigError: settings differ that were not named on the command line.
+        ConfigError: settings differ that may not, or were not named on the command line.
     """
     folder = run_dir / "checkpoints"
     found = newest_valid(folder, warn=say)
@@ -55,37 +100,70 @@ def resume(engine: ZeroEngine, run_dir: Path, config: Config, say: Callable[[str
                 f"all {damaged} checkpoints in '{folder}' are damaged; restore one, or remove the folder to start anew."
             )
         say(f"no checkpoint in {run_dir}: starts anew")
-        return TrainState()
+        return TrainState(tokenizer=dict(tokenizer))
     path, manifest = found
-    refuse_changes(config_from_tree(manifest.config), config)
-    load(engine, path)
     state = TrainState.from_json(manifest.train_state)
+    # checkpoints of older versions do not know their tokenizer
+    known = dict(tokenizer) if state.tokenizer is None else state.tokenizer
+    changed = changes(config_from_tree(manifest.config), config, tokenizer=(known, tokenizer))
+    refuse_changes(changed, config)
+    load(engine, path)
+    state.tokenizer = dict(tokenizer)
     say(f"resumes at step {state.step} from {path}")
+    for change in changed:
+        say(f"since that checkpoint: {change}")
     return state
 
 
-def refuse_changes(saved: Config, config: Config) -> None:
-    """Refuse settings that differ from the checkpoint's without being named.
+def changes(
+    saved: Config, config: Config, *, tokenizer: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+) -> list[Change]:
+    """Every setting that differs.
+
+    Args:
+        saved: the checkpoint's.
+        config: this attempt's.
+        tokenizer: fingerprint and special ids of the checkpoint's data and of this attempt's.
+    """
+    before, now = (_compared(c, t) for c, t in zip((saved, config), tokenizer, strict=True))
+    return [
+        Change(key, before.get(key), value)
+        for key, value in now.items()
+        if before.get(key) != value and key not in UNCOMPARED
+    ]
+
+
+def refuse_changes(changed: list[Change], config: Config) -> None:
+    """Refuse what may not differ, or differs without being named.
 
     Raises:
-        ConfigError: lists every one of them.
+        ConfigError: lists every one of them with both values.
     """
-    before, now = flatten(saved), flatten(config)
-    changed = [key for key in now if before.get(key) != now[key] and not _may_change(key, config)]
-    if changed:
-        listed = "; ".join(f"{key} was {_short(before.get(key))} and is {_short(now[key])}" for key in changed)
+    reinterprets = config.run.reinterpret and "run.reinterpret" in config.run.overridden
+    other = [] if reinterprets else [change for change in changed if change.is_meaning]
+    if other:
         raise ConfigError(
-            f"the checkpoint was made with other settings: {listed}; "
-            f"restore them, or name what you mean to change on the command line, as {changed[0]}=VALUE."
+            f"the checkpoint's numbers would mean something else: {'; '.join(map(str, other))}; restore the setting, begin in "
+            "a new run.dir, or name run.reinterpret=true on the command line if that is what you want."
+        )
+    unnamed = [c for c in changed if not (c.is_free or c.is_meaning or c.is_named(config))]
+    if unnamed:
+        raise ConfigError(
+            f"the checkpoint was made with other settings: {'; '.join(map(str, unnamed))}; "
+            f"restore them, or name what you mean to change on the command line, as {unnamed[0].key}=VALUE."
         )
 
 
-def _may_change(key: str, config: Config) -> bool:
-    # of a nested value (a mixture's weight, a stream's split) the command line may name a part
-    named = any(name == key or name.startswith(f"{key}.") for name in config.run.overridden)
-    return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or named
+def _compared(config: Config, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    model = config.model
+    # what is derived may also be written down
+    derived = {"num_kv_heads": model.kv_heads, "head_dim": model.head_width, "ffn_hidden_size": model.ffn_width}
+    return {
+        **flatten(config),
+        **{f"model.{name}": value for name, value in derived.items()},
+        **{f"tokenizer.{name}": value for name, value in tokenizer.items()},
+    }
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(str(value), VALUE_CHARACTERS)

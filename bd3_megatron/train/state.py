@@ -26,6 +26,8 @@ class TrainState:
     """What the loss-spike guard compares with; empty while it is off."""
     rolled_back_to: int | None = None
     """The checkpoint a spike last sent the run back to; a second spike behind it is skipped, or a run could circle."""
+    tokenizer: dict[str, Any] | None = None
+    """Fingerprint and special ids of the tokenizer that made the data; None in checkpoints of older versions."""
     data: dict[str, Any] | None = None
     """What the data order must remember beside the samples consumed: the mixture's stages, or the stream's lanes."""
     wandb_id: str | None = None

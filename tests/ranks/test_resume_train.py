@@ -5,6 +5,7 @@ The run has whatever could remember something: phases over block sizes, interval
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError
 from tests import tolerances
+from tests.ranks.launches import launched
 from tests.ranks.train_runs import losses, record, train, train_config, write_data
+from tests.unit.data.corpora import BYTES
 
 PHASES = [{"block_size": 8, "steps": 3, "lr_warmup_steps": 2}, {"block_size": 4, "steps": 3}, {"block_size": 32}]
 STEPS = 8
@@ -80,3 +83,27 @@ def test_what_is_learned_may_not_change_unnoticed(folder: Path) -> None:
     with pytest.raises(AssertionError, match=rf"{ConfigError.__name__}: the checkpoint was made with other settings: "):
         train(other)
     assert [line["step"] for line in record(folder / "changed", prefix="loss/train")] == [1]
+
+
+def test_another_tokenizer_is_refused_and_what_is_named_is_said(tmp_path: Path) -> None:
+    with launched(tmp_path, "train.steps=2") as run:
+        assert run.end() == 0, run.said
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    for split in ("train", "valid"):
+        header = tmp_path / "other" / split / "header.json"
+        header.write_text(header.read_text().replace(BYTES.fingerprint, "ab" * 32))
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/data", f"{tmp_path}/other"))
+    with launched(tmp_path, "train.steps=3") as run:
+        assert run.end() == 2
+        assert "numbers would mean something else: tokenizer.fingerprint was " in run.errors()[0]
+    with launched(tmp_path, "train.steps=3", "optim.lr=0.002", "run.reinterpret=true") as run:
+        assert run.end() == 0, run.said
+    said = [line.removeprefix("bd3: since that checkpoint: ") for line in run.said.splitlines() if "since that" in line]
+    assert [line.split(" was ")[0] for line in said] == [
+        "data.path",
+        "train.steps",
+        "optim.lr",
+        "tokenizer.fingerprint",
+    ]
+    assert said[1:3] == ["train.steps was 2 and is 3", "optim.lr was 0.001 and is 0.002"]
