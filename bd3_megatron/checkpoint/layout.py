@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bd3_megatron.checkpoint.manifest_fields import check_manifest
 from bd3_megatron.errors import CheckpointError
 
 VERSION = 1
@@ -34,6 +34,8 @@ WEIGHTS_DIR = "weights"
 UNIVERSAL_SUFFIX = ".universal"
 REPLACED_SUFFIX = ".replaced"
 TEMPORARY_PREFIX = ".tmp_"
+_PLAIN_NAME = re.compile(r"[\w.,=+@/-]{1,200}")
+"""Names of files in manifests and indices: no control characters, no backslashes, nothing longer than disks take."""
 _STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 
@@ -122,9 +124,10 @@ def inside(folder: Path, name: str) -> Path:
         CheckpointError: an absolute name, one with `..`, or a link that leads out of the folder.
     """
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or not _PLAIN_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{folder}: the manifest names '{name}', which leaves the folder; do not use this checkpoint."
+            f"{folder}: the manifest names '{name!r:.80}', which leaves the folder or is no plain name; "
+            "do not use this checkpoint."
         )
     path = folder / pure
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -166,21 +169,38 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder} has manifest version {tree['version']}, this program reads up to {VERSION}; use a newer bd3_megatron."
         )
-    known = {f.name for f in fields(Manifest)}
-    required = {"step", "samples_consumed", "grid", "zero_stage", "world_size", "config", "vocab_size", "files"}
-    if not required <= set(tree) <= known or not isinstance(tree["files"], dict):
-        raise CheckpointError(f"{folder / MANIFEST} lacks fields or has unknown ones; use another checkpoint.")
-    manifest = Manifest(**{**tree, "files": _file_records(tree["files"], folder)})
-    for name in manifest.files:
-        inside(folder, name)
+    unknown = sorted(set(tree) - {f.name for f in fields(Manifest)})
+    if unknown:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has the unknown field '{unknown[0]:.80}'; use a newer bd3_megatron, or another checkpoint."
+        )
+    tree = _defaults() | tree
+    check_manifest(tree, folder / MANIFEST)
+    manifest = Manifest(**{**tree, "files": {name: FileRecord(**record) for name, record in tree["files"].items()}})
+    _check_complete(manifest, folder)
     return manifest
 
 
-def _file_records(tree: Mapping[str, Any], folder: Path) -> dict[str, FileRecord]:
-    try:
-        return {str(name): FileRecord(int(r["bytes"]), str(r["sha256"])) for name, r in tree.items()}
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{folder / MANIFEST} describes its files wrongly; use another checkpoint.") from None
+def _defaults() -> dict[str, Any]:
+    """Values of fields that are younger than a manifest may be."""
+    made = {f.name: f.default_factory() for f in fields(Manifest) if f.default_factory is not MISSING}
+    return made | {f.name: f.default for f in fields(Manifest) if f.default is not MISSING}
+
+
+def _check_complete(manifest: Manifest, folder: Path) -> None:
+    """Refuse a list of files without those that a checkpoint of this kind cannot do without."""
+    for name in manifest.files:
+        inside(folder, name)
+    if manifest.kind == "whole":
+        complete = any(name.startswith(f"{WEIGHTS_DIR}/") for name in manifest.files)
+    else:
+        complete = all(rank_name(rank) in manifest.files for rank in range(manifest.world_size))
+    if not complete:
+        what = "weights" if manifest.kind == "whole" else f"the sidecars of its {manifest.world_size} ranks"
+        raise CheckpointError(
+            f"{folder / MANIFEST} lists no complete checkpoint: {what} are not among its {len(manifest.files)} files; "
+            "use another."
+        )
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ RELEASE_BYTES).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import STATE_DIR, WEIGHTS_DIR, Manifest, ema_name, inside, rank_name, read_manifest
+from bd3_megatron.checkpoint.manifest_fields import check_sidecar, is_parameter_name
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.model.partition import Partition, partition_of
@@ -103,18 +105,25 @@ class ShardedReader:
         kind = checked_kind(which, self._kinds, self.folder)
         partition = partition_of(name, gated=self._gated)
         tp = 1 if partition.dim is None else self.manifest.grid["tp"]
-        whole = torch.empty(self.shape(name), dtype=torch.float32)
-        for tp_rank in range(tp):
-            targets = views_of_shard(whole, partition, (tp_rank, tp))
-            if len(targets) == 1 and targets[0].is_contiguous():
-                # cut along rows: straight into place
-                self._fill_shard(targets[0].view(-1), name, kind, tp_rank)
-                continue
-            shard = torch.empty(self._find(name).shape, dtype=torch.float32)
-            self._fill_shard(shard.view(-1), name, kind, tp_rank)
-            parts = shard.chunk(partition.strides, dim=partition.dim or 0)
-            for target, part in zip(targets, parts, strict=True):
-                target.copy_(part)
+        # before memory is taken: a sidecar from outside may name any shape
+        pieces = [self._pieces(name, tp_rank) for tp_rank in range(tp)]
+        try:
+            whole = torch.empty(self.shape(name), dtype=torch.float32)
+            for tp_rank, mine in enumerate(pieces):
+                targets = views_of_shard(whole, partition, (tp_rank, tp))
+                if len(targets) == 1 and targets[0].is_contiguous():
+                    # cut along rows: straight into place
+                    self._fill_shard(targets[0].view(-1), mine, kind)
+                    continue
+                shard = torch.empty(self._find(name).shape, dtype=torch.float32)
+                self._fill_shard(shard.view(-1), mine, kind)
+                parts = shard.chunk(partition.strides, dim=partition.dim or 0)
+                for target, part in zip(targets, parts, strict=True):
+                    target.copy_(part)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.folder}: the files do not hold '{name}' as their sidecars say ({error!s:.100}); use another checkpoint."
+            ) from None
         return whole
 
     def close(self) -> None:
@@ -122,23 +131,29 @@ class ShardedReader:
         self._open.clear()
         self._read_bytes = 0
 
-    def _fill_shard(self, flat: Tensor, name: str, kind: str, tp_rank: int) -> None:
-        """Put the elements of one tensor-parallel rank's shard, flattened, into `flat`."""
-        mine = [piece for piece in self._find(name).pieces if piece.tp_rank == tp_rank]
+    def _pieces(self, name: str, tp_rank: int) -> list[StoredPiece]:
+        """The pieces of one tensor-parallel rank's shard, in the order of its elements, without a hole."""
+        stored = self._find(name)
+        mine = [piece for piece in stored.pieces if piece.tp_rank == tp_rank]
+        # a table tied across the pipeline is on two stages
         first_stage = min((piece.pp_rank for piece in mine), default=0)
         pieces = sorted((p for p in mine if p.pp_rank == first_stage), key=lambda piece: piece.offset)
-        filled = 0
+        filled, wanted = 0, math.prod(stored.shape)
         for piece in pieces:
-            if piece.offset != filled or piece.offset + piece.numel > flat.numel():
+            if piece.offset != filled:
                 break
-            for start in range(0, piece.numel, READ_ELEMENTS):
-                count = min(READ_ELEMENTS, piece.numel - start)
-                flat[filled : filled + count] = self._elements(piece, kind, (start, start + count))
-                filled += count
-        if filled != flat.numel():
+            filled += piece.numel
+        if filled != wanted:
             raise CheckpointError(
-                f"{self.folder}: '{name}' has {filled} of {flat.numel()} elements on tp rank {tp_rank}; use another checkpoint."
+                f"{self.folder}: '{name}' has {filled} of {wanted} elements on tp rank {tp_rank}; use another checkpoint."
             )
+        return pieces
+
+    def _fill_shard(self, flat: Tensor, pieces: list[StoredPiece], kind: str) -> None:
+        for piece in pieces:
+            for start in range(0, piece.numel, READ_ELEMENTS):
+                end = min(start + READ_ELEMENTS, piece.numel)
+                flat[piece.offset + start : piece.offset + end] = self._elements(piece, kind, (start, end))
 
     def _elements(self, piece: StoredPiece, kind: str, part: tuple[int, int]) -> Tensor:
         if self._read_bytes > RELEASE_BYTES:
@@ -168,18 +183,19 @@ class ShardedReader:
 
     def _take_sidecar(self, rank: int) -> None:
         tree = read_sidecar(self.folder, rank)
-        try:
-            self._state_file[rank], self._stage[rank] = str(tree["state_file"]), int(tree["zero_stage"])
-            self._kinds &= set(tree["kinds"])
-            tp_rank, pp_rank = int(tree["tp_rank"]), int(tree["pp_rank"])
-            for name, shape in tree["shapes"].items():
-                self._stored.setdefault(name, _Stored(tuple(shape)))
-            for name, index, start, numel, offset in tree["pieces"]:
-                self._stored[name].pieces.append(StoredPiece(rank, tp_rank, pp_rank, index, start, numel, offset))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.folder / rank_name(rank)} is no sidecar ({error}); use another checkpoint."
-            ) from None
+        self._state_file[rank], self._stage[rank] = tree["state_file"], tree["zero_stage"]
+        self._kinds &= set(tree["kinds"])
+        for name, shape in tree["shapes"].items():
+            known = self._stored.setdefault(name, _Stored(tuple(shape)))
+            dim = partition_of(name, gated=self._gated).dim
+            if known.shape != tuple(shape) or (dim is not None and dim >= len(shape)):
+                raise CheckpointError(
+                    f"{self.folder / rank_name(rank)}: '{name}' has shape {shape}, which is not that of rank 0 or has "
+                    "too few dimensions to be cut; use another checkpoint."
+                )
+        for name, index, start, numel, offset in tree["pieces"]:
+            piece = StoredPiece(rank, tree["tp_rank"], tree["pp_rank"], index, start, numel, offset)
+            self._stored[name].pieces.append(piece)
 
 
 class WholeReader:
@@ -193,6 +209,9 @@ class WholeReader:
             if name.startswith(f"{WEIGHTS_DIR}/"):
                 with open_safetensors(inside(folder, name)) as opened:
                     self._file_of |= dict.fromkeys(opened.keys(), name)
+        odd = next((name for name in self._file_of if not is_parameter_name(name)), None)
+        if odd is not None:
+            raise CheckpointError(f"{folder} holds a tensor '{odd:.80}', which no model has; use another checkpoint.")
 
     def names(self) -> list[str]:
         """Global parameter names, in order of depth."""
@@ -271,15 +290,18 @@ def read_sidecar(folder: Path, rank: int) -> dict[str, Any]:
     """What rank `rank` wrote about its files.
 
     Raises:
-        CheckpointError: missing or not JSON.
+        CheckpointError: missing, not JSON, or with a field that is not lawful.
     """
     path = folder / rank_name(rank)
     try:
         tree = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!s:.200}); use another checkpoint.") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} is not a sidecar; use another checkpoint.")
+    check_sidecar(tree, path)
+    if tree["rank"] != rank:
+        raise CheckpointError(f"{path} says that it is of rank {tree['rank']}; use another checkpoint.")
     return tree
 
 

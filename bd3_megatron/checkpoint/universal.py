@@ -28,6 +28,7 @@ from bd3_megatron.checkpoint.pieces import MOMENTS
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
+from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, write_text
 from bd3_megatron.model.partition import Partition, partition_of
@@ -107,7 +108,7 @@ def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
             if kind in kinds:
                 write_torch(folder / f"{kind}.pt", _entry(reader.tensor(name, kind), partition))
         if MOMENTS[0] in kinds:
-            write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine["adam_step"])))
+            write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine.get("adam_step") or 0)))
         if "ema" in kinds:
             write_torch(out / _EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
     if rank == 0:
@@ -127,14 +128,14 @@ def _entry(whole: Tensor, partition: Partition) -> dict[str, Any]:
 def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
     """What DeepSpeed's loader reads beside the parameters: hyperparameters of the groups, and one model file."""
     manifest = reader.manifest
-    optim = manifest.config["optim"]
-    group = {"lr": optim["lr"], "betas": tuple(optim.get("betas", (0.9, 0.999))), "eps": optim.get("adam_eps", 1e-8)}
-    groups = [{**group, "weight_decay": optim.get("weight_decay", 0.0), "name": "decayed"}]
+    optim = config_from_tree(manifest.config).optim
+    group = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.adam_eps}
+    groups = [{**group, "weight_decay": optim.weight_decay, "name": "decayed"}]
     groups.append({**group, "weight_decay": 0.0, "name": "plain"})
     version = manifest.software.get("deepspeed", "0.19.8")
-    state = {"ds_version": version, "clip_grad": optim.get("clip_grad_norm", 1.0), "param_groups": groups}
+    state = {"ds_version": version, "clip_grad": optim.clip_grad_norm, "param_groups": groups}
     write_torch(out / ZERO_DIR / "optimizer_state.pt", state)
-    counters = {"skipped_steps": manifest.engine["skipped_steps"], "global_steps": manifest.engine["global_steps"]}
+    counters = {name: manifest.engine.get(name) or 0 for name in ("skipped_steps", "global_steps")}
     model = {"module": {}, "lr_scheduler": None, "ds_version": version, **counters, **universal_info(gated=gated)}
     world = {"dp_world_size": manifest.grid["dp"] * manifest.grid["cp"], "mp_world_size": 1}
     write_torch(out / "mp_rank_00_model_states.pt", model | world)

@@ -207,16 +207,20 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
             notes.append(f"ids of special tokens are unknown: {error}")
     else:
         notes.append("the run's data was not found; begin, end and padding ids are left out")
-    described = plain_config(
-        model,
-        vocab_size=manifest.vocab_size,
-        seq_len=config.data.seq_len,
-        block_size=block_size_at(config, manifest.step),
-        mask_id=manifest.mask_id,
-        objective=config.diffusion.objective,
-        special_ids=ids,
-        evaluation=manifest.evaluation or None,
-    )
+    try:
+        described = plain_config(
+            model,
+            vocab_size=manifest.vocab_size,
+            seq_len=config.data.seq_len,
+            block_size=block_size_at(config, manifest.step),
+            mask_id=manifest.mask_id,
+            objective=config.diffusion.objective,
+            special_ids=ids,
+            evaluation=manifest.evaluation or None,
+        )
+    except ValueError as error:
+        # a manifest from outside may hold what no configuration file could
+        raise ConversionError(f"the checkpoint describes no model: {error}") from None
     return described, notes
 
 

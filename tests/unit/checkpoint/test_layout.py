@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,12 @@ from bd3_megatron.checkpoint.layout import (
     inside,
     manifest_bytes,
     parse_manifest,
+    rank_name,
     read_manifest,
     step_name,
     step_of,
 )
+from bd3_megatron.checkpoint.manifest_fields import FIELDS
 from bd3_megatron.errors import CheckpointError
 
 
@@ -39,7 +41,7 @@ def manifest() -> Manifest:
         vocab_size=61,
         mask_id=60,
         train_state={"interval": [0.1, 0.9]},
-        files={"deepspeed/a.pt": FileRecord(3, "00")},
+        files={"deepspeed/a.pt": FileRecord(3, "0" * 64), rank_name(0): FileRecord(5, "1" * 64)},
     )
 
 
@@ -68,11 +70,25 @@ def test_a_manifest_is_guarded_by_its_digest(tmp_path: Path) -> None:
     [
         ({"version": VERSION + 1}, "use a newer bd3_megatron"),
         ({"version": None}, "has no version"),
-        ({"surprise": 1}, "lacks fields or has unknown ones"),
-        ({"files": {"a": 3}}, "describes its files wrongly"),
-        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "leaves the folder"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, "leaves the folder"),
-        ({"files": {"a/../../b": {"bytes": 1, "sha256": ""}}}, "leaves the folder"),
+        ({"surprise": 1}, "has the unknown field 'surprise'; use a newer bd3_megatron"),
+        ({"step": True}, r"step=True must be a whole number from 0 to 2\*\*53; use another checkpoint"),
+        ({"step": 10**400}, r"step=10{70,79}\.\.\. must be a whole number"),
+        ({"samples_consumed": 1.5}, "samples_consumed=1.5 must be a whole number"),
+        ({"grid": {"tp": 1}}, "grid=.* must be sizes from 1 to .* of the axes tp, pp, vpp, cp, dp"),
+        ({"world_size": 2**60}, "world_size=1152921504606846976 must be a whole number from 1 to"),
+        ({"world_size": 2}, r"world_size=2 is not tp\*pp\*cp\*dp=1 of its grid"),
+        ({"config": {"data": {}}}, "config=.* must be sections of settings, model among them"),
+        ({"mask_id": 61}, "mask_id=61 lies outside the vocabulary of 61"),
+        ({"engine": {"adam_step": -1}}, "engine=.* must be numbers from 0 by name"),
+        ({"kind": "other"}, "kind='other' must be sharded or whole"),
+        ({"kind": "whole"}, "lists no complete checkpoint: weights are not among its 2 files"),
+        ({"files": {}}, r"files=\{\} must be size and SHA-256 of one file or more"),
+        ({"files": {"a": 3}}, "must be size and SHA-256"),
+        ({"files": {"a": {"bytes": 1, "sha256": "0" * 64}}}, "the sidecars of its 1 ranks are not among its 1 files"),
+        ({"files": {"../a": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),
+        ({"files": {"a/../../b": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),
+        ({"files": {"a\0b": {"bytes": 1, "sha256": "0" * 64}}}, "is no plain name"),
     ],
 )
 def test_a_wrong_manifest_is_refused(change: dict[str, object], match: str, tmp_path: Path) -> None:
@@ -81,7 +97,21 @@ def test_a_wrong_manifest_is_refused(change: dict[str, object], match: str, tmp_
         parse_manifest(json.dumps(tree).encode(), tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_every_field_has_a_law() -> None:
+    assert set(FIELDS) == {f.name for f in fields(Manifest)}
+
+
+def test_a_manifest_without_a_field_is_refused_unless_the_field_is_younger(tmp_path: Path) -> None:
+    tree = json.loads(manifest_bytes(manifest()))
+    for name in ("engine", "software", "origin", "kind"):
+        del tree[name]
+    assert parse_manifest(json.dumps(tree).encode(), tmp_path) == manifest()
+    del tree["mask_id"]
+    with pytest.raises(CheckpointError, match="lacks the field mask_id"):
+        parse_manifest(json.dumps(tree).encode(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not JSON|has no version"):
         parse_manifest(content, tmp_path)

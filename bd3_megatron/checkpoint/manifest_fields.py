@@ -1,0 +1,159 @@
+"""What every field of a manifest may hold, and of a rank's sidecar: files that may come from outside.
+
+A field of the wrong type or beyond its bounds is refused in one sentence that names it, its law and its value; nothing is
+allocated, opened or counted on its word. Knows nothing of meanings beyond that.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bd3_megatron.errors import CheckpointError
+
+AXES = ("tp", "pp", "vpp", "cp", "dp")
+MAX_COUNT = 2**53
+"""Steps, samples, bytes and elements: what a float64 of a record still tells apart."""
+MAX_RANKS = 2**20
+MAX_ROWS = 2**31
+MAX_TEXT = 4096
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_STATE_FILE = re.compile(r"\w[\w.-]*\.pt")
+_PARAMETER = re.compile(r"(embedding|output_layer)\.[\w.]+|decoder\.(layers\.\d{1,6}\.)?[\w.]+")
+
+
+def is_count(value: Any, low: int = 0, high: int = MAX_COUNT) -> bool:
+    """Whether it is a whole number in [low, high]; true and false are none."""
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_COUNT
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _all_values(law: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(law(inner) for inner in value.values())
+
+
+def _is_grid(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and set(value) == set(AXES) and all(is_count(n, 1, MAX_RANKS) for n in value.values())
+    )
+
+
+def _is_configuration(value: Any) -> bool:
+    return isinstance(value, dict) and "model" in value and all(isinstance(part, dict) for part in value.values())
+
+
+def _is_file_record(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"bytes", "sha256"}:
+        return False
+    return is_count(value["bytes"]) and isinstance(value["sha256"], str) and bool(_DIGEST.fullmatch(value["sha256"]))
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (lambda v: is_count(v, 1), "a whole number from 1"),
+    "step": (is_count, "a whole number from 0 to 2**53"),
+    "samples_consumed": (is_count, "a whole number from 0 to 2**53"),
+    "grid": (_is_grid, f"sizes from 1 to 2**20 of the axes {', '.join(AXES)}"),
+    "zero_stage": (lambda v: is_count(v, 0, 3), "0, 1, 2 or 3"),
+    "world_size": (lambda v: is_count(v, 1, MAX_RANKS), "a whole number from 1 to 2**20"),
+    "config": (_is_configuration, "sections of settings, model among them"),
+    "git_commit": (lambda v: v is None or _is_text(v), "text or nothing"),
+    "seeds": (_all_values(lambda v: is_count(v, -MAX_COUNT)), "whole numbers by name"),
+    "vocab_size": (lambda v: is_count(v, 1, MAX_ROWS), "a whole number from 1 to 2**31"),
+    "mask_id": (lambda v: v is None or is_count(v, 0, MAX_ROWS), "an id of the vocabulary or nothing"),
+    "train_state": (lambda v: isinstance(v, dict), "values by name"),
+    "engine": (_all_values(lambda v: v is None or (_is_number(v) and v >= 0)), "numbers from 0 by name"),
+    "software": (_all_values(_is_text), "versions by name"),
+    "evaluation": (lambda v: isinstance(v, dict), "values by name"),
+    "origin": (lambda v: isinstance(v, dict), "values by name"),
+    "kind": (lambda v: v in ("sharded", "whole"), "sharded or whole"),
+    "files": (lambda v: _all_values(_is_file_record)(v) and len(v) > 0, "size and SHA-256 of one file or more"),
+}
+"""Law of each field, and its words."""
+
+SIDECAR: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
+    "tp_rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
+    "pp_rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
+    "state_file": (lambda v: isinstance(v, str) and bool(_STATE_FILE.fullmatch(v)), "the name of a .pt file"),
+    "zero_stage": (lambda v: is_count(v, 0, 3), "0, 1, 2 or 3"),
+    "kinds": (lambda v: isinstance(v, list) and all(_is_text(kind) for kind in v), "a list of names"),
+    "shapes": (lambda v: isinstance(v, dict) and all(map(_is_shape, v.items())), "shapes of parameters by name"),
+    "pieces": (lambda v: isinstance(v, list) and all(map(_is_piece, v)), "a list of [name and four whole numbers]"),
+}
+"""Law of each field of a rank's sidecar that readers use, and its words."""
+
+
+def _is_shape(item: tuple[str, Any]) -> bool:
+    name, shape = item
+    if not is_parameter_name(name) or not isinstance(shape, list) or len(shape) > 2:
+        return False
+    return all(is_count(n, 1, MAX_ROWS) for n in shape)
+
+
+def _is_piece(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 5 or not isinstance(value[0], str):
+        return False
+    return all(is_count(number) for number in value[1:])
+
+
+def is_parameter_name(name: str) -> bool:
+    """Whether a model could have a parameter of that global name."""
+    return bool(_PARAMETER.fullmatch(name))
+
+
+def check_manifest(tree: Mapping[str, Any], path: Path) -> None:
+    """Refuse a manifest with a field that is absent, unknown or not lawful, or with two that contradict each other.
+
+    Args:
+        tree: the manifest's JSON, fields with defaults filled in.
+        path: of the manifest, for the sentence.
+
+    Raises:
+        CheckpointError: the first such field.
+    """
+    _check_fields(tree, FIELDS, path)
+    grid, ranks = tree["grid"], tree["world_size"]
+    product = grid["tp"] * grid["pp"] * grid["cp"] * grid["dp"]
+    if product != ranks:
+        raise CheckpointError(
+            f"{path}: world_size={ranks} is not tp*pp*cp*dp={product} of its grid; use another checkpoint."
+        )
+    if tree["mask_id"] is not None and tree["mask_id"] >= tree["vocab_size"]:
+        raise CheckpointError(
+            f"{path}: mask_id={tree['mask_id']} lies outside the vocabulary of {tree['vocab_size']}; use another checkpoint."
+        )
+
+
+def check_sidecar(tree: Mapping[str, Any], path: Path) -> None:
+    """Refuse a sidecar with a field that is absent or not lawful.
+
+    Raises:
+        CheckpointError: the first such field.
+    """
+    _check_fields(tree, SIDECAR, path)
+    unknown = next((piece[0] for piece in tree["pieces"] if piece[0] not in tree["shapes"]), None)
+    if unknown is not None:
+        raise CheckpointError(f"{path}: a piece names '{unknown:.80}', which has no shape; use another checkpoint.")
+
+
+def _check_fields(tree: Mapping[str, Any], laws: Mapping[str, tuple[Callable[[Any], bool], str]], path: Path) -> None:
+    for name, (law, words) in laws.items():
+        if name not in tree:
+            raise CheckpointError(f"{path} lacks the field {name}; use another checkpoint.")
+        if not law(tree[name]):
+            raise CheckpointError(f"{path}: {name}={_short(tree[name])} must be {words}; use another checkpoint.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
