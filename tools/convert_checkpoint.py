@@ -32,7 +32,11 @@ def build_parser() -> CommandParser:
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--dtype", choices=sorted(TORCH_NAMES), default="fp32", help="of the stored weights")
     parser.add_argument("--layout", choices=("bd3", "sdar", "qwen3"), default="bd3", help="whose names and fields")
-    parser.add_argument("--remap-mask", action="store_true", help="sdar: move the mask to the id its engines assume")
+    mask = parser.add_mutually_exclusive_group()
+    mask.add_argument(
+        "--remap-mask", action="store_true", help="sdar: move the mask to the id SGLang and LMDeploy assume"
+    )
+    mask.add_argument("--keep-mask", action="store_true", help="sdar: leave the mask's id, for engines that take any")
     parser.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
     return parser
 
@@ -75,7 +79,7 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
     import torch
 
     from bd3_megatron.convert.folder import model_type_of
-    from bd3_megatron.convert.sdar import export_layout
+    from bd3_megatron.convert.sdar import MaskPlace, export_layout
     from bd3_megatron.files import scratch_folder
     from bd3_megatron.sampling.folder import MODEL_TYPE
 
@@ -85,7 +89,8 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
         if model_type_of(folder) != MODEL_TYPE:
             folder = between / "bd3"
             lines = convert_own_folder(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
-        remarks = export_layout(folder, parsed.out, parsed.layout, remap_mask=parsed.remap_mask, dtype=dtype)
+        mask: MaskPlace | None = "moved" if parsed.remap_mask else "kept" if parsed.keep_mask else None
+        remarks = export_layout(folder, parsed.out, parsed.layout, mask=mask, dtype=dtype)
     return [f"{parsed.out}: {parsed.layout} layout of {parsed.place}", *lines, *remarks]
 
 

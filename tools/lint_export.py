@@ -1,6 +1,7 @@
-"""Will an engine serve this folder rightly? `python tools/lint_export.py FOLDER --engine sglang|lmdeploy|transformers`.
+"""What would an engine do wrongly with this folder? `python tools/lint_export.py FOLDER --engine sglang`.
 
-Exit code 0 when it will, 1 when something must be changed first, 2 when the folder cannot be read.
+Exit code 0 when the files contradict nothing that the engine assumes, 1 when something must be changed first, 2 when the
+folder cannot be read. Nothing is loaded or run.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from bd3_megatron.command import CommandParser, run_tool
 
 def build_parser() -> CommandParser:
     """The arguments of this tool."""
-    parser = CommandParser(prog="lint_export", description="Say whether an engine will serve a model folder rightly.")
+    parser = CommandParser(
+        prog="lint_export",
+        description="Say what an engine would do wrongly with a model folder, as far as its files tell.",
+    )
     parser.add_argument("folder", type=Path, help="a model folder: ours, SDAR's or Qwen3's layout")
-    parser.add_argument("--engine", choices=("sglang", "lmdeploy", "transformers"), required=True)
+    parser.add_argument("--engine", choices=("sglang", "lmdeploy", "jetengine", "transformers"), required=True)
     return parser
 
 
@@ -30,15 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(parsed: argparse.Namespace) -> int:
-    """Print every finding and the verdict."""
-    from bd3_megatron.convert.lint import lint_folder, served_rightly
+    """Print every answer, and what follows."""
+    from bd3_megatron.convert.lint import has_errors, lint_folder
 
-    findings = lint_folder(parsed.folder, parsed.engine)
-    for finding in findings:
-        print(f"{'wrong' if finding.is_error else 'note '}  {finding.sentence}")
-    good = served_rightly(findings)
-    print(f"{parsed.engine} {'serves' if good else 'does not serve'} {parsed.folder} rightly")
-    return 0 if good else 1
+    answers = lint_folder(parsed.folder, parsed.engine)
+    for answer in answers:
+        print(f"{'wrong' if answer.is_error else 'note '}  {answer.sentence}")
+    if has_errors(answers):
+        print(f"{parsed.engine} would serve {parsed.folder} wrongly; change what is said above first")
+        return 1
+    print(f"nothing in {parsed.folder} contradicts what {parsed.engine} assumes; nothing was loaded or run")
+    return 0
 
 
 if __name__ == "__main__":

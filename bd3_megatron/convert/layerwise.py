@@ -56,7 +56,6 @@ def proof_span(objective: str, block_size: int) -> int:
     return min(objective_named(objective, block_size=block_size).block_size, LONGEST_SPAN)
 
 
-@torch.no_grad()
 def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int) -> Tensor:
     """Raw logits [B, L, V], fp32, of the plain model whose tensors `source` holds.
 
@@ -67,6 +66,12 @@ def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
         clean_BL: int64 ids of the clean half; None: one sequence under the block-causal rule.
         span: tokens of a block.
     """
+    return head_logits(source, shape, final_states(source, shape, noisy_BL, clean_BL, span=span))
+
+
+@torch.no_grad()
+def final_states(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int) -> Tensor:
+    """What the head sees [B, L, D], fp32, after the last norm; arguments as `plain_logits`."""
     length = noisy_BL.shape[1]
     ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
     rule = block_causal_sees if clean_BL is None else pair_sees
@@ -81,7 +86,12 @@ def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
     for index in range(shape.num_hidden_layers):
         layer = _loaded(partial(Layer, shape, index), source, f"model.layers.{index}.")
         x_BRD = layer(x_BRD, rotary, attend)
-    x_BLD = _loaded(partial(new_norm, shape), source, "model.norm.")(x_BRD[:, :length])
+    return _loaded(partial(new_norm, shape), source, "model.norm.")(x_BRD[:, :length])
+
+
+@torch.no_grad()
+def head_logits(source: PlainSource, shape: Shape, x_BLD: Tensor) -> Tensor:
+    """Raw logits [B, L, V], fp32, of final states."""
     head = EMBED_TOKENS if shape.tie_word_embeddings else LM_HEAD
     logits = _scored(partial(source.rows, head), shape.vocab_size, x_BLD)
     return logits + source.tensor("lm_head.bias").float() if shape.style == "paper" else logits

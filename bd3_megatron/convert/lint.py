@@ -1,10 +1,10 @@
-"""Will this engine serve this folder rightly? Questions to a model folder, answered from its files alone.
+"""What an engine would do wrongly with a model folder, as far as the folder's files tell.
 
-Decides: what each engine assumes about a block-diffusion model (architecture, mask id, block size, logit alignment,
-clean prefix, grid of blocks, vocabulary, tied tables), and what to change where the folder says otherwise. An error is
-something the engine would do wrongly or refuse; a remark is a setting to give it. Nothing is loaded or run.
+Each check asks for one assumption of an engine (architecture, mask id, block size, logit alignment, visibility, tables,
+tokenizer). An error is what the engine would compute wrongly or refuse; a remark is a setting to give it. Nothing is loaded
+or run, so that no answer says that an engine serves the folder well.
 Source: SGLang python/sglang/srt/dllm/config.py (DLLM_PARAMS), LMDeploy lmdeploy/pytorch/configurations/sdar.py,
-transformers' loading of remote code; as read in late 2025. Knows nothing of engines' later versions.
+JetEngine jetengine/config.py, transformers' loading of remote code; as read in late 2025.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
+from bd3_megatron.convert.layerwise import TABLE_ROWS
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.sdar import SDAR_MASK_ID
 from bd3_megatron.convert.to_hf import is_tokenizer_file
 from bd3_megatron.hf.plain_bd3 import predicts_next
 from bd3_megatron.sampling.folder import read_export_json
 
-Engine = Literal["sglang", "lmdeploy", "transformers"]
+Engine = Literal["sglang", "lmdeploy", "jetengine", "transformers"]
+BLOCK_DIFFUSION = {"SDARForCausalLM": "sdar", "SDARMoeForCausalLM": "sdar_moe"}
+"""Architectures that SGLang, LMDeploy and JetEngine serve as SDAR, and their model types."""
 SDAR_BLOCK_SIZE = 4
-SERVED = {"sglang": ("SDARForCausalLM",), "lmdeploy": ("SDARForCausalLM",)}
+"""SGLang's default for them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LintRemark:
 
 
 def lint_folder(folder: Path, engine: Engine) -> list[LintRemark]:
-    """Everything to be said about serving `folder` with `engine`; no error among it means that it is served rightly.
+    """Everything that the files say about serving `folder` with `engine`.
 
     Raises:
         CheckpointError: the folder has no readable config.json or weights.
@@ -45,7 +48,6 @@ def lint_folder(folder: Path, engine: Engine) -> list[LintRemark]:
     config = read_export_json(folder / "config.json")
     weights = FolderSource(folder)
     checks: list[Callable[[], Iterator[LintRemark]]] = [
-        lambda: _architecture(config, engine),
         lambda: _vocabulary(config, weights),
         lambda: _tied_tables(config, weights),
         lambda: _tokenizer(folder, config),
@@ -53,30 +55,34 @@ def lint_folder(folder: Path, engine: Engine) -> list[LintRemark]:
     if engine == "transformers":
         checks.append(lambda: _remote_code(folder, config))
     else:
-        checks += [lambda: _mask(config, engine), lambda: _blocks(config, engine), lambda: _meaning(config, engine)]
-    return [finding for check in checks for finding in check()]
+        checks += [lambda: _architecture(config, engine), lambda: _mask(folder, config, engine)]
+        checks += [lambda: _blocks(config, engine), lambda: _meaning(config, engine)]
+        checks += [lambda: _unused_rows(folder, config, weights)]
+    return [answer for check in checks for answer in check()]
 
 
 def _architecture(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
-    names = config.get("architectures") or ["none"]
-    if engine == "transformers":
-        if "auto_map" not in config and config.get("model_type") == "sdar":
-            yield LintRemark(
-                True,
-                "model_type=sdar without auto_map: transformers has no such class; add SDAR's own modelling files.",
-            )
-        return
-    if names[0] not in SERVED[engine]:
+    name, model_type = (config.get("architectures") or ["none"])[0], config.get("model_type")
+    if name not in BLOCK_DIFFUSION or model_type != BLOCK_DIFFUSION[name]:
         yield LintRemark(
             True,
-            f"architecture {names[0]} is unknown to {engine}, which serves {', '.join(SERVED[engine])} as block diffusion; "
-            "write the folder with tools/convert_checkpoint.py --layout sdar.",
+            f"architecture {name} with model_type={model_type} is not served as block diffusion by {engine}, which takes "
+            "SDARForCausalLM with sdar; write the folder with tools/convert_checkpoint.py --layout sdar.",
+        )
+    auto_map = config.get("auto_map")
+    if engine == "jetengine" and not (isinstance(auto_map, dict) and "AutoConfig" in auto_map):
+        yield LintRemark(
+            True,
+            "config.json has no auto_map with AutoConfig, and JetEngine asks transformers for the configuration; write the "
+            "folder with --layout sdar.",
         )
 
 
-def _mask(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
+def _mask(folder: Path, config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
     mask_id = config.get("mask_token_id")
-    if mask_id is None:
+    if engine == "jetengine":
+        yield LintRemark(False, f"give JetEngine mask_token_id={mask_id}, or it takes the tokenizer's mask.")
+    elif mask_id is None:
         yield LintRemark(
             True, f"config.json names no mask_token_id; {engine} masks with {SDAR_MASK_ID}: is that the model's?"
         )
@@ -99,6 +105,8 @@ def _blocks(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
         )
     elif engine == "lmdeploy":
         yield LintRemark(False, f"give LMDeploy --dllm-block-length {block_size}.")
+    elif engine == "jetengine":
+        yield LintRemark(False, f"give JetEngine block_length={block_size}.")
 
 
 def _meaning(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
@@ -112,6 +120,28 @@ def _meaning(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
     if predicts_next(config.get("objective", "block")):
         yield LintRemark(
             True, "objective=ar: an autoregressive model; serve it as Qwen3 (--layout qwen3), not as block diffusion."
+        )
+
+
+def _unused_rows(folder: Path, config: dict[str, Any], weights: FolderSource) -> Iterator[LintRemark]:
+    """Rows of the output table without a token: an engine that samples from all rows draws those whose logit is 0."""
+    if LM_HEAD not in weights.names():
+        return
+    zeros, rows = 0, weights.shape(LM_HEAD)[0]
+    for start in range(0, rows, TABLE_ROWS):
+        zeros += int((weights.rows(LM_HEAD, start, min(start + TABLE_ROWS, rows)) == 0).all(dim=1).sum())
+    if zeros:
+        yield LintRemark(
+            True,
+            f"{zeros} rows of {LM_HEAD} are zero: their logit is 0 and engines sample them; write the folder with "
+            "--layout sdar, which makes such rows silent.",
+        )
+    size = _tokenizer_size(folder)
+    if size is not None and size < rows:
+        yield LintRemark(
+            False,
+            f"{rows - size} rows of {LM_HEAD} are of no token; whether their logits are low was not computed here "
+            "(--layout sdar checks it when it writes a folder).",
         )
 
 
@@ -136,7 +166,7 @@ def _tied_tables(config: dict[str, Any], weights: FolderSource) -> Iterator[Lint
     if not tied and not has_head:
         yield LintRemark(
             True,
-            f"tie_word_embeddings=false, but {LM_HEAD} is missing: the engine would start it at random; set it to true.",
+            f"tie_word_embeddings=false, but {LM_HEAD} is missing: nothing can be computed; set it to true if they are one.",
         )
     if tied and has_head:
         yield LintRemark(
@@ -152,29 +182,43 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> Iterator[LintRemark]:
         yield LintRemark(not others, "the folder has no tokenizer.json; copy the tokenizer's files into it.")
         return
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        added = {token["id"]: token["content"] for token in tree.get("added_tokens", [])}
-        pieces = tree["model"]["vocab"]
-        size = max([len(pieces) - 1, *added]) + 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield LintRemark(True, f"tokenizer.json cannot be read ({error}); copy it again.")
+        ids = _tokenizer_ids(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield LintRemark(True, f"tokenizer.json cannot be read ({error!s:.100}); copy it again.")
         return
     vocab_size, mask_id = config.get("vocab_size"), config.get("mask_token_id")
-    if isinstance(vocab_size, int) and size > vocab_size:
-        yield LintRemark(True, f"the tokenizer has {size} ids, the model {vocab_size}; pad the tables.")
-    if isinstance(mask_id, int) and mask_id not in added:
+    largest = max((i for i in ids if i != mask_id), default=-1)
+    if isinstance(vocab_size, int) and largest >= vocab_size:
+        yield LintRemark(True, f"the tokenizer has an id {largest}, the model {vocab_size} rows; pad the tables.")
+    if isinstance(mask_id, int) and not ids.get(mask_id, False):
         yield LintRemark(
             False, f"id {mask_id} is no special token of the tokenizer: decode with the mask left out, or add it."
         )
 
 
+def _tokenizer_ids(path: Path) -> dict[int, bool]:
+    """Every id of a tokenizer.json, and whether it is an added token's."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    pieces = tree["model"]["vocab"]
+    ids = range(len(pieces)) if isinstance(pieces, list) else pieces.values()
+    return {int(i): False for i in ids} | {int(token["id"]): True for token in tree.get("added_tokens", [])}
+
+
+def _tokenizer_size(folder: Path) -> int | None:
+    try:
+        return len(_tokenizer_ids(folder / "tokenizer.json"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        # said by _tokenizer
+        return None
+
+
 def _remote_code(folder: Path, config: dict[str, Any]) -> Iterator[LintRemark]:
     auto_map = config.get("auto_map")
-    if not isinstance(auto_map, dict):
-        if config.get("model_type") == "bd3":
+    if not isinstance(auto_map, dict) or not any(str(name).startswith("AutoModel") for name in auto_map):
+        if config.get("model_type") in ("bd3", "sdar"):
+            remedy = "export the folder again" if config["model_type"] == "bd3" else "add SDAR's own modelling files"
             yield LintRemark(
-                True,
-                "config.json has no auto_map: transformers cannot find the model's class; export the folder again.",
+                True, f"config.json has no auto_map with a model: transformers cannot find its class; {remedy}."
             )
         return
     missing: set[str] = set()
@@ -197,6 +241,6 @@ def _remote_code(folder: Path, config: dict[str, Any]) -> Iterator[LintRemark]:
         yield LintRemark(False, "load it with trust_remote_code=True.")
 
 
-def served_rightly(findings: list[LintRemark]) -> bool:
-    """No finding is an error."""
-    return not any(finding.is_error for finding in findings)
+def has_errors(answers: list[LintRemark]) -> bool:
+    """Whether the engine would do something wrongly, as far as the files tell."""
+    return any(answer.is_error for answer in answers)

@@ -1,17 +1,15 @@
 """An exported folder in the layouts other engines serve: SDAR (Qwen3-shaped block diffusion), or plain Qwen3.
 
-Decides: config.json and generation_config.json as those engines read them; weights pass through, since the plain model
-has Qwen3's names. SGLang and LMDeploy take the mask id 151669 for SDAR from their own source, not from the folder: with
-another mask id the export is refused, or (remap) the mask's rows move there, the vocabulary grows to 151936 and the rows
-in between, which no token uses, are named in generation_config's suppress_tokens.
-Refuses: the paper's style, models without norms on queries and keys (SDAR), shifted logits (SDAR).
-Does not write SDAR's modelling files: they are not ours. SGLang, LMDeploy and JetEngine need none.
-Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py.
+Weights pass through, since the plain model has Qwen3's names. In SDAR's layout the rows of the output table that are of no
+token, and the mask's, are silent (convert/silent_rows.py). Refused: the paper's style, no norms on queries and keys,
+shifted logits as SDAR, block diffusion as Qwen3. SDAR's modelling files are not ours to write.
+Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py;
+JetEngine jetengine/config.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +18,17 @@ from torch import Tensor
 
 from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
+from bd3_megatron.convert.moved_mask import move_mask
 from bd3_megatron.convert.plain_source import FolderSource
+from bd3_megatron.convert.silent_rows import check_silent, probe, silent_row
 from bd3_megatron.convert.stream import stream_weights
-from bd3_megatron.convert.to_hf import DTYPE_NAMES, checked_shapes, is_tokenizer_file
+from bd3_megatron.convert.to_hf import (
+    DTYPE_NAMES,
+    check_ids,
+    checked_shapes,
+    is_tokenizer_file,
+    model_files_dir,
+)
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json
@@ -30,13 +36,20 @@ from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import read_config
 
 ExportLayout = Literal["sdar", "qwen3"]
+MaskPlace = Literal["moved", "kept"]
 SDAR_MASK_ID = 151669
+"""SGLang and LMDeploy take it from their own source, whatever the folder says."""
 SDAR_VOCAB_SIZE = 151936
-TABLES = (EMBED_TOKENS, LM_HEAD)
+CONFIGURATION_FILE = "configuration_sdar.py"
 
 
 def export_layout(
-    folder: Path, out: Path, layout: ExportLayout, *, remap_mask: bool = False, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    out: Path,
+    layout: ExportLayout,
+    *,
+    mask: MaskPlace | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[str]:
     """Write an exported folder in another engine's layout.
 
@@ -44,38 +57,87 @@ def export_layout(
         folder: an exported folder of ours.
         out: the folder to write.
         layout: "sdar" or "qwen3".
-        remap_mask: move the mask to the id that SDAR's engines assume.
+        mask: "moved" to the id that SGLang and LMDeploy assume, or "kept" for engines that take any; None: refuse where
+            the two differ.
         dtype: of the stored weights.
 
     Returns:
         What the user must know.
 
     Raises:
-        ConversionError: the layout cannot express the model.
+        ConversionError: the layout cannot express the model, or no row keeps unused ids silent.
     """
     config, source = read_config(folder), FolderSource(folder)
+    check_ids(config, str(folder))
     shapes = checked_shapes(source, config)
     _check_expressible(config, layout)
-    target_mask, vocab_size = config.mask_token_id, config.vocab_size
-    if layout == "sdar" and config.mask_token_id != SDAR_MASK_ID:
-        target_mask, vocab_size = _remapped(config, remap_mask=remap_mask), max(vocab_size, SDAR_VOCAB_SIZE)
-    produce = _with_moved_mask(source, config, vocab_size, target_mask)
-    shapes = {name: (vocab_size, *shape[1:]) if name in TABLES else shape for name, shape in shapes.items()}
+    if layout == "qwen3":
+        with published(out, model_type=layout) as staging:
+            _write_descriptions(staging, config, layout, dtype)
+            stream_weights(staging, shapes, source.tensor, dtype=dtype)
+            copied = copy_files(folder, staging, is_tokenizer_file)
+        return [] if copied else [NO_TOKENIZER]
+    target = copy.copy(config)
+    target.mask_token_id, target.vocab_size = _mask_and_rows(config, mask)
+    # rows of the output table that are silent are rows of the input table too: the two cannot be one
+    target.tie_word_embeddings = False
+    tables = SdarTables(source, config, target)
+    shapes |= {name: (target.vocab_size, config.hidden_size) for name in (EMBED_TOKENS, LM_HEAD)}
     with published(out, model_type=layout) as staging:
-        described = layout_config(config, layout, vocab_size=vocab_size, mask_id=target_mask, dtype=dtype)
-        write_json(staging / "config.json", described)
-        unused = [i for i in range(config.vocab_size, vocab_size) if i != target_mask]
-        if target_mask != config.mask_token_id and config.mask_token_id is not None:
-            unused.insert(0, config.mask_token_id)
-        write_json(staging / "generation_config.json", generation_config(config, layout, unused))
-        stream_weights(staging, shapes, produce, dtype=dtype)
+        _write_descriptions(staging, target, layout, dtype)
+        stream_weights(staging, shapes, tables.tensor, dtype=dtype)
+        mass = check_silent(FolderSource(staging), target, tables.probed, tables.silent_ids)
         copied = copy_files(folder, staging, is_tokenizer_file)
-    return _remarks(config, layout, target_mask, copied)
+        moved = target.mask_token_id == config.mask_token_id or _move(staging, config, target)
+        copy_files(model_files_dir(), staging, lambda path: path.name == CONFIGURATION_FILE)
+    return _remarks(config, target, mass, has_tokenizer=bool(copied), tokenizer_follows=moved)
 
 
-def layout_config(
-    config: BD3Config, layout: ExportLayout, *, vocab_size: int, mask_id: int | None, dtype: torch.dtype
-) -> dict[str, Any]:
+NO_TOKENIZER = "no tokenizer files were there; copy the tokenizer into the folder"
+
+
+class SdarTables:
+    """Tensors of the SDAR folder: those of the source, but for the two tables of the vocabulary.
+
+    Args:
+        source: of our folder.
+        config: of our folder.
+        target: of the SDAR folder: mask id, rows.
+    """
+
+    def __init__(self, source: FolderSource, config: BD3Config, target: BD3Config) -> None:
+        self._source, self._config, self._target = source, config, target
+        self.probed = probe(source, config)
+        self._silent_D = silent_row(self.probed.states_ND)
+        unused = {*range(config.vocab_size, target.vocab_size), config.mask_token_id, target.mask_token_id}
+        self.silent_ids = sorted(i for i in unused if i is not None)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        if name not in (EMBED_TOKENS, LM_HEAD):
+            return self._source.tensor(name)
+        rows_VD = self._source.tensor(EMBED_TOKENS if self._config.tie_word_embeddings else name)
+        table_VD = rows_VD.new_zeros(self._target.vocab_size, rows_VD.shape[1])
+        table_VD[: len(rows_VD)] = rows_VD
+        if name == LM_HEAD:
+            table_VD[torch.tensor(self.silent_ids)] = self._silent_D.to(rows_VD.dtype)
+        elif self._target.mask_token_id != self._config.mask_token_id:
+            table_VD[self._target.mask_token_id] = rows_VD[self._config.mask_token_id]
+            table_VD[self._config.mask_token_id] = 0
+        return table_VD
+
+
+def _write_descriptions(staging: Path, config: BD3Config, layout: ExportLayout, dtype: torch.dtype) -> None:
+    write_json(staging / "config.json", layout_config(config, layout, dtype=dtype))
+    write_json(staging / "generation_config.json", generation_config(config, layout))
+
+
+def _move(staging: Path, config: BD3Config, target: BD3Config) -> bool:
+    assert config.mask_token_id is not None and target.mask_token_id is not None
+    return move_mask(staging, config.mask_token_id, target.mask_token_id)
+
+
+def layout_config(config: BD3Config, layout: ExportLayout, *, dtype: torch.dtype) -> dict[str, Any]:
     """Content of config.json in the other layout."""
     described = {
         "architectures": ["SDARForCausalLM" if layout == "sdar" else "Qwen3ForCausalLM"],
@@ -95,7 +157,7 @@ def layout_config(
         "attention_dropout": 0.0,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "vocab_size": vocab_size,
+        "vocab_size": config.vocab_size,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
@@ -108,11 +170,13 @@ def layout_config(
     if layout == "qwen3":
         return described
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
-    return described | switches | {"block_size": config.block_size, "mask_token_id": mask_id}
+    auto_map = {"AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.SDARConfig"}
+    ours = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, "auto_map": auto_map}
+    return described | switches | ours
 
 
-def generation_config(config: BD3Config, layout: ExportLayout, unused: list[int]) -> dict[str, Any]:
-    """Content of generation_config.json; `unused` rows must never be sampled."""
+def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]:
+    """Content of generation_config.json."""
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
@@ -121,7 +185,7 @@ def generation_config(config: BD3Config, layout: ExportLayout, unused: list[int]
     described: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
     if layout == "sdar":
         described |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return described | ({"suppress_tokens": unused} if unused else {})
+    return described
 
 
 def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
@@ -133,48 +197,47 @@ def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
         raise ConversionError(
             "objective=ar has shifted logits and no mask; SDAR's engines expect neither: use --layout qwen3."
         )
-
-
-def _remapped(config: BD3Config, *, remap_mask: bool) -> int:
-    if not remap_mask:
+    if layout == "qwen3" and objective_named(config.objective).has_noise:
         raise ConversionError(
-            f"mask_token_id={config.mask_token_id}, but SGLang and LMDeploy assume {SDAR_MASK_ID} for SDAR; "
-            "give --remap-mask to move the row there, or train with a tokenizer whose mask has that id."
+            "objective=block cannot be written as qwen3: readers of Qwen3 take a position's logits for the next token's; "
+            "use --layout sdar."
+        )
+
+
+def _mask_and_rows(config: BD3Config, mask: MaskPlace | None) -> tuple[int | None, int]:
+    """Mask id and rows of the tables in SDAR's layout."""
+    if config.mask_token_id == SDAR_MASK_ID or mask == "kept":
+        return config.mask_token_id, config.vocab_size
+    if mask is None:
+        raise ConversionError(
+            f"mask_token_id={config.mask_token_id}, but SGLang and LMDeploy assume {SDAR_MASK_ID} for SDAR; give "
+            "--remap-mask to move the row there, or --keep-mask for JetEngine and SDAR's own script, which take any id."
         )
     if config.vocab_size > SDAR_MASK_ID:
         raise ConversionError(
-            f"row {SDAR_MASK_ID} of the vocabulary ({config.vocab_size} rows) belongs to a token of its own; "
-            "the mask cannot be moved there, serve this model with JetEngine, which takes the mask id as an argument."
+            f"row {SDAR_MASK_ID} of the vocabulary ({config.vocab_size} rows) belongs to a token of its own; the mask "
+            "cannot be moved there: use --keep-mask, and serve the model with JetEngine or SDAR's own script."
         )
-    return SDAR_MASK_ID
+    return SDAR_MASK_ID, SDAR_VOCAB_SIZE
 
 
-def _with_moved_mask(
-    source: FolderSource, config: BD3Config, vocab_size: int, mask_id: int | None
-) -> Callable[[str], Tensor]:
-    def produce(name: str) -> Tensor:
-        tensor = source.tensor(name)
-        if name not in TABLES or (vocab_size == tensor.shape[0] and mask_id == config.mask_token_id):
-            return tensor
-        table = tensor.new_zeros(vocab_size, *tensor.shape[1:])
-        table[: tensor.shape[0]] = tensor
-        if mask_id is not None and mask_id != config.mask_token_id:
-            table[mask_id] = tensor[config.mask_token_id]
-            table[config.mask_token_id] = 0
-        return table
-
-    return produce
-
-
-def _remarks(config: BD3Config, layout: ExportLayout, mask_id: int | None, copied: list[str]) -> list[str]:
-    remarks = [] if copied else ["no tokenizer files were there; copy the tokenizer into the folder"]
-    if layout == "sdar":
-        remarks.append(
-            "no modelling files are written: SGLang, LMDeploy and JetEngine need none, transformers needs SDAR's own"
-        )
-    if mask_id != config.mask_token_id:
-        remarks.append(
-            f"the mask moved from {config.mask_token_id} to {mask_id}: tell the tokenizer too, and forbid the unused rows, "
-            "which are zero (generation_config.json names them; SGLang does not read that list)"
-        )
-    return remarks
+def _remarks(
+    config: BD3Config, target: BD3Config, mass: float, *, has_tokenizer: bool, tokenizer_follows: bool
+) -> list[str]:
+    remarks = [
+        f"ids of no token and the mask have at most {mass:.1g} of the probability at any position of a probe",
+        "SDAR's modelling files are not written: SGLang, LMDeploy and JetEngine bring their own, transformers needs them",
+    ]
+    if config.tie_word_embeddings:
+        remarks.append("the output table is stored apart from the input table, because its unused rows are silent")
+    if target.mask_token_id != config.mask_token_id:
+        remarks.append(f"the mask moved from {config.mask_token_id} to {target.mask_token_id}, in the tables")
+        if has_tokenizer:
+            remarks.append(
+                "and in the tokenizer"
+                if tokenizer_follows
+                else f"the tokenizer cannot hold id {target.mask_token_id} and still says {config.mask_token_id}"
+            )
+    elif target.mask_token_id != SDAR_MASK_ID:
+        remarks.append(f"the mask stays at {target.mask_token_id}: tell JetEngine mask_token_id={target.mask_token_id}")
+    return remarks if has_tokenizer else [*remarks, NO_TOKENIZER]

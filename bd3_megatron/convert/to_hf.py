@@ -123,7 +123,7 @@ def model_files_dir() -> Path:
 
 def is_model_file(path: Path) -> bool:
     """Whether a file of the folder above is one of those that travel."""
-    return path.suffix == ".py" and path.name != "__init__.py"
+    return path.suffix == ".py" and path.name not in ("__init__.py", "configuration_sdar.py")
 
 
 def is_tokenizer_file(path: Path) -> bool:

@@ -84,7 +84,9 @@ def test_figures_count_the_documents_that_were_trained_on(parallel: dict[str, An
     )
     ids_BL = rows.batch_for(torch.arange(BATCH)).document_id_BL
     assert ids_BL is not None
-    pairs = mean_pairs([attended_pairs(LENGTH, 4, [len(list(run)) for _, run in groupby(row)]) for row in ids_BL.tolist()])
+    pairs = mean_pairs(
+        [attended_pairs(LENGTH, 4, [len(list(run)) for _, run in groupby(row)]) for row in ids_BL.tolist()]
+    )
     devices, seconds = config.parallel.world_size(), record["time/step_seconds"]
     expected = figures(
         run, seconds, record["noise/masked_fraction"], devices, PeakTflops(1.0, "given"), pairs=pairs

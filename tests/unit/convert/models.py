@@ -41,14 +41,25 @@ def run_config(run_dir: Path, *, model: dict[str, Any] | None = None, **sections
     return config_from_tree(tree | sections)
 
 
-def whole_checkpoint(path: Path, config: Config, *, step: int = 3, vocab_size: int = VOCAB, seed: int = 1) -> Path:
-    """A checkpoint of random weights, made without any rank."""
+def whole_checkpoint(
+    path: Path, config: Config, *, step: int = 3, vocab_size: int = VOCAB, seed: int = 1, common: float = 0.0
+) -> Path:
+    """A checkpoint of random weights, made without any rank.
+
+    Args:
+        path: the checkpoint's folder.
+        config: the run.
+        step, vocab_size, seed: of the checkpoint.
+        common: added to every embedding, so that final states have a direction in common, as those of trained models do.
+    """
     table, generator = NameTable(config.model, vocab_size), torch.Generator().manual_seed(seed)
     rows = padded_vocab(vocab_size, config.model.vocab_multiple)
     shapes = {name: parallel_shape(name, config, rows) for name in table.parallel_names()}
 
     def produce(name: str) -> torch.Tensor:
         drawn = 0.3 * torch.randn(shapes[name], generator=generator)
+        if name == "embedding.word_embeddings.weight":
+            return drawn + common
         return 1.0 + drawn if "norm" in name and name.endswith("weight") else drawn
 
     manifest = Manifest(

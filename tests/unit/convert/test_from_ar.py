@@ -249,11 +249,14 @@ def test_both_spellings_of_the_rotary_base_are_read(tmp_path: Path) -> None:
 
 
 def test_an_sdar_folder_is_read_with_its_mask_and_block(tmp_path: Path) -> None:
-    qwen3(tmp_path / "qwen", tied=False)
+    model = qwen3(tmp_path / "qwen", tied=False)
+    # final states of a trained model have a direction in common
+    model.model.embed_tokens.weight.data += 2.0
+    saved(model, tmp_path / "qwen")
     config = qwen_run(tmp_path / "run", tied=False, objective="block")
     start_run(tmp_path / "qwen", config, vocab_size=ROWS, mask_id=70)
     convert_checkpoint(tmp_path / "run", tmp_path / "ours")
-    export_layout(tmp_path / "ours", tmp_path / "sdar", "sdar", remap_mask=True, dtype=torch.float32)
+    export_layout(tmp_path / "ours", tmp_path / "sdar", "sdar", mask="moved", dtype=torch.float32)
     foreign = read_ar_folder(tmp_path / "sdar")
     assert (foreign.model_type, foreign.block_size, foreign.mask_id) == ("sdar", 4, SDAR_MASK_ID)
     assert foreign.logit_alignment == "none"
