@@ -8,6 +8,7 @@ a number of their own, so that no two writers share one. Errors of the disk beco
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -239,6 +240,9 @@ def disk_errors(doing: str, remedy: str, *, kind: type[BD3Error] = DataError) ->
     try:
         yield
     except OSError as error:
+        # the file is in order when the process may not open any more of them
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit with ulimit -n, or let fewer processes share it"
         raise kind(f"{doing} failed ({reason_of(error)}); {remedy}.") from error
 
 

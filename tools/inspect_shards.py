@@ -41,7 +41,7 @@ def splits_of(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    from bd3_megatron.data.shards import HEADER_FILE
+    from bd3_megatron.data.shard_header import HEADER_FILE
 
     if (folder / HEADER_FILE).is_file():
         return [folder]
@@ -61,8 +61,10 @@ def print_split(shards: ShardFolder) -> None:
     )
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     print(f"{shards.where}")
-    print(f"  tokens       {header.num_tokens:,} ({header.dtype}) in {len(header.shards)} shards")
-    print(f"  documents    {header.num_documents:,}; {header.num_empty_documents:,} empty ones left out")
+    print(f"  tokens       {header.num_tokens:,} ({header.dtype.name}) in {len(header.shards)} shards")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(header.left_out.items())) or "none"
+    print(f"  documents    {header.num_documents:,}; left out: {left_out}")
+    print(f"  held out     {header.held_out_fraction:g} of the documents, by content")
     print(
         f"  lengths      mean {lengths.mean():.1f}, median {middle:.0f}, 5% {low:.0f}, 95% {high:.0f}, "
         f"longest {lengths.max()}"

@@ -23,7 +23,9 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bd3_megatron.data.decontaminate import NgramRequest
     from bd3_megatron.data.prepare import PrepareRequest
+    from bd3_megatron.data.row_filter import RowFilter
 
 
 def build_parser() -> CommandParser:
@@ -41,10 +43,33 @@ def build_parser() -> CommandParser:
         default="paragraph",
         help="with --text, where a document ends: blank line (default), line, or file",
     )
-    how.add_argument("--column", default="text", help="with --dataset (default: text)")
+    how.add_argument("--column", default="text", help="with --dataset, meta.body for nested ones (default: text)")
     how.add_argument("--split", default="train", help="with --dataset, e.g. train[:-1000] (default: train)")
     how.add_argument("--name", help="with --dataset: its configuration")
+    how.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="YAML",
+        help="with --dataset: keep rows by a column, e.g. 'column: score, at_least: 3' (equals, one_of, at_most, matches)",
+    )
     how.add_argument("--streaming", action="store_true", help="with --dataset: read without a local copy")
+    how.add_argument(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N documents that cannot be read, and name them (0: stop at the first)",
+    )
+    how.add_argument("--dedup", action="store_true", help="leave out exact copies of earlier documents")
+    how.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="leave out documents that share a run of words with these evaluation sets (text, jsonl, parquet, csv)",
+    )
+    how.add_argument("--ngram", type=int, default=None, metavar="WORDS", help="words of such a run (13)")
     how.add_argument("--detokenizer", default=None, help="undo a benchmark's spacing: wikitext, ptb, lm1b, ...")
     what = made.add_argument_group("what to make")
     what.add_argument("--out", required=True, metavar="DIR", help="folder to make; must not hold anything else")
@@ -54,7 +79,9 @@ def build_parser() -> CommandParser:
         help="bytes (default), sentencepiece or sentencepiece-bpe (trained here), a .model file, a folder or hub name",
     )
     what.add_argument("--vocab-size", type=int, default=None, help="of a trained tokenizer, mask included (2048)")
-    what.add_argument("--valid-fraction", type=float, default=None, help="share of documents held out (0.05)")
+    what.add_argument(
+        "--valid-fraction", type=float, default=None, help="share of documents held out, by content (0.05)"
+    )
     what.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
     what.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
@@ -81,7 +108,10 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
         "detokenizer": arguments.detokenizer,
     }
     changes = {key: value for key, value in chosen.items() if value is not None}
+    changes |= {"dedup": arguments.dedup, "decontaminate": _evaluation_sets(arguments)}
     out = Path(arguments.out)
+    if arguments.filter and not arguments.dataset:
+        raise ConfigError("--filter is about rows of --dataset; a recipe states filters of its own.")
     if arguments.recipe:
         from bd3_megatron.data.recipe import load_recipe
 
@@ -94,6 +124,7 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
             name=arguments.name,
             split=arguments.split,
             column=arguments.column,
+            filters=tuple(_filter(text) for text in arguments.filter),
             streaming=arguments.streaming,
         )
         return PrepareRequest(out=out, sources={"train": dataset}, **changes)
@@ -101,6 +132,27 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
 
     names = arguments.text or [f"builtin:{arguments.builtin}"]
     return PrepareRequest(out=out, sources={"train": text_source(names, documents_are=arguments.documents)}, **changes)
+
+
+def _filter(text: str) -> RowFilter:
+    """A filter as recipes write it, with or without braces."""
+    from bd3_megatron.config.yaml_file import parse_yaml
+    from bd3_megatron.data.row_filter import RowFilter
+
+    where = f"--filter {text[:80]!r}"
+    stated = parse_yaml(text if text.lstrip().startswith("{") else "{" + text + "}", where)
+    return RowFilter.from_dict(stated, where)
+
+
+def _evaluation_sets(arguments: argparse.Namespace) -> NgramRequest | None:
+    from bd3_megatron.data.decontaminate import DEFAULT_WORDS, NgramRequest
+
+    if not arguments.decontaminate:
+        if arguments.ngram is not None:
+            raise ConfigError("--ngram is about --decontaminate FILE; name the evaluation sets.")
+        return None
+    words = DEFAULT_WORDS if arguments.ngram is None else arguments.ngram
+    return NgramRequest(files=tuple(arguments.decontaminate), num_words=words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,6 +168,7 @@ def work(options: argparse.Namespace) -> int:
     made = prepare(
         request_of(options),
         num_workers=options.workers,
+        skip_bad=options.skip_bad,
         show_progress=not options.quiet and sys.stderr.isatty(),
         say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
@@ -124,7 +177,11 @@ def work(options: argparse.Namespace) -> int:
         for split in made.num_tokens
     )
     state = "was prepared before" if made.was_there else "prepared"
-    print(f"{made.folder} {state}: {counts}; vocabulary {made.vocab_size}")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(made.left_out.items()))
+    print(
+        f"{made.folder} {state}: {counts}; vocabulary {made.vocab_size}"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
     return 0
 
 

@@ -43,7 +43,7 @@ def work(parsed: argparse.Namespace) -> int:
     from bd3_megatron.config.objective import objective_of
     from bd3_megatron.config.validate import validate
     from bd3_megatron.convert.start_run import check_source, start_run
-    from bd3_megatron.data.shards import read_header
+    from bd3_megatron.data.shard_header import read_header
     from bd3_megatron.data.vocabulary import data_folder
     from bd3_megatron.train.dataset import prepare_text
 

@@ -30,7 +30,7 @@ from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder
-from bd3_megatron.data.shards import read_header
+from bd3_megatron.data.shard_header import read_header
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
 from bd3_megatron.hf.configuration_bd3 import BD3Config

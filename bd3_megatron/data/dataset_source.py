@@ -1,68 +1,34 @@
 """Hugging Face `datasets` as a source: local files and folders, saved datasets, hub names, streams.
 
-Decides: a local file is read by its suffix (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .txt, also .gz and .zst); a
-folder is what `load_from_disk` or `load_dataset` makes of it; anything else is a hub name. A table is cut every
-`rows_per_part` rows; a stream into its own shards (files), one part each, because rows of a stream cannot be addressed.
-Filters are data, not code: one column, one comparison.
-Refuses: names that do not resolve, unknown splits and columns (naming those there are), columns that hold no text.
+Contract: a table is cut every `rows_per_part` rows, a stream is one part a file, text files are cut as text_files says.
+Refuses: unknown columns (naming those there are). Rows without text are named.
 Costs: `datasets` writes an Arrow copy of local text-like files to its cache; `streaming` avoids that.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.config.schema import FilterConfig
-from bd3_megatron.data.sources import Part
-from bd3_megatron.errors import ConfigError, DataError, either
+from bd3_megatron.data.dataset_open import (
+    TEXT_COLUMN,
+    DatasetName,
+    files_of,
+    first_line,
+    open_dataset,
+    stream_of,
+    text_files,
+)
+from bd3_megatron.data.row_filter import RowFilter, cell, columns_of
+from bd3_megatron.data.source import BadDocument, Documents, Part
+from bd3_megatron.data.text_files import TextFiles
+from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
-_BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-_COMPARISONS = ("equals", "one_of", "at_least", "at_most", "matches")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowFilter(FilterConfig):
-    """Keep rows whose column passes every comparison given."""
-
-    def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in _COMPARISONS):
-            raise ConfigError(f"filter on {self.column} compares nothing; give {either(_COMPARISONS)}.")
-        if self.matches is not None:
-            try:
-                re.compile(self.matches)
-            except re.error as error:
-                raise ConfigError(
-                    f"filter pattern {self.matches!r} is no regular expression ({error}); mend it."
-                ) from error
-
-    def keeps(self, row: Mapping[str, Any]) -> bool:
-        value = row[self.column]
-        size = len(value) if isinstance(value, str) else value
-        return (
-            (self.equals is None or value == self.equals)
-            and (self.one_of is None or value in self.one_of)
-            and (self.at_least is None or (size is not None and size >= self.at_least))
-            and (self.at_most is None or (size is not None and size <= self.at_most))
-            and (self.matches is None or re.search(self.matches, str(value)) is not None)
-        )
+_COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +42,14 @@ class HubDataset:
     split: str = "train"
     """Split, with datasets' slicing: train[:-100000]."""
     column: str = "text"
+    """Column of the text; a dot leads into a nested one (meta.body)."""
     filters: tuple[RowFilter, ...] = ()
     streaming: bool = False
     data_files: str | None = None
     """Pattern of files inside the dataset."""
     revision: str | None = None
-    rows_per_part: int = 4096
+    rows_per_part: int = 1 << 16
+    """Rows of a part: of web text some 300 MB, 100 seconds of one process."""
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,10 +57,14 @@ class HubDataset:
             raise ConfigError(f"rows_per_part={self.rows_per_part} is empty; use 1 or more.")
 
     def parts(self) -> list[Part]:
+        self.check_columns()
+        text = self._text()
+        if text is not None:
+            return text.parts()
         dataset = self.open()
-        self._check_columns(dataset)
         if self.streaming:
-            return [Part(number=n) for n in range(dataset.num_shards)]
+            # Rows of a stream cannot be addressed, so its parts are its files.
+            return [Part(number=n, items=(f"file {n}",)) for n in range(dataset.num_shards)]
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"dataset {self.path} has no rows in split {self.split}; name another split.")
@@ -102,80 +74,130 @@ class HubDataset:
             for n, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
         ]
 
-    def documents(self, part: Part) -> Iterator[str]:
-        for row in self._rows(part):
-            if all(check.keeps(row) for check in self.filters):
-                text = row[self.column]
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"column {self.column} of {self.path} holds {type(text).__name__}, not text; "
-                        "name another column or filter such rows out."
-                    )
-                yield text
+    def documents(self, part: Part) -> Documents:
+        text = self._text()
+        if text is not None:
+            yield from self._text_documents(text, part)
+            return
+        for number, row in self._rows(part):
+            document = self.document(row, lambda number=number: self._where(part, number))  # type: ignore[misc]
+            if document is not None:
+                yield document
+
+    def document(self, row: Mapping[str, Any], where: Callable[[], str]) -> str | BadDocument | None:
+        """The text of a row; None where a filter leaves the row out.
+
+        Args:
+            row: by column.
+            where: names the row for a sentence; called only where there is one to write.
+
+        Raises:
+            DataError: a filter cannot compare the row's value.
+        """
+        try:
+            if not all(check.keeps(row) for check in self.filters):
+                return None
+        except DataError as error:
+            raise DataError(f"{where()}: {error}") from error
+        text = cell(row, self.column)
+        if isinstance(text, str):
+            return text
+        kind = "nothing (null)" if text is None else f"no text but {type(text).__name__}"
+        return BadDocument(
+            where=where(),
+            reason=f"holds {kind} in column {self.column}",
+            remedy=f"mend the row, name another column, filter on it (column: {self.column}, at_least: 1)",
+        )
+
+    def check_columns(self) -> None:
+        """Refuse columns that are not there.
+
+        Raises:
+            DataError: names those there are.
+        """
+        dataset = self.open()
+        features = getattr(dataset, "features", None)
+        if features is None:  # a stream whose schema is not known before its first row
+            _, features = next(_guarded(iter(dataset), 0, lambda number: self.path), (0, {}))
+        columns = columns_of(features)
+        if not columns:
+            raise DataError(f"dataset {self.path} has no rows in split {self.split}; name another split.")
+        for column in (self.column, *(check.column for check in self.filters)):
+            if column not in columns:
+                more = ", ..." if len(columns) > _COLUMNS_SHOWN else ""
+                raise DataError(
+                    f"dataset {self.path} has no column {column}; it has {', '.join(columns[:_COLUMNS_SHOWN])}{more}."
+                )
+
+    def settings(self) -> dict[str, Any]:
+        stated = {one.name: getattr(self, one.name) for one in fields(self) if one.compare}
+        return {"kind": "dataset", **stated, "filters": [asdict(check) for check in self.filters]}
 
     def describe(self) -> dict[str, Any]:
-        stated = asdict(self)
-        del stated["_opened"]
-        return {"kind": "dataset", **stated}
+        return self.settings()
 
     def identity(self) -> dict[str, Any]:
-        files = self._file_identity() or getattr(self.open(), "_fingerprint", None)
-        return self.describe() | {"identity": files}
+        return self.settings() | {"identity": self._identity()}
+
+    def stamp(self, part: Part) -> str:
+        return str(self._identity())
 
     def open(self) -> Any:
-        """The dataset, opened once a process.
+        """The library's dataset, opened once a process; text files open as a stream.
 
         Raises:
             DataError: it cannot be opened; the library's own reason is given.
         """
         if "dataset" not in self._opened:
-            self._opened["dataset"] = self._load()
+            text = self._text()
+            self._opened["dataset"] = open_dataset(self._wanted) if text is None else stream_of(text)
         return self._opened["dataset"]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
 
-    def _load(self) -> Any:
-        import datasets
+    @property
+    def _wanted(self) -> DatasetName:
+        return DatasetName(**{one.name: getattr(self, one.name) for one in fields(DatasetName)})
 
-        datasets.disable_progress_bars()
-        # The library counts downloads on a server, even for local files; a training node may have no way out.
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        path = Path(self.path)
-        if _looks_local(self.path) and not path.exists():
-            raise DataError(f"dataset {self.path} does not exist; give a file, a folder or a hub name.")
-        if path.suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
-            raise DataError(f"dataset {self.path} is compressed by zstd; pip install zstandard, or unpack it.")
-        try:
-            if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-                return _saved(path, self.split)
-            options: dict[str, Any] = {"split": self.split, "streaming": self.streaming}
-            if path.is_file():
-                return datasets.load_dataset(_builder(path), data_files=self.path, **_csv_options(path), **options)
-            extra = {"data_files": self.data_files, "revision": self.revision}
-            given = {key: value for key, value in extra.items() if value is not None}
-            return datasets.load_dataset(self.path, self.name, **given, **options)
-        except DataError:
-            raise
-        except Exception as error:  # builders, the hub client and Arrow raise errors of many kinds
-            raise DataError(
-                f"dataset {self.path} (split {self.split}) cannot be opened ({_first_line(error)}); "
-                "check path, name, split and data files."
-            ) from error
+    def _text(self) -> TextFiles | None:
+        if "text" not in self._opened:
+            self._opened["text"] = text_files(self._wanted)
+        found: TextFiles | None = self._opened["text"]
+        return found
 
-    def _rows(self, part: Part) -> Iterator[Mapping[str, Any]]:
+    def _file_of(self, shard: int) -> str:
+        if "files" not in self._opened:
+            self._opened["files"] = files_of(self._wanted, self.open().num_shards)
+        files = self._opened["files"]
+        return f"file {shard} of {self.path}" if files is None else str(files[shard])
+
+    def _text_documents(self, text: TextFiles, part: Part) -> Documents:
+        for document in text.documents(part):
+            if isinstance(document, BadDocument):
+                yield document
+            elif self.document({TEXT_COLUMN: document}, lambda: self.path) is not None:
+                yield document
+
+    def _rows(self, part: Part) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(number, row) of a part; of a table the row's own number, of a stream its number in the file."""
         dataset = self.open()
         if self.streaming:
-            return iter(dataset.shard(num_shards=dataset.num_shards, index=part.number))
-        return iter(dataset.select(range(part.start, part.stop)))
+            first, chosen = 0, dataset.shard(num_shards=dataset.num_shards, index=part.number)
+        else:
+            first, chosen = part.start, dataset.select(range(part.start, part.stop))
+        return _guarded(iter(chosen), first, lambda number: self._where(part, number))
 
-    def _check_columns(self, dataset: Any) -> None:
-        columns = dataset.column_names
-        if columns is None:  # a stream whose schema is not known before its first row
-            columns = list(next(iter(dataset), {}))
-        for column in (self.column, *(check.column for check in self.filters)):
-            if column not in columns:
-                raise DataError(f"dataset {self.path} has no column {column}; it has {', '.join(columns)}.")
+    def _where(self, part: Part, row: int) -> str:
+        if self.streaming:
+            return f"row {row} of {self._file_of(part.number)}"
+        return f"row {row} of {self.path}" + ("" if Path(self.path).is_file() else f" (split {self.split})")
+
+    def _identity(self) -> str | None:
+        if "identity" not in self._opened:
+            self._opened["identity"] = self._file_identity() or getattr(self.open(), "_fingerprint", None)
+        found: str | None = self._opened["identity"]
+        return found
 
     def _file_identity(self) -> str | None:
         """Names, sizes and times of local files; the library's own fingerprint changes with its version."""
@@ -187,38 +209,17 @@ class HubDataset:
         return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
 
 
-def _saved(path: Path, split: str) -> Any:
-    """A dataset written by save_to_disk: one table (then called train), or a folder of splits; sliced as asked."""
-    import datasets
-
-    opened = datasets.load_from_disk(str(path))
-    tables = dict(opened) if isinstance(opened, datasets.DatasetDict) else {"train": opened}
-    name = split.split("[", 1)[0]
-    if name not in tables:
-        raise DataError(f"dataset {path} has no split {name}; it has {', '.join(tables)}.")
-    sizes = {key: len(table) for key, table in tables.items()}
-    (piece,) = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    return tables[name].select(range(piece.from_ or 0, sizes[name] if piece.to is None else piece.to))
-
-
-def _builder(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    builder = _BUILDERS.get(suffixes[-1]) if suffixes else None
-    if builder is None:
-        raise DataError(f"dataset file {path} has no known suffix; use {either(_BUILDERS)}, plain or compressed.")
-    return builder
-
-
-def _csv_options(path: Path) -> dict[str, str]:
-    return {"sep": "\t"} if ".tsv" in path.suffixes else {}
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", os.sep, "~")) or Path(name).suffix in (*_BUILDERS, *_COMPRESSIONS)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+def _guarded(
+    rows: Iterator[Mapping[str, Any]], first: int, where: Callable[[int], str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows with their numbers; what the library raises while it reads becomes a sentence that names the row."""
+    number = first - 1
+    try:
+        for number, row in enumerate(rows, first):
+            yield number, row
+    except BD3Error:
+        raise
+    except Exception as error:  # parsers raise errors of many kinds
+        raise DataError(
+            f"{where(number + 1)} cannot be read ({first_line(error)}); mend or remove the file."
+        ) from error

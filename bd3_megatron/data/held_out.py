@@ -1,20 +1,47 @@
-"""Which documents are held out: a fixed, evenly spread choice by place, with no random numbers.
+"""Which documents are held out: those whose text hashes below a fraction, wherever and whenever they are read.
 
-Decides: document j of part p is held out when a Weyl sequence of (p, j) falls below the fraction. The sequence is
-equidistributed, so any n consecutive documents of a part lose n * fraction of theirs up to O(log n), and it has no period
-that could follow one of the corpus. Document 0 of part 0 is always held out: every fraction above 0 yields something.
-Source: Weyl sequences with the golden ratio and the square root of 2, in 64-bit arithmetic.
+Contract: the choice is a function of the text alone. A corpus that grows keeps its held-out documents, exact copies are all
+held out or all trained on, and folders, mixtures and streams with one fraction agree; a greater fraction holds out more of
+the same. White space does not count, so a document read as a line, a paragraph or a table's row is one document.
+Refuses: fractions that leave nothing to train on, folders that train on what another holds out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable
 
 from bd3_megatron.errors import ConfigError
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_ROOT_TWO = 0x6A09E667F3BCC908
-_MODULUS = 1 << 64
+RULE = "sha256 of the words"
+"""Name of the choice in headers; another choice would need another name."""
+GREATEST_FRACTION = 0.5
+_KEYS = 1 << 64
+
+
+def content_key(text: str) -> int:
+    """A number in [0, 2^64) that tells a text from others: the first 8 bytes of the SHA-256 of its words.
+
+    Args:
+        text: as it is trained on, that is after the detokenizer.
+    """
+    words = " ".join(text.split())
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
+
+
+def is_held_out(key: int, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split.
+
+    Args:
+        key: of its text, by `content_key`.
+        fraction: share of all documents, in [0, 0.5].
+    """
+    return key < int(fraction * _KEYS)
+
+
+def fraction_of(key: int) -> float:
+    """The fraction up to which a document with this key is trained on."""
+    return key / _KEYS
 
 
 def check_fraction(fraction: float) -> None:
@@ -23,27 +50,25 @@ def check_fraction(fraction: float) -> None:
     Raises:
         ConfigError: outside [0, 0.5].
     """
-    if not 0.0 <= fraction <= 0.5:
-        raise ConfigError(f"valid_fraction={fraction} is outside [0, 0.5]; use for example 0.05.")
+    if not 0.0 <= fraction <= GREATEST_FRACTION:
+        raise ConfigError(f"valid_fraction={fraction} is outside [0, {GREATEST_FRACTION}]; use for example 0.05.")
 
 
-def is_held_out(part: int, document: int, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split.
+def check_nothing_leaks(trained: Iterable[tuple[str, float]], held_out: tuple[str, float]) -> None:
+    """Refuse training text that another folder holds out.
 
     Args:
-        part: number of its part, from 0.
-        document: its number inside the part, from 0, white space not counted (`placed`).
-        fraction: in [0, 0.5].
+        trained: (folder, its fraction) of every folder that is trained on.
+        held_out: (folder, fraction) of the folder whose held-out rows are evaluated; a fraction of 0 means that its
+            valid split is a text of its own, about which the fractions of others say nothing.
+
+    Raises:
+        ConfigError: a folder holds out less.
     """
-    return (document * _GOLDEN + part * _ROOT_TWO) % _MODULUS < int(fraction * _MODULUS)
-
-
-def placed(texts: Iterable[str]) -> Iterator[tuple[int | None, str]]:
-    """Documents with their number among those that hold more than white space; None for those that do not."""
-    place = 0
-    for text in texts:
-        if text.strip():
-            yield place, text
-            place += 1
-        else:
-            yield None, text
+    where, wanted = held_out
+    for folder, fraction in trained:
+        if fraction < wanted:
+            raise ConfigError(
+                f"{folder} holds out {fraction} of its documents and {where} {wanted}: documents that are evaluated there "
+                f"may be trained on here; prepare {folder} with --valid-fraction {wanted}, or take both from one corpus."
+            )

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bd3_megatron.data.batch import CleanBatch
+from bd3_megatron.data.held_out import check_nothing_leaks
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.order import EpochOrder
 from bd3_megatron.data.packing import PackedArrays, PackedRows, PackingRule
+from bd3_megatron.data.shards import FileMaps, TokenShards
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
@@ -95,9 +97,10 @@ class TokenDataset:
             ConfigError: a packing that does not fit, or paths of different tokenizers.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
-        sources = []
+        # One limit for all folders: the descriptors they share are those of the process.
+        sources, maps = [], FileMaps()
         for one in paths:
-            shards = open_shards(one, verify=verify)
+            shards = open_shards(one, verify=verify, maps=maps)
             recipe = shards.packing_rule
             special = recipe.get("wrap_special", False) if wrap_special is None else wrap_special
             rule = PackingRule(
@@ -276,6 +279,25 @@ def _fitting(mixture: Mixture, num_sources: int) -> Mixture:
     return mixture
 
 
+def check_held_out(held_out: TokenShards, trained: Sequence[TokenShards]) -> None:
+    """Refuse held-out rows that say nothing about what is trained on.
+
+    Args:
+        held_out: the split that is evaluated.
+        trained: the splits that are trained on.
+
+    Raises:
+        TokenizerError: another tokenizer made it.
+        ConfigError: its documents may stand in the training text too.
+    """
+    for shards in trained:
+        check_same_tokenizer(
+            (held_out.tokenizer_fingerprint, held_out.where), (shards.tokenizer_fingerprint, shards.where)
+        )
+    fractions = [(shards.where, shards.held_out_fraction) for shards in trained]
+    check_nothing_leaks(fractions, (held_out.where, held_out.held_out_fraction))
+
+
 def _check_alike(sources: Sequence[PackedRows]) -> None:
     first = sources[0]
     for other in sources[1:]:
@@ -284,10 +306,8 @@ def _check_alike(sources: Sequence[PackedRows]) -> None:
                 f"{other.shards.where} is packed as {other.rule.mode} of {other.rule.seq_len}, {first.shards.where} as "
                 f"{first.rule.mode} of {first.rule.seq_len}; use one packing and seq_len in a mixture."
             )
-        check_same_tokenizer(
-            (other.shards.tokenizer_fingerprint, other.shards.where),
-            (first.shards.tokenizer_fingerprint, first.shards.where),
-        )
+        prints = [(rows.shards.tokenizer_fingerprint, rows.shards.where) for rows in (other, first)]
+        check_same_tokenizer(prints[0], prints[1])
 
 
 def _gather(parts: list[tuple[np.ndarray, PackedArrays]], size: int) -> PackedArrays:

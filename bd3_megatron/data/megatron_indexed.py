@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_megatron.data.shards import HEADER_FILE, ShardFolder, TokenShards
+from bd3_megatron.data.shard_header import HEADER_FILE
+from bd3_megatron.data.shards import FileMaps, ShardFolder, TokenShards
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
@@ -29,8 +30,13 @@ _DTYPES: tuple[tuple[int, str], ...] = ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<
 _COPY_AGAIN = "copy the dataset again or make it anew"
 
 
-def open_shards(path: Path | str, *, verify: bool = False) -> TokenShards:
+def open_shards(path: Path | str, *, verify: bool = False, maps: FileMaps | None = None) -> TokenShards:
     """Open a split folder of ours, or a megatron indexed dataset by its prefix.
+
+    Args:
+        path: DIR/train or a sibling, or a prefix with or without .bin or .idx.
+        verify: compare all checksums first.
+        maps: shared with other folders; None: its own.
 
     Raises:
         DataError: neither is there, or what is there is damaged.
@@ -40,7 +46,7 @@ def open_shards(path: Path | str, *, verify: bool = False) -> TokenShards:
     index = prefix.with_name(prefix.name + ".idx")
     if not (path / HEADER_FILE).is_file() and index.is_file():
         return MegatronIndexed(prefix)
-    return ShardFolder(path, verify=verify)
+    return ShardFolder(path, verify=verify, maps=maps)
 
 
 class MegatronIndexed:
@@ -60,7 +66,9 @@ class MegatronIndexed:
         self._special, self._vocab_size = tokenizer.special, tokenizer.vocab_size
         self._fingerprint = tokenizer.fingerprint
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._ends: NDArray[np.int64] = ends[documents[1:]].astype(np.int64)
+        document_ends = ends[documents[1:]].astype(np.int64)
+        # The format keeps documents without tokens; here a document has at least one.
+        self._ends: NDArray[np.int64] = document_ends[np.diff(document_ends, prepend=0) > 0]
         self._dtype, self._num_tokens = dtype, int(ends[-1])
         self._tokens: NDArray[np.integer] | None = None
 
@@ -96,8 +104,12 @@ class MegatronIndexed:
     def packing_rule(self) -> dict[str, bool]:
         return {}
 
+    @property
+    def held_out_fraction(self) -> float:
+        return 0.0
+
     def shard_size(self, shard: int) -> tuple[int, int]:
-        return self._num_tokens, int(np.count_nonzero(np.diff(self._ends, prepend=0)))
+        return self._num_tokens, self.num_documents
 
     def tokens(self, shard: int) -> NDArray[np.integer]:
         if self._tokens is None:

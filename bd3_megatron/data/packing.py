@@ -105,16 +105,6 @@ class PackedArrays(NamedTuple):
 
 
 @dataclass
-class _Layout:
-    """Virtual stream of one shard."""
-
-    starts: Ints
-    """Where each document begins in the shard's tokens, and after the last its end: [num_documents + 1]."""
-    places: Ints
-    """Where each document begins in the shard's virtual stream, and after the last the end: [num_documents + 1]."""
-
-
-@dataclass
 class PackedRows:
     """The rows of one split under one rule; row ids are in [0, num_rows)."""
 
@@ -122,7 +112,7 @@ class PackedRows:
     rule: PackingRule
     num_rows: int = field(init=False)
     _shard_places: Ints = field(init=False, repr=False)
-    _layouts: dict[int, _Layout] = field(default_factory=dict, init=False, repr=False)
+    _places: dict[int, Ints] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         lengths = [self._stream_length(shard) for shard in range(self.shards.num_shards)]
@@ -178,23 +168,23 @@ class PackedRows:
         return rows
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_layouts": {}}
+        return self.__dict__ | {"_places": {}}
 
     def _fill_wrapped(self, out: Ints, row_id: int) -> None:
         """Copy a row without alignment: the tokens between two places lie end to end, only end tokens come between."""
         for shard, start, stop, offset in self._spans(row_id):
-            layout = self._layout(shard)
             tokens = self.shards.tokens(shard)
             span = out[offset : offset + stop - start]
             if not self.rule.append_eos:
                 span[:] = tokens[start:stop]
                 continue
-            first = int(np.searchsorted(layout.places, start, side="right")) - 1
-            last = int(np.searchsorted(layout.places, stop, side="right")) - 1
+            places = self._places_of(shard)
+            first = int(np.searchsorted(places, start, side="right")) - 1
+            last = int(np.searchsorted(places, stop, side="right")) - 1
             # An end token takes the last place of its document: documents first..last-1 end inside the span.
             source = start - first
             written = 0
-            for end in (layout.places[first + 1 : last + 1] - 1 - start).tolist():
+            for end in (places[first + 1 : last + 1] - 1 - start).tolist():
                 span[written:end] = tokens[source : source + end - written]
                 source += end - written
                 span[end] = self.shards.special.eos
@@ -206,22 +196,23 @@ class PackedRows:
         positions restart with each, and what is left behind the last shard counts as one more."""
         number = end = 0
         for shard, start, stop, offset in self._spans(row_id):
-            layout, end = self._layout(shard), offset + stop - start
-            first = int(np.searchsorted(layout.places, start, side="right")) - 1
-            last = int(np.searchsorted(layout.places, stop, side="left"))
-            edges = layout.places[first : last + 1].copy()
+            places, end = self._places_of(shard), offset + stop - start
+            first = int(np.searchsorted(places, start, side="right")) - 1
+            last = int(np.searchsorted(places, stop, side="left"))
+            starts = self._starts(shard, first, last)
+            edges = places[first : last + 1].copy()
             edges[0], edges[-1] = start, stop
             of_place = np.repeat(np.arange(last - first), np.diff(edges))
             place = np.arange(start, stop)
-            within = place - layout.places[first:last][of_place]
-            length = np.diff(layout.starts[first : last + 1])[of_place]
+            within = place - places[first:last][of_place]
+            length = np.diff(starts)[of_place]
             room = length - within
             is_text = room > 0
             # behind the end token, up to the end of the block in which it stands
             filled = -(-(length + 1) // self.rule.fill) * self.rule.fill if row.is_fill_BL is not None else length + 1
             is_fill = (room < 0) & (within < filled)
             span = row.tokens_BL[offset:end]
-            span[is_text] = self.shards.tokens(shard)[(layout.starts[first:last][of_place] + within)[is_text]]
+            span[is_text] = self.shards.tokens(shard)[(starts[:-1][of_place] + within)[is_text]]
             if self.rule.append_eos:
                 span[(room == 0) | is_fill] = self.shards.special.eos
             if row.is_padding_BL is not None:
@@ -252,21 +243,22 @@ class PackedRows:
             shard += 1
         return spans
 
-    def _layout(self, shard: int) -> _Layout:
-        found = self._layouts.get(shard)
+    def _places_of(self, shard: int) -> Ints:
+        """Where each document of a shard begins in its virtual stream, and the end after the last: [num_documents + 1]."""
+        found = self._places.get(shard)
         if found is None:
-            found = self._compute_layout(shard)
-            if len(self._layouts) >= _MAX_CACHED_SHARDS:
-                self._layouts.pop(next(iter(self._layouts)))
-            self._layouts[shard] = found
+            ends = self.shards.document_ends(shard).astype(np.int64)
+            lengths: Ints = np.diff(ends, prepend=0)
+            found = np.concatenate([[0], np.cumsum(self._room(lengths))]).astype(np.int64)
+            if len(self._places) >= _MAX_CACHED_SHARDS:
+                self._places.pop(next(iter(self._places)))
+            self._places[shard] = found
         return found
 
-    def _compute_layout(self, shard: int) -> _Layout:
-        ends = self.shards.document_ends(shard).astype(np.int64)
-        # Empty documents take no place; dropping them here keeps "one end token per document" true below.
-        starts = np.concatenate([[0], ends[np.diff(ends, prepend=0) > 0]]).astype(np.int64)
-        places = np.concatenate([[0], np.cumsum(self._room(np.diff(starts)))]).astype(np.int64)
-        return _Layout(starts, places)
+    def _starts(self, shard: int, first: int, last: int) -> Ints:
+        """Where documents [first, last) begin in the shard's tokens, and where the last ends: [last - first + 1]."""
+        ends = self.shards.document_ends(shard)[max(first - 1, 0) : last].astype(np.int64)
+        return np.concatenate([[0], ends]) if first == 0 else ends
 
     def _room(self, lengths: Ints) -> Ints:
         step = self.rule.alignment
@@ -275,16 +267,18 @@ class PackedRows:
     def _stream_length(self, shard: int) -> int:
         if self.rule.alignment == 1:
             return self._num_real(shard)
-        return int(self._layout(shard).places[-1])
+        return int(self._places_of(shard)[-1])
 
     def _num_real(self, shard: int) -> int:
         num_tokens, num_documents = self.shards.shard_size(shard)
         return num_tokens + num_documents * self.rule.append_eos
 
     def _check_vocabulary(self, tokens_BL: Ints, row_ids: Ints) -> None:
-        if tokens_BL.size and int(tokens_BL.max()) >= self.shards.vocab_size:
-            row = int(np.argmax(tokens_BL.max(axis=1)))
+        # Indexed datasets of others may store signed tokens.
+        if tokens_BL.size and not (int(tokens_BL.min()) >= 0 and int(tokens_BL.max()) < self.shards.vocab_size):
+            outside = np.argwhere((tokens_BL < 0) | (tokens_BL >= self.shards.vocab_size))
+            row, place = (int(n) for n in outside[0])
             raise DataError(
-                f"row {int(row_ids[row])} of {self.shards.where} holds token {int(tokens_BL.max())}, outside "
+                f"row {int(row_ids[row])} of {self.shards.where} holds token {int(tokens_BL[row, place])}, outside "
                 f"[0, {self.shards.vocab_size}): the shard is damaged; find it with tools/inspect_shards.py --verify."
             )

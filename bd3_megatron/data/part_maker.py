@@ -1,65 +1,84 @@
 """One part of a source to tokens: documents read, cleaned, encoded in small batches, split and written.
 
-Decides: white space alone is no document; documents of a part keep their order; which are held out is decided by place.
-A record, written last, says that the part is complete.
+Contract: documents of a part keep their order. A part's folder is published whole, its record included, so what exists is
+finished; the record says what was read, and a part whose text did not change is never made again.
 Costs: at most about a megabyte of text is inside the tokenizer at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from bd3_megatron.data.detokenizers import Rule, apply_rules, detokenizer
-from bd3_megatron.data.held_out import is_held_out, placed
+from bd3_megatron.data.cleaning import CleanDocument, clean_documents
+from bd3_megatron.data.decontaminate import NgramIndex, NgramRequest
+from bd3_megatron.data.deduplicate import copies_digest, read_copies
+from bd3_megatron.data.detokenizers import Rule, detokenizer
+from bd3_megatron.data.held_out import is_held_out
 from bd3_megatron.data.part_pool import Progress, Report
-from bd3_megatron.data.shards import ShardRecord, ShardWriter, token_dtype
-from bd3_megatron.data.sources import Part, Source
+from bd3_megatron.data.shard_header import ShardRecord, token_dtype
+from bd3_megatron.data.shards import ShardWriter
+from bd3_megatron.data.source import BadDocument, Part, PartTask, Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer
-from bd3_megatron.errors import WorkStopped
-from bd3_megatron.files import disk_errors, read_json, write_json
+from bd3_megatron.errors import DataError, WorkStopped
+from bd3_megatron.files import disk_errors, read_json, whole, write_json
 
+RECORD_FILE = "record.json"
+DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"
 _BATCH_CHARACTERS = 1 << 20
-_DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartTask:
-    """One part of one split's source."""
-
-    split: str
-    part: Part
-
-    @property
-    def stem(self) -> str:
-        return f"part-{self.part.number:05d}"
+BAD_NAMED = 5
+"""Bad documents whose place is kept in a part's record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
     """What became of a part."""
 
-    task: PartTask
     shards: dict[str, ShardRecord]
     """By split; a split without documents is absent."""
-    num_empty: int
-    weight: int
+    left_out: dict[str, int]
+    """Documents that are in no shard, by reason: empty, bad, repeated, contaminated."""
+    bad: list[str]
+    """The first few that could not be read, in words."""
+    lowest_key: int
+    """Smallest content key of all documents in the shards."""
+    stamp: str
+    content: str
+    """SHA-256 of the text that was read."""
+    repeated: str
+    """Which documents were left out as copies; it changes with the text of other parts."""
 
     @staticmethod
-    def read(folder: Path, task: PartTask) -> PartRecord | None:
-        """The record of a finished part, or None."""
-        path = _record_path(folder, task)
-        if not path.is_file():
+    def read(folder: Path) -> PartRecord | None:
+        """The record in a part's folder; None where there is none that this release reads."""
+        if not (folder / RECORD_FILE).is_file():
             return None
-        content = read_json(path, "remove the .partial folder and prepare the data again")
-        shards = {split: ShardRecord(**shard) for split, shard in content["shards"].items()}
-        return PartRecord(task=task, shards=shards, num_empty=content["num_empty"], weight=task.part.weight)
+        content = read_json(folder / RECORD_FILE, "remove the .partial folder and prepare the data again")
+        try:
+            shards = {split: ShardRecord(**shard) for split, shard in content.pop("shards").items()}
+            return PartRecord(shards=shards, **content)
+        except (KeyError, TypeError, AttributeError):
+            return None
 
-    def write(self, folder: Path) -> None:
-        shards = {split: asdict(shard) for split, shard in self.shards.items()}
-        write_json(_record_path(folder, self.task), {"shards": shards, "num_empty": self.num_empty})
+    def is_of(self, task: PartTask, source: Source, repeated: str) -> bool:
+        """Whether the part would come out the same again; reads its text only where its files were touched."""
+        if self.repeated != repeated:
+            return False
+        return self.stamp == source.stamp(task.part) or self.content == content_of(source, task.part)
+
+
+def content_of(source: Source, part: Part) -> str:
+    """SHA-256 of the text of a part, document by document."""
+    digest = hashlib.sha256()
+    for document in source.documents(part):
+        _add_to(digest, document)
+    return digest.hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -67,102 +86,179 @@ class TokenPartMaker:
     """Makes parts; one instance in each worker."""
 
     sources: Mapping[str, Source]
-    tokenizer_folder: Path
-    data_folder: Path
     work_folder: Path
+    tokenizer_folder: Path
     valid_fraction: float
     detokenizer: str
+    skip_bad: int = 0
+    decontaminate: NgramRequest | None = None
+    rules: tuple[Rule, ...] = ()
+    """Of the detokenizer, once opened."""
+    evaluated: NgramIndex | None = None
+    """What is evaluated on and must not be trained on, once opened."""
     _tokenizer: Tokenizer | None = None
-    _rules: tuple[Rule, ...] = ()
 
     def open(self) -> None:
         self._tokenizer = load_tokenizer(self.tokenizer_folder)
-        self._rules = detokenizer(self.detokenizer)
+        self.rules = detokenizer(self.detokenizer)
+        self.evaluated = None if self.decontaminate is None else self.decontaminate.index()
 
-    def make(self, task: PartTask, report: Report) -> PartRecord:
-        """Tokenise one part and write its shards and record.
+    def make(self, task: PartTask, report: Report) -> tuple[PartTask, PartRecord]:
+        """Tokenise one part and publish its folder.
 
         Raises:
-            DataError: bad text.
+            DataError: more bad documents than may be skipped.
             WorkStopped: the disk's own reason.
         """
-        doing = f"writing {task.stem} of {task.split} in {self.data_folder.parent}"
-        with disk_errors(doing, _DISK_REMEDY, kind=WorkStopped):
-            writers = self._writers(task)
-            try:
-                num_empty = self._write(task, writers, report)
-                shards = {split: made for split, writer in writers.items() if (made := writer.finish()) is not None}
-            except BaseException:
-                for writer in writers.values():
-                    writer.abandon()
-                raise
-            record = PartRecord(task=task, shards=shards, num_empty=num_empty, weight=task.part.weight)
-            record.write(self.work_folder / "parts")
-            return record
+        folder = part_folder(self.work_folder, task)
+        with (
+            disk_errors(f"writing {folder}", DISK_REMEDY, kind=WorkStopped),
+            whole(folder, replace_folder=True) as temporary,
+        ):
+            temporary.mkdir()
+            record = self._write(task, temporary, report)
+            write_json(temporary / RECORD_FILE, asdict(record))
+        return task, record
 
-    def _writers(self, task: PartTask) -> dict[str, ShardWriter]:
-        splits = [task.split]
-        if task.split == "train" and self.valid_fraction > 0:
-            splits.append("valid")
-        dtype = token_dtype(self._opened().vocab_size)
-        writers = {}
-        for split in splits:
-            (self.data_folder / split).mkdir(exist_ok=True)
-            writers[split] = ShardWriter(self.data_folder / split / task.stem, self.work_folder / "temporary", dtype)
-        return writers
+    def _write(self, task: PartTask, folder: Path, report: Report) -> PartRecord:
+        source = self.sources[task.split]
+        # Taken first: a file that changes while it is read has another stamp next time, and is read again.
+        stamp = source.stamp(task.part)
+        chosen = _Choice(self, task)
+        with ExitStack() as stack:
+            dtype = token_dtype(self._opened().vocab_size)
+            writers = {split: ShardWriter(folder / split, dtype) for split in self._splits(task.split)}
+            for writer in writers.values():
+                stack.enter_context(writer)
+            self._encode(task, chosen.documents(source), writers, report)
+            shards = {split: made for split, writer in writers.items() if (made := writer.finish()) is not None}
+        return PartRecord(
+            shards=shards,
+            left_out=dict(chosen.left_out),
+            bad=chosen.bad,
+            lowest_key=chosen.lowest_key,
+            stamp=stamp,
+            content=chosen.digest.hexdigest(),
+            repeated=chosen.repeated,
+        )
 
-    def _write(self, task: PartTask, writers: dict[str, ShardWriter], report: Report) -> int:
-        num_empty = 0
+    def _encode(
+        self, task: PartTask, documents: Iterator[CleanDocument], writers: Mapping[str, ShardWriter], report: Report
+    ) -> None:
         weight_left = float(task.part.weight)
-        for texts in self._batches(task):
-            kept = [(place, text) for place, text in texts if place is not None]
-            num_empty += len(texts) - len(kept)
-            encoded = self._opened().encode_batch([text for _, text in kept])
+        for batch in _batches(documents):
+            encoded = self._opened().encode_batch([document.text for document in batch])
+            sides = [self._split_of(task.split, document.key) for document in batch]
             for split, writer in writers.items():
                 writer.add(
-                    [
-                        tokens
-                        for (place, _), tokens in zip(kept, encoded, strict=True)
-                        if self._split_of(task, place) == split and len(tokens)
-                    ]
+                    [tokens for side, tokens in zip(sides, encoded, strict=True) if side == split and len(tokens)]
                 )
-            weight = min(_weight_of(task.part, [text for _, text in texts]), weight_left)
+            weight = min(_weight_of(task.part, batch), weight_left)
             weight_left -= weight
-            report(Progress(documents=len(kept), tokens=sum(map(len, encoded)), weight=weight))
+            report(Progress(documents=len(batch), tokens=sum(map(len, encoded)), weight=weight))
         report(Progress(weight=weight_left))
-        return num_empty
+
+    def _splits(self, split: str) -> list[str]:
+        return ["train", "valid"] if split == "train" and self.valid_fraction > 0 else [split]
+
+    def _split_of(self, split: str, key: int) -> str:
+        return "valid" if split == "train" and is_held_out(key, self.valid_fraction) else split
 
     def _opened(self) -> Tokenizer:
         assert self._tokenizer is not None  # open() comes first
         return self._tokenizer
 
-    def _split_of(self, task: PartTask, place: int) -> str:
-        if task.split == "train" and is_held_out(task.part.number, place, self.valid_fraction):
-            return "valid"
-        return task.split
 
-    def _batches(self, task: PartTask) -> Iterator[list[tuple[int | None, str]]]:
-        """Cleaned documents with their places, about a megabyte at a time."""
-        batch: list[tuple[int | None, str]] = []
-        size = 0
-        texts = self.sources[task.split].documents(task.part)
-        for place, text in placed(apply_rules(self._rules, text) for text in texts):
-            batch.append((place, text))
-            size += len(text)
-            if size >= _BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-        if batch:
+class _Choice:
+    """The documents of a part that are encoded; counts those that are not."""
+
+    def __init__(self, maker: TokenPartMaker, task: PartTask) -> None:
+        self._maker, self._task = maker, task
+        copies = read_copies(maker.work_folder, task)
+        self.repeated, self._copies = copies_digest(copies), frozenset(copies.tolist())
+        self.left_out: Counter[str] = Counter()
+        self.bad: list[str] = []
+        self.lowest_key = (1 << 64) - 1
+        self.digest = hashlib.sha256()
+
+    def documents(self, source: Source) -> Iterator[CleanDocument]:
+        number = -1
+        for document in clean_documents(self._hashed(source), self._maker.rules):
+            if document is None:
+                self.left_out["empty"] += 1
+            elif isinstance(document, BadDocument):
+                self._count_bad(document)
+            else:
+                number += 1
+                reason = self._reason(number, document.text)
+                if reason is None:
+                    self.lowest_key = min(self.lowest_key, document.key)
+                    yield document
+                else:
+                    self.left_out[reason] += 1
+
+    def _hashed(self, source: Source) -> Iterator[str | BadDocument]:
+        for document in source.documents(self._task.part):
+            _add_to(self.digest, document)
+            yield document
+
+    def _reason(self, number: int, text: str) -> str | None:
+        if number in self._copies:
+            return "repeated"
+        evaluated = self._maker.evaluated
+        return (
+            "contaminated" if evaluated is not None and self._task.split == "train" and evaluated.holds(text) else None
+        )
+
+    def _count_bad(self, document: BadDocument) -> None:
+        self.left_out["bad"] += 1
+        check_bad(self.left_out["bad"], self._maker.skip_bad, document)
+        if len(self.bad) < BAD_NAMED:
+            self.bad.append(f"{document.where} {document.reason}")
+
+
+def check_bad(count: int, allowed: int, last: BadDocument) -> None:
+    """Refuse more documents that cannot be read than may be left out.
+
+    Raises:
+        DataError: names the last of them.
+    """
+    if count > allowed:
+        state = f"; it is bad document number {count}, and --skip-bad {allowed} allows no more" if allowed else ""
+        raise DataError(
+            f"{last.where} {last.reason}{state}; {last.remedy}, or leave out up to N such documents with --skip-bad N."
+        )
+
+
+def part_folder(work_folder: Path, task: PartTask) -> Path:
+    """Where a finished part lies."""
+    return work_folder / "parts" / task.stem
+
+
+def _batches(documents: Iterator[CleanDocument]) -> Iterator[list[CleanDocument]]:
+    """Documents about a megabyte at a time."""
+    batch: list[CleanDocument] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
             yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _weight_of(part: Part, texts: list[str]) -> float:
+def _weight_of(part: Part, batch: list[CleanDocument]) -> float:
     """Share of a part's weight that these documents make up; what is left over is reported when the part is done."""
     if not part.stop:
         return 0.0
     # Parts of text weigh bytes, of which characters are a fair measure; parts of a table weigh rows.
-    return float(sum(map(len, texts)) if part.items else len(texts))
+    return float(sum(len(document.text) for document in batch) if part.items else len(batch))
 
 
-def _record_path(folder: Path, task: PartTask) -> Path:
-    return folder / f"{task.split}-{task.part.number:05d}.json"
+def _add_to(digest: Any, document: str | BadDocument) -> None:
+    # The length goes first, so that a document cut in two is other text.
+    content = document.encode() if isinstance(document, str) else document.reason.encode()
+    digest.update(f"{len(content)} {type(document).__name__} ".encode())
+    digest.update(content)

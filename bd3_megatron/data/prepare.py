@@ -1,40 +1,35 @@
 """From sources to a prepared folder: tokenised in parts by any number of workers, restartable, published at once.
 
-Decides: work happens in `.NAME.partial` beside DIR. A part is done when its record exists, and the record is written
-after the part's files are on the disk; so a run that was killed goes on where it stood, and the folder becomes visible
-by one rename when everything is complete. Nothing depends on the number of workers, on time or on restarts: the same
-request gives the same bytes.
-Refuses: bad requests before anything is written; bad text, with everything removed; a full disk, keeping finished parts;
-a DIR that holds anything else; a second process on the same DIR.
-Costs: memory of about one part a worker (16 MiB of text at most, plus its tokens).
+Contract: nothing depends on the number of workers, on time or on restarts: equal settings and text give equal bytes. The
+folder becomes visible by one rename when everything is complete; until then finished parts are kept, whatever fails.
+Refuses: bad requests before anything is written, documents that cannot be read, a folder that holds anything else.
+Costs: memory of a few megabytes of text and its tokens a worker.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.data.held_out import check_fraction
-from bd3_megatron.data.part_maker import PartRecord, PartTask, TokenPartMaker
-from bd3_megatron.data.part_pool import make_parts
-from bd3_megatron.data.prepare_progress import ProgressBar
-from bd3_megatron.data.shards import FORMAT, HEADER_FILE, SHARDS_VERSION, Header, token_dtype
-from bd3_megatron.data.sources import Source
+from bd3_megatron.data.cleaning import sample_documents
+from bd3_megatron.data.decontaminate import NgramRequest
+from bd3_megatron.data.deduplicate import KeyPartMaker, copies_digest, mark_copies, read_copies
+from bd3_megatron.data.held_out import GREATEST_FRACTION, RULE, check_fraction, fraction_of
+from bd3_megatron.data.part_maker import BAD_NAMED, DISK_REMEDY, PartRecord, TokenPartMaker, part_folder
+from bd3_megatron.data.part_pool import ProgressBar, make_parts
+from bd3_megatron.data.shard_header import FORMAT, HEADER_FILE, SHARDS_VERSION, Header, read_header
+from bd3_megatron.data.source import PartTask, Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
-from bd3_megatron.data.tokenizer_sample import sample_documents
+from bd3_megatron.data.work_folder import MANIFEST_FILE, WorkFolder, is_written, named_shards
 from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped
-from bd3_megatron.files import disk_errors, move, read_json, write_json
-from bd3_megatron.lease import held
+from bd3_megatron.files import disk_errors, whole
 
-MANIFEST_FILE = "prepare.json"
 TRAINED_TOKENIZERS = {"sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
-_DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +45,21 @@ class PrepareRequest:
     vocab_size: int = 2048
     """V of a trained tokenizer."""
     valid_fraction: float = 0.05
-    """Share of train's documents held out as `valid`; unused where a valid source is given."""
+    """Share of train's documents held out as `valid` by content; unused where a valid source is given."""
     detokenizer: str = "none"
     packing: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     """The recipe's own append_eos and wrap_special by split; recorded in the headers."""
+    dedup: bool = False
+    """Leave out copies of earlier documents, and training copies of documents in a given valid split."""
+    decontaminate: NgramRequest | None = None
+    """Evaluation sets whose runs of words no training document may hold."""
     tokenizer_sample_bytes: int = 32 << 20
     """Text a vocabulary is trained on, taken evenly from all parts."""
 
-    def holds_out(self) -> bool:
-        return "train" in self.sources and "valid" not in self.sources and self.valid_fraction > 0
+    @property
+    def held_out_fraction(self) -> float:
+        """The share that is held out indeed."""
+        return self.valid_fraction if "train" in self.sources and "valid" not in self.sources else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class Prepared:
     num_tokens: dict[str, int]
     """By split."""
     num_documents: dict[str, int]
+    left_out: dict[str, int]
+    """Documents that stand in no shard, by reason: empty, bad, repeated, contaminated."""
     vocab_size: int
 
 
@@ -78,6 +81,7 @@ def prepare(
     request: PrepareRequest,
     *,
     num_workers: int = 1,
+    skip_bad: int = 0,
     show_progress: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Prepared:
@@ -86,103 +90,126 @@ def prepare(
     Args:
         request: what to make.
         num_workers: processes; the result does not depend on it.
+        skip_bad: documents that may be left out because they cannot be read; they are counted and named.
         show_progress: a bar on stderr.
-        say: told in a sentence what is resumed or trained.
+        say: told in a sentence what is resumed, trained or left out.
 
     Raises:
         ConfigError: a request that contradicts itself, or DIR holds something else.
-        DataError: text that is missing, empty or not UTF-8.
+        DataError: text that is missing, empty or not UTF-8; finished parts are kept.
         WorkStopped: a full disk, or a worker that died; finished parts are kept.
         TokenizerError: a tokenizer that cannot be opened or trained.
     """
-    _check(request, num_workers)
+    _check(request, num_workers, skip_bad)
     parts = {split: source.parts() for split, source in request.sources.items()}
-    plan = _plan(request)
-    work = _WorkFolder(request.out)
-    found = _find_finished(request.out, plan)
+    settings = _settings(request)
+    manifest = settings | {"sources": {split: source.identity() for split, source in request.sources.items()}}
+    work = WorkFolder(request.out)
+    found = _find_finished(request.out, manifest)
     if found is not None:
         work.remove()  # a run killed right after publishing left it
         return found
-    with work.locked(), disk_errors(f"writing {work.root}", _DISK_REMEDY, kind=WorkStopped):
-        if work.begin(plan):
+    with work.locked(), disk_errors(f"writing {work.root}", DISK_REMEDY, kind=WorkStopped):
+        if work.begin(settings):
             say(f"going on with {work.root}: {work.num_finished()} parts are finished")
         try:
             tokenizer = _tokenizer(request, work, say)
             tasks = [PartTask(split=split, part=part) for split, listed in parts.items() for part in listed]
-            records = _make_all(request, work, tasks, num_workers, show_progress=show_progress)
-            headers = _headers(request, tokenizer, records)
+            run = _Run(request, work, tasks, num_workers, say)
+            run.find_copies()
+            records = run.make(skip_bad, show_progress=show_progress)
         except (WorkStopped, OSError):
             raise
         except BD3Error:
+            # What is finished may have taken days, and the text that cannot be read may be mended in a minute.
+            if kept := work.num_finished():
+                say(f"{kept} finished parts are kept in {work.root}: the same command goes on from there")
+            else:
+                work.remove()
+            raise
+        try:
+            headers = _headers(request, tokenizer, tasks, records)
+        except DataError:
+            # Only so few documents leave a split empty that nothing is lost with them.
             work.remove()
             raise
-        return work.finish(plan, headers)
+        files = {f"{split}/{HEADER_FILE}": header.as_dict() for split, header in headers.items()}
+        work.publish(tasks, records, files | {MANIFEST_FILE: manifest})
+        return _prepared(request.out, headers, was_there=False)
 
 
-class _WorkFolder:
-    """`.NAME.partial` beside DIR: data/ becomes DIR, work/ holds the plan, the records and temporary files."""
+@dataclass(frozen=True)
+class _Run:
+    """The parts of one request and who makes them."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out.absolute()
-        self.root = self.out.with_name(f".{self.out.name}.partial")
-        self.data, self.work = self.root / "data", self.root / "work"
-        self.plan_file = self.work / "plan.json"
-        self._made: list[Path] = []
+    request: PrepareRequest
+    work: WorkFolder
+    tasks: Sequence[PartTask]
+    num_workers: int
+    say: Callable[[str], None]
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second process out, of this machine or another.
+    def find_copies(self) -> None:
+        """Mark the documents that stand somewhere before, where the request asks for it."""
+        if not self.request.dedup:
+            return
+        maker = KeyPartMaker(
+            sources=dict(self.request.sources), work_folder=self.work.work, detokenizer=self.request.detokenizer
+        )
+        for _ in make_parts(maker, self.tasks, self.num_workers, lambda progress: None):
+            pass
+        copies = mark_copies(self.work.work, self.tasks, self.request.sources)
+        self.say(f"{copies} documents are copies of earlier ones and are left out")
+
+    def make(self, skip_bad: int, *, show_progress: bool) -> dict[PartTask, PartRecord]:
+        """Make every part that is not there yet.
 
         Raises:
-            FolderHeldError: another process is preparing the same DIR.
-            LaunchError: the place cannot be written.
+            DataError: more bad documents than may be skipped, in all parts together.
         """
-        self._made = [p for p in (self.root, *self.root.parents) if not p.exists()]
-        with held(self.root, name=f"out={self.out}"):
-            yield
+        maker = TokenPartMaker(
+            sources=dict(self.request.sources),
+            work_folder=self.work.work,
+            tokenizer_folder=self.work.data / "tokenizer",
+            valid_fraction=self.request.held_out_fraction,
+            detokenizer=self.request.detokenizer,
+            skip_bad=skip_bad,
+            decontaminate=self.request.decontaminate,
+        )
+        self._say_what_is_compared()
+        records = {task: record for task in self.tasks if (record := self._finished(task)) is not None}
+        rest = [task for task in self.tasks if task not in records]
+        with ProgressBar(sum(task.part.weight for task in self.tasks), show=show_progress) as bar:
+            for task in records:
+                bar.skip(task.part.weight)
+            _check_bad(records, skip_bad)
+            for task, record in make_parts(maker, rest, self.num_workers, bar.advance):
+                records[task] = record
+                _check_bad(records, skip_bad)
+        if named := [bad for task in self.tasks for bad in records[task].bad]:
+            count = sum(record.left_out.get("bad", 0) for record in records.values())
+            more = ", ..." if count > BAD_NAMED else ""
+            self.say(f"{count} bad documents are left out: {', '.join(named[:BAD_NAMED])}{more}")
+        return records
 
-    def begin(self, plan: dict[str, Any]) -> bool:
-        """Set the folder up for a plan; True where an earlier run of the same plan goes on."""
-        if self.plan_file.is_file() and _is_plan(self.plan_file, plan):
-            shutil.rmtree(self.work / "temporary", ignore_errors=True)
-            (self.work / "temporary").mkdir(exist_ok=True)
-            return True
-        for folder in (self.data, self.work):
-            shutil.rmtree(folder, ignore_errors=True)
-        (self.work / "temporary").mkdir(parents=True)
-        (self.work / "parts").mkdir()
-        self.data.mkdir()
-        write_json(self.plan_file, plan)
-        return False
+    def _finished(self, task: PartTask) -> PartRecord | None:
+        record = PartRecord.read(part_folder(self.work.work, task))
+        copies = copies_digest(read_copies(self.work.work, task))
+        return record if record is not None and record.is_of(task, self.request.sources[task.split], copies) else None
 
-    def num_finished(self) -> int:
-        return sum(1 for _ in (self.work / "parts").glob("*.json"))
-
-    def finish(self, plan: dict[str, Any], headers: dict[str, Header]) -> Prepared:
-        for split, header in headers.items():
-            (self.data / split).mkdir(exist_ok=True)
-            write_json(self.data / split / HEADER_FILE, header.as_dict())
-        write_json(self.data / MANIFEST_FILE, plan)
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
-        move(self.data, self.out)
-        shutil.rmtree(self.root, ignore_errors=True)
-        return _prepared(self.out, headers, was_there=False)
-
-    def remove(self) -> None:
-        """Leave nothing behind, not even folders made on the way."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        for folder in self._made[1:]:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+    def _say_what_is_compared(self) -> None:
+        if self.request.decontaminate is None:
+            return
+        index = self.request.decontaminate.index()
+        short = f"; {index.num_short} are shorter than {index.num_words} words and are not" if index.num_short else ""
+        self.say(f"training text is compared with {index.num_texts - index.num_short} evaluation texts{short}")
 
 
-def _check(request: PrepareRequest, num_workers: int) -> None:
+def _check(request: PrepareRequest, num_workers: int, skip_bad: int) -> None:
     check_fraction(request.valid_fraction)
     if num_workers < 1:
         raise ConfigError(f"num_workers={num_workers} does no work; use 1 or more.")
+    if skip_bad < 0:
+        raise ConfigError(f"skip_bad={skip_bad} is negative; use 0 or more.")
     if not request.sources:
         raise ConfigError("no text was named; give --text, --builtin, --dataset or a recipe with a source.")
     if request.tokenizer in TRAINED_TOKENIZERS and "train" not in request.sources:
@@ -193,8 +220,8 @@ def _check(request: PrepareRequest, num_workers: int) -> None:
         raise ConfigError(f"out={request.out} is a file; name a folder.")
 
 
-def _plan(request: PrepareRequest) -> dict[str, Any]:
-    """What decides the result, as JSON: equal plans give equal bytes."""
+def _settings(request: PrepareRequest) -> dict[str, Any]:
+    """What decides the result beside the text, as JSON: with equal settings and text, equal bytes."""
     trained = request.tokenizer in TRAINED_TOKENIZERS
     tokenizer = (
         {"train": request.tokenizer, "vocab_size": request.vocab_size, "sample_bytes": request.tokenizer_sample_bytes}
@@ -204,34 +231,29 @@ def _plan(request: PrepareRequest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": SHARDS_VERSION,
-        "sources": {split: source.identity() for split, source in request.sources.items()},
+        "sources": {split: source.settings() for split, source in request.sources.items()},
         "tokenizer": tokenizer,
-        "valid_fraction": request.valid_fraction if request.holds_out() else 0.0,
+        "held_out": {"rule": RULE, "fraction": request.held_out_fraction},
         "detokenizer": request.detokenizer,
         "packing": {split: dict(rule) for split, rule in request.packing.items()},
+        "dedup": request.dedup,
+        "decontaminate": None if request.decontaminate is None else request.decontaminate.identity(),
     }
 
 
-def _find_finished(out: Path, plan: dict[str, Any]) -> Prepared | None:
+def _find_finished(out: Path, expected: dict[str, Any]) -> Prepared | None:
     if not out.exists() or not any(out.iterdir()):
         return None
     manifest = out / MANIFEST_FILE
     if not manifest.is_file():
         raise ConfigError(f"out={out} holds other files; name a new or empty folder.")
-    if not _is_plan(manifest, plan):
+    if not is_written(manifest, expected):
         raise ConfigError(f"out={out} was prepared from other text or settings; name a new folder or remove it first.")
     splits = sorted(path.parent.name for path in out.glob(f"*/{HEADER_FILE}"))
-    from bd3_megatron.data.shards import read_header
-
     return _prepared(out, {split: read_header(out / split) for split in splits}, was_there=True)
 
 
-def _is_plan(path: Path, plan: dict[str, Any]) -> bool:
-    written = read_json(path, "remove the folder and prepare the data again")
-    return json.dumps(written, sort_keys=True) == json.dumps(json.loads(json.dumps(plan)), sort_keys=True)
-
-
-def _tokenizer(request: PrepareRequest, work: _WorkFolder, say: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(request: PrepareRequest, work: WorkFolder, say: Callable[[str], None]) -> Tokenizer:
     """Open the tokenizer of a run that goes on, or make it and save it whole."""
     folder = work.data / "tokenizer"
     if folder.is_dir():
@@ -240,87 +262,90 @@ def _tokenizer(request: PrepareRequest, work: _WorkFolder, say: Callable[[str], 
         from bd3_megatron.data.sentencepiece_model import train_sentencepiece
 
         say(f"training a {request.tokenizer} vocabulary of {request.vocab_size}")
-        fraction = request.valid_fraction if request.holds_out() else 0.0
         texts = sample_documents(
-            request.sources["train"], request.tokenizer_sample_bytes, fraction, request.detokenizer
+            request.sources["train"],
+            request.tokenizer_sample_bytes,
+            request.held_out_fraction,
+            request.detokenizer,
         )
         kind = TRAINED_TOKENIZERS[request.tokenizer]
         tokenizer: Tokenizer = train_sentencepiece(texts, request.vocab_size, model_type=kind)
     else:
         tokenizer = open_tokenizer(request.tokenizer)
-    temporary = work.work / "temporary" / "tokenizer"
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save(temporary)
-    move(temporary, folder)
+    with whole(folder) as temporary:
+        tokenizer.save(temporary)
     return tokenizer
 
 
-def _make_all(
-    request: PrepareRequest, work: _WorkFolder, tasks: list[PartTask], num_workers: int, *, show_progress: bool
-) -> list[PartRecord]:
-    finished = {task: PartRecord.read(work.work / "parts", task) for task in tasks}
-    maker = TokenPartMaker(
-        sources=dict(request.sources),
-        tokenizer_folder=work.data / "tokenizer",
-        data_folder=work.data,
-        work_folder=work.work,
-        valid_fraction=request.valid_fraction if request.holds_out() else 0.0,
-        detokenizer=request.detokenizer,
-    )
-    rest = [task for task in tasks if finished[task] is None]
-    with ProgressBar(sum(task.part.weight for task in tasks), show=show_progress) as bar:
-        for record in finished.values():
-            if record is not None:
-                bar.skip(record.weight)
-        for record in make_parts(maker, rest, num_workers, bar.advance):
-            finished[record.task] = record
-    return [record for task in tasks if (record := finished[task]) is not None]
+def _check_bad(records: Mapping[PartTask, PartRecord], skip_bad: int) -> None:
+    count = sum(record.left_out.get("bad", 0) for record in records.values())
+    if count > skip_bad:
+        named = [bad for record in records.values() for bad in record.bad]
+        raise DataError(
+            f"{count} documents are bad and skip_bad={skip_bad} allows no more ({'; '.join(named[:BAD_NAMED])}); "
+            "mend them, or raise --skip-bad."
+        )
 
 
-def _headers(request: PrepareRequest, tokenizer: Tokenizer, records: list[PartRecord]) -> dict[str, Header]:
+def _headers(
+    request: PrepareRequest, tokenizer: Tokenizer, tasks: Sequence[PartTask], records: Mapping[PartTask, PartRecord]
+) -> dict[str, Header]:
     """One header a split.
 
     Raises:
         DataError: a split has no tokens at all.
     """
-    splits = [*request.sources, *(["valid"] if request.holds_out() else [])]
     headers = {}
-    for split in splits:
-        shards = tuple(record.shards[split] for record in records if split in record.shards)
+    for split in [*request.sources, *(["valid"] if request.held_out_fraction else [])]:
+        shards = named_shards(tasks, records, split)
         if not shards:
-            raise DataError(_emptiness(request, split, records))
+            raise DataError(_emptiness(request, split, records.values()))
         origin = split if split in request.sources else "train"
-        empty = sum(record.num_empty for record in records if record.task.split == split)
-        held_out = request.valid_fraction if request.holds_out() else 0.0
+        left_out: Counter[str] = Counter()
+        for task in tasks:
+            left_out.update(records[task].left_out if task.split == split else {})
         headers[split] = Header(
-            dtype=token_dtype(tokenizer.vocab_size).str,
             vocab_size=tokenizer.vocab_size,
             special_ids=tokenizer.special,
             tokenizer_fingerprint=tokenizer.fingerprint,
             shards=shards,
-            source=request.sources[origin].describe()
-            | {"detokenizer": request.detokenizer, "valid_fraction": held_out},
-            num_empty_documents=empty,
+            source=request.sources[origin].describe() | {"detokenizer": request.detokenizer},
+            left_out=dict(left_out),
             packing=dict(request.packing.get(split, {})),
+            held_out_fraction=request.held_out_fraction,
         )
     return headers
 
 
-def _emptiness(request: PrepareRequest, split: str, records: list[PartRecord]) -> str:
-    documents = sum(shard.num_documents for record in records for shard in record.shards.values())
+def _emptiness(request: PrepareRequest, split: str, records: Iterable[PartRecord]) -> str:
+    shards = [shard for record in records for shard in record.shards.values()]
+    documents = sum(shard.num_documents for shard in shards)
     if documents == 0:
-        return f"the {split} text holds no documents (only white space); give text."
+        return f"the {split} text holds no documents (only white space, or all were left out); give text."
+    fraction = request.held_out_fraction
+    lowest = fraction_of(min(record.lowest_key for record in records))
+    # The first document to be held out is known; rounded up, since a fraction is typed by hand.
+    wanted = math.ceil((lowest + 0.005) * 100) / 100
+    if split == "valid" and documents > 1 and wanted <= GREATEST_FRACTION:
+        return (
+            f"{documents} documents with valid_fraction={fraction} leave none for valid, since documents are chosen by "
+            f"their text; use --valid-fraction {wanted}, give more documents, or cut them smaller (--documents line)."
+        )
     return (
-        f"{documents} documents with valid_fraction={request.valid_fraction} leave none for {split}; give more "
-        "documents, cut them smaller (--documents line), or use --valid-fraction 0."
+        f"{documents} documents with valid_fraction={fraction} leave none for {split}; give more documents, cut them "
+        "smaller (--documents line), or use --valid-fraction 0."
     )
 
 
 def _prepared(folder: Path, headers: dict[str, Header], *, was_there: bool) -> Prepared:
+    left_out: Counter[str] = Counter()
+    for header in headers.values():
+        left_out.update(header.left_out)
     return Prepared(
         folder=folder,
         was_there=was_there,
         num_tokens={split: header.num_tokens for split, header in headers.items()},
         num_documents={split: header.num_documents for split, header in headers.items()},
+        left_out=dict(left_out),
         vocab_size=next(iter(headers.values())).vocab_size,
     )

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3_megatron.config.yaml_file import read_yaml
-from bd3_megatron.data.dataset_source import HubDataset, RowFilter
+from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer
 from bd3_megatron.data.prepare import PrepareRequest
-from bd3_megatron.data.sources import BuiltinText, Source, TextFiles
+from bd3_megatron.data.row_filter import RowFilter
+from bd3_megatron.data.source import Source
+from bd3_megatron.data.sources import BuiltinText
+from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import ConfigError
 
 _DATASET_KEYS = (
@@ -104,16 +107,14 @@ def _source(split: str, spec: Mapping[str, Any]) -> Source:
     if kinds[0] == "builtin":
         return BuiltinText(name=spec["builtin"])
     options = {key: spec[key] for key in _DATASET_KEYS if key in spec and key not in ("dataset", "filters")}
-    filters = tuple(_row_filter(split, one) for one in spec.get("filters", ()))
+    filters = tuple(_row_filter(one, f"a filter of source {split}") for one in spec.get("filters", ()))
     return HubDataset(path=spec["dataset"], filters=filters, **options)
 
 
-def _row_filter(split: str, spec: Mapping[str, Any]) -> RowFilter:
-    _check_keys(spec, [f.name for f in fields(RowFilter)], f"a filter of source {split}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
-    if "column" not in values:
-        raise ConfigError(f"a filter of source {split} names no column; add it.")
-    return RowFilter(**values)
+def _row_filter(spec: Any, where: str) -> RowFilter:
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"{where} holds {str(spec):.80}, not keys; use column and comparisons.")
+    return RowFilter.from_dict(spec, where)
 
 
 def _check_keys(content: Any, known: list[str], where: str) -> None:

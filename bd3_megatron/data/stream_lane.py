@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_megatron.data.cleaning import clean
 from bd3_megatron.data.dataset_source import HubDataset
-from bd3_megatron.data.detokenizers import apply_rules, detokenizer
+from bd3_megatron.data.detokenizers import detokenizer
+from bd3_megatron.data.held_out import is_held_out
 from bd3_megatron.data.packing import Ints, PackedArrays, PackingRule
+from bd3_megatron.data.source import BadDocument
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
@@ -43,6 +46,8 @@ class StreamPlan:
     seed: int = 1
     """run.seed."""
     detokenizer: str = "none"
+    held_out_fraction: float = 0.0
+    """Documents that a prepared folder with this fraction holds out are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,9 @@ class Lane:
         self._before_document, self._places = self._state.stream, 0
         self._skip_places = self._state.used_places
         self._has_read = False
+        self._num_rows = 0
+        # A pass that began in the middle may end at once; one from the beginning that gives nothing never will.
+        self._pass_may_be_empty = self._state.stream is not None
 
     def row(self, number: int) -> PackedArrays:
         """Row `number`, every array of shape [L].
@@ -201,9 +209,10 @@ class Lane:
         if text is None:
             self._begin_again()
             return
-        places = self._packer.add(self._tokenizer.encode(apply_rules(self._rules, text)))
+        places = self._packer.add(self._tokenizer.encode(text))
         if places:
             self._before_document, self._places = before, places
+            self._pass_may_be_empty = True
         if self._skip_places:
             self._packer.drop(self._skip_places)
             self._skip_places = 0
@@ -211,19 +220,24 @@ class Lane:
     def _kept_texts(self) -> Iterator[str]:
         dataset = self._plan.dataset
         for row in self._documents:
-            if all(check.keeps(row) for check in dataset.filters):
-                text = row[dataset.column]
-                if not isinstance(text, str):
-                    raise DataError(f"column {dataset.column} of {dataset.path} holds no text; name another column.")
-                if text.strip():
-                    yield text
+            self._num_rows += 1
+            document = dataset.document(row, self._where)
+            if isinstance(document, BadDocument):
+                raise DataError(f"{document.where} {document.reason}; {document.remedy}.")
+            cleaned = None if document is None else clean(document, self._rules)
+            if cleaned is not None and not is_held_out(cleaned.key, self._plan.held_out_fraction):
+                yield cleaned.text
+
+    def _where(self) -> str:
+        return f"row {self._num_rows - 1}, counted by this process, of lane {self._lane} of {self._plan.dataset.path}"
 
     def _begin_again(self) -> None:
-        if self._places == 0 and self._packer.num_places == 0:
+        if not self._pass_may_be_empty:
             raise DataError(
                 f"lane {self._lane} of {self._plan.dataset.path} holds no text; use fewer lanes or other data."
             )
         self._epoch += 1
+        self._pass_may_be_empty = False
         self._dataset = self._plan.dataset.open().shard(num_shards=self._plan.num_lanes, index=self._lane)
         self._documents = iter(self._dataset)
 

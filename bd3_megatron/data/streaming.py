@@ -48,6 +48,7 @@ def plan_stream(
     shuffle_rows: int = 256,
     seed: int = 1,
     detokenizer: str = "none",
+    held_out_fraction: float = 0.0,
 ) -> StreamPlan:
     """Decide how a stream is read.
 
@@ -59,12 +60,14 @@ def plan_stream(
         shuffle_rows: rows of a lane permuted together.
         seed: run.seed.
         detokenizer: see detokenizers.
+        held_out_fraction: of the prepared folder whose held-out rows are evaluated; its documents are left out.
 
     Raises:
         ConfigError: more lanes than files, or an empty window.
-        DataError: the stream cannot be opened.
+        DataError: the stream cannot be opened, or has no such column.
     """
     dataset = replace(dataset, streaming=True)
+    dataset.check_columns()
     files = int(dataset.open().num_shards)
     lanes = min(files, _MOST_LANES) if num_lanes is None else num_lanes
     if not 1 <= lanes <= files:
@@ -81,6 +84,7 @@ def plan_stream(
         shuffle_rows=shuffle_rows,
         seed=seed,
         detokenizer=detokenizer,
+        held_out_fraction=held_out_fraction,
     )
 
 
@@ -276,6 +280,7 @@ def _identity(plan: StreamPlan) -> dict[str, Any]:
         **{name: getattr(dataset, name) for name in ("name", "split", "column", "data_files", "revision")},
         "filters": [asdict(one) for one in dataset.filters],
         "detokenizer": plan.detokenizer,
+        "held_out_fraction": plan.held_out_fraction,
         "seed": plan.seed,
         "tokenizer": load_tokenizer(plan.tokenizer_folder).fingerprint,
         **asdict(plan.rule),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.prepare import TRAINED_TOKENIZERS
-from bd3_megatron.data.shards import HEADER_FILE, read_header
+from bd3_megatron.data.shard_header import HEADER_FILE, read_header
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
 
 

@@ -16,7 +16,8 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.prepare import prepare
 from bd3_megatron.data.recipe import load_recipe
-from bd3_megatron.data.sources import TEXT_SUFFIXES, Source, TextFiles
+from bd3_megatron.data.source import Source
+from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles
 from bd3_megatron.errors import ConfigError, DataError, TokenizerError, either
 from bd3_megatron.evaluate.perplexity import Estimate
 from bd3_megatron.evaluate.tables import NORMAL_95, Column

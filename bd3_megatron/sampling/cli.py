@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_megatron.data.text_reading import read_text
 from bd3_megatron.errors import SamplingError
 from bd3_megatron.files import write_text
 
@@ -88,7 +89,8 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
     """Prompts of all three kinds, in that order; a single empty one (BOS) when none is given.
 
     Raises:
-        SamplingError: ids that are no numbers, or an unreadable file.
+        SamplingError: ids that are no numbers.
+        DataError: an unreadable file.
     """
     prompts: list[str | list[int]] = list(args.prompt or [])
     for listed in args.prompt_ids or []:
@@ -97,10 +99,7 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
         except ValueError:
             raise SamplingError(f"prompt ids {listed!r} are not numbers; give them as 1,2,3.") from None
     if args.prompt_file is not None:
-        try:
-            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SamplingError(f"{args.prompt_file} cannot be read ({error}); give a UTF-8 text file.") from None
+        prompts += read_text(args.prompt_file).removesuffix("\n").split("\n")
     return prompts or [""]
 
 

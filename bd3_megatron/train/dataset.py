@@ -22,13 +22,15 @@ from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
-from bd3_megatron.data.dataset_source import HubDataset, RowFilter
-from bd3_megatron.data.loader import BatchLoader, TokenDataset
+from bd3_megatron.data.dataset_source import HubDataset
+from bd3_megatron.data.loader import BatchLoader, TokenDataset, check_held_out
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.packing import PackingRule
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.shards import HEADER_FILE, TokenShards
+from bd3_megatron.data.row_filter import RowFilter
+from bd3_megatron.data.shard_header import HEADER_FILE
+from bd3_megatron.data.shards import TokenShards
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.stream_lane import StreamPlan
@@ -163,14 +165,17 @@ def open_data(config: Config) -> RunData:
         TokenizerError: the model's table is smaller than the tokenizer's vocabulary.
     """
     folder = data_folder(config)
-    shards, train = _open_train(config, folder)
+    trained, train = _open_train(config, folder)
+    shards = trained[0]
     valid_folder = folder / "valid"
     has_valid = (valid_folder / HEADER_FILE).exists()
     # the held-out split's own recipe, where it has one: LM1B's rows stand between BOS and EOS
     recipe = open_shards(valid_folder).packing_rule if has_valid else shards.packing_rule
     convention = evaluation_convention(config, recipe)
     valid = convention.open_rows(valid_folder, seq_len=config.data.seq_len) if has_valid else None
-    if valid is None:
+    if valid is not None:
+        check_held_out(valid.sources[0].shards, trained)
+    else:
         refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
     given = config.model.vocab_size
     if given is not None and given < shards.vocab_size:
@@ -207,10 +212,11 @@ def evaluation_convention(config: Config, recipe: Mapping[str, bool]) -> Evaluat
     )
 
 
-def _open_train(config: Config, folder: Path) -> tuple[TokenShards, TrainingRows]:
+def _open_train(config: Config, folder: Path) -> tuple[list[TokenShards], TrainingRows]:
+    """What is trained on, and the shards that decide about it."""
     if config.data.stream is not None:
         shards = open_shards(folder / "train")
-        return shards, _open_stream(config, config.data.stream, folder / "tokenizer", shards.packing_rule)
+        return [shards], _open_stream(config, config.data.stream, folder / "tokenizer", shards)
     # weights that cannot be mixed are refused here, before a model is built
     Mixture(mixture_stages(config.data, RunPlan(config)))
     paths = [Path(p) / "train" for p in config.data.mixed_folders] or [folder / "train"]
@@ -222,7 +228,7 @@ def _open_train(config: Config, folder: Path) -> tuple[TokenShards, TrainingRows
         seed=config.run.seed,
         shuffle=config.data.shuffle,
     )
-    return dataset.sources[0].shards, ShardRows(dataset, config.data)
+    return [rows.shards for rows in dataset.sources], ShardRows(dataset, config.data)
 
 
 def _packing_rule(config: Config, recipe: Mapping[str, bool]) -> PackingRule:
@@ -242,11 +248,9 @@ def _aligned_block(config: Config) -> int:
     return max(block_sizes(config))
 
 
-def _open_stream(
-    config: Config, stream: StreamConfig, tokenizer_folder: Path, recipe: Mapping[str, bool]
-) -> StreamRows:
-    """The stream's rows are laid out as those of the prepared folder are."""
-    data = config.data
+def _open_stream(config: Config, stream: StreamConfig, tokenizer_folder: Path, shards: TokenShards) -> StreamRows:
+    """The stream's rows are laid out as those of the prepared folder are, and what that holds out is left out."""
+    data, recipe = config.data, shards.packing_rule
     dataset = HubDataset(
         path=stream.dataset,
         name=stream.name,
@@ -265,6 +269,7 @@ def _open_stream(
         shuffle_rows=stream.shuffle_rows if data.shuffle else 1,
         seed=config.run.seed,
         detokenizer=stream.detokenizer,
+        held_out_fraction=shards.held_out_fraction,
     )
     return StreamRows(plan)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_megatron.data.shards import HEADER_FILE, Header, ShardWriter, token_dtype
+from bd3_megatron.data.shard_header import HEADER_FILE, Header, token_dtype
+from bd3_megatron.data.shards import ShardWriter
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
 from bd3_megatron.files import write_json
@@ -60,22 +61,23 @@ def write_split(
     *,
     vocab_size: int = VOCAB,
     fingerprint: str = BYTES.fingerprint,
+    held_out_fraction: float = 0.0,
 ) -> Path:
     """Write a split from shards of documents of ids, as `prepare` would."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for number, listed in enumerate(shards):
-        writer = ShardWriter(folder / f"part-{number:05d}", folder, token_dtype(vocab_size))
-        writer.add([np.asarray(document, dtype=np.uint32) for document in listed])
-        record = writer.finish()
+        with ShardWriter(folder / f"part-{number:05d}", token_dtype(vocab_size)) as writer:
+            writer.add([np.asarray(document, dtype=np.uint32) for document in listed])
+            record = writer.finish()
         assert record is not None
         records.append(record)
     header = Header(
-        dtype=token_dtype(vocab_size).str,
         vocab_size=vocab_size,
         special_ids=SPECIAL,
         tokenizer_fingerprint=fingerprint,
         shards=tuple(records),
+        held_out_fraction=held_out_fraction,
     )
     write_json(folder / HEADER_FILE, header.as_dict())
     return folder

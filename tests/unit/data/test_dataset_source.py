@@ -12,8 +12,10 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from bd3_megatron.data.dataset_source import HubDataset, RowFilter
+from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.row_filter import RowFilter
+from bd3_megatron.data.source import BadDocument
 from bd3_megatron.errors import ConfigError, DataError
 from tests.unit.data.corpora import content_of
 
@@ -37,7 +39,8 @@ def jsonl(path: Path, rows: list[dict] = ROWS) -> Path:
 
 def texts_of(source: HubDataset) -> list[str]:
     copy = pickle.loads(pickle.dumps(source))
-    return [text for part in source.parts() for text in copy.documents(part)]
+    found = [document for part in source.parts() for document in copy.documents(part)]
+    return [document for document in found if isinstance(document, str)]
 
 
 def written(tmp_path: Path, kind: str) -> tuple[str, str]:
@@ -53,7 +56,9 @@ def written(tmp_path: Path, kind: str) -> tuple[str, str]:
     elif kind == "tsv":
         table.to_csv(str(path), sep="\t")
     elif kind == "txt":
-        path.write_text("".join(row["text"] + "\n" for row in ROWS))
+        path.write_text("".join(row["text"] + "\n\n" for row in ROWS))
+    elif kind == "txt.gz":
+        path.write_bytes(gzip.compress("".join(row["text"] + "\n\n" for row in ROWS).encode()))
     elif kind == "saved":
         table.save_to_disk(str(path))
     elif kind == "saved_splits":
@@ -65,24 +70,78 @@ def written(tmp_path: Path, kind: str) -> tuple[str, str]:
     return str(path), "train"
 
 
-FORMATS = ["jsonl", "jsonl.gz", "parquet", "csv", "tsv", "txt", "saved", "saved_splits", "folder"]
+FORMATS = ["jsonl", "jsonl.gz", "parquet", "csv", "tsv", "txt", "txt.gz", "saved", "saved_splits", "folder"]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_its_rows_in_order(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     path, split = written(tmp_path, kind)
     source = HubDataset(path=path, split=split, rows_per_part=10)
-    expected = [row["text"].rstrip() if kind == "txt" else row["text"] for row in ROWS]
-    assert [text.rstrip() if kind == "txt" else text for text in texts_of(source)] == expected
-    assert [part.weight for part in source.parts()] == [10, 10, 5]
+    assert [text.split() for text in texts_of(source)] == [row["text"].split() for row in ROWS]
+    if not kind.startswith("txt"):
+        assert [part.weight for part in source.parts()] == [10, 10, 5]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "folder", "parquet"])
+# The library leaves the file of a csv stream open.
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in ("csv", "tsv")])
 def test_streams_give_the_same_rows_in_parts_of_files(tmp_path: Path, kind: str) -> None:
     path, split = written(tmp_path, kind)
     source = HubDataset(path=path, split=split, streaming=True)
-    assert texts_of(source) == [row["text"] for row in ROWS]
+    assert texts_of(source) == texts_of(HubDataset(path=path, split=split))
     assert len(source.parts()) == (2 if kind == "folder" else 1)
+    assert [row["text"] for row in source.open()] == texts_of(source)  # as training reads it
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nested_columns_have_dots_in_their_names(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"meta": {"body": f"b{i}", "more": {"n": i}}} for i in range(6)]
+    path = str(jsonl(tmp_path / "rows.jsonl", rows))
+    keep = (RowFilter(column="meta.more.n", at_least=3),)
+    assert texts_of(HubDataset(path=path, column="meta.body", filters=keep, streaming=streaming)) == ["b3", "b4", "b5"]
+    flat = str(jsonl(tmp_path / "flat.jsonl", [{"meta": {"body": "nested"}, "meta.body": "flat"}]))
+    assert texts_of(HubDataset(path=flat, column="meta.body", streaming=streaming)) == ["flat"]
+    for column in ("meta", "meta.body.n"):
+        source = HubDataset(path=path, column=column, streaming=streaming)
+        if column == "meta":
+            assert all(isinstance(found, BadDocument) for part in source.parts() for found in source.documents(part))
+            continue
+        with pytest.raises(
+            DataError, match="has no column meta.body.n; it has meta, meta.body, meta.more, meta.more.n"
+        ):
+            source.parts()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_text_are_named_by_file_and_row(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"text": "a"}, {"text": None}]
+    jsonl(tmp_path / "d" / "a.jsonl", [{"text": "b"}] * 3)
+    jsonl(tmp_path / "d" / "b.jsonl", rows)
+    for path, where in (
+        (jsonl(tmp_path / "rows.jsonl", rows), f"row 1 of {tmp_path / 'rows.jsonl'}"),
+        (
+            tmp_path / "d",
+            f"row 1 of {tmp_path / 'd' / 'b.jsonl'}" if streaming else f"row 4 of {tmp_path / 'd'} (split train)",
+        ),
+    ):
+        source = HubDataset(path=str(path), streaming=streaming)
+        bad = [found for part in source.parts() for found in source.documents(part) if isinstance(found, BadDocument)]
+        assert [(one.where, one.reason) for one in bad] == [(where, "holds nothing (null) in column text")]
+
+
+def test_values_without_an_order_are_not_compared(tmp_path: Path) -> None:
+    path = str(jsonl(tmp_path / "rows.jsonl", [{"text": "a", "meta": {"n": 1}}]))
+    with pytest.raises(
+        DataError, match="row 0 of .*rows.jsonl: column meta holds dict, which has no order; use equals"
+    ):
+        texts_of(HubDataset(path=path, filters=(RowFilter(column="meta", at_least=1),)))
+
+
+def test_a_file_that_breaks_off_is_an_error_of_the_data(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d" / "rows.jsonl", ROWS)
+    path.write_bytes(path.read_bytes() + b'{"text": "tor')
+    with pytest.raises(DataError, match=r"d cannot be read \(.* in row 25\); mend or remove the file"):
+        source = HubDataset(path=str(path.parent), streaming=True)
+        list(source.documents(source.parts()[0]))
 
 
 def test_splits_are_sliced_and_rows_filtered(tmp_path: Path) -> None:
@@ -106,7 +165,8 @@ def test_a_dataset_prepares_to_the_same_bytes_with_any_number_of_workers(tmp_pat
     path = str(jsonl(tmp_path / "rows.jsonl"))
     for workers in (1, 2):
         source = HubDataset(path=path, rows_per_part=6)
-        prepare(PrepareRequest(out=tmp_path / str(workers), sources={"train": source}), num_workers=workers)
+        request = PrepareRequest(out=tmp_path / str(workers), sources={"train": source}, valid_fraction=0.2)
+        prepare(request, num_workers=workers)
     assert content_of(tmp_path / "1") == content_of(tmp_path / "2")
 
 
@@ -115,7 +175,7 @@ def test_datasets_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.weird").touch()
     saved, _ = written(tmp_path, "saved_splits")
-    none = str(jsonl(tmp_path / "numbers.jsonl", [{"text": 3}]))
+    (tmp_path / "a.txt").write_text("text")
     cases = [
         (HubDataset(path="./none.jsonl"), "dataset ./none.jsonl does not exist; give a file, a folder or a hub name"),
         (HubDataset(path=path, split="test"), r"rows.jsonl \(split test\) cannot be opened .* check path, name, split"),
@@ -125,7 +185,7 @@ def test_datasets_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         (HubDataset(path=str(tmp_path / "rows.weird")), "rows.weird has no known suffix; use .jsonl"),
         (HubDataset(path=str(tmp_path / "empty")), "cannot be opened"),
         (HubDataset(path=saved, split="dev"), "has no split dev; it has train, test"),
-        (HubDataset(path=none), "column text of .* holds int, not text; name another column"),
+        (HubDataset(path=str(tmp_path / "a.txt"), split="train[:1]"), r"have no split train\[:1\]; use train"),
         (HubDataset(path="some-owner/no-such-set"), "cannot be opened"),
     ]
     for source, sentence in cases:

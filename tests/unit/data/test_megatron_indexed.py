@@ -35,8 +35,8 @@ def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_documents_are_read_as_they_were_written(prefix: Path) -> None:
     opened = MegatronIndexed(prefix)
     assert opened.tokens(0).tolist() == TOKENS
-    assert opened.document_ends(0).tolist() == [5, 6, 6, 12]
-    assert (opened.num_tokens, opened.num_documents, opened.num_shards) == (12, 4, 1)
+    assert opened.document_ends(0).tolist() == [5, 6, 12]
+    assert (opened.num_tokens, opened.num_documents, opened.num_shards) == (12, 3, 1)
     assert opened.shard_size(0) == (12, 3)
     assert opened.special == SPECIAL and opened.vocab_size == 260
     assert pickle.loads(pickle.dumps(opened)).tokens(0).tolist() == TOKENS

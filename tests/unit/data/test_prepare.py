@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bd3_megatron.data.part_pool import Progress, make_parts
+from bd3_megatron import files
+from bd3_megatron.data.part_pool import Progress, ProgressBar, make_parts
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.prepare_progress import ProgressBar
 from bd3_megatron.data.shards import ShardFolder
-from bd3_megatron.data.sources import TextFiles
+from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import (
     BD3Error,
@@ -73,7 +74,8 @@ def test_the_text_is_all_there_once_and_the_folder_is_complete(text: Path, tmp_p
 def test_the_result_does_not_depend_on_the_number_of_workers(text: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
         prepare(
-            request(text, tmp_path / str(workers), tokenizer="sentencepiece-bpe", vocab_size=380), num_workers=workers
+            request(text, tmp_path / str(workers), tokenizer="sentencepiece-bpe", vocab_size=380, dedup=True),
+            num_workers=workers,
         )
     assert content_of(tmp_path / "1") == content_of(tmp_path / "3")
 
@@ -99,7 +101,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.sources import TextFiles
+from bd3_megatron.data.text_files import TextFiles
 if __name__ == "__main__":
     source = TextFiles(paths=(sys.argv[1],), part_bytes=3000)
     request = PrepareRequest(out=Path(sys.argv[2]), sources={"train": source}, valid_fraction=0.2)
@@ -117,7 +119,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
     # The first kill comes before any part is finished, the others after the next one is.
     for wanted in (0, 1, 4):
         process = subprocess.Popen([*command, str(tmp_path / "out"), "2"], env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not records.is_dir() or len(list(records.glob("*.json"))) < wanted):
+        while process.poll() is None and (not records.is_dir() or len(list(records.glob("*/record.json"))) < wanted):
             select.select([], [], [], 0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -125,46 +127,6 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
         done = subprocess.run([*command, str(tmp_path / "out"), "2"], env=environment, check=True, capture_output=True)
         assert b"going on with" in done.stdout
     prepare(request(text, tmp_path / "calm"))
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
-
-
-def test_a_run_that_broke_off_does_not_make_finished_parts_again(text: Path, tmp_path: Path) -> None:
-    class Broken(Exception):
-        pass
-
-    made: list[int] = []
-    partial = tmp_path / ".out.partial"
-
-    def make(stop_after: int | None) -> None:
-        from bd3_megatron.data import prepare as room
-
-        class Counting(room.TokenPartMaker):
-            def make(self, task, report):  # type: ignore[no-untyped-def]
-                if stop_after is not None and len(made) >= stop_after:
-                    raise Broken
-                made.append(task.part.number)
-                return super().make(task, report)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(room, "TokenPartMaker", Counting)
-            said: list[str] = []
-            prepare(request(text, tmp_path / "out"), say=said.append)
-            assert said == [f"going on with {partial}: 5 parts are finished"]
-
-    with pytest.raises(Broken):
-        make(5)
-    assert partial.is_dir() and not (tmp_path / "out").exists()
-    make(None)
-    assert made == list(range(len(made))) and len(made) > 8
-    prepare(request(text, tmp_path / "calm"))
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm") and not partial.exists()
-
-
-def test_another_request_does_not_go_on_with_foreign_parts(text: Path, tmp_path: Path) -> None:
-    limited(text, tmp_path / "out", 2500, "-")
-    assert (tmp_path / ".out.partial").is_dir()
-    prepare(request(text, tmp_path / "out", valid_fraction=0.3))
-    prepare(request(text, tmp_path / "calm", valid_fraction=0.3))
     assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
 
 
@@ -189,18 +151,164 @@ def test_a_disk_that_fills_up_publishes_nothing_and_keeps_what_is_finished(
     big.write_text(text.read_text() + "word " * 4000)  # the last part alone does not fit
     limited(big, tmp_path / "out", 6000, r"failed \(File too large\); make room .* finished parts are kept", workers)
     assert not (tmp_path / "out").exists()
-    records = list((tmp_path / ".out.partial" / "work" / "parts").iterdir())
+    records = list((tmp_path / ".out.partial" / "work" / "parts").glob("*/record.json"))
     assert len(records) > 3
     prepare(request(big, tmp_path / "out"))
     prepare(request(big, tmp_path / "calm"))
     assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
 
 
+def four_files(folder: Path, *, bad: bytes = b"") -> PrepareRequest:
+    """A request for four text files, the last of which ends in some bytes."""
+    folder.mkdir(exist_ok=True)
+    for number in range(4):
+        end = bad if number == 3 else b""
+        (folder / f"f{number}.txt").write_bytes(english(600, number).encode() + end)
+    source = TextFiles(paths=(str(folder),), documents_are="line")
+    return PrepareRequest(out=folder.parent / "out", sources={"train": source}, valid_fraction=0.2)
+
+
+def made_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that are tokenised from here on, by what they read."""
+    from bd3_megatron.data import part_maker
+
+    made: list[str] = []
+    make = part_maker.TokenPartMaker.make
+
+    def counted(self, task, report):  # type: ignore[no-untyped-def]
+        made.append(Path(task.part.items[0]).name)
+        return make(self, task, report)
+
+    monkeypatch.setattr(part_maker.TokenPartMaker, "make", counted)
+    return made
+
+
+def reread_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The finished parts whose text is compared from here on."""
+    from bd3_megatron.data import part_maker
+
+    reread: list[str] = []
+    content_of_part = part_maker.content_of
+
+    def counted(source, part):  # type: ignore[no-untyped-def]
+        reread.append(Path(part.items[0]).name)
+        return content_of_part(source, part)
+
+    monkeypatch.setattr(part_maker, "content_of", counted)
+    return reread
+
+
+def test_finished_parts_are_kept_and_the_same_command_goes_on_once_the_text_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = four_files(tmp_path / "text", bad=b"caf\xe9\n")
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"f3.txt at byte \d+ is not UTF-8; convert the file .* --skip-bad N"):
+        prepare(wanted, say=said.append)
+    partial = tmp_path / ".out.partial"
+    assert said == [f"3 finished parts are kept in {partial}: the same command goes on from there"]
+    path = tmp_path / "text" / "f3.txt"
+    path.write_bytes(path.read_bytes().replace(b"\xe9", "\u00e9".encode()))
+    os.utime(tmp_path / "text" / "f0.txt")  # touched, not changed: it is read again and not tokenised again
+    made, reread = made_parts(monkeypatch), reread_parts(monkeypatch)
+    prepare(wanted, say=said.append)
+    assert (
+        made == ["f3.txt"] and reread == ["f0.txt"] and said[1:] == [f"going on with {partial}: 3 parts are finished"]
+    )
+    prepare(replace(wanted, out=tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm") and not partial.exists()
+
+
+def test_a_text_that_changed_is_tokenised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = four_files(tmp_path / "text", bad=b"caf\xe9\n")
+    with pytest.raises(DataError):
+        prepare(wanted)
+    four_files(tmp_path / "text")
+    (tmp_path / "text" / "f1.txt").write_text(english(900, 9))
+    (tmp_path / "text" / "a_new_one.txt").write_text(english(200, 8))  # parts are numbered anew
+    made = made_parts(monkeypatch)
+    prepare(wanted)
+    assert sorted(made) == ["a_new_one.txt", "f1.txt", "f3.txt"]
+    prepare(replace(wanted, out=tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+def test_a_finished_part_is_made_again_where_other_text_made_copies_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(four_files(tmp_path / "text", bad=b"caf\xe9\n"), dedup=True)
+    with pytest.raises(DataError):
+        prepare(wanted)
+    four_files(tmp_path / "text")
+    (tmp_path / "text" / "f0.txt").write_text((tmp_path / "text" / "f1.txt").read_text() + "and more\n")
+    made = made_parts(monkeypatch)
+    assert prepare(wanted).left_out["repeated"] > 5
+    assert made == ["f0.txt", "f1.txt", "f3.txt"]
+    texts = decoded(wanted.out / "train") + decoded(wanted.out / "valid")
+    assert len(set(texts)) == len(texts)
+    prepare(replace(wanted, out=tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+def test_a_run_killed_while_it_publishes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bd3_megatron.data import work_folder
+
+    wanted = four_files(tmp_path / "text")
+    prepare(replace(wanted, out=tmp_path / "calm"))
+    for moves in range(0, 20, 3):
+        left = [moves]
+
+        def move(path: Path, target: Path, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            files.move(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(work_folder, "move", move)
+            try:
+                prepare(wanted)
+            except KeyboardInterrupt:
+                assert not wanted.out.exists()
+    made = made_parts(monkeypatch)
+    prepare(wanted)
+    assert made == [] and content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+def test_parts_of_other_settings_are_neither_used_nor_thrown_away(tmp_path: Path) -> None:
+    wanted = four_files(tmp_path / "text", bad=b"caf\xe9\n")
+    with pytest.raises(DataError):
+        prepare(wanted)
+    kept = content_of(tmp_path / ".out.partial" / "work")
+    sentence = "out.partial holds 3 finished parts of a run with other settings; run that command again, remove the"
+    for changes in ({"valid_fraction": 0.3}, {"detokenizer": "ptb"}, {"dedup": True}):
+        with pytest.raises(ConfigError, match=sentence):
+            prepare(replace(wanted, **changes))  # type: ignore[arg-type]
+    assert content_of(tmp_path / ".out.partial" / "work") == kept
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_text_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
+def test_bad_documents_may_be_skipped_up_to_a_number(tmp_path: Path, workers: int) -> None:
+    wanted = four_files(tmp_path / "text", bad=b"caf\xe9\n\xff\ngood\n")
+    (tmp_path / "text" / "f1.txt").write_bytes(b"\xe9t\xe9\nwords\n")
+    with pytest.raises(DataError, match="bad document number 2, and --skip-bad 1|3 documents are bad and skip_bad=1"):
+        prepare(wanted, skip_bad=1, num_workers=workers)
+    with pytest.raises(DataError, match="3 documents are bad and skip_bad=2 allows no more .*f1.txt at byte 0 is not"):
+        prepare(wanted, skip_bad=2, num_workers=workers)
+    said: list[str] = []
+    made = prepare(wanted, skip_bad=3, num_workers=workers, say=said.append)
+    assert made.left_out["bad"] == 3
+    named = said[-1].removeprefix("3 bad documents are left out: ")
+    assert [Path(one.split(" at byte ")[0]).name for one in named.split(", ")] == ["f1.txt", "f3.txt", "f3.txt"]
+    texts = decoded(tmp_path / "out" / "train") + decoded(tmp_path / "out" / "valid")
+    assert {"words", "good"} <= set(texts) and not any("\ufffd" in text for text in texts)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_text_leaves_nothing_behind_where_nothing_was_finished(tmp_path: Path, workers: int) -> None:
     path = tmp_path / "bad.txt"
-    path.write_bytes(english(3000, 1).encode() + b"\n\ncaf\xe9\n")
-    with pytest.raises(DataError, match="bad.txt is not UTF-8 at byte"):
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="bad.txt at byte 3 is not UTF-8"):
         prepare(request(path, tmp_path / "new" / "deep" / "out"), num_workers=workers)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
 
@@ -223,7 +331,7 @@ def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_pat
         (
             {"sources": {"train": TextFiles(paths=(str(tmp_path / "one.txt"),))}},
             DataError,
-            "1 documents with valid_fraction=0.2 leave none for train; give more documents, cut them smaller",
+            "1 documents with valid_fraction=0.2 leave none for valid; give more documents, cut them smaller",
         ),
         (
             {"sources": {"test": TextFiles(paths=(str(text),))}, "tokenizer": "sentencepiece"},
@@ -265,19 +373,12 @@ def test_splits_may_have_sources_of_their_own(text: Path, tmp_path: Path) -> Non
     assert made.num_documents["valid"] == 2
 
 
-def test_white_space_before_the_text_takes_no_place_among_the_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\none\n\n \n\ntwo")
-    source = TextFiles(paths=(str(tmp_path / "a.txt"),))
-    made = prepare(PrepareRequest(out=tmp_path / "out", sources={"train": source}))
-    assert made.num_documents == {"train": 1, "valid": 1}
-
-
 def test_documents_of_white_space_are_counted_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n \nthree\n")
     source = TextFiles(paths=(str(tmp_path / "a.txt"),), documents_are="line")
     prepare(PrepareRequest(out=tmp_path / "out", sources={"train": source}, valid_fraction=0.0))
     assert decoded(tmp_path / "out" / "train") == ["one", "two", "three"]
-    assert ShardFolder(tmp_path / "out" / "train").header.num_empty_documents == 3
+    assert ShardFolder(tmp_path / "out" / "train").header.left_out == {"empty": 2}
     assert not (tmp_path / "out" / "valid").exists()
 
 

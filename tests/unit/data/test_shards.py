@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bd3_megatron.data.shards import ShardFolder, ShardWriter, token_dtype
+from bd3_megatron.data.held_out import RULE
+from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.data.shard_header import token_dtype
+from bd3_megatron.data.shards import MOST_MAPS, ShardFolder, ShardWriter
 from bd3_megatron.errors import DataError, TokenizerError
 from tests.unit.data.corpora import SPECIAL, documents, write_split
 
@@ -45,13 +50,10 @@ def test_a_split_travels_to_other_processes_without_its_tokens(split: Path) -> N
     assert pickle.loads(pickle.dumps(opened)).tokens(0).tolist() == before
 
 
-def test_a_writer_leaves_nothing_where_there_is_nothing_or_it_is_abandoned(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "train" / "part-00000", tmp_path, token_dtype(10))
-    writer.add([])
-    assert writer.num_documents == 0 and writer.finish() is None and list(tmp_path.iterdir()) == []
-    writer = ShardWriter(tmp_path / "part-00001", tmp_path, token_dtype(10))
-    writer.add([np.asarray([1, 2], dtype=np.uint32)])
-    writer.abandon()
+def test_a_writer_leaves_nothing_where_there_is_nothing(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "part-00000", token_dtype(10)) as writer:
+        writer.add([])
+        assert writer.finish() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,19 +90,80 @@ def test_every_flipped_bit_is_found_by_verification(split: Path, name: str) -> N
 def test_verification_finds_content_that_its_checksum_does_not(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"part-00000.bin holds a token outside \[0, 260\)"):
         ShardFolder(write_split(tmp_path / "a", [[[1, 300]]]), verify=True)
-    with pytest.raises(DataError, match="part-00000.idx does not increase to 2"):
-        ShardFolder(write_split(tmp_path / "b", [[[1], [], [2]]]), verify=True)
+    with pytest.raises(DataError, match="part-00000.idx does not increase to 3"):
+        ShardFolder(write_split(tmp_path / "b", [[[1], [], [2, 2]]]), verify=True)
+
+
+def test_ends_out_of_order_are_refused_when_they_are_used(split: Path) -> None:
+    ends = np.fromfile(split / "part-00000.idx", dtype="<u8")
+    ends[[2, 3]] = ends[[3, 2]]
+    ends.tofile(split / "part-00000.idx")
+    opened = ShardFolder(split)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"part-00000.idx does not increase to \d+; prepare the data again"):
+            opened.document_ends(0)
+    assert len(opened.document_ends(1)) == 7
+
+
+def test_a_thousand_shards_are_read_under_few_descriptors(tmp_path: Path) -> None:
+    split = write_split(tmp_path, [[[n % 256, 1], [2]] for n in range(300)])
+    rows = TokenDataset.open(split, seq_len=3, append_eos=False).sources[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))
+    # 600 files, and room for half of those that may be mapped at a time.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows.shards._maps, "_most", MOST_MAPS // 4)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + MOST_MAPS // 2, hard))
+        try:
+            for _ in range(2):
+                read = rows.read(np.arange(300)).tokens_BL
+                assert read.tolist() == [[n % 256, 1, 2] for n in range(300)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert MOST_MAPS * 2 < 1024
+
+
+def test_a_process_without_descriptors_hears_the_true_cause(split: Path) -> None:
+    opened = ShardFolder(split)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 1, hard))
+    try:
+        with pytest.raises(
+            DataError, match=r"part-00000.bin failed \(Too many open files\); raise the limit with ulimit"
+        ):
+            opened.tokens(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
 
 
 def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
     original = (split / "header.json").read_text()
+    shards = json.loads(original)["shards"]
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"version": 2}, "has version 2; this release reads version 1, use the release that wrote it"),
+        ({"version": 1}, "has version 1; this release reads version 2, use the release that wrote it"),
         ({"format": "other"}, "is not a header of token shards"),
-        ({"num_tokens": 1}, "is damaged .dtype or counts do not fit together"),
-        ({"dtype": "<f4"}, "is damaged .dtype or counts do not fit together"),
-        ({"shards": [{"name": "x"}]}, "header.json is damaged .field"),
-        ({"vocab_size": "many"}, "header.json is damaged .field"),
+        (
+            {"num_tokens": 1},
+            r"is damaged \(num_tokens is 1, not \d+, the sum over its shards\); prepare the data again",
+        ),
+        ({"num_documents": 18}, r"is damaged \(num_documents is 18, not 19, the sum over its shards\)"),
+        ({"dtype": "<f4"}, r"is damaged \(dtype is '<f4', not <u2, which holds 260 ids\)"),
+        ({"shards": []}, r"is damaged \(shards is \[\], no list with at least one entry\)"),
+        ({"shards": [3]}, r"header.json, shard 0, is damaged \(no JSON object\)"),
+        ({"shards": [{"name": "x"}]}, r"header.json, shard 0, is damaged \(num_tokens is missing, no whole number"),
+        ({"shards": shards + shards[:1]}, r"is damaged \(shards is .*, and names a shard twice\)"),
+        ({"shards": [shards[0] | {"name": "../x"}]}, r"shard 0, is damaged \(name is '../x', no text of the form"),
+        ({"vocab_size": 1}, r"header.json is damaged \(vocab_size is 1, no whole number in \[2, 4294967296\]\)"),
+        (
+            {"shards": [shards[0] | {"num_documents": 0}]},
+            r"shard 0, is damaged \(num_documents is 0, no whole number in \[1",
+        ),
+        ({"vocab_size": "many"}, r"header.json is damaged \(vocab_size is 'many', no whole number in \[2, "),
+        ({"packing": {"append_eos": 1}}, r"\(packing is .*, not true or false for append_eos and wrap_special\)"),
+        ({"held_out": {"rule": "by name", "fraction": 0.1}}, r"held_out, is damaged \(rule is 'by name', no text of"),
+        ({"held_out": {"rule": RULE, "fraction": float("nan")}}, r"\(fraction is nan, no number in \[0, 0.5\]\)"),
     ]
     for changes, sentence in cases:
         change_header(split, **changes)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_megatron.data.dataset_source import HubDataset, RowFilter
+from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.packing import PackedRows, PackingRule
+from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.data.shards import ShardFolder
-from bd3_megatron.data.stream_lane import Lane, RowPacker, StreamPlan
+from bd3_megatron.data.stream_lane import Lane, LaneState, RowPacker, StreamPlan
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
 from bd3_megatron.errors import ConfigError, DataError
 from tests.unit.data.corpora import BYTES, SPECIAL, documents, write_split
@@ -195,6 +196,53 @@ def test_streams_that_cannot_be_are_refused(corpus: Path) -> None:
             batches_of(stream, ONE, 0, 1, state=state, workers=workers)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_stream_goes_on_where_it_stopped_at_the_very_end_of_its_files(tmp_path: Path, window: int) -> None:
+    BYTES.save(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * 7}) + "\n" for letter in "abc"))
+    stream = plan_stream(
+        HubDataset(path=str(tmp_path / "a.jsonl")),
+        tmp_path / "tokenizer",
+        PackingRule(seq_len=8),
+        num_lanes=1,
+        shuffle_rows=window,
+    )
+    whole = Lane(stream, 0)
+    rows = [whole.row(number).tokens_BL.tolist() for number in range(8)]
+    for stop in range(7):
+        lane = Lane(stream, 0)
+        for number in range(stop + 1):
+            lane.row(number)
+        state = json.loads(json.dumps(lane.state_before(stop + 1).as_dict()))
+        again = Lane(stream, 0, LaneState(**state))
+        assert [again.row(number).tokens_BL.tolist() for number in range(stop + 1, 8)] == rows[stop + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["saved", "text"])
+def test_other_kinds_of_dataset_stream_and_resume_too(corpus: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"{kind} dataset"
+    if kind == "saved":
+        datasets.Dataset.from_dict({"text": [f"document {i} of many" for i in range(30)]}).save_to_disk(
+            str(path), num_shards=3
+        )
+    else:
+        path.mkdir()
+        for number in range(3):
+            (path / f"{number}.txt").write_text("\n\n".join(f"document {i} of many" for i in range(number, 30, 3)))
+    stream = plan_stream(HubDataset(path=str(path)), corpus / "tokenizer", RULE, shuffle_rows=2)
+    assert stream.num_lanes == 3
+    whole, _ = batches_of(stream, ONE, 0, 8)
+    first, state = batches_of(stream, ONE, 0, 3)
+    rest, _ = batches_of(stream, ONE, 18, 5, state=json.loads(json.dumps(state)), workers=1)
+    assert first | rest == whole
+
+
+def test_a_stream_without_the_column_is_refused_before_it_is_read(corpus: Path) -> None:
+    dataset = HubDataset(path=str(corpus / "text"), column="body")
+    with pytest.raises(DataError, match="has no column body; it has text, keep"):
+        plan_stream(dataset, corpus / "tokenizer", RULE)
+
+
 def test_streams_without_text_are_refused_instead_of_read_for_ever(corpus: Path) -> None:
     for path in (corpus / "text").iterdir():
         path.write_text('{"text": " ", "keep": true}\n{"text": "x", "keep": false}\n')
@@ -202,14 +250,16 @@ def test_streams_without_text_are_refused_instead_of_read_for_ever(corpus: Path)
         batches_of(plan(corpus), ONE, 0, 1)
     for path in (corpus / "text").iterdir():
         path.write_text('{"text": 3, "keep": true}\n')
-    with pytest.raises(DataError, match="column text of .* holds no text; name another column"):
+    with pytest.raises(
+        DataError, match=r"row 0, counted .* of lane 0 of .* holds no text but int in column text; mend"
+    ):
         batches_of(plan(corpus), ONE, 0, 1)
 
 
 def test_a_state_knows_its_stream_wherever_that_lies(corpus: Path) -> None:
     _, state = batches_of(plan(corpus), ONE, 0, 2)
     state = json.loads(json.dumps(state))
-    assert {"num_files", "split", "filters", "tokenizer", "seed"} <= state.keys()
+    assert {"num_files", "held_out_fraction", "split", "filters", "tokenizer", "seed"} <= state.keys()
     (corpus / "text").rename(corpus / "moved")
 
     def moved(**options: int) -> StreamPlan:

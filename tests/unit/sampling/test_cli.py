@@ -96,7 +96,10 @@ def test_masks_in_a_prompt_are_filled(folder: Path, capsys: pytest.CaptureFixtur
     [
         ([], "num_tokens is missing; pass --num-tokens N"),
         (["--num-tokens", "4", "--prompt-ids", "1,x"], "prompt ids '1,x' are not numbers"),
-        (["--num-tokens", "4", "--prompt-file", "/nowhere/prompts.txt"], "cannot be read"),
+        (
+            ["--num-tokens", "4", "--prompt-file", "/nowhere/prompts.txt"],
+            "prompts.txt failed (No such file or directory)",
+        ),
         (["--num-tokens", "4", "--temperature", "-1"], "temperature=-1.0 is out of range"),
         (["--num-tokens", "4", "--rule", "magic"], "rule='magic' is unknown"),
     ],
@@ -121,3 +124,13 @@ def test_a_results_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -
     result = SampleResult([1], None, [0], 0, 0, 1, 0.1, "length")
     with pytest.raises(FileError, match="cannot be written"):
         write_jsonl(tmp_path / "file" / "out.jsonl", [result], 0)
+
+
+def test_prompt_files_are_read_as_training_text_is(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffOnce\r\n\r\nthree\rfour \u2028 five\n".encode())
+    assert read_prompts(parsed("--prompt-file", str(tmp_path / "prompts.txt"))) == [
+        "Once",
+        "",
+        "three",
+        "four \u2028 five",
+    ]

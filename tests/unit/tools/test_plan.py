@@ -182,7 +182,7 @@ def test_mistakes_are_one_sentence(
 
 
 def test_the_vocabulary_is_the_prepared_datas(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.txt").write_text("some words and more words\n\n" * 200)
+    (tmp_path / "text.txt").write_text("".join(f"some words and {i} more words\n\n" for i in range(200)))
     source = {"train": text_source([str(tmp_path / "text.txt")])}
     prepare(PrepareRequest(out=tmp_path / "data", sources=source, tokenizer="bytes"), say=lambda _: None)
     for own in ([f"data.path={tmp_path}/data"], ["data.path=null", "data.text=[a.txt]", "data.tokenizer=bytes"]):

@@ -1,0 +1,81 @@
+"""What a source of text is: parts that workers share, and the documents of a part.
+
+Contract: parts depend on the source alone, never on the number of workers, so neither does anything made from them. A part
+has a key that stays when other parts change, which lets a broken-off preparation keep what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of a source that one worker reads."""
+
+    number: int
+    items: tuple[str, ...] = ()
+    """Files, modules, or nothing where the source is one table."""
+    start: int = 0
+    stop: int = 0
+    """Bytes of a file or rows of a table."""
+    weight: int = 1
+    """Work relative to the other parts, for the progress bar."""
+
+    @property
+    def key(self) -> str:
+        """What the part reads, as text; its number may change when another file grows."""
+        return json.dumps([self.items, self.start, self.stop])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadDocument:
+    """A document that cannot be read as text."""
+
+    where: str
+    """File and byte, or dataset and row."""
+    reason: str
+    """What is wrong, to follow `where` in a sentence: "is not UTF-8"."""
+    remedy: str
+
+
+Documents = Iterator[str | BadDocument]
+
+
+class Source(Protocol):
+    """Text in parts. Instances travel to worker processes by pickling."""
+
+    def parts(self) -> list[Part]:
+        """All parts, in order, numbered from 0."""
+
+    def documents(self, part: Part) -> Documents:
+        """The documents of one part, in order."""
+
+    def settings(self) -> dict[str, Any]:
+        """How the text is named and cut, as JSON; unchanged when a file's content changes."""
+
+    def describe(self) -> dict[str, Any]:
+        """Where the text came from, as JSON, for headers."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this text from another, as JSON: whether it is prepared already."""
+
+    def stamp(self, part: Part) -> str:
+        """What tells whether a part's files may have changed, without reading them: names, sizes, times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTask:
+    """One part of one split's source."""
+
+    split: str
+    part: Part
+
+    @property
+    def stem(self) -> str:
+        """Name of what is made of the part: of what it reads, not of its number, which other files may change."""
+        return hashlib.sha256(f"{self.split} {self.part.key}".encode()).hexdigest()[:24]
