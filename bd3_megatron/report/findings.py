@@ -10,7 +10,7 @@ import math
 from statistics import median
 
 from bd3_megatron.report.run_data import ReportedRun
-from bd3_megatron.report.run_record import LOSS_KEY
+from bd3_megatron.report.run_record import LOSS_KEY, end_of
 from bd3_megatron.report.run_summary import beyond_peak
 
 SPIKE_WINDOW = 20
@@ -174,15 +174,14 @@ def _course(run: ReportedRun, now: float) -> list[str]:
     if run.run.restarts:
         said.append(f"the run was started {run.run.restarts + 1} times.")
     if not run.run.steps:
-        return [*said, "no step is recorded yet, so there are no curves; ask again after log.every_steps steps."]
-    total = run.run.config.train.steps
-    if run.status.get("status") == "finished":
+        ended = end_of(run.run)
+        none_yet = "no step is recorded yet, so there are no curves; ask again after log.every_steps steps."
+        return [*said, none_yet if ended is None else ended]
+    total, status = run.run.config.train.steps, run.run.status
+    if status is not None and status.status == "finished":
         return said
-    if run.status.get("status") == "stopped":
-        return [
-            *said,
-            f"the run stopped at step {run.num_steps} ({run.status.get('reason')}); the same command goes on.",
-        ]
+    if (ended := end_of(run.run)) is not None:
+        return [*said, ended]
     of_total = f" of {total}" if total else ""
     usual = run.run.typical("time/step_seconds") or 0.0
     silent = now - run.written_at

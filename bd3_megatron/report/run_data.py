@@ -34,8 +34,6 @@ class ReportedRun:
     """All complete records, in order of the file."""
     written_at: float
     """When metrics.jsonl was last written, seconds since the epoch."""
-    status: Mapping[str, Any]
-    """status.json, empty while the run goes on."""
     samples: str | None
     """samples.txt, cut."""
     manifest: Mapping[str, Any]
@@ -118,7 +116,6 @@ def _read(folder: Path, name: str) -> ReportedRun:
         run=run,
         records=records,
         written_at=os.path.getmtime(folder / "metrics.jsonl"),
-        status=_json(folder / "status.json"),
         samples=None if text is None else text[:MAX_SAMPLE_CHARACTERS],
         manifest=_newest_manifest(folder / "checkpoints"),
     )

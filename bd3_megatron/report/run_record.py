@@ -16,16 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import DataError, shown
+from bd3_megatron.process.status import RunStatus, read_status
 
 MetricsRecord = Mapping[str, Any]
 LOSS_KEY = "loss/train_nats_per_token"
 STEP_KEYS = (LOSS_KEY, "time/step_seconds")
 """A record with one of these is of a training step (a GPU may not yet have timed the step when it is written)."""
+ENDINGS: Mapping[str, str] = MappingProxyType(
+    {"failed": "failed", "crashed": "crashed", "hung": "hung and was ended", "died": "died"}
+)
 LARGEST = 1e100
 """No measurement is larger; differences and squares of larger numbers overflow."""
 UTILISATION_KEYS = ("throughput/mfu", "throughput/mfu_min", "throughput/hfu")
@@ -54,6 +59,8 @@ class RunRecord:
     attempts: Sequence[Attempt]
     torn: bool
     """The last line was incomplete and left out."""
+    status: RunStatus | None = None
+    """What became of the run; None where its folder does not say."""
 
     @property
     def name(self) -> str:
@@ -128,6 +135,19 @@ def finite(record: MetricsRecord, key: str) -> float | None:
     return number if abs(number) < LARGEST else None
 
 
+def end_of(run: RunRecord) -> str | None:
+    """How a run ended other than by finishing, in one sentence; None while it runs and where nobody recorded it."""
+    status = run.status
+    if status is None or status.status in ("running", "finished"):
+        return None
+    if status.status == "stopped":
+        return f"the run stopped at step {status.step} ({status.reason}); the same command goes on."
+    kind = f", {status.error}" if status.error else ""
+    return (
+        f"the run {ENDINGS[status.status]} at step {status.step} (exit code {status.exit_code}{kind}): {status.reason}"
+    )
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
@@ -138,7 +158,7 @@ def read_run(folder: Path) -> RunRecord:
         if not (folder / name).is_file():
             raise DataError(f"'{folder}' holds no {name}; give the run.dir of a run that has started.")
     records, torn = read_records(folder / "metrics.jsonl")
-    return RunRecord(folder, load_config(folder / "config.yaml"), _attempts(records), torn)
+    return RunRecord(folder, load_config(folder / "config.yaml"), _attempts(records), torn, read_status(folder))
 
 
 def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:

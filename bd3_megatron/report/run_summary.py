@@ -16,7 +16,7 @@ from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.errors import ConfigError
-from bd3_megatron.report.run_record import UTILISATION_KEYS, Goodput, RunRecord, goodput
+from bd3_megatron.report.run_record import UTILISATION_KEYS, Goodput, RunRecord, end_of, goodput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,8 @@ def _notes(run: RunRecord) -> list[str]:
     )
     if not run.steps:
         none_yet = "no step is recorded yet, so its row is empty; ask again after log.every_steps steps."
-        return [note for note in (torn, none_yet) if note is not None]
+        return [note for note in (torn, none_yet, end_of(run)) if note is not None]
     reason = run.latest("throughput/mfu_reason")
     no_start = "no start event with a time is recorded, so goodput is not known." if goodput(run) is None else None
-    found = (torn, reason, beyond_peak(run), no_start)
+    found = (torn, reason, beyond_peak(run), no_start, end_of(run))
     return [str(note) for note in found if note is not None]

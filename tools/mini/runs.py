@@ -6,7 +6,6 @@ stopped. A run that fails ends the miniature with its own last words. Only proce
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from bd3_megatron.errors import BD3Error
 from bd3_megatron.files import whole
+from bd3_megatron.process.status import read_status
 from tools.mini.variants import TRUNK, VARIANTS, MiniSize, Variant, overrides
 
 RUN_POLL_SECONDS = 0.2
@@ -39,10 +39,8 @@ class MiniRun:
 
     @property
     def is_finished(self) -> bool:
-        try:
-            return json.loads((self.folder / "status.json").read_text()).get("status") == "finished"
-        except (OSError, ValueError):
-            return False
+        status = read_status(self.folder)
+        return status is not None and status.status == "finished"
 
 
 def mini_runs(size: MiniSize, out: Path) -> list[MiniRun]:

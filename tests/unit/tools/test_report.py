@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from bd3_megatron.errors import DataError
+from bd3_megatron.process.status import State, begin_attempt, record_error, write_status
 from bd3_megatron.report.findings import findings, loss_spikes
 from bd3_megatron.report.run_data import ReportedRun, needs_tokens, read_runs
 from tests.unit.report.written_runs import start_record, step_record, write_run
+from tools import report_throughput
 from tools.report import main
 
 NOW = 1e9
@@ -68,8 +71,9 @@ def said(folder: Path, records: list[dict[str, Any]], *, now: float | None = Non
     return " ".join(findings(run, now=run.written_at + 1 if now is None else run.written_at + now))
 
 
-def finish(folder: Path, status: str = "finished", reason: str = "finished") -> None:
-    (folder / "status.json").write_text(json.dumps({"status": status, "reason": reason}))
+def finish(folder: Path, status: State = "finished", reason: str = "finished") -> None:
+    begin_attempt(folder)
+    write_status(folder, status, reason=reason, step=60)
 
 
 def test_a_quiet_finished_run_has_nothing_to_say(tmp_path: Path) -> None:
@@ -91,12 +95,30 @@ def test_a_silent_job_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_stopped_job_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason", "sentence"),
+    [
+        ("stopped", "deadline", "stopped at step 60 (deadline); the same command goes on"),
+        ("failed", "data/x is gone; name it.", "failed at step 60 (exit code 0): data/x is gone; name it."),
+        ("hung", "rank 3 waits", "hung and was ended at step 60 (exit code 0): rank 3 waits"),
+    ],
+)
+def test_a_job_that_ended_says_how_and_why(
+    tmp_path: Path, status: State, reason: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_run(tmp_path / "a", course())
-    finish(tmp_path / "a", "stopped", "deadline")
-    assert "stopped at step 60 (deadline); the same command goes on" in " ".join(
-        findings(read_runs([tmp_path / "a"])[0], now=NOW)
-    )
+    finish(tmp_path / "a", status, reason)
+    assert sentence in " ".join(findings(read_runs([tmp_path / "a"])[0], now=NOW))
+    report_throughput.main([str(tmp_path / "a")])
+    assert sentence in capsys.readouterr().out
+
+
+def test_a_run_that_failed_before_its_first_step_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [start_record(1.0, 1) | {"step": 0}])
+    begin_attempt(tmp_path / "a")
+    record_error(tmp_path / "a", DataError("no text in x; name another."))
+    words = findings(read_runs([tmp_path / "a"])[0], now=NOW)
+    assert "the run failed at step 0 (exit code 2, DataError): no text in x; name another." in words
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
