@@ -14,8 +14,9 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-# Ten colours of which no two are nearer than 30 (CIE 1976 Lab) to normal sight or under simulated red, green or blue
+# Ten colours of which no two are nearer than 30 (CIE 1976 Lab) in normal vision or under simulated red, green or blue
 # blindness (Machado et al. 2009), all darker than 2.3:1 against white, and distinct when a channel keeps two bits.
+# A maximin search over 4,096 colours found them, two of them given. Add none by eye: the tests measure all pairs.
 PALETTE = (
     "#0066bb", "#ee8800", "#bb1100", "#9900ff", "#99aa77", "#cc88bb", "#665555", "#000077", "#550000", "#330033",
 )  # fmt: skip
@@ -70,6 +71,7 @@ class Chart:
 
     def file(self) -> str:
         """The text of an .svg file that stands alone."""
+        # a viewer without CSS takes the size from here; twice the drawing's own reads well on a screen
         size = {"width": f"{2 * WIDTH}", "height": f"{2 * self.height:g}"}
         look = {"font-family": "sans-serif", "font-size": "11.5"}
         root = ElementTree.Element(
@@ -134,6 +136,7 @@ def line_chart(
         from_zero: y begins at 0.
         legend: name the series below the chart; without it the page around must.
     """
+    # a run that has not logged the key yet keeps its line of the legend, so that colours mean the same in every chart
     drawn = [s for s in series if s.points]
     named = [(s.name, s.stroke) for s in series if not s.is_faint] if legend else []
     root, height = _root(title, HEIGHT, named)
@@ -154,6 +157,7 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]]) -> Chart:
         title: text.
         bars: {bar: {part: share}}; the shares of a bar add up to 1.
     """
+    # sorted, so that a part has one colour in the bars of every run
     parts = sorted({part for shares in bars.values() for part in shares})
     row = 34
     bottom = TOP + row * len(bars)
@@ -200,6 +204,7 @@ def histogram(
 def smoothed(points: Sequence[Point], *, share: float = 0.03) -> list[Point]:
     """Exponential average over about `share` of the points."""
     keep = 1.0 - 1.0 / max(1.0, share * len(points))
+    # dividing by the weight so far removes the pull of the zero that the average starts from
     average, weight, out = 0.0, 0.0, []
     for x, y in points:
         average, weight = keep * average + (1 - keep) * y, keep * weight + (1 - keep)
@@ -211,6 +216,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     """At most about MAX_POINTS points: of every stretch its lowest and its highest, so that a spike stays."""
     if len(points) <= MAX_POINTS:
         return list(points)
+    # two points are kept of every stretch
     size = -(-2 * len(points) // MAX_POINTS)
     kept: list[Point] = []
     for start in range(0, len(points), size):
@@ -226,6 +232,7 @@ def short(value: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9999:
             return f"{value / size:.4g}{letter}"
+    # learning rates: Python would write 3e-04
     if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -233,6 +240,7 @@ def short(value: float) -> str:
 
 
 def _axes(series: Sequence[Series], *, log_x: bool, log_y: bool, from_zero: bool) -> _Axes:
+    # error bars count for the range of y: a bar that leaves the chart would look shorter than it is
     xs = [x for one in series for x, _ in one.points]
     ends = [
         (y, e) for one in series for (_, y), e in zip(one.points, one.errors or [0.0] * len(one.points), strict=True)
@@ -241,11 +249,12 @@ def _axes(series: Sequence[Series], *, log_x: bool, log_y: bool, from_zero: bool
     x_ticks = sorted(set(xs)) if log_x else _ticks(min(xs), max(xs))
     x = _Scale(min(xs), max(xs), x_ticks, is_log=log_x)
     if log_y and (least := min(y for y, _ in ends)) > 0:
-        # an error bar that reaches zero has no place on a logarithmic axis
+        # an error bar that reaches zero cannot be drawn on a logarithmic axis
         low = max(low, least / 2)
         ticks = _log_ticks(low, high)
         return _Axes(x, _Scale(min(low, ticks[0]), max(high, ticks[-1]), ticks, is_log=True))
     low = min(low, 0.0) if from_zero else low
+    # a constant series would have a range of zero; it is drawn through the middle
     if high == low:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     pad = 0.04 * (high - low)
@@ -259,6 +268,7 @@ def _ticks(low: float, high: float) -> list[float]:
         return [low]
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
+    # 2.5 as well as 2 and 5: steps of a quarter are what people read on a share
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -276,6 +286,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _root(title: str, bottom: float, named: Sequence[tuple[str, Stroke]]) -> tuple[ElementTree.Element, float]:
     """The drawing's element with its title, and with a legend below `bottom`; and its height."""
+    # two columns only where every name fits into half of the width
     columns = 2 if max((len(name) for name, _ in named), default=0) <= LONGEST_LABEL // 2 - 6 else 1
     rows = -(-len(named) // columns)
     height = bottom + (LEGEND_ROW * rows + 6 if named else 0)
@@ -312,6 +323,7 @@ def _curve(root: ElementTree.Element, one: Series, axes: _Axes) -> None:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
     curve = ElementTree.SubElement(root, "polyline", {"fill": "none", **_pen(one.stroke), **weight, "points": path})
     ElementTree.SubElement(curve, "title").text = _printable(one.name)
+    # few points are measurements that one wants to hover over; many would hide the curve
     if len(one.points) <= 40 and not one.is_faint:
         _dots(root, one, axes)
 

@@ -1,7 +1,7 @@
-"""What a person should know about a run, in plain words: each finding is one sentence with its numbers.
+"""What a person should know about a run: each finding is one sentence with its numbers.
 
-Decides the thresholds, all here. A finding is a hint, not a verdict: it says what was seen and where, and what it usually
-means only where there is one usual meaning. Pure: the time of reading is an argument.
+This file holds the thresholds. A finding is a hint, not a verdict: it says what was seen and where, and what it usually
+means only where there is one usual meaning. The time of reading is an argument.
 """
 
 from __future__ import annotations
@@ -58,20 +58,21 @@ def findings(run: ReportedRun, *, now: float) -> list[str]:
 
 def _not_finite(run: ReportedRun) -> list[str]:
     said = []
-    for key, words in (
+    for key, what in (
         (LOSS_KEY, "the loss"),
         ("optim/grad_norm", "the gradient norm"),
         ("eval/perplexity", "the held-out perplexity"),
     ):
         steps = run.not_finite(key)
         if steps:
-            said.append(f"{words} was not a number at {_times(len(steps), 'logged step')}, first at step {steps[0]}.")
+            said.append(f"{what} was not a number at {_times(len(steps), 'logged step')}, first at step {steps[0]}.")
     return said
 
 
 def _skipped(run: ReportedRun) -> list[str]:
     said = []
     skipped = run.values("optim/skipped_steps")
+    # the counter only grows within a run, so its largest value is the number of updates that were skipped
     if skipped and (count := int(max(skipped.values()))):
         first = next(step for step, value in skipped.items() if value)
         said.append(
@@ -90,15 +91,17 @@ def loss_spikes(run: ReportedRun) -> list[tuple[int, float, float]]:
     losses = list(run.values(LOSS_KEY).items())
     found: list[tuple[int, float, float]] = []
     last = -SPIKE_WINDOW
-    for place in range(5, len(losses)):
-        window = [value for _, value in losses[max(0, place - SPIKE_WINDOW) : place]]
+    for position in range(5, len(losses)):
+        window = [value for _, value in losses[max(0, position - SPIKE_WINDOW) : position]]
+        # medians: the spikes before this one must not hide it
         usual = median(window)
         spread = median(abs(value - usual) for value in window)
-        step, value = losses[place]
+        step, value = losses[position]
         if value > usual + max(SPIKE_DEVIATIONS * spread, SPIKE_SHARE * abs(usual)):
-            if place - last > 3:
+            # a spike takes a few logged steps to come down
+            if position - last > 3:
                 found.append((step, value, usual))
-            last = place
+            last = position
     return found
 
 
@@ -132,6 +135,7 @@ def _held_out(run: ReportedRun) -> list[str]:
 
 def _slow_steps(run: ReportedRun) -> list[str]:
     seconds = run.values("time/step_seconds")
+    # a median of fewer says nothing about what is usual
     if len(seconds) < 8:
         return []
     usual = median(seconds.values())
@@ -139,6 +143,7 @@ def _slow_steps(run: ReportedRun) -> list[str]:
     begun = {r.get("step", 0) for r in run.events("start")}
     first = {min((s for s in seconds if s > b), default=-1) for b in begun}
     slow = {step: value for step, value in seconds.items() if value > SLOW_STEP_FACTOR * usual and step not in first}
+    # one slow step in a hundred is a checkpoint or a neighbour, not a finding
     if len(slow) < max(2, len(seconds) // 100):
         return []
     worst = max(slow, key=lambda step: slow[step])
@@ -158,6 +163,7 @@ def _utilisation(run: ReportedRun) -> list[str]:
     split = run.run.time_split()
     total = sum(split.values())
     for kind, limit in SPLIT_LIMITS.items():
+        # communication is recorded by axis (communication_dp, ...), and what matters here is their sum
         share = sum(value for name, value in split.items() if name.startswith(kind)) / total if total else 0.0
         if share > limit:
             said.append(f"{share:.0%} of a step goes into {SPLIT_WORDS[kind]}.")
@@ -183,6 +189,7 @@ def _course(run: ReportedRun, now: float) -> list[str]:
     if (ended := end_of(run.run)) is not None:
         return [*said, ended]
     of_total = f" of {total}" if total else ""
+    # without a status file the age of the last line tells; how often lines come depends on steps and logging interval
     usual = run.run.typical("time/step_seconds") or 0.0
     silent = now - run.written_at
     every = max(1, run.run.config.log.every_steps)
@@ -197,7 +204,7 @@ def _times(count: int, noun: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {word}"
+            return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} seconds"

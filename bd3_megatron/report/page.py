@@ -28,6 +28,7 @@ def render_page(
         title: of the page; None: the runs' names.
         results: tables and charts of other tools, shown first.
     """
+    # results of other tools answer the question that the reader came with, so they stand first
     made = [
         *sections.results(results),
         sections.summary_table(runs),

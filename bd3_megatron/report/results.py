@@ -70,6 +70,7 @@ def read_results(path: Path) -> list[ResultSection]:
     if not isinstance(content, list):
         raise DataError(f"results '{path}' hold no list of sections; give a results.json.")
     try:
+        # the loader of configurations names the key and the type that is wrong, for any nesting
         found: list[ResultSection] = [build(ResultSection, one, f"[{number}]") for number, one in enumerate(content)]
     except ConfigError as error:
         raise DataError(f"results '{path}' are not what a tool writes: {error}") from error
@@ -79,6 +80,7 @@ def read_results(path: Path) -> list[ResultSection]:
 
 
 def _check_lengths(path: Path, section: ResultSection) -> None:
+    # a short row would show its numbers under other headings
     if wrong := [row for row in section.rows if len(row) != len(section.columns)]:
         raise DataError(
             f"results '{path}' hold a row of {len(wrong[0])} cells under {len(section.columns)} columns; write one cell a column."

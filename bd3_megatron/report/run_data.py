@@ -1,9 +1,7 @@
-"""A run as the report sees it: every record of metrics.jsonl as series over steps, and what lies beside it.
+"""A run as the report page sees it: every record of metrics.jsonl as series over steps, and the files beside it.
 
-Decides: a step that was done again (after a crash or a roll-back) counts as it was done last. A value that is null or not
-a number is left out of its series and counted, so that the page can say so. x is steps, or clean tokens where the runs
-of one page do not agree on tokens a step. Reads only; a running job may write meanwhile.
-Refuses: what report/run_record refuses (no run there, a broken line before the last).
+A step that was done again counts as it was done last. A value that is null or no finite number is left out of its series
+and counted, so that the page can say so. Only reads; a running job may write meanwhile.
 """
 
 from __future__ import annotations
@@ -51,6 +49,7 @@ class ReportedRun:
 
     def values(self, key: str) -> dict[int, float]:
         """{step: value} of finite values, by rising step."""
+        # a dictionary keeps the last value of a step: after a roll-back the step that was kept, not the one that was undone
         found = [(r["step"], value) for r in self.records if "step" in r and (value := finite(r, key)) is not None]
         return dict(sorted(dict(found).items()))
 
@@ -69,11 +68,12 @@ class ReportedRun:
 
     def tokens(self, step: int) -> float:
         """Clean tokens consumed at a step; between and beyond logged steps in proportion."""
+        # evaluations are logged at steps of their own, at which no token count is recorded
         known = list(self.tokens_at)
         if not known or step == 0:
             return 0.0
-        place = min(bisect_left(known, step), len(known) - 1)
-        return self.tokens_at[known[place]] * step / known[place]
+        nearest = known[min(bisect_left(known, step), len(known) - 1)]
+        return self.tokens_at[nearest] * step / nearest
 
     def series(self, key: str, *, by_tokens: bool) -> list[Point]:
         """(x, value) points of a key."""
@@ -94,6 +94,7 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
         DataError: a folder holds no run, or its record is broken before the last line.
     """
     ends = [folder.resolve() for folder in folders]
+    # sweeps name their folders alike (lr1/run, lr2/run), and two curves of one name cannot be told apart
     names = [
         end.name if sum(e.name == end.name for e in ends) == 1 else f"{end.parent.name}/{end.name}" for end in ends
     ]
@@ -102,6 +103,7 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
 
 def needs_tokens(runs: Sequence[ReportedRun]) -> bool:
     """Whether steps of these runs are not comparable: tokens a step differ."""
+    # rounded, because a warm-up of the batch size makes the mean a fraction
     sizes = {round(run.tokens(run.num_steps) / run.num_steps) for run in runs if run.num_steps and run.tokens_at}
     return len(sizes) > 1
 
@@ -110,11 +112,13 @@ def _read(folder: Path, name: str) -> ReportedRun:
     run = read_run(folder)
     records, _ = read_records(folder / "metrics.jsonl")
     samples = folder / "samples.txt"
+    # samples are whatever the model wrote; half a character must not take the page down
     text = samples.read_text(encoding="utf-8", errors="replace") if samples.is_file() else None
     return ReportedRun(
         name=name,
         run=run,
         records=records,
+        # the age of the file tells a job that waits from one that is gone
         written_at=os.path.getmtime(folder / "metrics.jsonl"),
         samples=None if text is None else text[:MAX_SAMPLE_CHARACTERS],
         manifest=_newest_manifest(folder / "checkpoints"),
@@ -122,6 +126,7 @@ def _read(folder: Path, name: str) -> ReportedRun:
 
 
 def _newest_manifest(checkpoints: Path) -> dict[str, Any]:
+    # step numbers have leading zeros, so the last name is the newest checkpoint
     found = sorted(checkpoints.glob("step_*/manifest.json")) if checkpoints.is_dir() else []
     return _json(found[-1]) if found else {}
 

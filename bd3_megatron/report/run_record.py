@@ -1,12 +1,8 @@
-"""A run read back from its folder: config.yaml and metrics.jsonl, while it runs or afterwards.
+"""A run read back from its folder: config.yaml, metrics.jsonl and status.json, while it runs or afterwards.
 
-Decides: which lines count. A torn last line (the job is writing, or died writing) is left out; a broken line anywhere
-else is an error. An attempt begins at a record with `"event": "start"`. A run's speed is the median over the records of
-its last attempt that has any, without that attempt's first record where there are others (start-up); medians, because a
-pause must not look like a slow step.
-Goodput is useful step time over wall time since the first start: every step counted once with its own duration, so work
-that was lost and done again, restarts, checkpoints and evaluations all lower it.
-Torch-free.
+A torn last line is left out; a broken line anywhere else is an error. An attempt begins at a record with
+`"event": "start"`. Speed is the median over the settled records of the last attempt that has any. Goodput is useful step
+time over wall time since the first start: lost work, restarts, checkpoints and evaluations lower it. Torch-free.
 """
 
 from __future__ import annotations
@@ -78,23 +74,28 @@ class RunRecord:
     @property
     def devices(self) -> int:
         """Ranks of the last attempt; what the grid asks for where no start was recorded."""
+        # a job that went on with another number of ranks: its last attempt is what the speed is of
         recorded = [a.devices for a in self.attempts if a.devices]
         return recorded[-1] if recorded else self.config.parallel.world_size()
 
     def settled(self) -> list[MetricsRecord]:
         """Records that speak for the run's speed."""
+        # the last attempt may have died before its first record; then the one before speaks for the speed
         steps = next((a.steps for a in reversed(self.attempts) if a.steps), [])
         timed = [r for r in steps if finite(r, "time/step_seconds") is not None]
+        # the first record of an attempt holds compilation, warm-up of caches and the loader's start
         return list(timed[1:] if len(timed) > 1 else timed)
 
     def typical(self, key: str) -> float | None:
         """Median of `key` over the settled records that have it."""
         values = [value for record in self.settled() if (value := finite(record, key)) is not None]
+        # medians: a pause for a checkpoint must not look like a slow step
         return median(values) if values else None
 
     def utilisation(self, key: str) -> float | None:
         """Typical value of one of UTILISATION_KEYS; None above 1, which says that the peak is wrong, not what was used."""
         share = self.typical(key)
+        # nothing runs faster than the peak: above 1 the peak is wrong, and with it every share
         return None if share is None or share > 1.0 else share
 
     def series(self, key: str) -> dict[int, float]:
@@ -167,6 +168,7 @@ def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:
     Raises:
         DataError: a line before the last is no JSON object.
     """
+    # a job that died may have left half a character, too
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     complete, rest = lines[:-1], lines[-1]
     records: list[MetricsRecord] = []
@@ -174,6 +176,7 @@ def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:
         if not line.strip():
             continue
         record = _parse(line)
+        # torn, yet followed by a line break: the next attempt began a new line after it
         if record is None and number == len(complete) and not rest:
             return records, True
         if record is None:
@@ -196,6 +199,7 @@ def _parse(line: str) -> MetricsRecord | None:
 
 def _wrong_key(record: MetricsRecord) -> str | None:
     """A key that decides how the record is read and has a value of another kind."""
+    # other values are read by `finite`, which leaves out what is no number; these decide how lines belong together
     for key, smallest in (("step", 0), ("world_size", 1)):
         value = record.get(key, smallest)
         # 2^53: beyond it, a step is no longer exact as a float on an axis
@@ -212,6 +216,7 @@ def _attempts(records: Sequence[MetricsRecord]) -> list[Attempt]:
     start: MetricsRecord | None = None
     steps: list[MetricsRecord] = []
     for record in records:
+        # every attempt appends to the same file and announces itself
         if record.get("event") == "start":
             if start is not None or steps:
                 attempts.append(Attempt(start, steps))
@@ -243,8 +248,10 @@ def goodput(run: RunRecord) -> Goodput | None:
     ends = [t for record in steps if (t := finite(record, "time")) is not None]
     if not starts or not ends or max(ends) <= starts[0]:
         return None
+    # a step that was lost and done again counts once: only the first time did it bring the run forward
     useful, seen = 0.0, 0
     for record in steps:
+        # a record stands for all steps since the one before it, whatever log.every_steps was
         step = record["step"]
         if step > seen:
             useful += (step - seen) * (finite(record, "time/step_seconds") or 0.0)

@@ -1,9 +1,8 @@
 """Runs beside each other: one summary a run, scaling efficiency against the smallest run of the same model, notes.
 
-Decides what may be compared: tokens a second and device of runs whose model, length and objective are equal. Scaling is
-called strong where the global batch is the same, weak where it grows with the devices, mixed otherwise (then the ratio
-mixes two effects and says so). Everything odd about a run (no step yet, a torn last line, no known peak, no start
-recorded) is a sentence in its notes, never a guess in its row.
+Tokens a second and device are compared between runs of one model, length and objective. Scaling is strong where the
+global batch is the same, weak where it grows with the devices, else mixed. Everything odd about a run is a sentence in its
+notes, never a guess in its row.
 """
 
 from __future__ import annotations
@@ -60,6 +59,7 @@ def compare_runs(runs: Sequence[RunRecord]) -> RunComparison:
     """Summaries of one or many runs, each against the smallest run of its own model."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
+        # efficiency compares like with like: same model, length and objective
         groups.setdefault(_model_key(run.config), []).append(run)
     group_notes = [
         f"the runs are of {len(groups)} different models (or lengths, or objectives); "
@@ -116,6 +116,7 @@ def _model_name(config: Config) -> str:
     kind = f"S{objective.block_size}" if objective.has_noise else objective.name
     try:
         count = parameter_count(config)
+    # the vocabulary is not known, so parameters cannot be counted; the name leaves the count out
     except ConfigError:
         return f"{kind} L{config.data.seq_len}"
     unit, letter = next((u, c) for u, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or c == "k")
@@ -128,6 +129,7 @@ def _grid(run: RunRecord) -> str:
     start = next((a.start for a in reversed(run.attempts) if a.start is not None), None)
     axes = start.get("grid") if start is not None else None
     if axes is None:
+        # records of older versions do not hold the grid; the configuration leaves dp to the number of ranks
         axes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": run.devices // parallel.model_ranks}
     used = [f"{axis}{size}" for axis, size in axes.items() if size > 1]
     return " ".join(used) or "1"
@@ -137,17 +139,20 @@ def _against_smallest(run: RunRecord, group: Sequence[RunRecord]) -> tuple[str |
     measured = [r for r in group if _per_device(r)]
     if not measured:
         return None, None
+    # scaling loses from the first doubling on, so everything is compared with the smallest run, not with its neighbour
     smallest = min(measured, key=lambda r: r.devices)
     here, there = _per_device(run), _per_device(smallest)
     if run.devices == smallest.devices or not here or not there:
         return None, None
     batch, base = run.config.train.global_batch_size, smallest.config.train.global_batch_size
+    # weak scaling keeps the batch of a device; where neither holds, the ratio mixes two effects and is called mixed
     same_share = batch * smallest.devices == base * run.devices
     return "strong" if batch == base else "weak" if same_share else "mixed", here / there
 
 
 def beyond_peak(run: RunRecord) -> str | None:
     """Why a run shows less of its utilisation than it recorded: a share of the peak above 1 is no result."""
+    # each of the three is a share of the same peak, but with another count of work, so they pass 1 at different times
     above = [key for key in UTILISATION_KEYS if (run.typical(key) or 0.0) > 1.0]
     if not above:
         return None

@@ -1,6 +1,6 @@
 """The sections of the page: from runs to texts, tables and charts, None where the runs have nothing to show.
 
-Knows the keys of metrics.jsonl and in which order things stand; `page.html.jinja` knows the markup.
+This file knows the keys of metrics.jsonl and the order of things; `page.html.jinja` knows the markup.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def summary_table(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _summary_cells(run: ReportedRun, row: RunSummary) -> list[str]:
+    # the newest evaluation: perplexity falls over the run, and the best one would flatter a run that diverges
     nll = run.values("eval/nll_nats_per_token")
     step = max(nll, default=None)
     perplexity = interval = "-"
@@ -90,6 +91,7 @@ def _summary_cells(run: ReportedRun, row: RunSummary) -> list[str]:
         if error is not None and nll[step] < 50:
             ends = [math.exp(nll[step] + sign * NORMAL_95 * error) for sign in (-1, 1)]
             interval = f"{ends[0]:.2f} to {ends[1]:.2f}"
+    # one step's loss is of one batch, and jumps by more than runs differ
     losses = smoothed(run.series(LOSS_KEY, by_tokens=False))
     tokens = run.tokens(run.num_steps)
     return [
@@ -123,6 +125,7 @@ def course_charts(runs: Sequence[ReportedRun]) -> Section:
     ):
         if any(key in run.keys for run in runs):
             series = _courses(runs, key, by_tokens)
+            # quantities with a meaningful zero show it; norms are read by their ratio
             charts.append(line_chart(title, x, unit, series, log_y=log_y, from_zero=not log_y))
     return Section(title="Course", charts=charts)
 
@@ -146,6 +149,7 @@ def noise(runs: Sequence[ReportedRun]) -> Section | None:
 def _interval_charts(runs: Sequence[ReportedRun], x: str, by_tokens: bool) -> list[Chart]:
     """The interval over the run where a curriculum or a search moves it, and the variance that the search found."""
     key = "search/variance_nats2"
+    # an interval that never moves is a number of the configuration, not a chart
     if not any(run.values(key) or len(set(run.values("noise/interval_beta").values())) > 1 for run in runs):
         return []
     ends = [
@@ -165,6 +169,7 @@ def time_split(runs: Sequence[ReportedRun]) -> Section | None:
     splits = {}
     for run in runs:
         seconds = run.run.time_split()
+        # shares, so that runs on different machines can be compared
         total = sum(seconds.values())
         if total:
             splits[run.name] = {kind: value / total for kind, value in seconds.items()}
@@ -182,10 +187,12 @@ def curriculum(runs: Sequence[ReportedRun]) -> Section | None:
         sizes, betas, omegas = (run.values(f"noise/{key}") for key in ("block_size", "interval_beta", "interval_omega"))
         before: tuple[float, ...] | None = None
         for step, size in sizes.items():
+            # block size and interval are recorded with every step; only their changes are worth a row
             state = (size, betas.get(step, 0.0), omegas.get(step, 0.0))
             if state != before:
                 rows.append([run.name, f"{step:,}", f"{size:g}", f"{state[1]:g}", f"{state[2]:g}"])
             before = state
+    # one row a run says no more than the configuration below
     if len(rows) <= len(runs):
         return None
     heads = ("run", "from step", "block size", "beta", "omega")
@@ -202,6 +209,7 @@ def configuration(runs: Sequence[ReportedRun]) -> Section:
     """Settings that differ first, then all others."""
     flats = [flatten(run.run.config) for run in runs]
     keys = list(flats[0])
+    # compared as text: a list and a tuple of the same values are the same setting
     own = {key for key in keys if len({str(flat.get(key)) for flat in flats}) > 1}
     shared = [(key, str(flats[0][key])) for key in keys if key not in own]
     if len(runs) == 1:
@@ -221,6 +229,7 @@ def environment(runs: Sequence[ReportedRun]) -> Section:
     """Hardware, grid, code and software of each run."""
     rows = []
     for run in runs:
+        # the last attempt's hardware: that is what the speed of the table was measured on
         start: MetricsRecord = run.events("start")[-1] if run.events("start") else {}
         peak = finite(start, "throughput/peak_tflops")
         software = run.manifest.get("software")
@@ -274,8 +283,10 @@ def _held_out(runs: Sequence[ReportedRun], by_tokens: bool) -> list[Series]:
     series = []
     for number, run in enumerate(runs):
         errors = run.values("eval/stderr_text_nats_per_token")
+        # an untrained model's perplexity would squeeze everything else to the bottom, even on a logarithmic axis
         found = {step: p for step, p in run.values("eval/perplexity").items() if p < 1e12}
         points: list[Point] = [(run.tokens(step) if by_tokens else float(step), p) for step, p in found.items()]
+        # the error is of the mean NLL; perplexity is its exponential, so its error is that times perplexity
         bars = [NORMAL_95 * errors.get(step, 0.0) * p for step, p in found.items()]
         series.append(Series(run.name, points, stroke(number), errors=bars))
     return series
@@ -287,6 +298,7 @@ def _binned(run: ReportedRun) -> list[Point]:
 
 
 def _last_mean(run: ReportedRun, key: str) -> float | None:
+    # early steps would show where the run came from, not where it stands
     kept = [value for step, value in run.values(key).items() if step >= (1 - LAST_SHARE) * run.num_steps]
     return sum(kept) / len(kept) if kept else None
 
