@@ -1,10 +1,8 @@
 """Fits the time model's factors to runs that were measured.
 
-Decides: five factors (compute, communication, optimizer, overhead, and what crowded cores cost) are fitted, not the shape
-of the model; each is a positive multiplier of its default, found by least squares on logarithms of step times, and of the
-optimizer's own column where a run recorded it. A prior keeps a factor that no run says anything about where it was. Two
-runs that differ in grid suffice; one run moves the factor that explains it with the least change. Costs milliseconds.
-Torch-free.
+Each of five factors is a positive multiplier of its default, found by least squares on logarithms of step times, and of
+the optimizer's own column where a run recorded it. Two runs that differ in grid suffice; one run moves the factor that
+explains it with the least change. Costs milliseconds. Torch-free.
 """
 
 from __future__ import annotations
@@ -52,6 +50,7 @@ def calibrate(observations: Sequence[Observation], machine: Machine, constants: 
     if min(o.step_seconds for o in observations) <= 0:
         raise ConfigError("a run to calibrate on has no positive time/step_seconds; let it record steps first.")
     start = constants or constants_for(machine)
+    # logarithms keep every factor positive, and make half as fast weigh as much as twice as fast
     logs = [0.0] * len(FACTORS)
     for _ in range(FITTING_ROUNDS):
         step = _gauss_newton_step(observations, machine, start, logs)
@@ -72,6 +71,7 @@ def _residuals(
     rows = []
     for seen in observations:
         predicted = step_time(seen.config, machine, constants)
+        # the total decides plans, so it has full weight; a column alone has less
         rows.append(math.log(predicted.total / seen.step_seconds))
         if seen.optimizer_seconds:
             # the optimizer's column holds the reduction too: DeepSpeed does both in one call
@@ -83,6 +83,7 @@ def _gauss_newton_step(
     observations: Sequence[Observation], machine: Machine, start: Constants, logs: Sequence[float]
 ) -> list[float]:
     at = _residuals(observations, machine, start, logs)
+    # differences of the logarithms: the model has kinks (max, contention) where derivatives written out would be wrong
     delta = 1e-4
     columns = []
     for index in range(len(FACTORS)):
@@ -92,6 +93,7 @@ def _gauss_newton_step(
         )
     matrix = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in columns] for x in columns]
     right = [-sum(a * b for a, b in zip(column, at, strict=True)) for column in columns]
+    # the prior: what no run says anything about stays where it was
     for index, log in enumerate(logs):
         matrix[index][index] += PRIOR_WEIGHT
         right[index] -= PRIOR_WEIGHT * log
@@ -102,6 +104,7 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     """Gaussian elimination; the prior makes the matrix positive definite, so no pivot is zero."""
     size = len(right)
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    # five unknowns: a library would be a dependency of the launcher
     for i in range(size):
         for j in range(i + 1, size):
             factor = rows[j][i] / rows[i][i]

@@ -1,6 +1,6 @@
-"""What the time model must be told about a machine's software: rates reached, passes made, waits; one place for all of them.
+"""What the time model must be told about a machine's software: rates reached, passes made, waits.
 
-Decides: the defaults, typical of data-centre GPUs, and those of CPU cores under gloo; `calibrate` fits the factors at
+The defaults are typical of data-centre GPUs; CPU_CONSTANTS are those of cores under gloo. Calibration fits the factors at
 the end to measured runs, the rest stays. Every shipped prediction prints them. Torch-free.
 """
 
@@ -15,6 +15,8 @@ from bd3_megatron.planner.machines import Machine
 class Constants:
     """What a roofline must be told; defaults are typical of data-centre GPUs, calibration replaces the factors."""
 
+    # efficiencies are of large kernels in long runs: a short benchmark reaches more, before the device slows down to its
+    # power limit
     matrix_efficiency: float = 0.65
     """Of peak, large matrix products in a long run (one H200 was measured at 0.78 of its peak, before power capping)."""
     attention_forward: float = 0.45
@@ -38,6 +40,7 @@ class Constants:
     """Times Adam reads or writes a number a parameter; fused, 4 reads and 3 writes."""
     hidden_share: float = 0.8
     """Of data-parallel traffic under way during a backward, and of interleaved sends: the share that fits behind compute."""
+    # Overheads are what small models and small micro-batches pay; at hidden sizes of thousands they vanish behind compute.
     layer_overhead_seconds: float = 40e-6
     """Launches and host work a layer and micro-batch that the device waits for, forward and backward."""
     step_overhead_seconds: float = 10e-3
@@ -57,6 +60,7 @@ class Constants:
     """On compute where ranks fill the cores of a shared host; fitted."""
 
 
+# from profiles of small models and of gloo on loopback; `tools/bench/plan.py` holds the predictions against 17 measured runs
 CPU_CONSTANTS = Constants(
     matrix_efficiency=0.92,
     attention_forward=0.7,

@@ -1,8 +1,6 @@
 """Machines a planner knows: memory, bandwidths and links of one device, and how devices are wired into a cluster.
 
-Decides nothing about speed of arithmetic: peaks stand in train/throughput with their sources and are handed in. A
-cluster file overrides any number here. Link speeds are those of the usual node built around a device (NVLink inside, one
-network card a GPU between nodes); they are assumptions to be corrected for a real cluster, and every plan prints them.
+Peaks of arithmetic are in `peaks.py` with their sources and are handed in. A cluster profile overrides any number here.
 Torch-free.
 """
 
@@ -84,6 +82,9 @@ class _Device:
     inter_us: float = 15
 
 
+# Memory in GiB and its rate in GB/s are from the makers' data sheets. Then follow the links in GB/s and one direction:
+# inside a node NVLink or PCIe, between nodes one network card a device (400 Gb/s is 50, 10 Gb/s is 1.25). Links are
+# assumptions to be corrected for a real cluster, and every plan prints them.
 DEVICES: Mapping[str, _Device] = MappingProxyType(
     {
         "a100-40g": _Device("NVIDIA A100-SXM4-40GB", 40, 1555, 300, 25),
@@ -146,6 +147,7 @@ def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | No
     """
     name = full_name(gpu)
     known, given = DEVICES[name], cluster or ClusterFile()
+    # a site's own number wins, for example of a card with a lowered power limit
     peak = given.peak_tflops or peak_tflops
     if peak is None:
         raise ConfigError(
@@ -162,6 +164,7 @@ def machine_of(gpu: str, *, peak_tflops: float | None, cluster: ClusterFile | No
         intra_node_latency_seconds=known.intra_us * 1e-6,
         inter_node_bytes_per_second=(given.inter_node_gb_per_second or known.inter_gb_s) * GB,
         inter_node_latency_seconds=known.inter_us * 1e-6,
+        # one core as the least of a host; a planner of CPU runs gives the real number
         cores=given.cores or (1 if known.device_name == CPU_DEVICE else 0),
     )
     return _with_small_numbers(machine, given)
@@ -180,6 +183,7 @@ def _with_small_numbers(machine: Machine, given: ClusterFile) -> Machine:
 
 def assumptions(machine: Machine) -> list[str]:
     """What a plan takes for granted about the machine, one line each."""
+    # rates in the units of data sheets, so that a reader can compare them at a glance
     lines = [
         f"device {machine.device_name}: {machine.peak_tflops:g} TFLOP/s peak at the training precision, "
         f"{machine.memory_bytes / GIB:g} GiB ({machine.reserve_bytes / GIB:g} kept free), "

@@ -32,6 +32,9 @@ _H200 = "NVIDIA H200 Tensor Core GPU datasheet (its tensor figures are with spar
 _BLACKWELL = "NVIDIA Blackwell datasheet (its tensor figures are with sparsity, halved here)"
 _GA102 = "NVIDIA Ampere GA102 GPU architecture whitepaper v2.1, dense, FP32 accumulate"
 
+# The keys are the exact names that drivers report: a name that is nearly right may be a card with half the units. Makers
+# like to print figures with 2:4 sparsity, which training cannot use: those are halved here. A card for desktops runs
+# bf16 products with fp32 accumulation at half the rate that is advertised.
 PEAKS: Mapping[str, Peak] = MappingProxyType(
     {
         "NVIDIA A100-SXM4-40GB": _A100,

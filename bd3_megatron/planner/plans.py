@@ -22,6 +22,7 @@ from bd3_megatron.planner.machines import GIB, Machine
 from bd3_megatron.planner.peaks import TERA
 from bd3_megatron.planner.timing import StepTime, step_time
 
+# a bound on the search: matrices are large enough for full efficiency long before, and memory grows with it
 MAX_MICRO_BATCH = 32
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 
@@ -56,6 +57,7 @@ class Plan:
         """Share of the devices' peak by convention; None where nothing runs, and above 1, where the peak is wrong."""
         if self.time is None:
             return None
+        # ranks that share cores share their peak
         flops = self.config.train.global_batch_size * convention_flops(self.config).total
         devices = min(self.devices, machine.cores) if machine.cores else self.devices
         share = flops / (self.time.total * devices * machine.peak_tflops * TERA)
@@ -115,6 +117,7 @@ def rank_plans(config: Config, devices: int, machine: Machine, constants: Consta
     """
     plans: list[Plan] = []
     illegal, last_reason = 0, ""
+    # validation is the law: a plan that it refuses would be refused at the start of the run, too
     for candidate in _candidates(config, devices):
         try:
             validate(candidate, world_size=devices)
@@ -152,22 +155,27 @@ def _candidates(config: Config, devices: int) -> Iterator[Config]:
             continue
         parallels = _parallels(replace(config.parallel, tp=tp, pp=pp, cp=cp, dp=dp), config.model.num_layers)
         for micro in _micro_batches(config.train.global_batch_size // dp):
+            # recomputation trades the memory that a larger micro-batch needs, so all pairs are tried
             train = [replace(config.train, micro_batch_size=micro, recompute=recompute) for recompute in RECOMPUTE]
             yield from (replace(config, parallel=p, train=t) for p in parallels for t in train)
 
 
 def _parallels(grid: ParallelConfig, num_layers: int) -> list[ParallelConfig]:
     """A grid with every interleaving and ZeRO stage it allows."""
+    # with tp > 1 only the sequence-parallel form is tried: it divides the memory of norms and residuals by tp, for two
+    # gathers more a layer
     cut = replace(grid, sequence_parallel=grid.tp > 1, layers_per_stage=())
     if grid.pp == 1:
         stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
         return [replace(cut, vpp=None, zero_stage=stage) for stage in stages]
+    # the pipeline accumulates whole gradients, which ZeRO 2 and 3 do not keep: with pp > 1 only ZeRO 1 is legal
     chunks = [None, *(v for v in (2, 4) if num_layers % (grid.pp * v) == 0)]
     return [replace(cut, vpp=vpp, zero_stage=1) for vpp in chunks]
 
 
 def _grids(config: Config, devices: int) -> Iterator[tuple[int, int, int]]:
     for tp in divisors(devices):
+        # a key and value head is never split
         if config.model.kv_heads % tp:
             continue
         for pp in divisors(devices // tp):
@@ -180,6 +188,7 @@ def _grids(config: Config, devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _micro_batches(sequences: int) -> list[int]:
+    # powers of two, to keep the search short
     return [m for m in divisors(sequences) if m & (m - 1) == 0 and m <= MAX_MICRO_BATCH]
 
 
@@ -187,11 +196,13 @@ def why_not(plan: Plan, best: Plan | None, machine: Machine) -> str:
     """One clause: what a plan lacks beside the best one."""
     if plan.time is None:
         short = plan.memory.peak - (machine.memory_bytes - machine.reserve_bytes)
+        # host memory is not the device's, and the step's temporaries are gone when activations are at their peak
         parts = {k: v for k, v in plan.memory.parts().items() if k not in ("host", "step_temporaries")}
         largest = max(parts, key=lambda part: parts[part])
         return f"{short / GIB:.1f} GiB too large, most of it {largest} ({parts[largest] / GIB:.1f} GiB)"
     if best is None or best.time is None or plan is best:
         return "best"
+    # the two parts that lose most explain a plan; all twelve would hide the reason
     more = {part: seconds - best.time.parts()[part] for part, seconds in plan.time.parts().items()}
     worst = sorted(more, key=lambda part: -more[part])[:2]
     slower = plan.time.total / best.time.total - 1
@@ -203,5 +214,6 @@ def best_by_grid(found: RankedPlans) -> list[Plan]:
     """The best plan of every grid, fitting ones first."""
     chosen: dict[tuple[int, int, int, int], Plan] = {}
     for plan in [*found.fitting, *found.too_large]:
+        # plans are sorted, so the first of a grid is its best
         chosen.setdefault(plan.grid, plan)
     return list(chosen.values())

@@ -1,8 +1,8 @@
 """Weak scaling on paper: the best plan of three model sizes from one node to 1,024 devices.
 
-Decides: three shapes (1.3B, 7B, 30B), L 2048, S 16, a fixed number of sequences a device, so that work a device stays
-and the batch grows. Efficiency is tokens a second and device relative to the smallest number of devices that holds the
-model. This is a model's output, not a measurement, and the table says so with every assumption. Torch-free.
+Every size has L 2048, S 16 and a fixed number of sequences a device. Efficiency is tokens a second and device relative to
+the smallest number of devices that holds the model. This is a model's output, not a measurement, and the table says so
+with every assumption. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bd3_megatron.planner.machines import GIB, Machine, assumptions
 from bd3_megatron.planner.plans import Plan, rank_plans
 
 DEVICE_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+# the batch grows with the devices, so that the work of a device stays the same
 SEQUENCES_PER_DEVICE = 4
 SEQ_LEN, BLOCK_SIZE = 2048, 16
 
@@ -56,6 +57,7 @@ def weak_scaling_config(size: ModelSize, devices: int) -> Config:
     """The configuration of a size in weak scaling."""
     return config_from_tree(
         {
+            # nothing is run; the schema asks for a folder and a length
             "run": {"dir": "unused"},
             "model": {
                 "num_layers": size.layers,
@@ -87,6 +89,7 @@ def weak_scaling(
             found = rank_plans(weak_scaling_config(size, count), count, machine, constants)
             plan = found.fitting[0] if found.fitting else None
             rate = None if plan is None else plan.tokens_per_second / count
+            # the smallest number of devices that holds the model is the whole of 100 %
             base = rate if base is None else base
             points.append(ScalingPoint(size, count, plan, None if rate is None or base is None else rate / base))
     return points
@@ -119,6 +122,7 @@ def _row(point: ScalingPoint, machine: Machine) -> str:
         str(config.train.global_batch_size),
     ]
     plan = point.plan
+    # a row without a plan says so: a hole in the table would look like a number that was forgotten
     if plan is None or plan.time is None or point.efficiency is None:
         return f"| {' | '.join([*cells, 'nothing fits', '-', '-', '-', '-', '-'])} |"
     cells += [
@@ -133,6 +137,7 @@ def _row(point: ScalingPoint, machine: Machine) -> str:
 
 
 def _model_assumptions(constants: Constants) -> list[str]:
+    # every constant is printed, because the table is worth no more than they are
     values = ", ".join(f"{f.name} {getattr(constants, f.name):g}" for f in fields(constants))
     return [
         f"modern style, L {SEQ_LEN}, S {BLOCK_SIZE}, {SEQUENCES_PER_DEVICE} sequences a device and step, "

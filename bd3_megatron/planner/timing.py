@@ -1,26 +1,9 @@
 """How long a step takes on a machine: a roofline of what runs, plus what moves, plus what waits.
 
-Decides the model, not the truth: every number here is derived from cost/, the machine and `constants`, whose factors
-`--calibrate` fits to measured runs. One micro-batch on pipeline stage s takes
-
-    t_s = matrix + attention + head + elementwise + overhead + tp + cp            forward and backward
-    matrix       max(FLOPs / (peak x matrix_efficiency), bytes of weights and rows / memory rate)
-    attention    executed forward FLOPs / (peak x attention_forward) + backward / (peak x attention_backward)
-                 at the rate of wide heads, + calls and rectangles of the structured backend (CPU)
-    head         FLOPs / (peak x matrix_efficiency) + bytes of its logits / (memory rate x memory_efficiency)
-    elementwise  bytes that norms, rotations, activations and residuals touch / (memory rate x memory_efficiency)
-    tp, cp       per collective latency x steps + ring bytes / (link rate x its efficiency), nothing hidden; and the wait
-                 for the slowest rank of the layer (`layer_jitter`, CPU)
-
-and a step, with m micro-batches and the slowest stage t_max,
-
-    T = m t_max + bubble (sum of the other stages' t_s / vpp) + pp (sends that a 1F1B schedule does not hide)
-        + dp (gradient reduction and weight gather; what ZeRO-2 and 3 hide behind compute is taken off) + optimizer + fixed
-
-On a CPU host whose cores ranks share, compute slows by `shared_factor` as ranks fill the cores (they share its memory,
-and what carries their messages is one of them), and T is not below the ranks' busy time divided by the cores ("contention").
-Rank order is tp, cp, dp, pp from the fastest axis: a group lies inside a node if its stride times size fits there.
-Does not know: stragglers, checkpoint stalls, data loading, congestion, thermal limits. Torch-free.
+One micro-batch takes t_s seconds on pipeline stage s (`_micro_batch`); a step takes T = m t_max + bubble + pp + dp +
+optimizer + fixed (`_step`), with m micro-batches and the slowest stage t_max. Every number derives from cost/, the machine
+and the constants, whose factors calibration fits to measured runs. Not modelled: stragglers, checkpoint stalls, data
+loading, congestion, thermal limits. Torch-free.
 """
 
 from __future__ import annotations
@@ -130,6 +113,7 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
     flops = executed_flops(config, ran, masked)
     whole = executed_flops(config, replace(ran, last_layer="all", last_pairs="all"), masked)
     engine = engine_assumptions(machine.device_type, config)
+    # one object, because every part below needs most of it
     at = _Setting(
         config, machine, constants or constants_for(machine), engine, shape, flops, whole, ran.backend, masked
     )
@@ -145,10 +129,13 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     config, parallel, c = at.config, at.config.parallel, at.constants
     layers = layers_per_stage(config)[stage]
     last = stage == parallel.pp - 1
+    # t_s = matrix + attention + head + elementwise + overhead + tp + cp, forward and backward. FLOPs are counted a
+    # sequence; tensor and context parallelism divide them evenly. Collectives of tp and cp are not hidden.
     share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
     work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
     lines, m = transfers(config, stage, at.engine), micro_batches(config)
     collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
+    # crowding slows what computes, not what waits
     factor = c.compute_factor * c.shared_factor ** _crowding(at)
     compute = StepTime(
         matrix=factor * _matrix(at, work["projections"] + work["mlp"], layers),
@@ -157,6 +144,7 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
         elementwise=factor * _elementwise(at, layers, last=last),
         overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
     )
+    # the ranks of tp and cp meet in every layer; those of dp and pp once a step or micro-batch
     waiting = {axis: compute.total * _waiting(c, getattr(parallel, axis)) for axis in ("tp", "cp")}
     return replace(compute, **{axis: collectives[axis] + waiting[axis] for axis in ("tp", "cp")})
 
@@ -175,6 +163,7 @@ def _crowding(at: _Setting) -> float:
 
 def _stage_flops(at: _Setting, part: str, layers: int, *, last: bool) -> float:
     """Forward FLOPs of a part in one sequence on a stage; the model's last layer may be lighter than the others."""
+    # the difference between all layers computed whole and the trimmed count is what the last layer saves
     before = at.whole.forward[part] / at.shape.layers
     final = at.flops.forward[part] - (at.shape.layers - 1) * before
     return layers * before - (before - final if last else 0.0)
@@ -202,6 +191,7 @@ def _attention(at: _Setting, forward: float) -> float:
     c, part = at.constants, "attention"
     backward = forward * at.flops.backward[part] / at.flops.forward[part]
     passes = 1 + _again(at.config, part)
+    # exponentials cost as much for a head of 32 columns as for one of 128, whose products take four times as long
     narrow = 1 + c.softmax_columns / at.shape.head_width
     return narrow * (passes * forward / c.attention_forward + backward / c.attention_backward) / at.rate
 
@@ -221,6 +211,7 @@ def _rectangles(at: _Setting, layers: int, *, last: bool) -> float:
 
 def _head(at: _Setting, share: float) -> float:
     """Products of the scored rows with the table and back, and the passes of the softmax over their logits."""
+    # the softmax reads and writes its logits several times, in fp32 whatever the weights are
     logits = scored_rows(at.config, at.shape, at.masked) * at.shape.padded_vocab / at.config.parallel.tp * FP32
     by_rate = at.flops.part("head") * share / (at.rate * at.constants.matrix_efficiency)
     return by_rate + at.constants.logits_passes * logits / at.memory_rate
@@ -244,9 +235,12 @@ def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
 
 def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
     config, m = at.config, micro_batches(at.config)
+    # T = m t_max + bubble + pp (sends that the schedule does not hide) + dp (gradients reduced, weights gathered, less what
+    # compute hides) + optimizer + fixed: in a pipeline's steady state every stage waits for the slowest
     slowest = max(by_stage, key=lambda t: t.total)
     vpp = config.parallel.vpp or 1
     lines = transfers(config, 0, at.engine)
+    # filling and draining: every other stage is passed once, in vpp smaller pieces
     rest = sum(t.total for t in by_stage) - slowest.total
     scaled = {name: m * value for name, value in slowest.parts().items()}
     scaled["overhead"] += at.constants.overhead_factor * at.constants.step_overhead_seconds
@@ -266,6 +260,7 @@ def _step(at: _Setting, by_stage: list[StepTime]) -> StepTime:
 
 def _shared(at: _Setting, step: StepTime, busy: float) -> StepTime:
     """On shared cores a step takes at least all ranks' busy time divided by the cores."""
+    # messages and the optimizer keep cores busy as well as compute does
     fixed = step.dp + step.pp + step.optimizer + at.constants.overhead_factor * at.constants.step_overhead_seconds
     least = at.ranks * (busy + fixed) / at.machine.cores
     missing = max(0.0, least - step.total)
@@ -285,6 +280,7 @@ def _pipeline(at: _Setting, lines: list[Transfer]) -> float:
 
 def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
     total = sum(_seconds(at, t) for t in lines if t.axis == "dp")
+    # collectives of a few numbers cost their latency only
     small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
     if zero_stage(at.config) > 1:
         return _exposed(at, total, compute) + small
@@ -302,6 +298,7 @@ def leaves_early(config: Config, precision: str) -> bool:
 
 def _exposed(at: _Setting, seconds: float, behind: float) -> float:
     """What compute does not hide of communication that runs beside it."""
+    # overlapped traffic slows the compute beside it, so a share is never hidden however long the compute is
     return max(seconds * (1 - at.constants.hidden_share), seconds - behind)
 
 
@@ -309,6 +306,7 @@ def _optimizer(at: _Setting) -> float:
     """Adam and the average over the own shard, and one pass over all gradients for their norm."""
     count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
     ema = 2 if at.config.optim.ema_decay > 0 else 0
+    # the gradients' norm reads all of them, also those of other ranks' shards
     touched = count / shards * FP32 * (at.constants.optimizer_passes + ema) + count * FP32
     return at.constants.optimizer_factor * touched / at.memory_rate
 
@@ -318,6 +316,7 @@ def _seconds(at: _Setting, transfer: Transfer) -> float:
     rate, latency = _link(at, transfer)
     steps = transfer.collective.ring_steps(transfer.ranks)
     c = at.constants
+    # gloo gathers at a third of the rate of its all-reduces; NCCL's efficiencies are equal by default
     is_gather = transfer.collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
     efficiency = c.gather_efficiency if is_gather else c.link_efficiency
     wire = transfer.wire_bytes / (rate * efficiency)
@@ -327,6 +326,8 @@ def _seconds(at: _Setting, transfer: Transfer) -> float:
 def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:
     """(bytes a second, seconds of latency) of the links a group's ring uses."""
     parallel, machine = at.config.parallel, at.machine
+    # neighbouring ranks lie in one node, and tp is the fastest axis, then cp, dp, pp: a group lies inside a node if its
+    # stride times its size fits there
     stride = {"tp": 1, "cp": parallel.tp, "dp": parallel.tp, "pp": parallel.tp * zero_shards(at.config)}[transfer.axis]
     here = max(1, machine.gpus_per_node // stride)
     if transfer.ranks <= here:
