@@ -19,6 +19,7 @@ def batch_size_at(train: TrainConfig, step: int) -> int:
     first, whole = train.warmup_batch_size, train.global_batch_size
     if first is None or step >= train.batch_warmup_steps:
         return whole
+    # first + (whole - first) * step / warm-up steps, rounded down to a multiple of first, which every grid can cut
     return first * (1 + (whole - first) * step // (train.batch_warmup_steps * first))
 
 
@@ -28,6 +29,7 @@ def samples_before(train: TrainConfig, step: int) -> int:
     if first is None:
         return step * whole
     warm = min(step, train.batch_warmup_steps)
+    # the sum of batch_size_at over the warm-up
     grown = _floor_sum(warm, whole - first, train.batch_warmup_steps * first)
     return first * (warm + grown) + (step - warm) * whole
 
@@ -45,6 +47,7 @@ def steps_for_tokens(train: TrainConfig, seq_len: int, tokens: int, first_step: 
     # the first batch is the smallest, so this many are enough
     enough = max(0, -(-tokens // (seq_len * batch_size_at(train, first_step))))
     low, high = 0, enough
+    # samples_before rises with the step
     while low < high:
         middle = (low + high) // 2
         if samples_before(train, first_step + middle) >= samples:
@@ -58,6 +61,7 @@ def total_steps(train: TrainConfig, seq_len: int) -> int:
     """Updates of a run that begins at state 0; exactly one of train.steps and train.tokens is set."""
     if train.steps is not None:
         return train.steps
+    # a run makes at least one update
     return max(1, steps_for_tokens(train, seq_len, train.tokens or 0))
 
 

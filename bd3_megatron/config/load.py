@@ -1,8 +1,7 @@
 """YAML into typed dataclasses, and back.
 
-Decides: a file may name one `base:` parent (relative to itself); command-line overrides `section.key=value` come last
-and their values are YAML scalars. Refuses: unknown keys (with the nearest name), wrong types, expressions, environment
-variables. YAML is data here: what a file says is what runs.
+A file may name one `base:` parent, relative to itself; overrides `section.key=value` come last, and their values are YAML.
+Unknown keys (with the nearest name), wrong types and values outside of their range are refused.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     config = build(Config, tree, where="")
+    # a resumed run may change what was named, and nothing else that matters for training
     named = tuple(override.partition("=")[0] for override in overrides)
     return replace_field(config, "run.overridden", named) if named else config
 
@@ -87,6 +87,7 @@ def _plain(value: Any) -> Any:
 def _read_tree(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     tree = read_yaml(path, "config file", "the path of a YAML file such as configs/debug_cpu.yaml")
     named = f"config file '{cut(str(path))}'"
+    # two names of one file are one file
     if path.resolve() in parents:
         raise ConfigError(f"{named} names itself as its base; remove the `base:` line from one of them.")
     if len(parents) >= MOST_BASES:
@@ -104,6 +105,7 @@ def _read_tree(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
+        # sections are joined key by key; a list or a value of the child replaces the parent's whole
         deeper = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if deeper else value
     return merged
@@ -119,6 +121,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
+        # `optim:` with nothing below it reads as null
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
@@ -137,6 +140,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
         tree = {}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where or 'config'}={shown(tree)} is not a section; give keys and values below it.")
+    # with extras: the ranges are part of the annotation
     hints = typing.get_type_hints(cls, include_extras=True)
     prefix = f"{where}." if where else ""
     for key in tree:
@@ -201,6 +205,7 @@ def _typed_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ..
 def _typed_member(value: Any, members: list[Any], where: str) -> Any:
     if len(members) == 1:
         return _typed(value, members[0], where)
+    # exact types: True is an int, and a filter that compares with 1 is another one
     if type(value) in members:
         return value
     raise ConfigError(f"{where}={shown(value)} is none of {either(_WORDS[m] for m in members)}; give one of them.")
@@ -209,6 +214,7 @@ def _typed_member(value: Any, members: list[Any], where: str) -> Any:
 def _typed_scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float:
         value = _as_float(value)
+        # NaN passes every comparison that a range could make with `not`
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}={value!r} is not finite; give a number.")
     # bool is a subclass of int: `steps: true` must not read as 1
@@ -226,4 +232,5 @@ def _as_float(value: Any) -> Any:
     except ValueError:
         return value
     except OverflowError:
+        # of a stored tree: YAML numbers fit 64 bits
         return math.inf

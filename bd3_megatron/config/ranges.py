@@ -15,6 +15,7 @@ from bd3_megatron.errors import ConfigError, shown
 
 LONGEST_PATH_BYTES = 4000
 """Linux takes 4096, and files are made below a folder that is named here."""
+# of ext4, xfs, NFS and Lustre alike
 LONGEST_NAME_BYTES = 255
 
 
@@ -38,6 +39,7 @@ class Range:
         """Whether a number is legal."""
         if self.or_zero and value == 0:
             return True
+        # comparisons that NaN fails
         above = value > self.lower if self.open_lower else value >= self.lower
         below = value < self.upper if self.open_upper else value <= self.upper
         return above and below and not (self.even and value % 2)
@@ -54,12 +56,14 @@ class Range:
         Raises:
             ConfigError: "optim.min_lr_ratio=-1.0 is outside [0, 1]; give a number of at least 0 and at most 1."
         """
+        # a field may hold a text or a number; true is no 1
         if isinstance(value, bool) or not isinstance(value, int | float) or self.holds(value):
             return
         law = f"{'0 or ' if self.or_zero else ''}{self.interval}{', even' if self.even else ''}"
         raise ConfigError(f"{where}={shown(value)} is outside {law}; {self._remedy(type(value))}.")
 
     def _remedy(self, kind: type) -> str:
+        # the words say which ends are open, so that nobody has to know the brackets
         noun = "an even number" if self.even else "a whole number" if kind is int else "a number"
         lower = f"{'above' if self.open_lower else 'of at least'} {_short(self.lower)}"
         upper = f"{'below' if self.open_upper else 'at most'} {_short(self.upper)}"
@@ -97,10 +101,12 @@ class FilePath:
         """
         if not value:
             raise ConfigError(f"{where}='' is empty; give a path, or leave the key out.")
+        # unreplaced, a folder named ~ would be made beside the caller
         if value.startswith("~"):
             raise ConfigError(
                 f"{where}={shown(value)} begins with ~, which only a shell replaces; write the whole path ($HOME/... in a shell)."
             )
+        # a line break would end a directive of a batch script
         if any(ord(character) < 32 or ord(character) == 127 for character in value):
             raise ConfigError(f"{where}={shown(value)} holds a control character, such as a line break; remove it.")
         if len(value.encode("utf-8", "replace")) > LONGEST_PATH_BYTES or _longest_name(value) > LONGEST_NAME_BYTES:

@@ -69,10 +69,12 @@ def explain(name: str) -> str:
         ConfigError: no such key; names the nearest.
     """
     known = keys()
+    # a section's name stands for all that is below it
     found = [key for key in known if key.name == name or key.name.startswith((f"{name}.", f"{name}[]"))]
     found = found or [key for key in known if key.name.endswith(f".{name}")]
     if not found:
         names = [key.name for key in known]
+        # the search for the nearest name takes time by the square of the length
         near = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.5)
         near = near or [full for full in names if name and name.rpartition(".")[2] in full][:3]
         remedy = f"did you mean {' or '.join(near)}?" if near else "bd3 config --reference lists all of them."
@@ -82,6 +84,7 @@ def explain(name: str) -> str:
 
 def markdown() -> str:
     """The reference: a heading, then a table for each section."""
+    # this heading is where configs/README.md stops being written by hand
     lines = [HEADING, "", "Printed by `bd3 config --reference`; `bd3 config KEY` explains one key.", ""]
     known = keys()
     for section in dict.fromkeys(key.name.partition(".")[0] for key in known):
@@ -125,6 +128,7 @@ def _nested(hint: Any) -> type | None:
 def _kind(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
+        # one law an annotation: a range, a path or a form
         law = args[1]
         if not isinstance(law, Range):
             return "path" if isinstance(law, FilePath) else _kind(args[0])
@@ -142,6 +146,7 @@ def _kind(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
+    # sections, and mappings that begin empty
     if field.default_factory is not dataclasses.MISSING:
         return "{}"
     if field.default is dataclasses.MISSING:
@@ -162,6 +167,7 @@ def _as_yaml(value: Any) -> str:
 
 def _field_texts() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring under it, from the schema's source."""
+    # Python drops strings under fields, so they are read from the source
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(schema)).body:
         if isinstance(node, ast.ClassDef):

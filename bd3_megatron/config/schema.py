@@ -1,9 +1,7 @@
-"""The shape of a run's configuration: frozen dataclasses, every field documented under itself with unit and reason.
+"""The shape of a run's configuration: frozen dataclasses, every field documented under itself with its unit.
 
-Decides: names, types and the single default of every knob. Refuses nothing by itself: `load` checks keys and types,
-`validate` checks rules that need two sections. A field whose default is None is derived (the derivation is named in its
-text and written once, in a property here) or means "off". Names under run, data.seq_len, diffusion.block_size, parallel,
-train, optim.lr, checkpoint.every_steps and log are relied on by scripts outside this package.
+Each field has one name, one type, one legal range and one default, all of them here; configs/README.md is generated from
+this file. A field whose default is null is derived (its text says how, a property here computes it) or switched off.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from typing import Annotated, Literal
 from bd3_megatron.config.ranges import FilePath, Matches, Range
 from bd3_megatron.diffusion.constants import MIN_T
 
+# ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
 MOST_STEPS = 10**9
 MOST_TOKENS = 10**18
 """With the greatest batch and length, counts of samples and tokens still fit 63 bits."""
@@ -28,6 +27,7 @@ PathText = Annotated[str, FilePath()]
 class RunConfig:
     dir: PathText
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs. Relative paths are relative to the caller."""
+    # the key of the counter-based generator has 48 bits
     seed: Annotated[int, Range(0, 2**48 - 1)] = 1
     """Seeds initial weights, data order and noise; each draws from its own purpose of the counter-based generator."""
     overridden: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class RunConfig:
 class ModelConfig:
     style: Literal["paper", "modern"] = "modern"
     """paper: LayerNorm, biased tanh-GELU MLP, bias-free attention, head with bias. modern: RMSNorm, SwiGLU, no bias."""
+    # launchers list the layers of every stage, so their number is bounded
     num_layers: Annotated[int, Range(1, 10_000)]
     """Transformer layers over all pipeline stages."""
     hidden_size: Annotated[int, Range(1, 1e6)]
@@ -48,25 +49,30 @@ class ModelConfig:
     num_heads: Annotated[int, Range(1, 10_000)]
     """Query heads N."""
     num_kv_heads: Annotated[int, Range(1, 10_000)] | None = None
-    """Key/value heads G (grouped-query attention); None: as many as query heads."""
+    """Key/value heads G (grouped-query attention); null: as many as query heads."""
+    # rotary positions turn channels in pairs
     head_dim: Annotated[int, Range(2, 10_000, even=True)] | None = None
-    """Channels H of one head; None: hidden_size / num_heads."""
+    """Channels H of one head; null: hidden_size / num_heads."""
     ffn_hidden_size: Annotated[int, Range(1, 1e7)] | None = None
-    """MLP width; None: 4 D (paper), or 8/3 D rounded up to a multiple of 64 (modern), equal in parameters."""
+    """MLP width; null: 4 D (paper), or 8/3 D rounded up to a multiple of 64 (modern), equal in parameters."""
     qk_norm: bool = False
     """RMSNorm on queries and keys per head (modern style only), as Qwen3 has it."""
     tie_embeddings: bool = False
     """One table for embedding and head. The paper's code keeps two although its yaml says otherwise."""
     dropout: Annotated[float, Range(0, 1, open_upper=True)] = 0.0
     """Probability of dropping a residual-branch output (the paper trains with 0.1); none on attention weights."""
+    # at 1 all channels turn at one speed, below it the last ones turn fastest
     rope_base: Annotated[float, Range(1, 1e12, open_lower=True)] = 10000.0
     """Base of the rotary frequencies."""
+    # 0 would divide by 0 where a row is constant
     layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5
     """Added to the variance in every norm."""
+    # from matrices of zeros no gradient comes
     init_std: Annotated[float, Range(0, 1, open_lower=True)] = 0.02
     """Standard deviation of initial matrices; residual projections get init_std / sqrt(2 num_layers)."""
+    # the mask id and one id to mask
     vocab_size: Annotated[int, Range(2, 1e8)] | None = None
-    """Ids the model knows, mask id included; None: what the prepared data's tokenizer says."""
+    """Ids the model knows, mask id included; null: what the prepared data's tokenizer says."""
     vocab_multiple: Annotated[int, Range(1, 1e6)] = 128
     """Table rows are padded to this multiple; must be a multiple of tp, and stays fixed when a run changes its grid."""
 
@@ -129,8 +135,9 @@ class StreamConfig:
     """Rows to keep."""
     detokenizer: str = "none"
     """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
+    # each keeps a window of rows in memory
     lanes: Annotated[int, Range(1, 10_000)] | None = None
-    """Shares the files are dealt to; sample i is of lane i mod lanes. None: one a file, at most 64."""
+    """Shares the files are dealt to; sample i is of lane i mod lanes. null: one a file, at most 64."""
     shuffle_rows: Annotated[int, Range(1, 1e7)] = 256
     """Rows of a lane permuted together; 1: none. A resumed run tokenises at most this many again."""
 
@@ -138,21 +145,24 @@ class StreamConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: PathText | None = None
-    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); None: made from `text` under run.dir/data.
+    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); null: made from `text` under run.dir/data.
     With mixture, stages or stream it gives tokenizer and held-out rows only."""
     text: tuple[PathText, ...] = ()
-    """Text files or folders to prepare when path is None; `builtin:python-docs` is text every Python has."""
+    """Text files or folders to prepare where path is null; `builtin:python-docs` is text every Python has."""
     tokenizer: PathText = "bytes"
     """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
     tokenizer_vocab_size: Annotated[int, Range(2, 1e7)] = 2048
     """With a trained tokenizer: its number of pieces."""
+    # the bound of data/held_out.py: a part that is larger than the rest is a slip
     valid_fraction: Annotated[float, Range(0, 0.5)] = 0.05
     """With `text`: share of documents held out for evaluation."""
+    # of a single token nothing can be predicted
     seq_len: Annotated[int, Range(2, 1e8)]
     """Clean tokens L of a sample; the model sees 2L rows."""
     packing: Literal["wrap", "isolated", "pad"] = "wrap"
     """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row.
     Under the last two, end tokens with loss fill the diffusion block in which a document ends."""
+    # processes, on each rank
     num_workers: Annotated[int, Range(0, 1000)] = 0
     """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
     shuffle: bool = True
@@ -184,7 +194,8 @@ class PhaseConfig:
     tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
     """Length in clean tokens, instead of steps."""
     interval: tuple[NoiseLevel, NoiseLevel] | None = None
-    """Clipped noise interval of this phase, which no search changes; None: diffusion.interval, or what a search finds."""
+    """Clipped noise interval of this phase, which no search changes; null: diffusion.interval, or what a search finds."""
+    # factors above 1 are a way to start anew with a higher rate
     lr_start: Annotated[float, Range(0, 1000)] = 1.0
     """Factor on the learning rate at the phase's first update."""
     lr_end: Annotated[float, Range(0, 1000)] = 1.0
@@ -195,6 +206,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
+    # others compare nothing with these names: config/objective.py makes the object
     objective: Literal["block", "ar"] = "block"
     """block: block diffusion (S = seq_len is MDLM). ar: next-token prediction, causal, through the same engine."""
     block_size: Annotated[int, Range(1, 1e8)] = 16
@@ -203,7 +215,7 @@ class DiffusionConfig:
     """Mask probability as a function of t; loglinear is p = t."""
     interval: tuple[NoiseLevel, NoiseLevel] | None = None
     """Noise levels are drawn from [beta, omega] (clipped schedule).
-    None: [1e-3, 1], and [1, 1] (everything masked, the exact likelihood) at block size 1."""
+    null: [1e-3, 1], and [1, 1] (everything masked, the exact likelihood) at block size 1."""
     resample: bool = False
     """Redraw blocks whose masked fraction leaves the interval, as the paper does. Biases the loss: off by default."""
     never_mask_first: bool = False
@@ -214,8 +226,10 @@ class DiffusionConfig:
     """Noisy copies that share one clean pass."""
     search_every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Search the variance-minimising interval this often; 0: never."""
+    # the paper scores a hundred of them
     search_batches: Annotated[int, Range(1, 1e6)] = 100
     """Held-out batches of global_batch_size scored in one search; fewer where less text is held out."""
+    # narrower intervals hold too few draws to be compared; 1 is the full interval, a candidate in every search
     search_widths: tuple[Annotated[float, Range(0.01, 1, open_upper=True)], ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Widths of the candidate intervals."""
     phases: tuple[PhaseConfig, ...] = ()
@@ -231,7 +245,7 @@ class DiffusionConfig:
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     backend: Literal["auto", "dense", "structured", "flex", "triton"] = "auto"
-    """auto takes the fastest backend that accepts the request; dense is the judge of the others."""
+    """auto takes the fastest backend that accepts the request; dense is the reference implementation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +255,11 @@ class ParallelConfig:
     pp: Annotated[int, Range(1, 1000)] = 1
     """Pipeline stages."""
     vpp: Annotated[int, Range(1, 1000)] | None = None
-    """Model chunks per pipeline stage (interleaved schedule); None: one."""
+    """Model chunks per pipeline stage (interleaved schedule); null: one."""
     cp: Annotated[int, Range(1, 10_000)] = 1
     """Context-parallel ranks: both streams are cut along the sequence."""
     dp: Annotated[int, Range(1, 1e6)] | None = None
-    """Data-parallel replicas; None: what the other axes leave of the world (1 when started locally)."""
+    """Data-parallel replicas; null: what the other axes leave of the world (1 when started locally)."""
     sequence_parallel: bool = False
     """Cut the residual stream along the sequence between tensor-parallel regions."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -256,6 +270,7 @@ class ParallelConfig:
     """Sum gradients over data-parallel ranks during the last backward (ZeRO 1, bf16); off: all at its end."""
     layers_per_stage: tuple[Annotated[int, Range(1, 10_000)], ...] = ()
     """Layers of each pipeline stage; empty: balanced, with embedding and head counted as layers' work."""
+    # twice watch.hang_seconds: a collective that gives up first names no rank
     collective_timeout_seconds: Annotated[int, Range(1, 1e6)] = 1200
     """A rank that waits longer than this in a collective fails by name; the watchdog must speak first (watch.hang_seconds)."""
 
@@ -275,10 +290,11 @@ class TrainConfig:
     """Clean tokens of the whole run, instead of steps."""
     global_batch_size: Annotated[int, Range(1, 1e7)] = 512
     """Sequences per optimizer update over all ranks."""
+    # memory of activations grows with it, results do not depend on it
     micro_batch_size: Annotated[int, Range(1, 1e6)] = 1
     """Sequences per forward pass of one rank."""
     warmup_batch_size: Annotated[int, Range(1, 1e7)] | None = None
-    """Start with this many sequences a step and grow linearly, in multiples of it, to global_batch_size; None: no warm-up."""
+    """Start with this many sequences a step and grow linearly, in multiples of it, to global_batch_size; null: no warm-up."""
     batch_warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Steps of the batch-size warm-up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -286,9 +302,10 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Computed again in the backward, not kept: norms, attention and MLP activation (selective), whole layers (full)."""
     recompute_layers: Annotated[int, Range(1, 10_000)] | None = None
-    """So many first layers of each pipeline stage (of each chunk where interleaved) do so; None: all."""
+    """So many first layers of each pipeline stage (of each chunk where interleaved) do so; null: all."""
     skip_dead_rows: bool = True
     """Compute only what the loss can see; off computes every row of every layer, for debugging."""
+    # a loss at the median is no spike
     spike_factor: Annotated[float, Range(1, 1e6, open_lower=True, or_zero=True)] = 0.0
     """A loss above this multiple of the recent steps' median is a spike (ZeRO 1 only); 0: nobody looks."""
     spike_action: Literal["skip", "rollback"] = "skip"
@@ -303,24 +320,29 @@ class TrainConfig:
 class OptimConfig:
     name: Literal["auto", "torch", "apex"] = "auto"
     """AdamW of torch, or Apex's fused one where NVIDIA Apex is installed (auto falls back to torch)."""
+    # far above any rate that trains: the bound is there for slips of the exponent
     lr: Annotated[float, Range(0, 1000, open_lower=True)] = 3e-4
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = "constant"
     """After the warm-up; wsd: stable, then linear decay over the last decay_fraction of the run."""
     warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Linear warm-up; step 0 uses lr / warmup_steps (the official code's first step has lr 0)."""
+    # below 0 the schedule would end in gradient ascent
     min_lr_ratio: Annotated[float, Range(0, 1)] = 0.0
     """Final learning rate as a share of lr (cosine, wsd)."""
     decay_fraction: Annotated[float, Range(0, 1)] = 0.1
     """Share of the steps in which wsd decays."""
+    # at 1 a moment never forgets its first value, which is 0
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decays."""
+    # far smaller ones vanish in fp32, and 0 / 0 follows where a gradient was always 0
     adam_eps: Annotated[float, Range(1e-30, 1)] = 1e-8
     """Adam's denominator term."""
     weight_decay: Annotated[float, Range(0, 1000)] = 0.0
     """Decoupled decay of matrices and tables; norms and biases are never decayed."""
     clip_grad_norm: Annotated[float, Range(0, 1e9)] = 1.0
     """Global gradient norm is clipped to this; 0: never."""
+    # at 1 the average would stay at the initial weights
     ema_decay: Decay = 0.9999
     """Exponential moving average of the fp32 parameters, warmed up as min(decay, (1+n)/(10+n)); 0: none."""
 
@@ -341,6 +363,7 @@ class CheckpointConfig:
 class EvaluateConfig:
     every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Evaluate held-out perplexity this often; 0: never during training."""
+    # an evaluation of nothing would divide by 0
     num_sequences: Annotated[int, Range(1, 1e9)] = 256
     """Held-out sequences scored in one evaluation."""
     draws: Annotated[int, Range(1, 1e6)] = 1
@@ -357,6 +380,7 @@ class LogConfig:
     """Write a record (and print) this often."""
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Mirror metrics.jsonl to Weights & Biases."""
+    # what the tracker itself refuses, but only after the model is built
     wandb_project: Annotated[str, Matches(r"[^/\\#?%:\s]{1,128}", "a name without blanks and / \\ # ? % :")] = (
         "bd3_megatron"
     )
@@ -370,7 +394,7 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
     peak_tflops: Annotated[float, Range(0, 1e9, open_lower=True)] | None = None
-    """Peak of one device at the training precision; None: from the table of known devices, measured on CPU."""
+    """Peak of one device at the training precision; null: from the table of known devices, measured on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,8 +403,10 @@ class WatchConfig:
     """Check versions, devices, collectives and the run folder on all ranks before the first step."""
     leak_check: bool = True
     """Prove by autograd, before the first step, that no noisy block sees what it must not."""
+    # below 1 the limit would lie under the usual step
     hang_factor: Annotated[float, Range(1, 1e6, or_zero=True)] = 0.0
     """Fail with every rank's stacks when a step takes this multiple of the median; 0: off."""
+    # an evaluation or a save counts as a step; see the table of times in README.md
     hang_seconds: Annotated[float, Range(0, 1e7, open_lower=True)] = 600.0
     """Least time a step may take before it counts as hung."""
 

@@ -1,7 +1,6 @@
-"""Rules that need two sections: what a configuration alone can refute is refuted here, on the login node.
+"""Rules between keys: grids, lengths, batches and schedules that cannot run are refused here, on the login node.
 
-Decides nothing about values; refuses grids, lengths, batches and schedules that cannot run, each with the value, the
-rule and the nearest legal values. Costs microseconds; imports no torch.
+Each refusal names the value, the rule and the nearest legal values. Torch-free. Ranges of single keys are in the schema.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ def data_parallel_size(config: Config, world_size: int | None = None) -> int:
     if world_size is None:
         return parallel.dp or 1
     axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}"
+    # started by torchrun or SLURM, the world is what the queue gave
     if parallel.dp is None:
         if world_size % parallel.model_ranks:
             fits = [n for n in (world_size // parallel.model_ranks * parallel.model_ranks,) if n] + [
@@ -61,6 +61,7 @@ def data_parallel_size(config: Config, world_size: int | None = None) -> int:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    # a given head_dim need not divide the width: Qwen3-0.6B has 16 heads of 128 on a width of 1024
     if model.head_dim is None:
         check_divides("num_heads", model.num_heads, "hidden_size", model.hidden_size)
     check_divides("num_kv_heads", model.kv_heads, "num_heads", model.num_heads)
@@ -69,6 +70,7 @@ def _check_model(config: Config) -> None:
             f"hidden_size={model.hidden_size} / num_heads={model.num_heads} makes heads of an odd width {model.head_width}, "
             "and rotary positions turn channels in pairs; set model.head_dim to an even number."
         )
+    # the paper's code has none of the modern options
     if model.style == "paper":
         _check_paper_style(config)
 
@@ -129,6 +131,7 @@ def check_grid(config: Config, *, world_size: int | None = None) -> None:
     _check_pipeline(config, dp)
     _check_context(config)
     _check_sequence_parallel(config)
+    # ZeRO 2 cuts gradients as they come, and each micro-batch of a pipeline adds to them
     if parallel.pp > 1 and parallel.zero_stage > 1:
         raise GridError(
             f"zero_stage={parallel.zero_stage} with pp={parallel.pp}: the pipeline needs whole gradients until its last "
@@ -149,6 +152,7 @@ def _check_pipeline(config: Config, dp: int) -> None:
         if parallel.pp == 1:
             raise GridError(f"vpp={parallel.vpp} with pp=1 interleaves nothing; set pp above 1 or leave vpp unset.")
         check_divides("pp x vpp", chunks, "num_layers", model.num_layers, kind=GridError)
+        # otherwise the batch's own rule speaks
         if train.global_batch_size % (dp * train.micro_batch_size) == 0:
             micro = train.global_batch_size // (dp * train.micro_batch_size)
             check_multiple("micro-batches a step", micro, "pp (interleaved schedule)", parallel.pp, kind=GridError)
@@ -175,6 +179,7 @@ def _check_context(config: Config) -> None:
             f"cp={cp} with dropout={config.model.dropout} is not proved equal on every grid; use dropout 0."
         )
     for size in block_sizes(config):
+        # zigzag: each rank holds one slice from the front and one from the back, of whole blocks
         if seq_len % (2 * cp * size):
             best = [c for c in divisors(seq_len // size) if (seq_len // size) % (2 * c) == 0] or [1]
             raise GridError(
@@ -187,6 +192,7 @@ def _check_sequence_parallel(config: Config) -> None:
     parallel = config.parallel
     if not parallel.sequence_parallel:
         return
+    # the pair's rows are twice as many, so what divides these divides them
     rows = config.data.seq_len // parallel.cp
     check_multiple("rows a rank (seq_len / cp)", rows, "tp (sequence_parallel)", parallel.tp, kind=GridError)
 

@@ -1,7 +1,6 @@
 """Rules of the data section: which source of training rows, mixtures and their stages, streams.
 
-Decides nothing about values; refuses what contradicts itself, each with the value, the rule and a remedy. Whether folders
-and datasets are there shows when they are opened. Torch-free.
+Whether folders and datasets are there shows when they are opened. Torch-free.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ def check_data(data: DataConfig) -> None:
         _check_weights("data.mixture", data.mixture)
     for number, stage in enumerate(data.stages):
         _check_stage(f"data.stages[{number}]", stage, is_last=number == len(data.stages) - 1)
+    # a batch size that changes would move one kind of seam and not the other
     if any(s.steps is not None for s in data.stages) and any(s.tokens is not None for s in data.stages):
         raise ConfigError("data.stages gives some lengths in steps and some in tokens; give all in one of them.")
     if data.stream is not None:
         _check_stream(data.stream)
+        # a stream has no end from which rows could be held out
         if data.path is None and not data.text:
             raise ConfigError(
                 "data.stream has neither data.path nor data.text, and tokenizer and held-out rows come from there; "
@@ -38,6 +39,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def _check_weights(where: str, weights: Mapping[str, float]) -> None:
+    # 0 is a source that was read before and is no longer wanted; not all can be
     if not any(weights.values()):
         raise ConfigError(f"{where} has no positive weight; give at least one folder a weight above 0.")
 

@@ -11,7 +11,7 @@ from bd3_megatron.errors import ConfigError
 
 
 def check_run(config: Config) -> None:
-    """Refuse a run that would leave out, without a word, something that the configuration asks for.
+    """Refuse a run that would silently leave out something that the configuration asks for.
 
     Raises:
         ConfigError: one sentence with value, law and remedy.
@@ -33,8 +33,10 @@ def _check_phases(config: Config) -> None:
                 f"diffusion.phases[{number}] begins at step {first} and the run ends at step {steps} ({_budget(config)}), so "
                 "it would never train; raise the budget, shorten the phases before it, or leave it out."
             )
+        # an open phase, the last one, ends with the run
         length = _length(config, phase, first)
         first = steps if length is None else first + length
+    # the learning-rate segment of the last phase would be left behind
     if phases and first < steps:
         raise ConfigError(
             f"diffusion.phases end at step {first} and the run has {steps} steps ({_budget(config)}); lower the budget, or "
@@ -53,6 +55,7 @@ def _check_stages(config: Config) -> None:
     run_samples = samples_before(train, total_steps(train, seq_len))
     steps = samples = 0
     for number, stage in enumerate(config.data.stages):
+        # lengths are all in steps or all in tokens, so one of the two is 0
         first_sample = max(samples, samples_before(train, steps))
         if first_sample >= run_samples:
             raise ConfigError(
@@ -61,6 +64,7 @@ def _check_stages(config: Config) -> None:
                 "it out."
             )
         steps += stage.steps or 0
+        # as train/mixing.py: a stage ends with the sample that holds its last token
         samples += -(-(stage.tokens or 0) // seq_len)
 
 
@@ -100,6 +104,7 @@ def _check_held_out(config: Config) -> None:
 
 def _check_search(config: Config) -> None:
     diffusion, evaluate = config.diffusion, config.evaluate
+    # the official code scores one draw a sequence
     if evaluate.official and evaluate.draws != 1:
         raise ConfigError(
             f"evaluate.draws={evaluate.draws} with evaluate.official=true, which scores one draw; leave one of them out."
@@ -120,6 +125,7 @@ def _check_search(config: Config) -> None:
 
 def _check_decay(config: Config) -> None:
     lr, decay = config.optim.lr, config.optim.weight_decay
+    # decoupled decay multiplies a weight by 1 - lr * decay
     if lr * decay >= 1:
         raise ConfigError(
             f"optim.lr={lr} x optim.weight_decay={decay} = {lr * decay:g} is 1 or more, so each update would take away all of "
@@ -129,6 +135,7 @@ def _check_decay(config: Config) -> None:
 
 def _check_watch(config: Config) -> None:
     watch, timeout = config.watch, config.parallel.collective_timeout_seconds
+    # without a factor nobody watches, and the time-out alone ends a hang
     if watch.hang_factor > 0 and watch.hang_seconds >= timeout:
         raise ConfigError(
             f"watch.hang_seconds={watch.hang_seconds:g} is not below parallel.collective_timeout_seconds={timeout}, so the "

@@ -80,6 +80,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def _read_bytes(path: Path, source: str, example: str) -> bytes:
     try:
+        # before it is opened: opening a pipe waits for a writer
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
             raise ConfigError(f"{source} is a folder; give {example}.")
@@ -87,6 +88,7 @@ def _read_bytes(path: Path, source: str, example: str) -> bytes:
             # the ranks read the file again, and a pipe gives its content once
             raise ConfigError(f"{source} is a device or a pipe, which can be read only once; give {example}.")
         with path.open("rb") as file:
+            # /proc names files that have no size and do not end
             content = file.read(LONGEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{source} does not exist; give {example}.") from error
@@ -120,6 +122,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node of the document; called by PyYAML for each, before anything is built."""
+        # events come one by one, so that deep nesting is seen before the recursion is as deep
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
         if getattr(event, "anchor", None) is not None:
@@ -147,6 +150,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
         if key.tag != f"{_TAG}str":
             given = shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
             raise _Refusal(line, f"has a key that is no text ({given}); put it in quotes.")
+        # PyYAML would keep the last and forget the first without a word
         if key.value in lines:
             raise _Refusal(
                 line,
@@ -158,16 +162,20 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 def _check_scalar(node: yaml.ScalarNode, line: int) -> None:
     kind, text = node.tag.removeprefix(_TAG), str(node.value)
+    # run.dir=2024-01-31 would arrive as a date, and a date is no text
     if kind == "timestamp":
         raise _Refusal(line, f"holds a date ({shown(text)}); put it in quotes if a text is meant.")
+    # time: 12:00:00 would arrive as 43200
     if kind in ("int", "float") and ":" in text:
         raise _Refusal(line, f"holds {shown(text)}, which YAML reads as a number of base 60; put it in quotes.")
     if kind != "int":
         return
+    # 010 would arrive as 8
     digits = text.lstrip("+-").replace("_", "")
     if digits.startswith("0") and digits.isdecimal() and digits != "0":
         raise _Refusal(line, f"holds {shown(text)}, which YAML reads as a number of base 8; leave out the leading 0.")
     try:
+        # 64 binary digits and their 0b; Python takes long for thousands of decimal ones
         too_large = len(digits) > 70 or abs(int(digits, 0)) > LARGEST_WHOLE
     except ValueError:
         raise _Refusal(line, f"holds {shown(text)}, which is no number; put it in quotes if a text is meant.") from None
