@@ -1,9 +1,7 @@
-"""The `bd3` command: parses, imports late, reports errors in one line.
+"""The `bd3` command: each sub-command is served by the module that its table row names.
 
-Decides: which room answers which sub-command. Refuses: nothing by itself. A mistake in the input (BD3Error) is one line
-on stderr and the error's exit code, never a traceback; a programming mistake keeps its traceback. `--help` answers
-without importing torch: the chosen sub-command's argument module is imported only when it is chosen, and must not import
-torch at its top either.
+`--help` answers without torch: the module of a sub-command is imported only when it is chosen, and must not import torch
+at its top either.
 """
 
 from __future__ import annotations
@@ -56,6 +54,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bd3 {__version__}")
     parsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    # argparse itself asks for all arguments of all sub-commands beforehand
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, command in COMMANDS.items():
         child = parsers.add_parser(name, help=command.summary, description=command.summary)
@@ -90,12 +89,13 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from launch.env import membership
 
-    place = membership(os.environ)
-    if place is None:
+    member = membership(os.environ)
+    if member is None:
         from launch import local
 
+        # the process becomes the ranks' holder: this call does not return
         local.start(options.config, options.overrides)
-    return _train_as_rank(options, place.rank, place.world_size, place.local_rank, dict(place.variables))
+    return _train_as_rank(options, member.rank, member.world_size, member.local_rank, dict(member.variables))
 
 
 def _train_as_rank(
@@ -117,6 +117,7 @@ def _train_as_rank(
             # exit codes do not survive srun; the batch script must know that no other attempt would do better
             record_error(None, error)
         return error.exit_code
+    # before torch is imported, which reads them then
     os.environ.update(variables)
     os.environ.update(rank_settings(os.environ, gpu=visible_gpus() > 0, local=False))
     drop_known_warnings()

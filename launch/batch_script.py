@@ -1,8 +1,7 @@
 """The sbatch script of a job: directives and values rendered from profile and run, then a body that never changes.
 
-Decides: which directives a profile becomes, and how values are quoted. The body is templates/job.sh, plain bash that
-shellcheck reads as it stands: everything that varies is a variable assigned above it. Refuses: nothing. Pure: text in,
-text out.
+Everything that varies is a variable assigned above the body, so shellcheck reads `launch/templates/job.sh` as it stands.
+Pure: text in, text out; what a value may hold is checked where profiles are read.
 """
 
 from __future__ import annotations
@@ -60,10 +59,12 @@ def script_of(profile: ClusterProfile, job: Job) -> str:
 
 def directives(profile: ClusterProfile, job: Job) -> list[str]:
     """The #SBATCH options, in a fixed order."""
+    # torchrun is one task a node and starts the ranks itself, on the cores of all of them
     tasks, cpus = profile.ranks, profile.cpus_per_rank
     if job.launcher == "torchrun":
         tasks, cpus = 1, profile.ranks * profile.cpus_per_rank
     array = len(job.run_dirs) > 1
+    # the order is fixed so that two scripts can be compared
     found = [
         f"--job-name={job.name}",
         f"--partition={profile.partition}",
@@ -74,15 +75,19 @@ def directives(profile: ClusterProfile, job: Job) -> list[str]:
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         *_gpu_directive(profile),
+        # to SLURM 0 means all memory of the node
         f"--mem={profile.memory_gb}G" if profile.memory_gb else "--mem=0",
         f"--time={profile.time}",
+        # B: only the batch shell gets it, and tells the ranks
         f"--signal=B:USR1@{profile.signal_lead_seconds}",
         *(["--exclusive"] if profile.exclusive else []),
         *_given("exclude", profile.exclude),
         *([f"--mail-user={profile.mail_user}", "--mail-type=END,FAIL"] if profile.mail_user else []),
         *([f"--array=0-{len(job.run_dirs) - 1}"] if array else []),
+        # jobs of one name and user run after one another
         *(["--dependency=singleton"] if job.chained else []),
         "--no-requeue" if job.chained else "--requeue",
+        # a requeued job goes on in the same log
         "--open-mode=append",
         f"--output={job.folder}/{'%A_%a' if array else '%j'}.log",
         *profile.extra,

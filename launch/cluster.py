@@ -1,7 +1,6 @@
 """A cluster's profile: what a site wants of every job, as data in configs/cluster/NAME.yaml.
 
-Decides: the names and units of those keys, and what a profile alone can refute. Refuses: unknown keys (with the nearest
-name), a profile with neither GPUs nor ranks, times that are no times. Knows nothing about any run.
+Names, units and forms of its keys are here, and what a profile alone can refute. It knows nothing about any run.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ class ClusterProfile:
     """Memory of a node for the job in GiB; 0: all of it."""
     time: str = "24:00:00"
     """Time limit: [days-]hours:minutes:seconds. A job that is not done then requeues itself."""
+    # sbatch takes 16 bits
     signal_lead_seconds: Annotated[int, Range(1, 65535)] = 180
     """How long before the limit ranks are told to save: a step, a save, and SLURM's own 60 s of imprecision."""
     exclusive: bool = True
@@ -81,10 +81,12 @@ class ClusterProfile:
     """Shell lines run on the first node before the ranks start."""
     environment_file: Annotated[str, FilePath()] | None = None
     """A file of export lines that is sourced (secrets such as a tracker's key belong there, not here)."""
+    # other names would end the export line early
     environment: dict[Annotated[str, VARIABLE], str] = field(default_factory=dict)
     """Variables of every rank; they win over launch/env.py's table."""
     python: Annotated[str, FilePath()] | None = None
     """Interpreter on the nodes; None: the one that submits."""
+    # checked where it is used: the planner knows its devices
     planner_gpu: str | None = None
     """Device as tools/plan.py names it (a100-80g, h100-sxm, ...); None: no speed is predicted."""
     planner: ClusterFile = field(default_factory=ClusterFile)
@@ -129,11 +131,13 @@ def check_cluster(profile: ClusterProfile) -> None:
             f"cluster.gpus_per_node={profile.gpus_per_node} and cluster.ranks_per_node={profile.ranks_per_node} "
             "leave a node without ranks; set one of them to at least 1."
         )
+    # fewer ranks than GPUs are a way to leave some to others
     if profile.gpus_per_node and profile.ranks > profile.gpus_per_node:
         raise LaunchError(
             f"cluster.ranks_per_node={profile.ranks} exceeds gpus_per_node={profile.gpus_per_node}, and two ranks cannot "
             f"share a GPU; use {profile.gpus_per_node} or leave ranks_per_node unset."
         )
+    # ranks are told to save so long before the end; less than that leaves no step
     limit = seconds_of(profile.time)
     if limit <= profile.signal_lead_seconds + SLURM_EARLY_SECONDS:
         raise LaunchError(

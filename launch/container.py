@@ -17,6 +17,7 @@ def srun_options(container: ContainerProfile) -> list[str]:
     """Options of srun: pyxis starts the container."""
     if container.kind != "pyxis":
         return []
+    # Python would find packages of the home folder before those of the image
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
     return [f"--container-image={container.image}", *mounts, "--no-container-mount-home"]
 
@@ -44,6 +45,7 @@ def check_visible(container: ContainerProfile, opened: Mapping[str, Path]) -> No
         return
     mounts = [Path(mount.split(":")[0]) for mount in container.mounts if _keeps_its_name(mount)]
     for name, path in opened.items():
+        # by name, not by what links point to: the ranks open the name
         if any(path.is_relative_to(mount) for mount in mounts):
             continue
         shown = f"{cut(either(mounts))} under its own name" if mounts else "no folder under its own name"
@@ -54,5 +56,6 @@ def check_visible(container: ContainerProfile, opened: Mapping[str, Path]) -> No
 
 
 def _keeps_its_name(mount: str) -> bool:
+    # the third part is flags
     host, inside = mount.split(":")[:2]
     return Path(host) == Path(inside)

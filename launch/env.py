@@ -1,8 +1,7 @@
 """The environment of ranks: one table of settings with reasons, the rendezvous, and which devices are there.
 
-Decides: what a rank finds in os.environ before torch is imported, however it was started. What the user exported wins
-over the table. Refuses: nothing. Imports no torch: devices are counted from what the driver shows, and torch's build
-is told from its files.
+What the user exported wins over the table. Torch-free: devices are counted from what the driver shows, and torch's build is
+told from its files.
 """
 
 from __future__ import annotations
@@ -15,105 +14,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bd3_megatron.errors import LaunchError
+from bd3_megatron.errors import LaunchError, cut, shown
 
-Place = Literal["everywhere", "cpu", "gpu", "local", "cluster"]
+Scope = Literal["everywhere", "cpu", "gpu", "local", "cluster"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Setting:
-    """One environment variable of a rank: where it applies, and why."""
+    """An environment variable of a rank."""
 
     name: str
     value: str
-    place: Place
-    reason: str
+    scope: Scope
+    """Ranks that get it."""
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        name="OMP_NUM_THREADS",
-        value="1",
-        place="everywhere",
-        reason="ranks share the cores of a node; more threads a rank than cores a rank makes all of them slower",
-    ),
-    Setting(
-        name="PYTHONFAULTHANDLER",
-        value="1",
-        place="everywhere",
-        reason="a rank that dies in native code (SIGSEGV, SIGBUS, SIGABRT) prints the Python stack it died in",
-    ),
-    Setting(
-        name="TOKENIZERS_PARALLELISM",
-        value="false",
-        place="everywhere",
-        reason="the tokenizers library keeps threads that deadlock in forked loader processes",
-    ),
-    Setting(
-        name="DS_ACCELERATOR",
-        value="cpu",
-        place="cpu",
-        reason="DeepSpeed otherwise guesses its accelerator from the packages that are installed",
-    ),
-    Setting(
-        name="GLOO_SOCKET_IFNAME",
-        value="lo",
-        place="local",
-        reason="gloo resolves the host name otherwise, which fails on machines without a network",
-    ),
-    Setting(
-        name="TORCH_NCCL_ASYNC_ERROR_HANDLING",
-        value="1",
-        place="gpu",
-        reason="a collective that failed or timed out ends its process instead of blocking the others for ever",
-    ),
-    Setting(
-        name="TORCH_NCCL_DUMP_ON_TIMEOUT",
-        value="1",
-        place="gpu",
-        reason="on a time-out the flight recorder's last collectives are written, which name the rank that did not come",
-    ),
-    Setting(
-        name="TORCH_NCCL_TRACE_BUFFER_SIZE",
-        value="2000",
-        place="gpu",
-        reason="entries of that flight recorder; 0, the default, records nothing",
-    ),
-    Setting(
-        name="TORCH_NCCL_AVOID_RECORD_STREAMS",
-        value="1",
-        place="gpu",
-        reason="keeps tensors of pending collectives alive by reference, so that their memory is reused at once",
-    ),
-    Setting(
-        name="CUDA_DEVICE_MAX_CONNECTIONS",
-        value="1",
-        place="gpu",
-        reason="megatron-core's overlap of tensor-parallel communication relies on kernels starting in launch order",
-    ),
-    Setting(
-        name="PYTORCH_CUDA_ALLOC_CONF",
-        value="expandable_segments:True",
-        place="gpu",
-        reason="evaluation and training have other shapes; segments that grow lose less memory to fragmentation",
-    ),
-    Setting(
-        name="NCCL_SOCKET_FAMILY",
-        value="AF_INET",
-        place="cluster",
-        reason="nodes with half-configured IPv6 otherwise wait out a connection time-out before they use IPv4",
-    ),
-    Setting(
-        name="NCCL_DEBUG",
-        value="WARN",
-        place="cluster",
-        reason="NCCL then says which transport or peer failed; INFO prints hundreds of lines a rank",
-    ),
+    # ranks share the cores of a node; more threads a rank than cores a rank makes all of them slower
+    Setting("OMP_NUM_THREADS", "1", "everywhere"),
+    # a rank that dies in native code (SIGSEGV, SIGBUS, SIGABRT) prints the Python stack it died in
+    Setting("PYTHONFAULTHANDLER", "1", "everywhere"),
+    # the tokenizers library keeps threads that deadlock in forked loader processes
+    Setting("TOKENIZERS_PARALLELISM", "false", "everywhere"),
+    # DeepSpeed otherwise guesses its accelerator from the packages that are installed
+    Setting("DS_ACCELERATOR", "cpu", "cpu"),
+    # gloo resolves the host name otherwise, which fails on machines without a network
+    Setting("GLOO_SOCKET_IFNAME", "lo", "local"),
+    # a collective that failed or timed out ends its process instead of blocking the others for ever
+    Setting("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "gpu"),
+    # on a time-out the flight recorder's last collectives are written, which name the rank that did not come
+    Setting("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "gpu"),
+    # entries of that flight recorder; 0, the default, records nothing
+    Setting("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000", "gpu"),
+    # keeps tensors of pending collectives alive by reference, so that their memory is reused at once
+    Setting("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "gpu"),
+    # megatron-core's overlap of tensor-parallel communication relies on kernels starting in launch order
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "gpu"),
+    # evaluation and training have other shapes; segments that grow lose less memory to fragmentation
+    Setting("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "gpu"),
+    # nodes with half-configured IPv6 otherwise wait out a connection time-out before they use IPv4
+    Setting("NCCL_SOCKET_FAMILY", "AF_INET", "cluster"),
+    # NCCL then says which transport or peer failed; INFO prints hundreds of lines a rank
+    Setting("NCCL_DEBUG", "WARN", "cluster"),
 )
+"""Each with its reason above it."""
 
 
 def rank_settings(environ: Mapping[str, str], *, gpu: bool, local: bool) -> dict[str, str]:
-    """The table's rows for this place that the user has not set.
+    """The table's rows for these ranks that the user has not set.
 
     Args:
         environ: what the user exported; those names are left alone.
@@ -123,8 +71,8 @@ def rank_settings(environ: Mapping[str, str], *, gpu: bool, local: bool) -> dict
     Returns:
         Names and values to add to the environment.
     """
-    places = {"everywhere", "gpu" if gpu else "cpu", "local" if local else "cluster"}
-    return {s.name: s.value for s in SETTINGS if s.place in places and s.name not in environ}
+    scopes = {"everywhere", "gpu" if gpu else "cpu", "local" if local else "cluster"}
+    return {s.name: s.value for s in SETTINGS if s.scope in scopes and s.name not in environ}
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> int:
@@ -161,7 +109,7 @@ def torch_has_cuda() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """This process's place in a job that something else started, and the variables that torch's env:// wants."""
+    """This process's rank in a job that something else started, and the variables that torch's env:// wants."""
 
     rank: int
     world_size: int
@@ -183,7 +131,7 @@ def membership(environ: Mapping[str, str]) -> Membership | None:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun_membership(environ)
     # a batch script sees SLURM_PROCID=0 as well; only a step of several tasks is a job of ranks
-    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "SLURM_STEP_ID" in environ and _whole(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
         return _slurm_membership(environ)
     return None
 
@@ -196,16 +144,17 @@ def _torchrun_membership(environ: Mapping[str, str]) -> Membership:
             "start with torchrun, or unset RANK and WORLD_SIZE to start local ranks."
         )
     return Membership(
-        rank=int(environ["RANK"]),
-        world_size=int(environ["WORLD_SIZE"]),
-        local_rank=int(environ.get("LOCAL_RANK", "0")),
+        rank=_whole(environ, "RANK"),
+        world_size=_whole(environ, "WORLD_SIZE"),
+        # mpirun and others start one process a node without it
+        local_rank=_whole(environ, "LOCAL_RANK", default=0),
         variables={},
     )
 
 
 def _slurm_membership(environ: Mapping[str, str]) -> Membership:
-    rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
-    local_rank = int(environ.get("SLURM_LOCALID", "0"))
+    rank, size = _whole(environ, "SLURM_PROCID"), _whole(environ, "SLURM_STEP_NUM_TASKS")
+    local_rank = _whole(environ, "SLURM_LOCALID", default=0)
     variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
     if "MASTER_ADDR" not in environ:
         variables["MASTER_ADDR"] = _first_node(environ)
@@ -216,8 +165,21 @@ def _slurm_membership(environ: Mapping[str, str]) -> Membership:
 
 def slurm_port(environ: Mapping[str, str]) -> int:
     """A rendezvous port all tasks agree on: another one for every job, requeue and step, so that none meets a dead one's."""
-    job, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", "0"))
-    return 20000 + (7 * job + restarts + 101 * int(environ.get("SLURM_STEP_ID", "0"))) % 12000
+    job, restarts = _whole(environ, "SLURM_JOB_ID"), _whole(environ, "SLURM_RESTART_COUNT", default=0)
+    # below 32768, where Linux begins to hand out ports by itself
+    return 20000 + (7 * job + restarts + 101 * _whole(environ, "SLURM_STEP_ID", default=0)) % 12000
+
+
+def _whole(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    """A number that torchrun or SLURM has set."""
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise LaunchError(f"{name} is not set; start with torchrun or srun, which set it.")
+        return default
+    if not text.isascii() or not text.isdigit():
+        raise LaunchError(f"{name}={shown(text)} is not a whole number; start with torchrun or srun, or unset it.")
+    return int(text)
 
 
 def _first_node(environ: Mapping[str, str]) -> str:
@@ -227,7 +189,7 @@ def _first_node(environ: Mapping[str, str]) -> str:
     # a plain name needs no expansion, hence no client program
     if "[" not in nodes:
         return nodes.split(",")[0]
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if shown.returncode != 0 or not shown.stdout.strip():
-        raise LaunchError(f"scontrol cannot expand the node list {nodes}; export MASTER_ADDR in the batch script.")
-    return shown.stdout.split()[0]
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise LaunchError(f"scontrol cannot expand the node list {cut(nodes)}; export MASTER_ADDR in the batch script.")
+    return done.stdout.split()[0]

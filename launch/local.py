@@ -1,9 +1,6 @@
 """Ranks on this machine: refuse what cannot run, then become the process that holds them.
 
-Decides: how many ranks (the product of the grid's axes), CPU or GPU, and their environment. Refuses, before anything is
-started or written: an invalid configuration, more ranks than GPUs, a run folder that cannot be made. The process then
-*becomes* `python -m bd3_megatron.train.local_ranks` (exec): no hop between the user's signal and the ranks' parent, and the
-ranks, which die with their parent, die with the launcher. Costs about 0.2 s and imports no torch.
+Everything that can be refused is, before anything is started or written. Torch-free; about 0.2 s.
 
     python -m launch.local CONFIG [section.key=value ...]      the same as `bd3 train` outside torchrun and SLURM
 """
@@ -26,6 +23,8 @@ from bd3_megatron.errors import ConfigError, LaunchError, cut
 from launch.env import rank_settings, visible_gpus
 
 HOLDER = "bd3_megatron.train.local_ranks"
+MOST_CPU_RANKS = 512
+"""Processes on one machine without GPUs; a larger grid is meant for a cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +56,22 @@ def local_launch(config_path: str, overrides: Sequence[str], environ: Mapping[st
     command = [sys.executable, "-m", HOLDER, "--ranks", str(ranks)]
     if gpus:
         command.append("--gpu")
+    # the user's variables and the table's never name the same one
     environment = {**environ, **rank_settings(environ, gpu=gpus > 0, local=True)}
     return LocalLaunch(command=(*command, config_path, *overrides), environment=environment)
 
 
 def check_gpus(ranks: int, gpus: int) -> None:
-    """Refuse two ranks on one GPU: NCCL cannot serve them.
+    """Refuse more ranks than one machine holds.
 
     Raises:
-        LaunchError: more ranks than GPUs, where there are GPUs at all.
+        LaunchError: more ranks than GPUs (NCCL cannot serve two ranks on one), or without GPUs more than 512.
     """
+    if not gpus and ranks > MOST_CPU_RANKS:
+        raise LaunchError(
+            f"the grid asks for {ranks} ranks on this machine's CPU; use a grid of {MOST_CPU_RANKS} or fewer, or submit it to a "
+            "cluster with launch/slurm.py."
+        )
     if gpus and ranks > gpus:
         raise LaunchError(
             f"the grid asks for {ranks} ranks but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible; "
@@ -101,6 +106,7 @@ def check_training_data(config: Config) -> None:
         if not data.text:
             raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
         return
+    # of a mixture without path, the first folder gives the held-out rows
     folder = Path(data.path or data.mixed_folders[0])
     if (folder / "train").is_dir() and not (folder / "valid").is_dir():
         refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
@@ -113,8 +119,10 @@ def start(config_path: str, overrides: Sequence[str]) -> NoReturn:
         BD3Error: as `local_launch`, before anything is started.
     """
     launch = local_launch(config_path, overrides, os.environ)
+    # buffers do not survive exec
     sys.stdout.flush()
     sys.stderr.flush()
+    # no process stays between the user's signal and the ranks' parent, with which the ranks die
     os.execve(launch.command[0], launch.command, launch.environment)
 
 

@@ -1,12 +1,11 @@
 """What the planner expects of a job: memory of the fullest device, and where the profile names its device, speed and MFU.
 
-Decides: nothing is guessed, and nothing is refused for an estimate. Without `planner_gpu` in the profile no speed is
-predicted; without model.vocab_size nothing is, because the data's tokenizer decides it. A prediction rests on link speeds
-and efficiencies that tools/plan.py prints. Costs milliseconds; imports no torch.
+An estimate warns and never refuses. It rests on link speeds and efficiencies that tools/plan.py prints. Torch-free.
 """
 
 from __future__ import annotations
 
+from bd3_megatron.config.budget import samples_before, total_steps
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
 from bd3_megatron.cost.parameters import parameter_count
@@ -26,6 +25,7 @@ def prediction_lines(config: Config, profile: ClusterProfile) -> list[str]:
     Raises:
         ConfigError: planner_gpu is not known, or has no peak.
     """
+    # the tokenizer's size is known where the data is, and that may not be here
     if config.model.vocab_size is None:
         return [
             "memory   not estimated: set model.vocab_size to have it estimated (the data's tokenizer decides it otherwise)"
@@ -35,26 +35,22 @@ def prediction_lines(config: Config, profile: ClusterProfile) -> list[str]:
     if profile.planner_gpu is None:
         return [f"memory   {size}", "speed    not predicted: name planner_gpu and planner.peak_tflops in the profile"]
     machine = machine_of(profile.planner_gpu, peak_tflops=None, cluster=profile.planner)
+    # timed even where it does not fit: the warning below says so
     plan = Plan(config, memory, step_time(config, machine))
+    tokens = samples_before(config.train, total_steps(config.train, config.data.seq_len)) * config.data.seq_len
     rate, mfu = plan.tokens_per_second, plan.mfu(machine)
     speed = (
         f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
-        f"{_duration(_tokens(config) / rate)} for the whole run (predicted, see tools/plan.py)"
+        f"{_duration(tokens / rate)} for the whole run (predicted, see tools/plan.py)"
     )
     lines = [f"memory   {size}, of {machine.memory_bytes / GIB:.0f} ({machine.name})", f"speed    {speed}"]
-    room = machine.memory_bytes - machine.reserve_bytes
-    if memory.peak > room:
+    free = machine.memory_bytes - machine.reserve_bytes
+    if memory.peak > free:
         # an estimate must not keep a job out of the queue
         lines.append(
-            f"warning  {room / GIB:.1f} GiB a device are free for that: find a grid that fits with tools/plan.py"
+            f"warning  {free / GIB:.1f} GiB a device are free for that: find a grid that fits with tools/plan.py"
         )
     return lines
-
-
-def _tokens(config: Config) -> int:
-    if config.train.tokens is not None:
-        return config.train.tokens
-    return (config.train.steps or 0) * config.train.global_batch_size * config.data.seq_len
 
 
 def _duration(seconds: float) -> str:

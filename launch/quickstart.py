@@ -3,9 +3,8 @@
 
     bash launch/quickstart.sh [--steps N] [--out DIR] [--grid tp=1,dp=2]
 
-Decides: the order of the five steps and whether a second run continues. The same command on the same folder resumes where
-it stopped; other settings start anew, and the earlier results are moved aside, never deleted. Refuses: a folder that
-holds something else, a grid that cannot run. Every step is a command that anyone can type; this file only types them.
+The same command on the same folder resumes where it stopped; other settings start anew, and the earlier results are moved
+aside, never deleted. Every step is a command that anyone can type; this file only types them.
 """
 
 from __future__ import annotations
@@ -119,6 +118,7 @@ def grid_overrides(grid: str | None) -> list[str]:
     """
     if grid is None:
         gpus = visible_gpus()
+        # the configuration's own grid is four ranks
         if not 0 < gpus < 4:
             return []
         grid = "tp=2" if gpus >= 2 else "tp=1"
@@ -137,6 +137,7 @@ def begin(quickstart: Quickstart) -> str:
         The sentence that says whether this run starts, resumes or starts anew.
     """
     folder, mark = quickstart.folder, quickstart.folder / MARK
+    # where things lie is no setting: a folder may be moved
     settings = [o for o in quickstart.overrides if not o.startswith(("run.dir=", "data.path="))]
     settings.append(CONFIG.read_text(encoding="utf-8"))
     if not mark.is_file():
@@ -174,6 +175,7 @@ def run_steps(quickstart: Quickstart) -> None:
     say(2, f"training on {parallel.world_size()} local ranks (tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp})")
     run_step_command([*bd3, "train", str(CONFIG), *quickstart.overrides])
     say(3, "checkpoint to a Hugging Face folder")
+    # of an earlier attempt
     hf = folder / "hf"
     shutil.rmtree(hf, ignore_errors=True)
     run_step_command([sys.executable, str(tools / "convert_checkpoint.py"), str(folder), "--out", str(hf)])
@@ -221,12 +223,14 @@ def run_step_command(command: Sequence[str], *, capture: bool = False) -> str:
     if stopped:
         print("quickstart: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise StepFailed(128 + stopped[0])
+    # of a child that a signal ended, what a shell would report
     if child.returncode != 0:
         raise StepFailed(child.returncode if child.returncode > 0 else 128 - child.returncode)
     return output or ""
 
 
 def _end_with_parent() -> None:
+    # TERM, not KILL: training saves before it ends
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
@@ -236,12 +240,12 @@ def closing_lines(quickstart: Quickstart, seconds: float) -> str:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     samples = folder / "samples.txt"
     inspect = [sys.executable, str(ROOT / "tools/inspect_samples.py"), str(samples), "--data", str(folder / "data")]
-    words = json.loads(run_step_command(inspect, capture=True))
-    share = words["share_in_training_text"]
+    counted = json.loads(run_step_command(inspect, capture=True))
+    share = counted["share_in_training_text"]
     known = (
         "no words were sampled"
         if share is None
-        else f"{share:.0%} of {words['num_words']} sampled words occur in the training text"
+        else f"{share:.0%} of {counted['num_words']} sampled words occur in the training text"
     )
     lines = [
         "",
@@ -271,6 +275,7 @@ def throughput_line(records: Sequence[dict[str, float | None]]) -> str:
     if not speeds:
         return "was not measured"
     source = next((str(r["throughput/peak_source"]) for r in records if r.get("throughput/peak_source")), "unknown")
+    # the median leaves out the first steps, which compile and fill caches
     mfu = f"MFU {statistics.median(shares):.1%} (peak: {source})" if shares else f"MFU unknown ({source})"
     return f"{statistics.median(speeds):,.0f} data tokens/s, {mfu}"
 

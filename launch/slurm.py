@@ -3,9 +3,8 @@
 
     launch/slurm.py CONFIG --cluster configs/cluster/NAME.yaml [--nodes N] [--dry-run] [section.key=value ...]
 
-Decides: nodes, ranks and the job's folder (run.dir/slurm/TIME). Refuses, before the queue sees anything and before
-anything is written: a grid that does not match nodes x ranks, a run folder that cannot be made, and whatever
-`sbatch --test-only` refuses (unknown partition, too many nodes). Costs: under a second with --dry-run; imports no torch.
+Whatever can be refused is, before the queue sees anything and before anything is written; what only SLURM knows (unknown
+partition, too many nodes) is asked of `sbatch --test-only`. Torch-free; under a second with --dry-run.
 """
 
 from __future__ import annotations
@@ -167,6 +166,7 @@ def _array_configs(options: argparse.Namespace, main_config: Config, here: Path)
         if config.run.dir == main_config.run.dir:
             config = replace_field(config, "run.dir", f"{main_config.run.dir}-{number}")
         found.append(config)
+    # a folder has one owner: the second task would be refused on the nodes
     folders = [c.run.dir for c in found]
     if len(set(folders)) < len(folders):
         raise LaunchError(f"--array tasks share a run folder ({folders}); give each its own run.dir or none.")
@@ -192,6 +192,7 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
                 f"use --nodes {_fitting_nodes(per_node, parallel.model_ranks)} or a multiple of it."
             )
         return nodes
+    # what a given dp needs, rounded up so that the sentence below can name it
     nodes = asked or -(-wanted // per_node)
     if nodes * per_node != wanted:
         axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} = {wanted}"
@@ -203,11 +204,12 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
 
 
 def _fitting_nodes(per_node: int, model_ranks: int) -> int:
+    # the least n for which model_ranks divides n x per_node
     return model_ranks // math.gcd(per_node, model_ranks)
 
 
 def plan_lines(submission: Submission) -> list[str]:
-    """What a person wants to know before the queue does: grid, memory, speed, places."""
+    """What a person wants to know before the queue does: grid, memory, speed, folders."""
     config, job, profile = submission.configs[0], submission.job, submission.profile
     parallel, ranks = config.parallel, job.nodes * profile.ranks
     dp = ranks // parallel.model_ranks
@@ -232,12 +234,14 @@ def submit(submission: Submission, typed: Sequence[str]) -> None:
     Raises:
         LaunchError: sbatch is absent or refuses the job; then nothing was submitted.
     """
+    # only SLURM knows its partitions, limits and accounts
     _sbatch(["--test-only"], submission.script)
     folder = submission.job.folder
     try:
         write_submission(folder, submission.configs, submission.script, typed)
     except OSError as error:
         raise LaunchError(f"'{folder}' cannot be written ({error.strerror}); choose another run.dir.") from error
+    # on a cluster of several SLURMs the id comes as id;cluster
     numbers = [_sbatch(["--parsable"], submission.script).split(";")[0].strip() for _ in range(submission.copies)]
     print("\n".join(plan_lines(submission)))
     log = f"{folder}/{'JOB_TASK' if len(submission.configs) > 1 else numbers[0]}.log"

@@ -1,8 +1,7 @@
 """The folder of a submission: script, resolved configuration and a snapshot of the code, whole or not at all.
 
-Decides: what a job runs. A requeued job must not pick up code or settings that were edited meanwhile, so it runs from
-copies, with every relative path of the configuration made absolute. Refuses: nothing that `slurm` has not refused.
-Costs: a copy of about 2 MB.
+A requeued job must not pick up code or settings that were edited meanwhile, so it runs from copies, with every relative
+path of the configuration made absolute. A copy has about 2 MB.
 """
 
 from __future__ import annotations

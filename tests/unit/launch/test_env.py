@@ -21,10 +21,26 @@ STEP = {
 }
 
 
-def test_every_setting_stands_once_and_has_a_reason() -> None:
+def test_every_setting_stands_once() -> None:
     names = [s.name for s in SETTINGS]
     assert len(set(names)) == len(names)
-    assert all(len(s.reason) > 30 for s in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        (
+            {"RANK": "x", "WORLD_SIZE": "2"},
+            r"^RANK='x' is not a whole number; start with torchrun or srun, or unset it\.$",
+        ),
+        (STEP | {"SLURM_PROCID": "-1"}, r"^SLURM_PROCID='-1' is not a whole number"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "many"}, r"^SLURM_STEP_NUM_TASKS='many' is not a whole number"),
+        ({key: value for key, value in STEP.items() if key != "SLURM_JOB_ID"}, r"^SLURM_JOB_ID is not set; start with"),
+    ],
+)
+def test_a_rendezvous_that_makes_no_sense_is_refused(environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(LaunchError, match=sentence):
+        membership({"MASTER_ADDR": "a", "MASTER_PORT": "1"} | environ if "RANK" in environ else environ)
 
 
 def test_what_the_user_exported_wins() -> None:
