@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from bd3_megatron.config.ranges import FilePath, Matches, Range
-from bd3_megatron.diffusion.constants import MIN_T
+from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
 
 # ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
 MOST_STEPS = 10**9
@@ -230,7 +230,7 @@ class DiffusionConfig:
     search_batches: Annotated[int, Range(1, 1e6)] = 100
     """Held-out batches of global_batch_size scored in one search; fewer where less text is held out."""
     # narrower intervals hold too few draws to be compared; 1 is the full interval, a candidate in every search
-    search_widths: tuple[Annotated[float, Range(0.01, 1, open_upper=True)], ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    search_widths: tuple[Annotated[float, Range(0.01, 1, open_upper=True)], ...] = SEARCH_WIDTHS
     """Widths of the candidate intervals."""
     phases: tuple[PhaseConfig, ...] = ()
     """Curriculum over block sizes; empty: one phase with block_size."""

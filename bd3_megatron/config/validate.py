@@ -5,6 +5,8 @@ Each refusal names the value, the rule and the nearest legal values. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate_data import check_data
@@ -142,8 +144,10 @@ def check_grid(config: Config, *, world_size: int | None = None) -> None:
 def _check_pipeline(config: Config, dp: int) -> None:
     model, parallel, train = config.model, config.parallel, config.train
     chunks = parallel.pp * (parallel.vpp or 1)
+    if parallel.layers_per_stage and (parallel.vpp or 1) > 1:
+        raise GridError("layers_per_stage with vpp: interleaved chunks are of equal size; leave one of them unset.")
     if parallel.layers_per_stage:
-        _check_layer_split(config)
+        check_layer_split(parallel.layers_per_stage, model.num_layers, parallel.pp)
     elif chunks > model.num_layers:
         raise GridError(
             f"pp x vpp = {chunks} exceeds num_layers={model.num_layers}; use at most {model.num_layers} chunks."
@@ -158,15 +162,16 @@ def _check_pipeline(config: Config, dp: int) -> None:
             check_multiple("micro-batches a step", micro, "pp (interleaved schedule)", parallel.pp, kind=GridError)
 
 
-def _check_layer_split(config: Config) -> None:
-    parallel, layers = config.parallel, config.model.num_layers
-    if (parallel.vpp or 1) > 1:
-        raise GridError("layers_per_stage with vpp: interleaved chunks are of equal size; leave one of them unset.")
-    if len(parallel.layers_per_stage) != parallel.pp or sum(parallel.layers_per_stage) != layers:
-        split = shown(list(parallel.layers_per_stage))
+def check_layer_split(given: Sequence[int], num_layers: int, num_stages: int) -> None:
+    """Refuse numbers of layers that are not those of the stages.
+
+    Raises:
+        GridError: of another count or sum.
+    """
+    if len(given) != num_stages or sum(given) != num_layers:
         raise GridError(
-            f"layers_per_stage={split} does not split num_layers={layers} over pp={parallel.pp}; "
-            f"give {parallel.pp} numbers that add up to {layers}."
+            f"layers_per_stage={shown(list(given))} does not split num_layers={num_layers} over {num_stages} stages; "
+            f"give {num_stages} numbers that add up to {num_layers}."
         )
 
 
@@ -179,13 +184,24 @@ def _check_context(config: Config) -> None:
             f"cp={cp} with dropout={config.model.dropout} is not proved equal on every grid; use dropout 0."
         )
     for size in block_sizes(config):
-        # zigzag: each rank holds one slice from the front and one from the back, of whole blocks
-        if seq_len % (2 * cp * size):
-            best = [c for c in divisors(seq_len // size) if (seq_len // size) % (2 * c) == 0] or [1]
-            raise GridError(
-                f"cp={cp} cuts seq_len={seq_len} into slices of {seq_len / (2 * cp):g}, not a multiple of block_size={size}; "
-                f"use cp={either(best)}."
-            )
+        check_context_slices(seq_len, size, cp)
+
+
+def check_context_slices(seq_len: int, block_size: int, cp: int) -> None:
+    """Refuse context-parallel ranks whose slices of the sequence are not whole blocks.
+
+    Raises:
+        GridError: names the cp that cut it.
+    """
+    # zigzag: each rank holds one slice from the front and one from the back
+    if cp == 1 or seq_len % (2 * cp * block_size) == 0:
+        return
+    num_blocks = seq_len // block_size
+    best = [c for c in divisors(num_blocks) if num_blocks % (2 * c) == 0] or [1]
+    raise GridError(
+        f"cp={cp} cuts seq_len={seq_len} into slices of {seq_len / (2 * cp):g}, not a multiple of block_size={block_size}; "
+        f"use cp={either(best)}."
+    )
 
 
 def _check_sequence_parallel(config: Config) -> None:

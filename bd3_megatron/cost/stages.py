@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bd3_megatron.config.validate import check_layer_split
 from bd3_megatron.errors import GridError
 
 
@@ -34,11 +35,7 @@ def split_layers(
         GridError: the split does not add up, or does not exist.
     """
     if given:
-        if len(given) != num_stages or sum(given) != num_layers:
-            raise GridError(
-                f"layers_per_stage={list(given)} does not split num_layers={num_layers} over {num_stages} stages; "
-                f"give {num_stages} numbers that add up to {num_layers}."
-            )
+        check_layer_split(given, num_layers, num_stages)
         return tuple(given)
     if num_stages > num_layers:
         raise GridError(f"{num_stages} pipeline stages exceed num_layers={num_layers}; use at most {num_layers}.")

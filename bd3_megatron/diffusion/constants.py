@@ -4,3 +4,5 @@ from __future__ import annotations
 
 MIN_T = 1e-3
 """Smallest noise level: every loss weight diverges at t = 0. As in the official code (`sampling_eps`)."""
+SEARCH_WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Widths of the candidate intervals of a search, as in the paper."""

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3_megatron.diffusion.constants import MIN_T
+from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.noise_schedule import NoiseSchedule
 from bd3_megatron.diffusion.resample import allowed_counts, has_allowed_count, inside_probability
 from bd3_megatron.errors import RangeError, check_shape
 
-PAPER_WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FULL = Interval(MIN_T, 1.0)
 FULL_MASKING = Interval(1.0, 1.0)
 
@@ -98,7 +97,7 @@ class Moments:
 
 
 def candidates(
-    block_size: int, widths: Sequence[float] = PAPER_WIDTHS, custom: Sequence[Interval] = ()
+    block_size: int, widths: Sequence[float] = SEARCH_WIDTHS, custom: Sequence[Interval] = ()
 ) -> tuple[Interval, ...]:
     """The intervals to compare: the paper's, then the custom ones not among them.
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, positions
+from bd3_megatron.config.validate import check_context_slices
 from bd3_megatron.diffusion.objective import Objective
-from bd3_megatron.errors import GridError
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,7 @@ def pair_layout(
 def _zigzag(length: int, block_size: int, cp: int, cp_rank: int) -> Rows:
     if cp == 1:
         return ((0, length),)
-    if length % (2 * cp * block_size):
-        raise GridError(
-            f"cp={cp} cuts seq_len={length} into slices of {length / (2 * cp):g}, not a multiple of "
-            f"block_size={block_size}; use a cp that divides {length // block_size} / 2 blocks."
-        )
+    check_context_slices(length, block_size, cp)
     size = length // (2 * cp)
     first, second = cp_rank * size, (2 * cp - 1 - cp_rank) * size
     return ((first, first + size), (second, second + size))

@@ -132,7 +132,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(file: Path, overrides: list[
         ),
         (
             ["parallel.pp=2", "parallel.layers_per_stage=[1, 2]"],
-            r"^layers_per_stage=\[1, 2\] does not split num_layers=4 over pp=2",
+            r"^layers_per_stage=\[1, 2\] does not split num_layers=4 over 2 stages",
         ),
         (["parallel.pp=2", "parallel.vpp=2", "parallel.layers_per_stage=[2, 2]"], r"^layers_per_stage with vpp"),
         (

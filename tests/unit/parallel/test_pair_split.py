@@ -77,7 +77,7 @@ def test_rows_are_taken_from_both_streams(block_size: int, cp: int) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 48])
 def test_slices_that_cut_a_block_are_refused(block_size: int) -> None:
-    sentence = rf"^cp=2 cuts seq_len=48 into slices of 12, not a multiple of block_size={block_size}; use a cp that"
+    sentence = rf"^cp=2 cuts seq_len=48 into slices of 12, not a multiple of block_size={block_size}; use cp=1"
     with pytest.raises(GridError, match=sentence):
         pair_layout(BlockDiffusion(block_size=block_size), length=LENGTH, cp=2)
 
