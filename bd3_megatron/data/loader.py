@@ -25,7 +25,7 @@ from bd3_megatron.data.held_out import check_nothing_leaks
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.order import EpochOrder
-from bd3_megatron.data.packing import PackedArrays, PackedRows, PackingRule
+from bd3_megatron.data.packing import PackedArrays, PackedRows, rule_of_recipe
 from bd3_megatron.data.shards import FileMaps, TokenShards
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
@@ -101,14 +101,13 @@ class TokenDataset:
         sources, maps = [], FileMaps()
         for one in paths:
             shards = open_shards(one, verify=verify, maps=maps)
-            recipe = shards.packing_rule
-            special = recipe.get("wrap_special", False) if wrap_special is None else wrap_special
-            rule = PackingRule(
+            rule = rule_of_recipe(
+                shards.packing_rule,
                 seq_len=seq_len,
                 mode=packing,
                 block_size=block_size,
-                append_eos=recipe.get("append_eos", True) if append_eos is None else append_eos,
-                wrap_special=special and packing == "wrap",
+                append_eos=append_eos,
+                wrap_special=wrap_special,
             )
             sources.append(PackedRows(shards, rule))
         return TokenDataset(sources, mixture=mixture, seed=seed, shuffle=shuffle)

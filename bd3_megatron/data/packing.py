@@ -17,6 +17,7 @@ Source: wrap as in the official dataloader's _group_texts, without its loss of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,6 +88,38 @@ class PackingRule:
     def pads(self) -> bool:
         """Rows may hold padding; then the last incomplete row is filled up, not dropped."""
         return self.mode != "wrap"
+
+
+def rule_of_recipe(
+    recipe: Mapping[str, bool],
+    *,
+    seq_len: int,
+    mode: str,
+    block_size: int | None,
+    append_eos: bool | None = None,
+    wrap_special: bool | None = None,
+) -> PackingRule:
+    """The rule that a split's recipe gives, where nothing else is asked for.
+
+    Args:
+        recipe: append_eos and wrap_special, where the split has rules of its own.
+        seq_len: L.
+        mode: wrap, isolated or pad.
+        block_size: diffusion block S, for isolated.
+        append_eos: None: the recipe's, else True.
+        wrap_special: None: the recipe's, else False; only wrap has such rows.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+    """
+    special = recipe.get("wrap_special", False) if wrap_special is None else wrap_special
+    return PackingRule(
+        seq_len=seq_len,
+        mode=mode,
+        block_size=block_size,
+        append_eos=recipe.get("append_eos", True) if append_eos is None else append_eos,
+        wrap_special=special and mode == "wrap",
+    )
 
 
 class PackedArrays(NamedTuple):

@@ -26,7 +26,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import BatchLoader, TokenDataset, check_held_out
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
-from bd3_megatron.data.packing import PackingRule
+from bd3_megatron.data.packing import PackingRule, rule_of_recipe
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.shard_header import HEADER_FILE
@@ -233,13 +233,7 @@ def _open_train(config: Config, folder: Path) -> tuple[list[TokenShards], Traini
 
 def _packing_rule(config: Config, recipe: Mapping[str, bool]) -> PackingRule:
     data = config.data
-    return PackingRule(
-        seq_len=data.seq_len,
-        mode=data.packing,
-        block_size=_aligned_block(config),
-        append_eos=recipe.get("append_eos", True),
-        wrap_special=recipe.get("wrap_special", False) and data.packing == "wrap",
-    )
+    return rule_of_recipe(recipe, seq_len=data.seq_len, mode=data.packing, block_size=_aligned_block(config))
 
 
 def _aligned_block(config: Config) -> int:
