@@ -72,7 +72,7 @@ def probe(source: PlainSource, config: BD3Config) -> Probe:
 
 
 def _sampled(logits_NV: Tensor, chance_N: Tensor) -> Tensor:
-    """One id a position: where the cumulative probability passes `chance`."""
+    """One id a position: where the cumulative probability passes `chance_N`."""
     cumulated_NV = logits_NV.softmax(-1).cumsum(-1)
     # a chance of 1 - 2**-24 may lie beyond a sum that was rounded down
     wanted_N1 = (chance_N * cumulated_NV[:, -1])[:, None]

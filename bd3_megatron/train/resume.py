@@ -2,7 +2,7 @@
 
 Every setting that differs from the checkpoint's is said with both values. The grid, saving, logging and evaluation may
 differ freely, what changes learning must be named on the command line, and what gives the stored numbers another meaning
-is refused, unless `run.reinterpret=true` is named.
+is refused, unless `run.reinterpret` is named.
 """
 
 from __future__ import annotations

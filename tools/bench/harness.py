@@ -67,7 +67,7 @@ def run_benchmark(
     measure: Callable[[argparse.Namespace], Iterable[Note]],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Measure, print every note, and append it to results/NAME.md unless --no-note was given.
+    """Measure, print every note, and append it to the results unless --no-note was given.
 
     Args:
         parser: of `benchmark_parser`.
