@@ -1,12 +1,9 @@
 """Which attention backend serves a request, and why the others do not. The only place that knows them all by name.
 
-Decides: on CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every candidate
-that does not refuse is first held against the reference on a small problem of the same kind, gradients included, and then timed
-on the request itself; the fastest wins. A backend that was asked for by name and cannot serve is an error with its reason,
-never a silent replacement.
-Refuses nothing itself. Costs nothing on CPU; on CUDA some compilations and a few dozen calls at start-up, once.
-Timing is a property of one process: where several ranks must run the same kernels, one rank chooses and the others are
-given its `label`. flash-attn and TransformerEngine are detected (`optional_packages`), never required.
+On CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every candidate that does not
+refuse is first held against the reference on the request's own rows, gradients included, and then timed there; the fastest
+wins. A backend that was asked for by name and cannot serve is an error with its reason, never a silent replacement. Timing is
+a property of one process: where several ranks must run the same kernels, one chooses and the others take its `label`.
 """
 
 from __future__ import annotations
@@ -14,18 +11,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
-from bd3_megatron.attention import dense, flex, structured, triton_pair
+import torch
+
+from bd3_megatron.attention import dense, flex, plain, structured, triton_pair
 from bd3_megatron.attention.probe import error_against_reference, measure_seconds
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Attend
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.errors import BackendError, either
 
 Refuse = Callable[[AttentionRequest], str | None]
 Measure = Callable[[Attend, AttentionRequest], float]
 Compare = Measure
+Prepare = Callable[[Visibility, torch.device], object]
+
+
+def _no_tables(visibility: Visibility, device: torch.device) -> None:
+    """This backend reads the visibility itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Backend:
     attend: Attend
     why: str
     """One line for the log."""
+    prepare: Prepare = _no_tables
+    """Makes the tables of a visibility on a device, so that they travel with the batch and no layer waits for them."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,14 @@ class _Candidate:
     label: str
     attend: Attend
     refuse: Refuse
+    prepare: Prepare = _no_tables
 
     @property
     def name(self) -> str:
         return self.label.partition("/")[0]
+
+    def chosen(self, why: str) -> Backend:
+        return Backend(self.label, self.attend, why, self.prepare)
 
 
 def accept_all(request: AttentionRequest) -> str | None:
@@ -71,19 +81,25 @@ _CANDIDATES = (
     _structured_with("cudnn"),
     _structured_with("flash"),
     _structured_with("efficient"),
-    _Candidate("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse),
-    _Candidate("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash),
-    _Candidate("triton", triton_pair.attend, triton_pair.refuse),
+    _Candidate("plain", plain.attend, plain.refuse),
+    _Candidate("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse, flex.block_mask),
+    _Candidate("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash, flex.block_mask),
+    _Candidate("triton", triton_pair.attend, triton_pair.refuse, triton_pair.tables),
 )
 
-BACKENDS: MappingProxyType[str, tuple[Attend, Refuse]] = MappingProxyType(
-    {
-        "dense": (dense.attend, accept_all),
-        "structured": (structured.attend, structured.refuse),
-        "flex": (flex.attend, flex.refuse),
-        "triton": (triton_pair.attend, triton_pair.refuse),
-    }
+_REFUSALS: MappingProxyType[str, Refuse] = MappingProxyType(
+    {"dense": accept_all, "structured": structured.refuse, "flex": flex.refuse, "triton": triton_pair.refuse}
 )
+"""What a user may ask for by name; structured/* and flex/* have reasons in common."""
+
+
+def named(name: str) -> Backend:
+    """The first backend of a name, or the one of a label, as it is: somebody else has chosen it.
+
+    Raises:
+        BackendError: there is none.
+    """
+    return _entrants(name)[0].chosen(f"named {name}")
 
 
 def choose(
@@ -96,7 +112,7 @@ def choose(
     """Pick the backend for a request.
 
     Args:
-        name: "auto", a name in `BACKENDS`, or a label that an earlier choice returned ("structured/cudnn").
+        name: "auto", what a configuration may name, or a label that an earlier choice returned ("structured/cudnn").
         request: what a layer will ask.
         measure: seconds of one forward (and backward) of a backend on the request.
         compare: error of a backend against dense, in units of its tolerance (above 1 is wrong).
@@ -107,15 +123,13 @@ def choose(
     Raises:
         BackendError: if the name is unknown, or the backend asked for cannot serve; the message says why.
     """
-    entrants = [c for c in _CANDIDATES if name in (c.label, c.name) or (name == "auto" and c.name != "dense")]
-    if not entrants:
-        raise BackendError(f"attention backend {name!r} does not exist; use {either(['auto', *BACKENDS])}.")
+    entrants = _entrants(name)
     refusals = {c.label: reason for c in entrants if (reason := c.refuse(request)) is not None}
     able = [c for c in entrants if c.label not in refusals]
-    if name in BACKENDS and not able and (reason := BACKENDS[name][1](request)) is not None:
+    if name in _REFUSALS and not able and (reason := _REFUSALS[name](request)) is not None:
         refusals = {name: reason}
     if able and request.device_type != "cuda":
-        return Backend(able[0].label, able[0].attend, "the first that serves this request")
+        return able[0].chosen("the first that serves this request")
     errors, wrong = _try_each(able, request, compare)
     for label, error in errors.items():
         # Not "error > 1": NaN is wrong too.
@@ -138,16 +152,11 @@ def backends(request: AttentionRequest) -> list[tuple[str, Attend, str | None]]:
     return [(c.label, c.attend, c.refuse(request)) for c in _CANDIDATES]
 
 
-def optional_packages() -> dict[str, str | None]:
-    """Versions of the packages that some kernels come from; None where one is not installed."""
-    return {name: _version(name) for name in ("triton", "flash-attn", "flash-attn-4", "transformer-engine")}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _entrants(name: str) -> list[_Candidate]:
+    found = [c for c in _CANDIDATES if name in (c.label, c.name) or (name == "auto" and c.name != "dense")]
+    if not found:
+        raise BackendError(f"attention backend {name!r} does not exist; use {either(['auto', *_REFUSALS])}.")
+    return found
 
 
 def _try_each(
@@ -171,7 +180,7 @@ def _fastest(candidates: list[_Candidate], seconds: dict[str, float]) -> Backend
     ranking = sorted((s, label) for label, s in seconds.items())
     best = next(c for c in candidates if c.label == ranking[0][1])
     table = ", ".join(f"{label} {1e3 * s:.3g} ms" for s, label in ranking)
-    return Backend(best.label, best.attend, f"fastest at start-up: {table}")
+    return best.chosen(f"fastest at start-up: {table}")
 
 
 def _reasons(refusals: dict[str, str]) -> str:

@@ -62,7 +62,7 @@ def attend(
         raise BackendError(reason)
     qkv = [t for s in (noisy, clean) for t in ((None,) * 3 if s is None else (s.q_BLNH, s.k_BLGH, s.v_BLGH))]
     present = [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in qkv]
-    return _TritonPair.apply(tables(visibility, tiles, q.device), scale, *present)
+    return _TritonPair.apply(tables(visibility, q.device, tiles), scale, *present)
 
 
 def refuse(request: AttentionRequest) -> str | None:
@@ -107,7 +107,7 @@ class Tables:
     noisy_keys: Tensor
 
 
-def tables(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables:
+def tables(visibility: Visibility, device: torch.device, tiles: Tiles = Tiles()) -> Tables:
     """The tables of a visibility, which remembers them."""
     return visibility.table(("triton", tiles, device), lambda: _build(visibility, tiles, device))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bd3_megatron.attention.probe import TOLERANCES, error_against_reference, sample_problem
+from bd3_megatron.attention.probe import TOLERANCES, error_against_reference, sample_streams
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import backends
 from bd3_megatron.attention.streams import Attend, Stream
@@ -75,8 +75,7 @@ def attention_request(options: argparse.Namespace, length: int, block_size: int)
         device_type=options.device,
         dtype=getattr(torch, options.dtype),
         batch=options.batch,
-        length=length,
-        block_size=block_size,
+        rows=Visibility.pair(length, block_size),
         num_heads=options.heads,
         num_kv_heads=options.kv_heads or options.heads,
         head_dim=options.head_dim,
@@ -87,9 +86,10 @@ def attention_request(options: argparse.Namespace, length: int, block_size: int)
 
 def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[list[list[object]], list[str]]:
     """Rows of the table for one shape, and a line for every backend that is not timed."""
-    noisy, clean, visibility = sample_problem(request, small=False)
+    visibility = request.visibility(0)
+    noisy, clean = sample_streams(request, visibility)
     if noisy is None or clean is None:
-        raise BackendError("the benchmark times a pair; its request must have streams='pair'.")
+        raise BackendError("the benchmark times a pair; its request must have both streams.")
     candidates: dict[str, Callable[[], object]] = {NAIVE: dense_mask_form(noisy, clean, visibility, request)}
     errors: dict[str, str] = {NAIVE: "-"}
     left_out: list[str] = []
@@ -110,7 +110,7 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
     rows: list[list[object]] = []
     for name in candidates:
         ratio = f"{harness.speedup(seconds, name, against=against):.2f}x"
-        shape = [request.length, request.block_size]
+        shape = [visibility.length, visibility.block_size]
         rows.append([*shape, name, errors[name], harness.milliseconds(seconds[name]), ratio])
     return rows, left_out
 

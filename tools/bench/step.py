@@ -25,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import choose
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.command import CommandParser
 from bd3_megatron.compat.device import peak_memory_bytes, rank_device
 from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
@@ -100,15 +102,16 @@ def shipped_step(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[
         device_type=problem.device.type,
         dtype=problem.dtype,
         batch=problem.clean.tokens_BL.shape[0],
-        length=config.data.seq_len,
-        block_size=config.diffusion.block_size,
+        rows=Visibility.pair(config.data.seq_len, config.diffusion.block_size),
         num_heads=config.model.num_heads,
         num_kv_heads=config.model.kv_heads,
         head_dim=config.model.head_width,
     )
     chosen = choose(backend, request)
     vocabulary = vocabulary_of(config, size=vocab, mask_id=vocab - 1)
-    model = ParallelModel(config, vocabulary, topology, attend=chosen.attend, dtype=problem.dtype)
+    model = ParallelModel(
+        config, vocabulary, topology, backends=dict.fromkeys(block_sizes(config), chosen), dtype=problem.dtype
+    )
     batch = pair_batch(problem.clean, [problem.noisy], model.layout).to(problem.device)
 
     def step() -> Tensor:

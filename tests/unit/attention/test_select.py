@@ -8,17 +8,33 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_megatron.attention import dense, probe, select, structured
-from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.select import BACKENDS, choose
+from bd3_megatron.attention import dense, plain, probe, select, structured
+from bd3_megatron.attention.request import AttentionRequest, ragged_documents
+from bd3_megatron.attention.select import choose, named
 from bd3_megatron.attention.streams import Attend, Stream
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.errors import BackendError
-from tests.unit.attention.problems import outputs, problem, visibilities, worst_difference
+from tests.tolerances import FAST_PATH_FP64
+from tests.unit.attention.problems import (
+    outputs,
+    outputs_and_gradients,
+    problem,
+    visibilities,
+    worst_difference,
+    zigzag,
+)
 
 CPU = AttentionRequest(
-    device_type="cpu", dtype=torch.float32, batch=2, length=64, block_size=4, num_heads=4, num_kv_heads=2, head_dim=16
+    device_type="cpu",
+    dtype=torch.float32,
+    batch=2,
+    rows=Visibility.pair(64, 4),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
+DROPPED = Visibility(4, 64, ((0, 64),), ((0, 60),), ((0, 60),))
+"""The last clean block is not there, as in training."""
 CUDA = replace(CPU, device_type="cuda", dtype=torch.bfloat16)
 
 
@@ -113,7 +129,16 @@ def test_not_a_number_is_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"documents": True}, {"streams": "clean"}, {"streams": "noisy"}, {"block_size": 64}]
+    "changes",
+    [
+        {},
+        {"documents": True},
+        {"documents": True, "batch": 1},
+        {"rows": Visibility.clean_only(64, 1)},
+        {"rows": Visibility.noisy_only(64)},
+        {"rows": zigzag(64, 4, 1, 2), "documents": True},
+        {"rows": DROPPED, "needs_grad": False},
+    ],
 )
 def test_the_probe_finds_structured_right_and_a_wrong_backend_wrong(changes: dict[str, Any]) -> None:
     request = replace(CPU, **changes)
@@ -126,8 +151,8 @@ def test_the_probe_finds_structured_right_and_a_wrong_backend_wrong(changes: dic
 
 
 def test_the_probe_times_forward_and_backward() -> None:
-    assert probe.measure_seconds(structured.attend, replace(CPU, length=32)) > 0
-    assert probe.measure_seconds(structured.attend, replace(CPU, length=32, needs_grad=False)) > 0
+    assert probe.measure_seconds(structured.attend, replace(CPU, rows=Visibility.pair(32, 4))) > 0
+    assert probe.measure_seconds(structured.attend, replace(CPU, rows=Visibility.pair(32, 4), needs_grad=False)) > 0
 
 
 @pytest.mark.usefixtures("hopper")
@@ -139,15 +164,51 @@ def test_kernels_of_our_own_are_taken_only_if_right() -> None:
     )
 
 
-def test_every_backend_of_the_table_can_be_asked_for() -> None:
-    for name, (_, refuse) in BACKENDS.items():
-        assert refuse(replace(CPU, needs_grad=False)) is None or name == "triton"
+def test_a_label_finds_its_backend_again() -> None:
+    assert [named(name).label for name in ("dense", "structured", "flex", "flex/FLASH", "triton", "plain")] == [
+        "dense", "structured/cpu", "flex/TRITON", "flex/FLASH", "triton", "plain",
+    ]  # fmt: skip
+    with pytest.raises(BackendError, match="'cudnn' does not exist"):
+        named("cudnn")
 
 
-def test_optional_packages_are_detected_not_required() -> None:
-    found = select.optional_packages()
-    assert set(found) == {"triton", "flash-attn", "flash-attn-4", "transformer-engine"}
-    assert all(version is None or isinstance(version, str) for version in found.values())
+def test_tables_are_prepared_with_the_visibility() -> None:
+    visibility = Visibility.pair(64, 4)
+    for name in ("flex", "triton"):
+        made = named(name).prepare(visibility, torch.device("cpu"))
+        assert made is named(name).prepare(visibility, torch.device("cpu")) is not None
+    assert named("structured").prepare(visibility, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "rows", [Visibility.noisy_only(24), Visibility.clean_only(24, 1)], ids=["masked diffusion", "autoregressive"]
+)
+def test_one_whole_stream_is_plain_attention(rows: Visibility) -> None:
+    assert choose("plain", replace(CPU, rows=rows)).label == "plain"
+    p = problem(rows)
+    found, expected = outputs_and_gradients(plain.attend, p), outputs_and_gradients(dense.attend, p)
+    assert worst_difference(found, expected) < FAST_PATH_FP64
+
+
+def test_plain_attention_refuses_every_other_layout() -> None:
+    for rows in (Visibility.pair(24, 4), Visibility.clean_only(24, 4), Visibility.pair(24, 24), zigzag(24, 3, 0, 2)):
+        with pytest.raises(BackendError, match="plain attention serves one whole stream without documents"):
+            choose("plain", replace(CPU, rows=rows))
+        p = problem(rows)
+        with pytest.raises(BackendError, match=f"not block_size={rows.block_size} of length=24; use structured"):
+            plain.attend(p.noisy, p.clean, rows, scale=1.0)
+    assert "without documents" in str(plain.refuse(replace(CPU, rows=Visibility.noisy_only(24), documents=True)))
+
+
+def test_documents_are_packed_anew_for_every_repeat_and_borders_fall_inside_blocks() -> None:
+    documents_BL = ragged_documents(3, 64, 0)
+    assert not torch.equal(documents_BL, ragged_documents(3, 64, 1)) and torch.equal(
+        documents_BL, ragged_documents(3, 64, 0)
+    )
+    borders_BL = documents_BL.diff(dim=1)
+    assert (borders_BL >= 0).all() and not borders_BL[-1].any() and not torch.equal(borders_BL[0], borders_BL[1])
+    assert any((row.nonzero() + 1).remainder(4).any() for row in borders_BL[:2])
+    assert all(row.bincount().min() == 1 for row in documents_BL[:2])
 
 
 @pytest.mark.usefixtures("hopper")

@@ -21,7 +21,13 @@ from tests.tolerances import FAST_PATH_FP32
 from tests.unit.attention.problems import problem, random_documents
 
 REQUEST = AttentionRequest(
-    device_type="cuda", dtype=torch.bfloat16, batch=1, length=64, block_size=4, num_heads=2, num_kv_heads=1, head_dim=64
+    device_type="cuda",
+    dtype=torch.bfloat16,
+    batch=1,
+    rows=Visibility.pair(64, 4),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
 )
 CPU = torch.device("cpu")
 
@@ -42,7 +48,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables_have_a_row_for_every_row_and_a_turn_for_every_tile() -> None:
     visibility = Visibility(4, 64, ((0, 64),), ((0, 60),), ((0, 60),), random_documents(64, 1))
-    table = triton_pair.tables(visibility, Tiles(16, 32), CPU)
+    table = triton_pair.tables(visibility, CPU, Tiles(16, 32))
     assert table.packed and table.noisy_clean.shape == (2, 2, 64) and table.clean_clean.shape == (2, 2, 60)
     assert table.pair_turns.shape == (2, 4, 4) and table.own_turns.shape == (2, 4, 4)
     assert table.clean_keys_noisy.shape == table.clean_keys_clean.shape == table.noisy_keys.shape == (2, 2, 4)
@@ -51,9 +57,9 @@ def test_tables_have_a_row_for_every_row_and_a_turn_for_every_tile() -> None:
 
 def test_a_visibility_keeps_its_tables() -> None:
     visibility = Visibility.pair(64, 4)
-    first, again = (triton_pair.tables(visibility, Tiles(), CPU) for _ in range(2))
+    first, again = (triton_pair.tables(visibility, CPU) for _ in range(2))
     assert first is again and not first.packed
-    assert triton_pair.tables(visibility, Tiles(keys=32), CPU) is not first
+    assert triton_pair.tables(visibility, CPU, Tiles(keys=32)) is not first
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(24, 3), (16, 16)])
