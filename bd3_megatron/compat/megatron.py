@@ -137,7 +137,7 @@ def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
     state._EXPERT_MODEL_PARALLEL_GROUP, state._EXPERT_TENSOR_PARALLEL_GROUP = groups.ep, groups.expt_tp
     if vpp is not None:
         state._VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK, state._VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE = 0, vpp
-    # a process that joins a second grid (tests do) keeps the first one's buffer
+    # destroy_model_parallel leaves the buffer of an earlier grid
     if state._GLOBAL_MEMORY_BUFFER is None:
         state._set_global_memory_buffer()
 

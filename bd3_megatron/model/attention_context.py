@@ -1,23 +1,24 @@
-"""What all layers of a rank share and a curriculum changes between steps: the rows and the attention backend.
+"""What attention of all layers of a rank shares: the rows and the backend of a phase, and the visibility of each micro-batch.
 
-Decides: rows are those of a phase, never of a batch. A noisy block without a masked token is dead too, and stays: for t
-uniform it is one in S + 1 of the noisy half (6 % at S = 16: at most 2.9 % of a step; 2 % at S = 4 under the paper's
-interval [0.45, 0.95], none with `diffusion.resample`), and leaving it out breaks what all rows are cut by: the staircase
-of the structured backend falls into pieces (77 calls for 16 at L 2048, S 16: 11 % slower, measured), tile tables and
-p2p shapes change with every micro-batch, context-parallel slices are no longer balanced, and sequences of one batch would
-have to drop equally many. The figures stand in tools/bench/results/LOG.md.
+Rows are those of a phase, never of a batch. Megatron's layers hand one tensor through to attention, and recomputation saves and
+detaches it; so a micro-batch's visibility travels as its ticket, a number on the host, and is looked up here.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
-from bd3_megatron.attention.streams import Attend
+import torch
+from torch import Tensor
+
+from bd3_megatron.attention.select import Backend
+from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.config.schema import ParallelConfig
 from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
-from bd3_megatron.parallel.topology import Topology
 
 
 @dataclass
@@ -25,32 +26,62 @@ class AttentionContext:
     """Mutable on purpose: one object in every layer, changed only between steps."""
 
     layout: PairLayout
-    attend: Attend
+    backends: Mapping[int, Backend]
+    """The backend of every block size that is trained."""
+    # a batch holds its visibility, from before its forward until after its backward
+    _visible: WeakValueDictionary[int, Visibility] = field(default_factory=WeakValueDictionary)
+
+    @property
+    def backend(self) -> Backend:
+        """Of the phase in force."""
+        return self.backends[self.layout.block_size]
+
+    def prepare(self, visibility: Visibility, device: torch.device) -> None:
+        """Make the tables of every call that layers will make, and send them to `device` without waiting for it."""
+        self.backend.prepare(visibility, device)
+        if visibility.noisy_rows and visibility.clean_key_rows:
+            self.backend.prepare(visibility.without_clean_queries, device)
+
+    def ticket(self, visibility: Visibility) -> Tensor:
+        """What stands for a micro-batch's visibility on its way through the layers: int64 [] on the host."""
+        self._visible[id(visibility)] = visibility
+        return torch.tensor(id(visibility))
+
+    def visibility(self, ticket: Tensor) -> Visibility:
+        """The visibility of a ticket, one object in all layers of a micro-batch."""
+        return self._visible[int(ticket)]
 
 
 LayoutOf = Callable[[int, int], PairLayout]
 """(block size, views) -> this rank's rows; the phases of a curriculum differ in nothing else."""
 
 
-def layout_function(objective: Objective, *, length: int, topology: Topology, skip_dead_rows: bool) -> LayoutOf:
+# A noisy block without a masked token is dead too, and stays: for t uniform it is one in S + 1 of the noisy half (6 % at
+# S = 16, at most 2.9 % of a step; none with `diffusion.resample`), and without it the rectangles of structured attention
+# fall into pieces (77 calls for 16 at L 2048, S 16: 11 % slower), tables and p2p shapes change with every micro-batch, and
+# context-parallel slices are no longer balanced. The figures stand in tools/bench/results/LOG.md.
+def layout_function(
+    objective: Objective, *, length: int, parallel: ParallelConfig, cp_rank: int, skip_dead_rows: bool
+) -> LayoutOf:
     """The rows this rank holds at each block size of a run.
 
     Args:
         objective: of the run.
         length: L.
-        topology: the grid; its coordinates choose the context-parallel slice.
+        parallel: the axes.
+        cp_rank: which context-parallel slice.
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
 
     @functools.cache
     def layout_of(block_size: int, views: int) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
-        divides = not topology.sequence_parallel or ((views + 1) * length - block_size) % topology.tp == 0
+        divides = not parallel.sequence_parallel or ((views + 1) * length - block_size) % parallel.tp == 0
         return pair_layout(
             objective.at(block_size, views=views),
             length=length,
-            cp=topology.cp,
-            cp_rank=topology.cp_rank,
+            cp=parallel.cp,
+            cp_rank=cp_rank,
             drop_last_clean=skip_dead_rows and divides,
         )
 

@@ -186,18 +186,21 @@ class BD3Model(MegatronModule):
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
         turn = rotary_turn(angles, self.config.params_dtype)
-        hidden = self.decoder(hidden, attention_mask=batch.document_id_BL, rotary_pos_emb=turn)
+        # once a micro-batch, or never where whoever made the batch has done it already
+        self.context.prepare(batch.visibility, batch.token_BP.device)
+        ticket = self.context.ticket(batch.visibility)
+        hidden = self.decoder(hidden, attention_mask=ticket, rotary_pos_emb=turn)
         if self.output_layer is None:
             return hidden
-        rows_RD = self._rows_at_loss(hidden, turn, batch)
+        rows_RD = self._rows_at_loss(hidden, turn, ticket, batch)
         if not self.config.sequence_parallel:
             rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
         return self.output_layer(rows_RD, batch, self.vocab_shard, self.tied_weight())
 
-    def _rows_at_loss(self, hidden: Tensor, turn: Tensor, batch: PairBatch) -> Tensor:
+    def _rows_at_loss(self, hidden: Tensor, turn: Tensor, ticket: Tensor, batch: PairBatch) -> Tensor:
         """Final hidden states of the rows that carry loss, [R, D], on every tensor-parallel rank."""
         if self.last_layer is not None and self.last_norm is not None:
-            rows_RD = self.last_layer(hidden, turn, batch.document_id_BL, loss_row_R=batch.loss_row_R)
+            rows_RD = self.last_layer(hidden, turn, ticket, loss_row_R=batch.loss_row_R)
             return self.last_norm(rows_RD)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)

@@ -6,6 +6,7 @@ agree). The only caller of BD3Model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bd3_megatron.attention.streams import Attend
+from bd3_megatron.attention.select import Backend
 from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
@@ -38,18 +39,34 @@ class ParallelModel:
     """
 
     def __init__(
-        self, config: Config, vocabulary: Vocabulary, topology: Topology, *, attend: Attend, dtype: torch.dtype
-    ):
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        topology: Topology,
+        *,
+        backends: Mapping[int, Backend],
+        dtype: torch.dtype,
+    ) -> None:
+        """Build this rank's chunks.
+
+        Args:
+            config: the run.
+            vocabulary: ids.
+            topology: the grid.
+            backends: of attention, one for every block size of the run.
+            dtype: of parameters and activations.
+        """
         self.vocabulary = vocabulary
         self.topology = topology
         self._layout_of: LayoutOf = layout_function(
             objective_of(config),
             length=config.data.seq_len,
-            topology=topology,
+            parallel=config.parallel,
+            cp_rank=topology.cp_rank,
             skip_dead_rows=config.train.skip_dead_rows,
         )
         self._views = config.diffusion.views
-        self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views), attend)
+        self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views), backends)
         recompute = Recompute(config.train.recompute, config.train.recompute_layers)
         self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))

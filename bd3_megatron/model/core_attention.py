@@ -3,8 +3,7 @@
 q, k, v of all rows of this rank, [P, B, heads / tp, H], positions turned in, are cut into
 the noisy and the clean stream as views and given to an attention backend. Under context parallelism only the clean
 keys and values travel: gathered over cp before, their gradients reduce-scattered after; noisy ones never leave.
-Documents reach this place as megatron's `attention_mask` argument (a tensor [B, L], so that recomputation may save it);
-no mask over rows x rows is ever made here.
+Who sees whom comes as the ticket of a visibility in megatron's argument `attention_mask`; no mask over rows x rows is made.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class PairAttention(SelfAttention):
 
         Args:
             hidden_states: [P, B, D].
-            attention_mask: document ids int [B, L], or None.
+            attention_mask: ticket of the visibility.
             rotary_pos_emb: of `rotary_turn`.
             args, kwargs: what megatron hands over for inference; unused.
 
@@ -80,7 +79,7 @@ class CoreAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor,
         /,
         *,
         attn_mask_type: Any = None,
@@ -91,27 +90,26 @@ class CoreAttention(nn.Module):
 
         Args:
             query: [P, B, N / tp, H]; key, value: [P, B, G / tp, H].
-            attention_mask: document ids int [B, L], or None.
+            attention_mask: ticket of the visibility.
 
         Returns:
             [P, B, N / tp * H].
         """
-        layout = self.context.layout
-        outs = self._attend(query, key, value, layout.visibility(attention_mask))
+        outs = self._attend(query, key, value, self.context.visibility(attention_mask))
         # joined in megatron's layout: the projection behind would copy another one, and its backward once more
         return torch.cat([out.transpose(0, 1) for out in outs if out is not None]).flatten(2)
 
-    def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None) -> Tensor:
+    def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, ticket: Tensor) -> Tensor:
         """Attend for the stream that carries loss only; the other gives keys and values.
 
         Args:
             query: [rows of that stream, B, N / tp, H]; key, value: [P, B, G / tp, H] of all rows.
-            document_id_BL: int [B, L], or None.
+            ticket: of the visibility.
 
         Returns:
             [rows, B, N / tp * H].
         """
-        visibility = self.context.layout.visibility(document_id_BL)
+        visibility = self.context.visibility(ticket)
         if self.context.layout.num_noisy:
             visibility = visibility.without_clean_queries
         present = [out for out in self._attend(query, key, value, visibility) if out is not None]
@@ -122,21 +120,22 @@ class CoreAttention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
         split, views = self.context.layout.num_noisy, self.context.layout.views
+        attend = self.context.backend.attend
         q, k, v = (_cut(rows, split, views) for rows in (query, key, value))
         clean = None
         if self.context.layout.num_clean:
             k_clean, v_clean = gather_clean(k[-1], v[-1], self.cp_group)
             clean = Stream(q[-1], k_clean, v_clean)
         if not split:
-            return self.context.attend(None, clean, visibility, scale=self.scale)
+            return attend(None, clean, visibility, scale=self.scale)
         noisy = [Stream(*view) for view in zip(q[:-1], k[:-1], v[:-1], strict=True)]
-        out, out_clean = self.context.attend(noisy[0], clean, visibility, scale=self.scale)
+        out, out_clean = attend(noisy[0], clean, visibility, scale=self.scale)
         if views == 1 or clean is None:
             return out, out_clean
         # further views have no clean queries of their own: they bring their noisy rows to the same clean keys
         keys_only = Stream(clean.q_BLNH[:, :0], clean.k_BLGH, clean.v_BLGH)
         alone = visibility.without_clean_queries
-        outs = [out, *(self.context.attend(view, keys_only, alone, scale=self.scale)[0] for view in noisy[1:])]
+        outs = [out, *(attend(view, keys_only, alone, scale=self.scale)[0] for view in noisy[1:])]
         return torch.cat([one for one in outs if one is not None], dim=1), out_clean
 
 

@@ -58,7 +58,7 @@ class LastLayer(TransformerLayer):
 
         Args:
             args, kwargs: megatron's; with `loss_row_R` just (hidden [P, B, D], rotary turn [2, P, 1 or B, 1, H],
-                document ids [B, L] or None).
+                ticket of the visibility).
             loss_row_R: int64 [R], row x B + sample in the stream that carries loss.
 
         Returns:
@@ -68,15 +68,15 @@ class LastLayer(TransformerLayer):
             return super().forward(*args, **kwargs)
         if self.rebuild_whole and self.training:
             return checkpoint(self._loss_rows, False, *args, loss_row_R)
-        hidden_PBD, turn, document_id_BL = args
-        return self._loss_rows(hidden_PBD, turn, document_id_BL, loss_row_R)
+        hidden_PBD, turn, ticket = args
+        return self._loss_rows(hidden_PBD, turn, ticket, loss_row_R)
 
-    def _loss_rows(self, hidden_PBD: Tensor, turn: Tensor, document_id_BL: Tensor | None, row_R: Tensor) -> Tensor:
+    def _loss_rows(self, hidden_PBD: Tensor, turn: Tensor, ticket: Tensor, row_R: Tensor) -> Tensor:
         attention, fused = self.self_attention, self.config.bias_dropout_fusion
         normed, release = self._normed(self.input_layernorm, hidden_PBD, again=self.recompute_input_layernorm)
         query_R, key, value = attention.linear_qkv(normed, row_R=row_R)
         query_R, key = self._rotated(query_R, key, turn, row_R)
-        mixed_RD = self._attend(attention.core_attention, query_R, key, value, document_id_BL, row_R)
+        mixed_RD = self._attend(attention.core_attention, query_R, key, value, ticket, row_R)
         # the stream that carries loss is the first of the pair, or the only one: its rows count from 0
         hidden = hidden_PBD.flatten(0, 1).index_select(0, row_R)[:, None]
         output = attention.linear_proj(mixed_RD[:, None])
@@ -102,17 +102,15 @@ class LastLayer(TransformerLayer):
         turn_R = turn.expand(-1, -1, key.shape[1], -1, -1).flatten(1, 2).index_select(1, row_R)[:, :, None]
         return turned(query_R[:, None], turn_R)[:, 0], turned(key, turn)
 
-    def _attend(
-        self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, document_id_BL: Tensor | None, row_R: Tensor
-    ) -> Tensor:
+    def _attend(self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, ticket: Tensor, row_R: Tensor) -> Tensor:
         """Attention of the loss rows: [R, N H]."""
         rows, batch = core.context.layout.num_loss_rows, key.shape[1]
         query = query_R.new_zeros(rows * batch, *query_R.shape[1:]).index_copy(0, row_R, query_R)
         query = query.unflatten(0, (rows, batch))
         if self.self_attention.checkpoint_core_attention and self.training:
-            mixed = checkpoint(core.loss_stream, False, query, key, value, document_id_BL)
+            mixed = checkpoint(core.loss_stream, False, query, key, value, ticket)
         else:
-            mixed = core.loss_stream(query, key, value, document_id_BL)
+            mixed = core.loss_stream(query, key, value, ticket)
         return mixed.flatten(0, 1).index_select(0, row_R)
 
 

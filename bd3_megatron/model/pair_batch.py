@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import LossRows
@@ -27,8 +28,8 @@ class PairBatch:
     """int64 ids of the rows, noisy ones first."""
     position_PB: Tensor
     """Rotary positions: int64 [P], or [P, B] where they restart at documents."""
-    document_id_BL: Tensor | None
-    """int64 [B, L] of the whole sequences, on the host, or None."""
+    visibility: Visibility
+    """Who sees whom among the rows, with the documents of the whole sequences; on the host."""
     loss_row_R: Tensor
     """int64 index of each loss row in its stream, flattened as row x B + sample."""
     target_R: Tensor
@@ -47,11 +48,9 @@ class PairBatch:
         return self.token_BP.shape[0]
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same batch on `device`, but for the document ids, which attention reads on the host."""
+        """The same batch on `device`; the visibility stays on the host."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "document_id_BL"
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -85,11 +84,12 @@ def pair_rows(
     def at_loss_rows(value_BL: Sequence[Tensor]) -> Tensor:
         return layout.loss_rows(value_BL).t().flatten()[rows]
 
-    block_P = layout.visibility().block_of(layout.position_P)[: is_loss_PB.shape[0]]
+    visibility = layout.visibility(clean.document_id_BL)
+    block_P = visibility.block_of(layout.position_P)[: is_loss_PB.shape[0]]
     return PairBatch(
         token_BP=layout.rows_of([copy.noisy_BL for copy in copies], tokens_BL),
         position_PB=_positions(clean, layout),
-        document_id_BL=clean.document_id_BL,
+        visibility=visibility,
         loss_row_R=rows,
         target_R=at_loss_rows([one.target_BL for one in streams]),
         weight_R=at_loss_rows([one.weight_BL for one in streams]).to(torch.float32),

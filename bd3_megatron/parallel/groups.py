@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -47,7 +46,7 @@ class Grid:
         """First and last rank of every pipeline."""
         return tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in self.sets("pp"))
 
-    @cached_property
+    @property
     def _ranks(self) -> torch.Tensor:
         return torch.arange(self.world_size).view(*(getattr(self, axis) for axis in _AXES))
 

@@ -98,11 +98,15 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         )
     grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp)
     vpp = config.vpp if (config.vpp or 1) > 1 else None
-    # joining again in one process finds the groups that are there
+    # joining the same grid again in one process finds its groups
     groups = megatron_compat.published_groups()
     if groups is None:
         groups = _groups(grid, timeout)
         megatron_compat.publish_groups(groups, vpp=vpp)
+    elif (found := {axis: getattr(groups, axis).size() for axis in ("tp", "cp", "dp", "pp")}) != vars(grid):
+        raise GridError(
+            f"this process is on the grid {found} and cannot join {vars(grid)}; leave the first one before."
+        )
     return Topology(
         tp=grid.tp,
         pp=grid.pp,

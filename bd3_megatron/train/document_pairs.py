@@ -8,10 +8,10 @@ tens of microseconds a sample on the host and one all-reduce of four numbers; el
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.pairs import Pairs, attended_pairs, mean_pairs
@@ -36,8 +36,8 @@ def step_pairs(
     if config.data.packing != "isolated":
         return None
     block = shape_of(config, block_size=block_size).block
-    rows = [row for batch in micro_batches if batch.document_id_BL is not None for row in batch.document_id_BL.cpu()]
-    mine = mean_pairs([attended_pairs(config.data.seq_len, block, _lengths(row)) for row in rows])
+    rows = [ids_L for batch in micro_batches for ids_L in batch.visibility.document_layouts or ()]
+    mine = mean_pairs([attended_pairs(config.data.seq_len, block, _lengths(ids_L)) for ids_L in rows])
     sums = torch.tensor([mine.noisy, mine.clean, mine.dead_rows, mine.dead_pairs], dtype=torch.float64)
     sums = sums.to(topology.device)
     dist.all_reduce(sums, group=topology.groups.dp)
@@ -45,6 +45,5 @@ def step_pairs(
     return Pairs(noisy=noisy, clean=clean, dead_rows=dead_rows, dead_pairs=dead_pairs)
 
 
-def _lengths(ids_L: Tensor) -> list[int]:
-    lengths: list[int] = torch.unique_consecutive(ids_L, return_counts=True)[1].tolist()
-    return lengths
+def _lengths(ids_L: Sequence[int]) -> list[int]:
+    return [len(list(run)) for _, run in groupby(ids_L)]

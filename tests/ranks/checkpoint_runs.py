@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_megatron.attention.dense import attend
+from bd3_megatron.attention.select import named
 from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import corrupt
@@ -57,7 +58,9 @@ def tiny(*, style: str = "modern", tie: bool = True, optim: dict[str, Any] | Non
 def build(config: Config, topology: Topology, *, dtype: torch.dtype = torch.float32) -> ZeroEngine:
     """A fresh engine of the run."""
     vocabulary = vocabulary_of(config, size=VOCAB, mask_id=VOCAB - 1)
-    model = ParallelModel(config, vocabulary, topology, attend=attend, dtype=dtype)
+    model = ParallelModel(
+        config, vocabulary, topology, backends=dict.fromkeys(block_sizes(config), named("dense")), dtype=dtype
+    )
     return ZeroEngine(model, config, num_micro_batches=BATCH // topology.dp, dtype=dtype)
 
 

@@ -17,8 +17,9 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.select import BACKENDS
+from bd3_megatron.attention.select import named
 from bd3_megatron.config.load import config_from_tree, replace_field
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
@@ -141,8 +142,8 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
 
     def run(topology: Topology) -> dict[str, Any]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
-        attend = BACKENDS[config.attention.backend][0]
-        model = ParallelModel(config, vocabulary, topology, attend=attend, dtype=torch.float32)
+        backends = dict.fromkeys(block_sizes(config), named(config.attention.backend))
+        model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=torch.float32)
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
         engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}

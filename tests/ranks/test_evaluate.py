@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.select import BACKENDS
+from bd3_megatron.attention.select import named
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config, ParallelConfig
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.data.batch import CleanBatch
@@ -63,7 +64,7 @@ def job(config: Config, text: Text) -> Any:
             config,
             vocabulary_of(config, size=VOCAB, mask_id=MASK_ID),
             topology,
-            attend=BACKENDS["dense"][0],
+            backends=dict.fromkeys(block_sizes(config), named("dense")),
             dtype=torch.float32,
         )
         micro = BATCH // (topology.dp * config.train.micro_batch_size)

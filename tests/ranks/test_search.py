@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_megatron.attention.select import BACKENDS
+from bd3_megatron.attention.select import named
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.diffusion.corrupt import corrupt
 from bd3_megatron.diffusion.interval_search import FULL, candidates, passes
@@ -47,7 +48,13 @@ def on_grid(config: Config) -> list[tuple[FoundInterval, int]]:
 
     def on_rank(topology: Topology) -> tuple[FoundInterval, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
-        model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=torch.float32)
+        model = ParallelModel(
+            config,
+            vocabulary,
+            topology,
+            backends=dict.fromkeys(block_sizes(config), named("dense")),
+            dtype=torch.float32,
+        )
         engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32)
         rows, evaluate = [], engine.evaluate
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd3_megatron.attention.select import BACKENDS
+from bd3_megatron.attention.select import named
 from bd3_megatron.config.load import replace_field
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import EngineAssumptions, memory_of_stage
 from bd3_megatron.cost.parameters import parameters_per_rank
@@ -69,7 +70,9 @@ def _batches(config: Config, topology: Topology, model: ParallelModel, micro: in
 
 def _parallel_model(config: Config, topology: Topology, dtype: torch.dtype = torch.float32) -> ParallelModel:
     vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
-    return ParallelModel(config, vocabulary, topology, attend=BACKENDS["structured"][0], dtype=dtype)
+    return ParallelModel(
+        config, vocabulary, topology, backends=dict.fromkeys(block_sizes(config), named("structured")), dtype=dtype
+    )
 
 
 def _counted_step(config: Config) -> Any:

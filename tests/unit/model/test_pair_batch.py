@@ -41,7 +41,7 @@ def test_positions_restart_with_documents_in_both_streams(cp: int, cp_rank: int)
     expected = clean.position_BL[:, layout.position_P].t()
     assert torch.equal(batch.position_PB, expected)
     # documents stay whole: the visibility rule asks for those of every key
-    assert batch.document_id_BL is clean.document_id_BL
+    assert batch.visibility.document_id_BL is clean.document_id_BL
 
 
 def test_without_documents_positions_are_those_of_the_rows() -> None:

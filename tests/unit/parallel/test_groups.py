@@ -13,6 +13,7 @@ from megatron.core.parallel_state import RankGenerator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bd3_megatron.config.schema import ParallelConfig
+from bd3_megatron.errors import GridError
 from bd3_megatron.parallel.groups import Grid
 from bd3_megatron.parallel.topology import Topology, join, leave
 
@@ -75,6 +76,8 @@ def test_cuts_that_are_alike_share_a_group(count_calls: list[Any]) -> None:
     assert topology.shard_group is topology.groups.dp and topology.groups.cp is topology.groups.pp
     assert topology.model_group is topology.groups.tp
     assert topology.groups.ep.size() == 1 and topology.embedding_group is None
+    with pytest.raises(GridError, match=r"is on the grid \{'tp': 2, .*'dp': 4.* and cannot join .*'tp': 4"):
+        join(ParallelConfig(tp=4), rank=5, world_size=8, device=torch.device("cpu"))
     leave()
     overlapping = join_alone(ParallelConfig(cp=8), rank=5, world_size=8)
     assert overlapping.groups.cp is not overlapping.shard_group is dist.group.WORLD
