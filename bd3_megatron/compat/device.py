@@ -50,6 +50,17 @@ def collective_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of parameters and activations: bf16 where asked, or by default on a GPU; else fp32.
+
+    Args:
+        precision: auto, fp32 or bf16.
+        device: of the rank.
+    """
+    chosen = ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
+    return torch.bfloat16 if chosen == "bf16" else torch.float32
+
+
 def device_name(device: torch.device) -> str:
     """The name the peak table is looked up by; 'cpu' on CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.select import Backend, choose
+from bd3_megatron.attention.select import Backend
 from bd3_megatron.checkpoint.save import Saver
-from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device
+from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device, training_dtype
 from bd3_megatron.config.load import dump_config, replace_field
-from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.data.sampler import BatchShare
@@ -29,8 +28,9 @@ from bd3_megatron.planner.peaks import PeakTflops, peak_of
 from bd3_megatron.process.preflight import preflight
 from bd3_megatron.process.stop import StopRequest
 from bd3_megatron.process.watchdog import Watchdog
+from bd3_megatron.train.backends import agreed_backends
 from bd3_megatron.train.dataset import RunData, prepare_and_open
-from bd3_megatron.train.doctor import BLOCKS_BEFORE_TRAINING, diagnose, streams_of
+from bd3_megatron.train.doctor import diagnose_together
 from bd3_megatron.train.hooks import Hooks
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
 from bd3_megatron.train.plan import RunPlan
@@ -77,12 +77,12 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     # from here on the configuration says what runs
     config = replace_field(config, "parallel.dp", topology.dp)
     config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
-    dtype = training_dtype(config, device)
-    backend = choose_backend(config, topology, data, dtype)
-    say(f"attention: {backend.label} ({backend.why})")
-    if config.watch.leak_check and rank == 0:
-        say(diagnose(config, backend, max_blocks=BLOCKS_BEFORE_TRAINING, dtype=dtype, device=device))
-    engine = _engine(config, topology, data, backend, dtype)
+    dtype = training_dtype(config.train.precision, device)
+    backends, why = agreed_backends(config, topology, dtype)
+    say(f"attention: {why}")
+    if config.watch.leak_check:
+        say(diagnose_together(config, backends, topology, dtype))
+    engine = _engine(config, topology, data, backends, dtype)
     state = resume(engine, run_dir, config, data.tokenizer_identity(), say)
     plan = RunPlan(config, state.step, state.samples_consumed)
     if rank == 0:
@@ -117,10 +117,12 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     )
 
 
-def _engine(config: Config, topology: Topology, data: RunData, backend: Backend, dtype: torch.dtype) -> ZeroEngine:
+def _engine(
+    config: Config, topology: Topology, data: RunData, backends: Mapping[int, Backend], dtype: torch.dtype
+) -> ZeroEngine:
     """The model with its optimizer."""
     vocabulary = vocabulary_of(config, size=data.vocab_size, mask_id=data.special.mask)
-    model = ParallelModel(config, vocabulary, topology, attend=backend.attend, dtype=dtype)
+    model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=dtype)
     share = BatchShare(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -130,46 +132,11 @@ def _engine(config: Config, topology: Topology, data: RunData, backend: Backend,
     return ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype)
 
 
-def training_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """bf16 where asked, or by default on GPU; else fp32."""
-    chosen = config.train.precision
-    if chosen == "auto":
-        chosen = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if chosen == "bf16" else torch.float32
-
-
-def choose_backend(config: Config, topology: Topology, data: RunData, dtype: torch.dtype) -> Backend:
-    """The attention backend: chosen by rank 0, the same everywhere. Collective.
-
-    Raises:
-        BackendError: the backend asked for cannot serve.
-    """
-    sizes = block_sizes(config)
-    length = config.data.seq_len
-    request = AttentionRequest(
-        device_type=topology.device.type,
-        dtype=dtype,
-        batch=config.train.micro_batch_size,
-        length=length,
-        # the smallest block of a curriculum is the hardest case
-        block_size=min(sizes),
-        num_heads=config.model.num_heads // topology.tp,
-        num_kv_heads=config.model.kv_heads // topology.tp,
-        head_dim=config.model.head_width,
-        streams=streams_of(config),
-        documents=config.data.packing == "isolated",
-        context_parallel=topology.cp,
-    )
-    label = [choose(config.attention.backend, request).label if topology.rank == 0 else None]
-    dist.broadcast_object_list(label, src=0, device=topology.device)
-    return choose(str(label[0]), request)
-
-
 def device_peak(config: Config, topology: Topology) -> PeakTflops:
     """Peak of one device: given, from the table, or on CPU measured by all ranks at once. Collective."""
     given = config.throughput.peak_tflops
     if topology.device.type == "cuda" or given is not None:
-        precision = "bf16" if training_dtype(config, topology.device) == torch.bfloat16 else "fp32"
+        precision = "bf16" if training_dtype(config.train.precision, topology.device) == torch.bfloat16 else "fp32"
         return peak_of(device_name(topology.device), precision, given_tflops=given)
     measured = torch.tensor(measure_cpu_peak_tflops(CPU_PEAK_SECONDS, dist.barrier), dtype=torch.float64)
     dist.all_reduce(measured)

@@ -1,203 +1,196 @@
-"""The leak doctor: an autograd proof of who influences whom, under a run's own attention backend, rows and packing.
+"""The leak doctor: proves who sees whom in a run's own attention calls, before the first step and by `bd3 doctor`.
 
-Decides: a small transformer (two layers, so that what leaks into a context and from there onwards is seen too) runs on
-the pair with the same core attention, layout and backend as training. The output of noisy block k must have exactly zero
-gradient from every noisy block but itself, from clean blocks >= k and from other documents, and a nonzero gradient from
-itself and every clean block before it. Knows nothing of weights: visibility does not depend on them.
-Costs: one backward a block on a toy of width 32; at a shortened length a fraction of a second.
+Every call that layers will make is examined with the backend that was chosen for it: each block size, pair and last layer, noisy
+views, the rows of each context-parallel rank, the run's heads and dtype, documents whose borders fall inside blocks.
+`model/visibility_check` says how. Knows nothing of weights: visibility does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.select import Backend, choose
-from bd3_megatron.attention.streams import Attend
-from bd3_megatron.compat.device import rank_device
+from bd3_megatron.attention.request import AttentionRequest, ragged_documents
+from bd3_megatron.attention.select import Backend
+from bd3_megatron.attention.visibility import Rows
+from bd3_megatron.checkpoint.agree import first_failure
+from bd3_megatron.compat.device import rank_device, training_dtype
 from bd3_megatron.config.load import load_config
-from bd3_megatron.config.objective import block_sizes, objective_of
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import LeakError
-from bd3_megatron.hf.plain_bd3 import Layer, rotary_table
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
-from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
+from bd3_megatron.model.visibility_check import Call, Problem, Violation, side, violations
+from bd3_megatron.parallel.pair_split import PairLayout
+from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.backends import attention_request, choose_backends, phase_layout
 
-PROBE_WIDTH, HEADS, LAYERS = 32, 2, 2
-BLOCKS_BEFORE_TRAINING = 4
+# on CPU a check of two sequences finds what a check of more would, in less time; a GPU's kernels are compiled per batch size
+_CPU_BATCH = 2
+_LISTED = 40
 
 
 @dataclass(frozen=True)
-class Violation:
-    """One pair of blocks between which visibility is wrong."""
+class Shared:
+    """This rank's part in a run whose context-parallel ranks examine together."""
 
-    query_block: int
-    source: str
-    """noisy or clean."""
-    source_block: int
-    found: bool
-    """Influence was found (and must not be), or was missing (and must be there)."""
-
-    def __str__(self) -> str:
-        wrong = "influences it and must not" if self.found else "must influence it and does not"
-        return f"noisy block {self.query_block}: {self.source} block {self.source_block} {wrong}"
-
-
-def examine(
-    attend: Attend, layout: PairLayout, documents_L: Tensor | None, *, dtype: torch.dtype, device: torch.device
-) -> list[Violation]:
-    """Compare influence with the visibility rule, for every noisy block (for the AR baseline: every position).
-
-    Args:
-        attend: the backend.
-        layout: rows of one whole sequence.
-        documents_L: int64 [L] documents, whole blocks each, or None.
-        dtype, device: of the run.
-
-    Returns:
-        Violations; empty when visibility is right.
-    """
-    x_PD = _start(layout, dtype, device)
-    out_PD = _toy(attend, layout, documents_L, x_PD, device)
-    noisy_K, clean_K = _blocks(layout, noisy=True), _blocks(layout, noisy=False)
-    queries = noisy_K or clean_K
-    document_K = [0] * (max(queries) + 1) if documents_L is None else documents_L[:: layout.block_size].tolist()
-    violations = []
-    for block, rows in queries.items():
-        (grad_PD,) = torch.autograd.grad(out_PD[rows].float().square().sum(), x_PD, retain_graph=True)
-        influence_P = grad_PD.abs().sum(1)
-        for source, table in (("noisy", noisy_K), ("clean", clean_K)):
-            for other, source_rows in table.items():
-                must = _must_see(block, source, other, is_ar=not noisy_K) and document_K[block] == document_K[other]
-                seen = influence_P[source_rows].amax().item() > 0
-                if seen != must:
-                    violations.append(Violation(block, source, other, seen))
-    return violations
-
-
-def _must_see(block: int, source: str, other: int, *, is_ar: bool) -> bool:
-    if is_ar:
-        return other <= block
-    return other == block if source == "noisy" else other < block
-
-
-def _blocks(layout: PairLayout, *, noisy: bool) -> dict[int, Tensor]:
-    """Block -> its row numbers in one stream."""
-    stream = slice(0, layout.num_noisy) if noisy else slice(layout.num_noisy, None)
-    rows = torch.arange(layout.num_rows)[stream]
-    block = layout.position_P[stream] // layout.block_size
-    return {int(k): rows[block == k] for k in block.unique()}
-
-
-def _start(layout: PairLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x_PD = torch.randn(layout.num_rows, PROBE_WIDTH, generator=generator)
-    return x_PD.to(device, dtype).requires_grad_()
-
-
-def _toy(attend: Attend, layout: PairLayout, documents_L: Tensor | None, x_PD: Tensor, device: torch.device) -> Tensor:
-    width = PROBE_WIDTH // HEADS
-    core = CoreAttention(
-        SimpleNamespace(kv_channels=width),
-        1,
-        pg_collection=SimpleNamespace(cp=None),
-        context=AttentionContext(layout, attend),
-    )
-    documents_BL = None if documents_L is None else documents_L[None].to(device)
-
-    def attend_rows(q_BPNH: Tensor, k_BPGH: Tensor, v_BPGH: Tensor, layer: int) -> Tensor:
-        q, k, v = (t.transpose(0, 1) for t in (q_BPNH, k_BPGH, v_BPGH))
-        return core(q, k, v, documents_BL).transpose(0, 1).unflatten(-1, (HEADS, width))
-
-    rotary = rotary_table(layout.position_P[None].to(device), head_dim=width, theta=1e4, dtype=x_PD.dtype)
-    shape = SimpleNamespace(
-        style="modern",
-        hidden_size=PROBE_WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=width,
-        intermediate_size=PROBE_WIDTH,
-        qk_norm=False,
-        layer_norm_eps=1e-5,
-        residual_dropout=0.0,
-    )
-    x = x_PD[None]
-    generator = torch.Generator().manual_seed(1)
-    for index in range(LAYERS):
-        layer = Layer(shape, index)  # type: ignore[arg-type]
-        for parameter in layer.parameters():
-            if parameter.dim() > 1:
-                # wide enough that no influence rounds to zero in bf16
-                torch.nn.init.normal_(parameter, 0.0, 0.3, generator=generator)
-        layer.to(device, x_PD.dtype)
-        x = layer(x, rotary, attend_rows)
-    return x[0]
-
-
-def example_documents(length: int, block_size: int) -> Tensor:
-    """Two or three documents of whole blocks: int64 [L]."""
-    num_blocks = length // block_size
-    block = torch.arange(num_blocks)
-    document = (block >= num_blocks // 3).long() + (block >= 2 * num_blocks // 3).long()
-    return document.repeat_interleave(block_size)
+    cp_rank: int
+    cp_group: dist.ProcessGroup
 
 
 def diagnose(
-    config: Config, backend: Backend, *, max_blocks: int | None, dtype: torch.dtype, device: torch.device
+    config: Config,
+    backends: Mapping[int, Backend],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: Shared | None = None,
 ) -> str:
-    """Examine every block size of a run.
+    """Examine every attention call of a run. With `shared`, collective over its group.
 
     Args:
         config: the run.
-        backend: in use.
-        max_blocks: shorten sequences to so many blocks; None: whole sequences.
+        backends: in use, by block size.
         dtype, device: of the run.
+        shared: this rank's part; None: this process examines the rows of every context-parallel rank in turn.
 
     Returns:
         One line that says what holds.
 
     Raises:
-        LeakError: a table of offenders.
+        LeakError: a table of violations.
     """
-    checked = []
+    checked: list[str] = []
+    tables: list[str] = []
     for size in dict.fromkeys(block_sizes(config)):
-        blocks = config.data.seq_len // size
-        length = size * (blocks if max_blocks is None else min(blocks, max_blocks))
-        for drop in (True, False):
-            layout = pair_layout(objective_of(config, block_size=size), length=length, drop_last_clean=drop)
-            documents = None if config.data.packing != "isolated" else example_documents(length, size)
-            violations = examine(backend.attend, layout, documents, dtype=dtype, device=device)
-            if violations:
-                listed = "\n".join(f"  {violation}" for violation in violations[:40])
-                more = f"\n  and {len(violations) - 40} more" if len(violations) > 40 else ""
-                raise LeakError(
-                    f"visibility is wrong under attention backend {backend.label}, block_size={size}:\n{listed}{more}\n"
-                    "use attention.backend=dense and report this."
-                )
-        checked.append(f"block_size={size} over {length} positions")
-    return f"no leak: {', '.join(checked)}, attention backend {backend.label}, {str(dtype).removeprefix('torch.')}"
+        for views in sorted({config.diffusion.views, 1}, reverse=True):
+            for cp_rank in range(config.parallel.cp) if shared is None else (shared.cp_rank,):
+                layout = phase_layout(config, size, views=views, cp_rank=cp_rank)
+                context = AttentionContext(layout, backends)
+                request = attention_request(config, layout, dtype=dtype, device=device)
+                if device.type == "cpu":
+                    request = replace(request, batch=min(request.batch, _CPU_BATCH))
+                found = examine_layout(context, request, None if shared is None else shared.cp_group)
+                tables += [_table(found, context.backend, size)] if found else []
+        checked.append(f"block_size={size} by {backends[size].label}")
+    # only now: ranks that share rows must all have come here
+    if tables:
+        raise LeakError(tables[0])
+    kind = str(dtype).removeprefix("torch.")
+    packed = ", packed documents" if config.data.packing == "isolated" else ""
+    return f"no leak: {', '.join(checked)}, over {config.data.seq_len} positions{packed}, {kind}"
 
 
-def streams_of(config: Config) -> Literal["pair", "noisy", "clean"]:
-    """Which streams attention sees in a run: the AR baseline has no noisy rows, masked diffusion no clean ones."""
-    length = config.data.seq_len
-    phases = [objective_of(config, block_size=size) for size in block_sizes(config)]
-    if not any(phase.noisy_rows(length) for phase in phases):
-        return "clean"
-    return "pair" if any(phase.clean_rows(length) for phase in phases) else "noisy"
+def diagnose_together(config: Config, backends: Mapping[int, Backend], topology: Topology, dtype: torch.dtype) -> str:
+    """As `diagnose`, on every rank's own rows and device. Collective.
+
+    Raises:
+        LeakError: on every rank, with the table of the first that found one.
+    """
+    shared = Shared(topology.cp_rank, topology.groups.cp) if topology.cp > 1 else None
+    said, failure = "", None
+    try:
+        said = diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared)
+    except LeakError as error:
+        failure = str(error)
+    failure = first_failure(failure)
+    if failure is not None:
+        raise LeakError(failure)
+    return said
+
+
+def examine_layout(
+    context: AttentionContext, request: AttentionRequest, cp_group: dist.ProcessGroup | None
+) -> list[Violation]:
+    """What the calls of one layout see wrongly.
+
+    Args:
+        context: layout and backends.
+        request: heads, batch, dtype and device.
+        cp_group: ranks that hold the other rows and examine with this one; None: their clean keys are given to the calls.
+
+    Returns:
+        Violations; empty when visibility is right.
+    """
+    heads = SimpleNamespace(kv_channels=request.head_dim)
+    core = CoreAttention(heads, 1, pg_collection=SimpleNamespace(cp=cp_group), context=context)
+    # with one sequence a call, documents and a single document take turns
+    packings: list[Tensor | None] = [None]
+    if request.documents:
+        length = context.layout.length
+        packings = [ragged_documents(request.batch, length, packing) for packing in range(3 - min(request.batch, 2))]
+    found: list[Violation] = []
+    for documents_BL in packings:
+        for problem in _problems(core, request, documents_BL, is_shared=cp_group is not None):
+            found += violations(problem)
+    return found
+
+
+def _problems(
+    core: CoreAttention, request: AttentionRequest, documents_BL: Tensor | None, *, is_shared: bool
+) -> Iterator[Problem]:
+    """The calls of a layer, and of the last layer where it asks for loss rows only."""
+    context, layout = core.context, core.context.layout
+    device = torch.device(request.device_type)
+    visibility = layout.visibility(documents_BL)
+    ticket = context.ticket(visibility)
+    # with context parallelism the gradients of all ranks' queries meet in a key
+    whole: Rows = ((0, layout.length),)
+    noisy = whole if is_shared and layout.noisy_rows else layout.noisy_rows
+    clean = whole if is_shared and layout.clean_rows else layout.clean_rows
+    noisy_streams = [(view, noisy) for view in range(layout.views)] if noisy else []
+    keys = side([*noisy_streams, (layout.views, layout.clean_key_rows)], layout.block_size, documents_BL, device)
+    streams = {"pair": [*noisy_streams, (layout.views, clean)]}
+    if noisy and layout.clean_key_rows:
+        streams["loss"] = noisy_streams
+    for name, rows in streams.items():
+        queries = side(rows, layout.block_size, documents_BL, device)
+        own_q, own_k = (_own(layout, len(each.position_R), is_shared=is_shared) for each in (queries, keys))
+        yield Problem(
+            call=_with_ticket(core if name == "pair" else core.loss_stream, ticket),
+            queries=queries,
+            keys=keys,
+            own_q=own_q.to(device),
+            own_k=own_k.to(device),
+            request=request,
+            num_views=layout.views,
+        )
+
+
+def _with_ticket(attend: Callable[..., Tensor], ticket: Tensor) -> Call:
+    return lambda query, key, value: attend(query, key, value, ticket)
+
+
+def _own(layout: PairLayout, num_rows: int, *, is_shared: bool) -> Tensor:
+    """Which of the rows of one side this rank's tensors hold, int64, in their order."""
+    if not is_shared:
+        return torch.arange(num_rows)
+    rows = torch.arange(layout.num_rows)
+    stream = rows // max(1, layout.num_noisy // layout.views) if layout.num_noisy else torch.zeros_like(rows)
+    own = stream.clamp_max(layout.views) * layout.length + layout.position_P
+    return own[own < num_rows]
+
+
+def _table(found: list[Violation], backend: Backend, block_size: int) -> str:
+    listed = "\n".join(f"  {violation}" for violation in found[:_LISTED])
+    more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return (
+        f"visibility is wrong under attention backend {backend.label}, block_size={block_size}:\n{listed}{more}\n"
+        "use another attention.backend (dense is the reference) and report this."
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """`bd3 doctor CONFIG [section.key=value ...]`: prove a configuration's visibility on this machine, all blocks.
+    """`bd3 doctor CONFIG [section.key=value ...]`: prove a configuration's visibility on this machine.
 
     Returns:
         0 when it holds, 3 with a table when it does not.
@@ -205,21 +198,9 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     validate(config)
     device = rank_device(0)
-    dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision != "fp32" else torch.float32
-    request = AttentionRequest(
-        device_type=device.type,
-        dtype=dtype,
-        batch=1,
-        length=config.data.seq_len,
-        block_size=min(block_sizes(config)),
-        num_heads=HEADS,
-        num_kv_heads=HEADS,
-        head_dim=PROBE_WIDTH // HEADS,
-        streams=streams_of(config),
-        documents=config.data.packing == "isolated",
-    )
+    dtype = training_dtype(config.train.precision, device)
     try:
-        print(diagnose(config, choose(config.attention.backend, request), max_blocks=None, dtype=dtype, device=device))
+        print(diagnose(config, choose_backends(config, dtype=dtype, device=device), dtype=dtype, device=device))
     except LeakError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_megatron.attention.select import BACKENDS
+from bd3_megatron.attention.select import named
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.loss_sums import LossSums
@@ -23,7 +24,8 @@ def test_an_update_that_is_not_finite_changes_nothing(parallel: dict[str, Any]) 
 
     def on_rank(topology: Topology) -> tuple[list[bool], bool, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
-        model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=torch.float32)
+        backends = dict.fromkeys(block_sizes(config), named("dense"))
+        model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=torch.float32)
         engine = ZeroEngine(model, config, num_micro_batches=1, dtype=torch.float32)
         size = config.train.micro_batch_size
         clean = clean_batch(torch.arange(size) + size * topology.dp_rank, documents=False)
@@ -50,7 +52,8 @@ def test_a_vetoed_batch_leaves_no_gradient_behind(dtype: torch.dtype) -> None:
 
     def weights(topology: Topology, vetoed: list[bool]) -> tuple[list[bool], list[torch.Tensor]]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
-        model = ParallelModel(config, vocabulary, topology, attend=BACKENDS["dense"][0], dtype=dtype)
+        backends = dict.fromkeys(block_sizes(config), named("dense"))
+        model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=dtype)
         engine = ZeroEngine(model, config, num_micro_batches=1, dtype=dtype)
         applied = []
         for number, veto in enumerate(vetoed, start=2 - len(vetoed)):
