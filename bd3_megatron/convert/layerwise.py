@@ -21,15 +21,8 @@ from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.plain_source import PlainSource
 from bd3_megatron.diffusion.objective import objective_named
-from bd3_megatron.hf.plain_bd3 import (
-    Layer,
-    Shape,
-    block_causal_sees,
-    grouped_attention,
-    new_norm,
-    pair_sees,
-    rotary_table,
-)
+from bd3_megatron.hf.attention_bd3 import block_causal_sees, blocks_of, grouped_attention, pair_sees
+from bd3_megatron.hf.plain_bd3 import Layer, Shape, new_norm, rotary_table
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
 from bd3_megatron.rng import Purpose, uniform
 
@@ -75,7 +68,7 @@ def final_states(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
     length = noisy_BL.shape[1]
     ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
     rule = block_causal_sees if clean_BL is None else pair_sees
-    sees_BRR = rule(length, span, noisy_BL.device)[None]
+    sees_BRR = rule(blocks_of(torch.arange(length, device=noisy_BL.device)[None], span))
     position_BR = torch.arange(length).repeat(ids_BR.shape[1] // length)[None]
     rotary = rotary_table(position_BR, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=torch.float32)
 

@@ -44,7 +44,7 @@ tags:
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 model = AutoModelForMaskedLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 prompt = tokenizer("The", return_tensors="pt", add_special_tokens=False).input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=64)[0]))
 ```

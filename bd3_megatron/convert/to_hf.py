@@ -26,7 +26,7 @@ from bd3_megatron.sampling.folder import MODEL_TYPE
 
 AUTO_MAP = {
     "AutoConfig": "configuration_bd3.BD3Config",
-    "AutoModel": "modeling_bd3.BD3ForMaskedLM",
+    "AutoModel": "modeling_bd3.BD3Model",
     "AutoModelForMaskedLM": "modeling_bd3.BD3ForMaskedLM",
     "AutoModelForCausalLM": "modeling_bd3.BD3ForCausalLM",
 }
@@ -188,10 +188,11 @@ CONFIG_FIELDS = frozenset(
 
 
 def generation_json(config: BD3Config) -> dict[str, object]:
-    """Content of generation_config.json: token ids only; decoding options are arguments of `generate`."""
+    """Content of generation_config.json: token ids, and the model's own distribution, which is no default of transformers."""
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    return {name: value for name, value in ids.items() if value is not None}
+    drawn: dict[str, object] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return drawn | {name: value for name, value in ids.items() if value is not None}

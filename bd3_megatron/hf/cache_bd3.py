@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plain_bd3 import Attend, Stack, grouped_attention
+from .attention_bd3 import grouped_attention
+from .plain_bd3 import Attend, LayerStack, run_layers
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,15 @@ class KeyValueCache:
     keys_nBGCH: Tensor
     values_nBGCH: Tensor
 
-    def __init__(self, stack: Stack, *, batch_size: int, capacity: int) -> None:
+    def __init__(
+        self, stack: LayerStack, *, batch_size: int, capacity: int, device: torch.device | None = None
+    ) -> None:
         shape = stack.shape
         table = stack.embed_tokens.weight
         # Keys are kept a group, never repeated over query heads; the last slot is a bin for padding rows.
         size = (shape.num_hidden_layers, batch_size, shape.num_key_value_heads, capacity + 1, shape.head_dim)
         # Zeros, not empty: padding rows may look at slots nobody wrote, and a NaN there would spread.
-        self.keys_nBGCH = torch.zeros(size, dtype=table.dtype, device=table.device)
+        self.keys_nBGCH = torch.zeros(size, dtype=table.dtype, device=table.device if device is None else device)
         self.values_nBGCH = torch.zeros_like(self.keys_nBGCH)
         self.capacity = capacity
 
@@ -95,7 +98,7 @@ class KeyValueCache:
         return attend
 
 
-def cached_hidden(stack: Stack, cache: KeyValueCache, ids_BR: Tensor, plan: RowPlan, keep_BQ: Tensor) -> Tensor:
+def cached_hidden(stack: LayerStack, cache: KeyValueCache, ids_BR: Tensor, plan: RowPlan, keep_BQ: Tensor) -> Tensor:
     """Normed hidden states [B, Q, D] of the kept rows, after one forward of R rows over the cache.
 
     Args:
@@ -106,4 +109,4 @@ def cached_hidden(stack: Stack, cache: KeyValueCache, ids_BR: Tensor, plan: RowP
         keep_BQ: int64 [B, Q], Q >= 1: rows whose output is wanted; the last layer computes the others' keys only.
     """
     attend = cache.attend(plan, keep_BQ, len(stack.layers))
-    return stack.run(ids_BR, plan.position_BR, attend, keep_BQ)
+    return run_layers(stack, ids_BR, plan.position_BR, attend, keep_BQ=keep_BQ)

@@ -58,6 +58,7 @@ class DecodingOptions:
     stop_at_eos: bool = False
     """end a text with its first end-of-sequence token"""
 
+    # All ranges in one place: the command line, the sampler and generate() refuse alike, in the same words.
     def __post_init__(self) -> None:
         check_name("rule", self.rule, RULES)
         check_name("window", self.window, WINDOWS)
@@ -98,6 +99,7 @@ RULES: dict[str, Callable[[DecodingOptions, int], DecodingRule]] = {
     "left_to_right": lambda options, block_size: LeftToRight(),
     "ancestral": lambda options, block_size: Ancestral(options.steps or block_size),
     "top_k_static": lambda options, block_size: StaticTopK(options.steps or block_size),
+    # where steps are given, each forward reveals at least the share that keeps their promise
     "confidence_threshold": lambda options, block_size: ConfidenceThreshold(
         options.threshold, -(-block_size // (options.steps or block_size))
     ),

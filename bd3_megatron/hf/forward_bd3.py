@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache_bd3 import KeyValueCache, RowPlan, cached_hidden
-from .plain_bd3 import Stack
+from .plain_bd3 import LayerStack
 
 # Runs a function once so that it can be run again: (run it again, the tensor it writes its result to).
 Recorder = Callable[[Callable[[], Tensor]], "tuple[Callable[[], None], Tensor]"]
@@ -39,7 +39,7 @@ class EagerForward:
 
     span_multiple: int = 1
 
-    def __init__(self, stack: Stack, lm_head: nn.Module) -> None:
+    def __init__(self, stack: LayerStack, lm_head: nn.Module) -> None:
         self._stack, self._lm_head = stack, lm_head
 
     def __call__(self, cache: KeyValueCache, ids_BR: Tensor, plan: RowPlan, keep_BQ: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class ReplayedForward:
 
     span_multiple: int = REPLAY_SPAN_MULTIPLE
 
-    def __init__(self, stack: Stack, lm_head: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, stack: LayerStack, lm_head: nn.Module, recorder: Recorder) -> None:
         self._eager = EagerForward(stack, lm_head)
         self._recorder = recorder
         self._recordings: dict[tuple[int, ...], Recording | None] = {}

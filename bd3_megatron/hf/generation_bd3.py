@@ -7,7 +7,7 @@ clocks. Source: BD3-LM (arXiv 2503.09573) algorithm 2; first-hitting as in `deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from .decoding_options_bd3 import DecodingOptions
 from .decoding_rules_bd3 import BlockRule
 from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
-from .plain_bd3 import Shape, Stack, predicts_next
+from .plain_bd3 import LayerStack, Shape, predicts_next
 from .window_bd3 import Layout, SequenceState, Window
 
 # Clean rows of one forward: bounds the memory of a long prompt's attention.
@@ -132,37 +132,39 @@ class Decoder:
         lm_head: output table.
         options: checked options.
         mask_id: the mask token; None for autoregressive models.
-        eos_id: the token that ends a text with options.stop_at_eos.
+        eos_ids: tokens that end a text with options.stop_at_eos.
         stop_check: asked after every block of every text.
         observer: shown every block after every forward (this waits for the device).
         forward: how forwards run; None = eagerly.
+        device: where forwards run; None = where the token table lies (which is nowhere when weights are offloaded).
     """
 
     counts: ForwardCounts
 
     def __init__(
         self,
-        stack: Stack,
+        stack: LayerStack,
         lm_head: nn.Module,
         options: DecodingOptions,
         *,
         mask_id: int | None,
-        eos_id: int | None = None,
+        eos_ids: Collection[int] = (),
         stop_check: StopCheck | None = None,
         observer: Observer | None = None,
         forward: Forward | None = None,
+        device: torch.device | None = None,
     ) -> None:
         shape = stack.shape
         self._is_ar = predicts_next(shape.objective)
         if mask_id is None and not self._is_ar:
             raise ValueError("the model has no mask token id; write mask_token_id into its config.json.")
-        if options.stop_at_eos and eos_id is None:
+        if options.stop_at_eos and not eos_ids:
             raise ValueError("stop_at_eos was asked for, but the model has no EOS token; leave it out.")
         self._stack, self._options, self._shape = stack, options, shape
         self._forward = EagerForward(stack, lm_head) if forward is None else forward
-        self._mask_id, self._eos_id = mask_id, eos_id
+        self._mask_id, self._eos_ids = mask_id, frozenset(eos_ids)
         self._stop_check, self._observer = stop_check, observer
-        self._device = stack.embed_tokens.weight.device
+        self._device = stack.embed_tokens.weight.device if device is None else device
         self._block_size = 1 if self._is_ar else shape.block_size
         self._rule = options.new_rule(self._block_size)
         self._filters = options.new_filters(mask_id)
@@ -181,7 +183,7 @@ class Decoder:
             check_request(request, self._shape, self._mask_id)
         window = self._window(max(len(request.ids) + request.num_tokens for request in requests))
         rows = [self._new_row(index, request) for index, request in enumerate(requests)]
-        cache = KeyValueCache(self._stack, batch_size=len(rows), capacity=window.capacity)
+        cache = KeyValueCache(self._stack, batch_size=len(rows), capacity=window.capacity, device=self._device)
         self.counts.cache_bytes = max(self.counts.cache_bytes, cache.num_bytes)
         while rows:
             self._fill_block(rows, cache, window)
@@ -333,8 +335,9 @@ class Decoder:
         """(tokens to keep, reason) when the text ends early, else (None, None)."""
         ends: list[tuple[int, str]] = []
         fresh = row.tokens[before:]
-        if self._options.stop_at_eos and self._eos_id in fresh:
-            ends.append((before + fresh.index(self._eos_id) + 1, "eos"))
+        first_end = next((i for i, token in enumerate(fresh) if token in self._eos_ids), None)
+        if self._options.stop_at_eos and first_end is not None:
+            ends.append((before + first_end + 1, "eos"))
         found = self._stop_check(row.request, row.tokens, len(fresh)) if self._stop_check is not None else None
         if found is not None:
             ends.append(found)

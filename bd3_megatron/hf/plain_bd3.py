@@ -1,8 +1,8 @@
 """The plain block-diffusion transformer: torch only, reference of equivalence tests, and the model inside the wrapper.
 
-Decides the parameter names of every converter, the two layer styles, the rotary table and the visibility rule of the
-plain forward. Attention is dense (a boolean matrix of 2L x 2L); the decoding engine hands its own `attend` to the same
-layers. Knows no losses, noise, caches or tokenizers.
+Decides the parameter names of every converter, the two layer styles and the rotary table. The plain forward attends
+densely (a boolean matrix of 2L x 2L, `attention_bd3.py`); other callers hand their own `attend` to the same layers. Knows
+no losses, noise, caches or tokenizers.
 Source: BD3-LM (arXiv 2503.09573) section 3; rotate-half rotary positions, the same 0..L-1 for both halves of the pair.
 """
 
@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention_bd3 import attention_weights, block_causal_sees, blocks_of, grouped_attention, pair_sees
 
 # (queries_BQNH, keys_BRGH, values_BRGH, layer) -> mixed_BQNH
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -86,64 +90,6 @@ def rotary_table(position_BR: Tensor, *, head_dim: int, theta: float, dtype: tor
     return Rotary(angle_BRh.cos().to(table_dtype)[:, :, None], angle_BRh.sin().to(table_dtype)[:, :, None])
 
 
-# The visibility rule is written here a second time, on purpose: an exported folder carries no other file of the package.
-# tests/unit/hf/test_plain.py ties it to the package's own.
-def block_causal_sees(length: int, block_size: int, device: torch.device) -> Tensor:
-    """bool [L, L]: one clean sequence, where a position sees its own block and every earlier one."""
-    block_L = torch.arange(length, device=device) // block_size
-    return block_L[:, None] >= block_L[None, :]
-
-
-def pair_sees(length: int, block_size: int, device: torch.device) -> Tensor:
-    """bool [2L, 2L] over [noisy; clean]: who may see whom.
-
-    noisy -> noisy: the same block; noisy -> clean: earlier blocks; clean -> clean: its own block and earlier ones;
-    clean -> noisy: never.
-    """
-    block_L = torch.arange(length, device=device) // block_size
-    same_LL = block_L[:, None] == block_L[None, :]
-    earlier_LL = block_L[:, None] > block_L[None, :]
-    noisy_rows = torch.cat([same_LL, earlier_LL], dim=1)
-    clean_rows = torch.cat([torch.zeros_like(same_LL), same_LL | earlier_LL], dim=1)
-    return torch.cat([noisy_rows, clean_rows], dim=0)
-
-
-def fold_groups(queries_BQNH: Tensor, num_groups: int) -> Tensor:
-    """[B, Q, N, H] -> [B, G, (N/G) Q, H]: heads that share a key head become rows, so keys are never repeated."""
-    batch, rows, heads, width = queries_BQNH.shape
-    shared = heads // num_groups
-    split = queries_BQNH.reshape(batch, rows, num_groups, shared, width)
-    return split.permute(0, 2, 3, 1, 4).reshape(batch, num_groups, shared * rows, width)
-
-
-def unfold_groups(mixed_BGRH: Tensor, num_heads: int) -> Tensor:
-    """[B, G, (N/G) Q, H] -> [B, Q, N, H], the inverse of `fold_groups`."""
-    batch, groups, rows, width = mixed_BGRH.shape
-    shared = num_heads // groups
-    split = mixed_BGRH.reshape(batch, groups, shared, rows // shared, width)
-    return split.permute(0, 3, 1, 2, 4).reshape(batch, rows // shared, num_heads, width)
-
-
-def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tensor, sees_BQK: Tensor | None) -> Tensor:
-    """Softmax attention with shared key heads and a boolean visibility.
-
-    Args:
-        queries_BQNH: [B, Q, N, H].
-        keys_BGKH, values_BGKH: [B, G, K, H], G divides N.
-        sees_BQK: bool [B or 1, Q, K]; None = everything is seen. No row may be all False.
-
-    Returns:
-        [B, Q, N, H].
-    """
-    num_heads, num_groups = queries_BQNH.shape[2], keys_BGKH.shape[1]
-    visible = None
-    if sees_BQK is not None:
-        visible = sees_BQK.repeat(1, num_heads // num_groups, 1)[:, None]
-    folded = fold_groups(queries_BQNH, num_groups)
-    mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=visible)
-    return unfold_groups(mixed, num_heads)
-
-
 def predicts_next(objective: str) -> bool:
     """Whether rows predict the token after them (autoregressive), or their own (block diffusion)."""
     return objective == NEXT_TOKEN
@@ -159,6 +105,7 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, shape.num_attention_heads * width, bias=False)
         self.k_proj = nn.Linear(hidden, shape.num_key_value_heads * width, bias=False)
         self.v_proj = nn.Linear(hidden, shape.num_key_value_heads * width, bias=False)
+        # no biases in either style: as in the official DiT and in Qwen3
         self.o_proj = nn.Linear(shape.num_attention_heads * width, hidden, bias=False)
         self.q_norm = nn.RMSNorm(width, eps=shape.layer_norm_eps) if shape.qk_norm else None
         self.k_norm = nn.RMSNorm(width, eps=shape.layer_norm_eps) if shape.qk_norm else None
@@ -241,8 +188,134 @@ def take_rows(x_BRD: Tensor, rows_BQ: Tensor) -> Tensor:
     return x_BRD.gather(1, rows_BQ[:, :, None].expand(-1, -1, x_BRD.shape[-1]))
 
 
+CHECKPOINT = partial(checkpoint, use_reentrant=False)
+"""Runs a layer again in the backward."""
+
+
+@dataclass
+class Trace:
+    """What a forward keeps for its caller besides its result."""
+
+    hidden_states: list[Tensor] | None = None
+    """The embeddings, the result of every layer but the last, and the normed result: each [B, Q, D]; None: not kept."""
+    attentions: dict[int, Tensor] | None = None
+    """By layer, [B, N, Q, K]; None: not kept. Kept weights are computed in the open, which costs their memory."""
+
+
+class LayerStack(Protocol):
+    """Embedding, layers and final norm of a model, whatever holds them: what the decoding engine runs."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    training: bool
+    # transformers sets both, under these names, on every module that has the first
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    @property
+    def shape(self) -> Shape:
+        """The model's shape."""
+
+
+def run_layers(
+    stack: LayerStack,
+    ids_BR: Tensor,
+    position_BR: Tensor,
+    attend: Attend,
+    *,
+    keep_BQ: Tensor | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Normed hidden states [B, Q, D] of the rows in `keep_BQ` [B, Q] (None = all R rows) under the caller's `attend`.
+
+    Args:
+        stack: the layers.
+        ids_BR: int64 token ids [B, R].
+        position_BR: int64 rotary positions [B or 1, R].
+        attend: decides who sees whom; called once a layer.
+        keep_BQ: int64 rows of the last layer that are wanted.
+        trace: filled, where given.
+    """
+    shape = stack.shape
+    x_BRD = stack.embed_tokens(ids_BR)
+    rotary = rotary_table(position_BR, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=x_BRD.dtype)
+    for index, layer in enumerate(stack.layers):
+        if trace is not None and trace.hidden_states is not None:
+            trace.hidden_states.append(x_BRD)
+        kept = keep_BQ if index == len(stack.layers) - 1 else None
+        if stack.gradient_checkpointing and stack.training:
+            # only the layer's input is kept; dropout draws the same numbers when the layer runs again
+            x_BRD = stack._gradient_checkpointing_func(layer, x_BRD, rotary, attend, kept)
+        else:
+            x_BRD = layer(x_BRD, rotary, attend, kept)
+    x_BRD = stack.norm(x_BRD)
+    if trace is not None and trace.hidden_states is not None:
+        trace.hidden_states.append(x_BRD)
+    return x_BRD
+
+
+def pair_hidden(
+    stack: LayerStack,
+    input_ids_BL: Tensor,
+    context_ids_BL: Tensor | None = None,
+    document_id_BL: Tensor | None = None,
+    *,
+    position_BL: Tensor | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Normed hidden states [B, L, D] of `input_ids_BL`.
+
+    Args:
+        stack: the layers.
+        input_ids_BL: int64 [B, L]; noisy tokens when `context_ids_BL` is given, else one block-causal sequence.
+        context_ids_BL: int64 [B, L] clean tokens.
+        document_id_BL: int [B, L]; positions of different documents never see each other.
+        position_BL: int64 [B, L], positions in the text, which also decide the blocks; None: 0..L-1.
+        trace: filled, where given; with the rows of `input_ids_BL` only.
+
+    Raises:
+        ValueError: a context of another shape, or a context for the autoregressive objective.
+    """
+    shape, length = stack.shape, input_ids_BL.shape[1]
+    span = 1 if predicts_next(shape.objective) else shape.block_size
+    check_context(input_ids_BL, context_ids_BL, shape.objective)
+    if position_BL is None:
+        position_BL = torch.arange(length, device=input_ids_BL.device)[None]
+    # One block fills the sequence (MDLM): no noisy row sees a clean one, so the clean half is dead work.
+    # (the comparison is with the columns, so padding never turns a pair into one block)
+    if span >= length:
+        context_ids_BL = None
+    halves = 1 if context_ids_BL is None else 2
+    ids_BR = input_ids_BL if context_ids_BL is None else torch.cat([input_ids_BL, context_ids_BL], dim=1)
+    block_BL = blocks_of(position_BL, span)
+    sees_BRR = block_causal_sees(block_BL) if halves == 1 else pair_sees(block_BL)
+    if document_id_BL is not None:
+        document_BR = document_id_BL.repeat(1, halves)
+        sees_BRR = sees_BRR & (document_BR[:, :, None] == document_BR[:, None, :])
+
+    def attend(queries_BQNH: Tensor, keys_BRGH: Tensor, values_BRGH: Tensor, layer: int) -> Tensor:
+        keys_BGRH, values_BGRH = keys_BRGH.transpose(1, 2), values_BRGH.transpose(1, 2)
+        if trace is None or trace.attentions is None:
+            return grouped_attention(queries_BQNH, keys_BGRH, values_BGRH, sees_BRR)
+        # torch's kernel does not hand its weights out
+        weights_BNQR = attention_weights(queries_BQNH, keys_BGRH, sees_BRR)
+        trace.attentions[layer] = weights_BNQR[:, :, :length] if halves == 2 else weights_BNQR
+        values_BNRH = values_BGRH.repeat_interleave(queries_BQNH.shape[2] // values_BGRH.shape[1], dim=1)
+        return (weights_BNQR @ values_BNRH).transpose(1, 2)
+
+    hidden_BRD = run_layers(stack, ids_BR, position_BL.repeat(1, halves), attend, trace=trace)
+    if trace is not None and trace.hidden_states is not None and halves == 2:
+        trace.hidden_states = [x_BRD[:, :length] for x_BRD in trace.hidden_states]
+    return hidden_BRD[:, :length]
+
+
 class Stack(nn.Module):
     """Embedding, layers, final norm: everything under the prefix `model.`."""
+
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Callable[..., Tensor] = CHECKPOINT
+    shape: Shape
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -251,54 +324,11 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.num_hidden_layers))
         self.norm = new_norm(shape)
 
-    def run(self, ids_BR: Tensor, position_BR: Tensor, attend: Attend, keep_BQ: Tensor | None = None) -> Tensor:
-        """Normed hidden states [B, Q, D] of the rows in `keep_BQ` [B, Q] (None = all R rows) under the caller's `attend`.
-
-        Args:
-            ids_BR: int64 token ids [B, R].
-            position_BR: int64 rotary positions [B or 1, R].
-            attend: decides who sees whom; called once a layer.
-            keep_BQ: int64 rows of the last layer that are wanted.
-        """
-        x_BRD = self.embed_tokens(ids_BR)
-        rotary = rotary_table(position_BR, head_dim=self.shape.head_dim, theta=self.shape.rope_theta, dtype=x_BRD.dtype)
-        for layer in self.layers:
-            is_last = layer.index == len(self.layers) - 1
-            x_BRD = layer(x_BRD, rotary, attend, keep_BQ if is_last else None)
-        return self.norm(x_BRD)
-
     def forward(
         self, input_ids_BL: Tensor, context_ids_BL: Tensor | None = None, document_id_BL: Tensor | None = None
     ) -> Tensor:
-        """Normed hidden states [B, L, D] of `input_ids_BL`.
-
-        Args:
-            input_ids_BL: int64 [B, L]; noisy tokens when `context_ids_BL` is given, else one block-causal sequence.
-            context_ids_BL: int64 [B, L] clean tokens.
-            document_id_BL: int [B, L]; positions of different documents never see each other.
-
-        Raises:
-            ValueError: a context of another shape, or a context for the autoregressive objective.
-        """
-        length, device = input_ids_BL.shape[1], input_ids_BL.device
-        span = 1 if predicts_next(self.shape.objective) else self.shape.block_size
-        is_pair = context_ids_BL is not None
-        if is_pair:
-            check_context(input_ids_BL, context_ids_BL, self.shape.objective)
-        # One block fills the sequence (MDLM): no noisy row sees a clean one, so the clean half is dead work.
-        if is_pair and span >= length:
-            is_pair, context_ids_BL = False, None
-        ids_BR = torch.cat([input_ids_BL, context_ids_BL], dim=1) if context_ids_BL is not None else input_ids_BL
-        position_BR = torch.arange(length, device=device).repeat(2 if is_pair else 1)[None]
-        sees_BRR = (pair_sees if is_pair else block_causal_sees)(length, span, device)[None]
-        if document_id_BL is not None:
-            document_BR = document_id_BL.repeat(1, 2 if is_pair else 1)
-            sees_BRR = sees_BRR & (document_BR[:, :, None] == document_BR[:, None, :])
-
-        def attend(queries_BQNH: Tensor, keys_BRGH: Tensor, values_BRGH: Tensor, layer: int) -> Tensor:
-            return grouped_attention(queries_BQNH, keys_BRGH.transpose(1, 2), values_BRGH.transpose(1, 2), sees_BRR)
-
-        return self.run(ids_BR, position_BR, attend)[:, :length]
+        """Normed hidden states [B, L, D]; see `pair_hidden`."""
+        return pair_hidden(self, input_ids_BL, context_ids_BL, document_id_BL)
 
 
 def check_context(input_ids_BL: Tensor, context_ids_BL: Tensor | None, objective: str) -> None:
@@ -332,7 +362,7 @@ class PlainBD3(nn.Module):
     def forward(
         self, input_ids_BL: Tensor, context_ids_BL: Tensor | None = None, document_id_BL: Tensor | None = None
     ) -> Tensor:
-        """Raw logits [B, L, V] in the model's dtype; arguments as in `Stack.forward`."""
+        """Raw logits [B, L, V] in the model's dtype; arguments as in `pair_hidden`."""
         return self.lm_head(self.model(input_ids_BL, context_ids_BL, document_id_BL))
 
 
@@ -343,6 +373,7 @@ def plain_model(shape: Shape, state: dict[str, Tensor]) -> PlainBD3:
         RuntimeError: a key is missing, unexpected or of another shape (torch's own sentence).
     """
     model = PlainBD3(shape).to(next(iter(state.values())).dtype)
+    # folders store a tied table once
     if shape.tie_word_embeddings and "lm_head.weight" not in state:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state)

@@ -20,6 +20,7 @@ from bd3_megatron.hf.draws_bd3 import sample_keys
 from bd3_megatron.hf.forward_bd3 import EagerForward, Forward, ReplayedForward, record_graph
 from bd3_megatron.hf.generation_bd3 import BlockEvent, Decoder, Observer, Request, check_request
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.hf.text_bd3 import StopStrings, continuation_text
 from bd3_megatron.sampling.figures import RunFigures, weight_bytes
 from bd3_megatron.sampling.folder import read_config, read_weights
 from bd3_megatron.sampling.packed_linear import pack_linear_layers
@@ -34,9 +35,7 @@ from bd3_megatron.sampling.request import (
 )
 from bd3_megatron.sampling.text import (
     HubTokenizer,
-    StopStrings,
     TextStream,
-    continuation_text,
     cut_at_stop,
     encode_prompt,
     folder_tokenizer,
@@ -324,7 +323,7 @@ class _Work:
                 sampler.model.lm_head,
                 self._options,
                 mask_id=sampler.config.mask_token_id,
-                eos_id=sampler.config.eos_token_id,
+                eos_ids=() if sampler.config.eos_token_id is None else (sampler.config.eos_token_id,),
                 stop_check=stop_check,
                 observer=None if observer is None else lambda i, start, ids: observer(indices[i], start, ids),
                 forward=sampler.forward,

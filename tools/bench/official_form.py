@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_megatron.hf.plain_bd3 import Layer, PlainBD3, Rotary, block_causal_sees, grouped_attention, rotary_table
+from bd3_megatron.hf.attention_bd3 import block_causal_sees, blocks_of, grouped_attention
+from bd3_megatron.hf.plain_bd3 import Layer, PlainBD3, Rotary, rotary_table
 
 
 class OfficialForm:
@@ -35,7 +36,7 @@ class OfficialForm:
     def prefill(self, ids_1R: Tensor) -> None:
         """Keep a prompt's queries, keys and values, in one pass (not timed: the official one goes block by block)."""
         shape, length = self._shape, ids_1R.shape[1]
-        sees_1RR = block_causal_sees(length, shape.block_size, ids_1R.device)[None]
+        sees_1RR = block_causal_sees(blocks_of(torch.arange(length, device=ids_1R.device)[None], shape.block_size))
         x_1RD = self._model.model.embed_tokens(ids_1R)
         position_1R = torch.arange(length)[None]
         rotary = rotary_table(position_1R, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=x_1RD.dtype)

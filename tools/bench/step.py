@@ -37,7 +37,8 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.errors import RangeError
-from bd3_megatron.hf.plain_bd3 import PlainBD3, pair_sees
+from bd3_megatron.hf.attention_bd3 import blocks_of, pair_sees
+from bd3_megatron.hf.plain_bd3 import PlainBD3, run_layers
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.pair_batch import pair_batch
 from bd3_megatron.parallel.topology import join
@@ -138,7 +139,7 @@ def naive_step(
 
     def step() -> Tensor:
         plain.zero_grad(set_to_none=True)
-        logits = plain.lm_head(plain.model.run(ids, position, attend))[:, :length].float()
+        logits = plain.lm_head(run_layers(plain.model, ids, position, attend))[:, :length].float()
         logits = logits.index_fill(-1, torch.tensor([vocab - 1], device=problem.device), float("-inf"))
         log_probs = F.log_softmax(logits, dim=-1)
         loss = -(log_probs.gather(-1, target[..., None])[..., 0] * weight).sum() / problem.tokens
@@ -153,7 +154,7 @@ def naive_attention(
 ) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """SDPA under a (2L)^2 boolean mask, or FlexAttention under the same rule."""
     if kind == "naive":
-        sees = pair_sees(length, block, device)
+        sees = pair_sees(blocks_of(torch.arange(length, device=device)[None], block))[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -27,7 +27,7 @@ from bd3_megatron.cost.flops import (
 from bd3_megatron.cost.pairs import attended_pairs, executed_pairs
 from bd3_megatron.cost.shape import expected_masked_fraction, shape_of
 from bd3_megatron.cost.step import step_flops
-from bd3_megatron.hf.plain_bd3 import PlainBD3
+from bd3_megatron.hf.plain_bd3 import PlainBD3, run_layers
 from tests.unit.cost.cases import KINDS, STYLES, case, gpt2_small
 
 RELATIVE = 1e-3
@@ -173,7 +173,8 @@ class _MinimalPass:
 
         ids = _ids(self.config, batch=1)[:, self.position_R]
         keep = self.keep_Q[None]
-        return self.model.lm_head(self.model.model.run(ids, self.position_R[None], attend, keep))
+        hidden = run_layers(self.model.model, ids, self.position_R[None], attend, keep_BQ=keep)
+        return self.model.lm_head(hidden)
 
 
 def _exact_pairs(run: _MinimalPass, seen: Tensor, is_last: bool) -> float:

@@ -74,7 +74,7 @@ def decode(
     """(whole texts, forwards of each, the decoder) of prompts decoded in batches."""
     shape = model.model.shape
     mask_id = None if shape.objective == "ar" else MASK
-    said = {"mask_id": mask_id, "eos_id": 1, **(decoder_options or {})}
+    said = {"mask_id": mask_id, "eos_ids": (1,), **(decoder_options or {})}
     decoder = Decoder(model.model, model.lm_head, DecodingOptions(**options), **said)
     requests = [Request(tuple(p), num_tokens, key) for p, key in zip(prompts, sample_keys(prompts), strict=True)]
     texts: list[list[int]] = [[] for _ in requests]

@@ -13,7 +13,7 @@ from bd3_megatron.convert.official import fold
 from bd3_megatron.hf.cache_bd3 import KeyValueCache, RowPlan
 from bd3_megatron.hf.decoding_options_bd3 import RULES
 from bd3_megatron.hf.forward_bd3 import EagerForward, ReplayedForward
-from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
+from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model, run_layers
 from bd3_megatron.hf.window_bd3 import SequenceState, Window
 from tests.tolerances import CACHED_FP32, CACHED_FP64, GOLDEN_FP64
 from tests.unit.hf.models import MASK, decode, tiny_config, tiny_model, tokens
@@ -218,7 +218,7 @@ def list_forward(
         return (weights @ spread[1]).transpose(1, 2)
 
     position = start + torch.arange(len(ids))[None]
-    hidden = model.model.run(torch.tensor([ids]), position, attend)
+    hidden = run_layers(model.model, torch.tensor([ids]), position, attend)
     return model.lm_head(hidden)[0], own
 
 
@@ -248,7 +248,7 @@ def test_requests_that_cannot_be_honoured_are_refused(ids: list[int], num_tokens
 def test_a_model_without_mask_or_eos_token_is_refused_where_it_needs_one() -> None:
     model = tiny_model(4)
     with pytest.raises(ValueError, match="the model has no EOS token"):
-        decode(model, [[1]], 4, stop_at_eos=True, decoder_options={"eos_id": None})
+        decode(model, [[1]], 4, stop_at_eos=True, decoder_options={"eos_ids": ()})
     with pytest.raises(ValueError, match="no mask token id"):
         decode(model, [[1]], 4, decoder_options={"mask_id": None})
 

@@ -6,32 +6,26 @@ import pytest
 import torch
 
 from bd3_megatron.attention.visibility import sees
-from bd3_megatron.hf.plain_bd3 import (
-    PlainBD3,
-    block_causal_sees,
-    grouped_attention,
-    pair_sees,
-    plain_model,
-    rotary_table,
-)
+from bd3_megatron.hf.attention_bd3 import block_causal_sees, blocks_of, grouped_attention, pair_sees
+from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model, rotary_table
 from tests.tolerances import EXACT_FP64, ROTATED_FAR
 from tests.unit.hf.models import STYLES, noised, tiny_config, tiny_model, tokens
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("block_size", [1, 4, 6, 12])
-def test_the_plain_rule_of_sight_is_the_house_rule(block_size: int) -> None:
+def test_the_plain_visibility_rule_is_the_packages_own(block_size: int) -> None:
     length = 12
     block_P = (torch.arange(length) // block_size).repeat(2)
     noisy_P = torch.arange(2 * length) < length
     ruled = sees(q_is_noisy=noisy_P[:, None], q_block=block_P[:, None], k_is_noisy=noisy_P[None], k_block=block_P[None])
-    assert torch.equal(pair_sees(length, block_size, CPU), ruled)
-    assert torch.equal(block_causal_sees(length, block_size, CPU), ruled[length:, length:])
+    block_1L = blocks_of(torch.arange(length)[None], block_size)
+    assert torch.equal(pair_sees(block_1L)[0], ruled)
+    assert torch.equal(block_causal_sees(block_1L)[0], ruled[length:, length:])
 
 
-def test_the_rule_of_sight_written_out_by_hand() -> None:
+def test_the_visibility_rule_written_out_by_hand() -> None:
     length, size = 6, 2
+    visible = pair_sees(blocks_of(torch.arange(length)[None], size))[0]
     for q in range(2 * length):
         for k in range(2 * length):
             q_block, k_block = q % length // size, k % length // size
@@ -39,7 +33,7 @@ def test_the_rule_of_sight_written_out_by_hand() -> None:
                 expected = q_block == k_block if k < length else k_block < q_block
             else:
                 expected = k >= length and k_block <= q_block
-            assert pair_sees(length, size, CPU)[q, k].item() == expected
+            assert visible[q, k].item() == expected
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -79,7 +79,7 @@ def mean_length(counts: dict[tuple[int, ...], Tensor], rule: str) -> float:
         shape_model.lm_head,
         options,
         mask_id=MASK,
-        eos_id=SPECIAL.eos,
+        eos_ids=(SPECIAL.eos,),
         forward=Tabulated(counts),
     )
     requests = [Request((BEGIN,), BLOCK - 1, key) for key in range(SAMPLES)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bd3_megatron.sampling.text import StopStrings, TextStream, continuation_text, cut_at_stop
+from bd3_megatron.hf.text_bd3 import StopStrings, continuation_text
+from bd3_megatron.sampling.text import TextStream, cut_at_stop
 
 
 class Bytes:
