@@ -21,7 +21,7 @@ from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.source import Source
 from bd3_megatron.data.sources import BuiltinText
 from bd3_megatron.data.text_files import TextFiles
-from bd3_megatron.errors import ConfigError
+from bd3_megatron.errors import ConfigError, cut, shown
 
 _DATASET_KEYS = (
     "dataset",
@@ -102,7 +102,9 @@ def _source(split: str, spec: Mapping[str, Any]) -> Source:
         raise ConfigError(f"source {split} names {len(kinds)} of {', '.join(_KINDS)}; name exactly one.")
     if kinds[0] == "text":
         texts = spec["text"]
-        paths = (texts,) if isinstance(texts, str) else tuple(texts)
+        paths = (texts,) if isinstance(texts, str) else tuple(texts) if isinstance(texts, list) else ()
+        if not paths or not all(isinstance(path, str) for path in paths):
+            raise ConfigError(f"source {split} has text={shown(texts)}; give a path, or a list of paths.")
         return TextFiles(paths=paths, documents_are=spec.get("documents", "paragraph"))
     if kinds[0] == "builtin":
         return BuiltinText(name=spec["builtin"])
@@ -119,12 +121,12 @@ def _row_filter(spec: Any, where: str) -> RowFilter:
 
 def _check_keys(content: Any, known: list[str], where: str) -> None:
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{where} holds {content!r}, not keys; use {', '.join(known)}.")
+        raise ConfigError(f"{cut(where)} holds {shown(content)}, not keys; use {', '.join(known)}.")
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(key[:100], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}."
-            raise ConfigError(f"{where} has an unknown key {key}; {hint}")
+            raise ConfigError(f"{cut(where)} has an unknown key {cut(key)}; {hint}")
 
 
 def _check_types(content: Mapping[str, Any], path: Path) -> None:
@@ -140,4 +142,4 @@ def _check_types(content: Mapping[str, Any], path: Path) -> None:
     for key, value in content.items():
         if not isinstance(value, expected[key]) or isinstance(value, bool):
             wanted = " or ".join(kind.__name__ for kind in expected[key])
-            raise ConfigError(f"{key}={value!r} of recipe {path} is not {wanted}; mend it.")
+            raise ConfigError(f"{key}={shown(value)} of recipe {cut(str(path))} is not {wanted}; mend it.")

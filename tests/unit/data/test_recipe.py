@@ -77,6 +77,8 @@ def test_filters_travel_from_the_recipe(tmp_path: Path) -> None:
         ("about: x\nsources: {}\nvocab_size: many", "vocab_size='many' of recipe .* is not int; mend it"),
         ("about: x\nsources: {}\nvalid_fraction: true", "valid_fraction=True of recipe .* is not int or float"),
         ("about: x\nsources: {train: 3}", "source train holds 3, not keys; use text"),
+        ("about: x\nsources: {train: {text: 3}}", r"^source train has text=3; give a path, or a list of paths\.$"),
+        (f"about: x\nsources: {{}}\n{'z' * 500}: 1", r"has an unknown key z+\.\.\.z+; use about"),
         ("about: x\nsources: {train: {}}", "source train names 0 of text, builtin, dataset; name exactly one"),
         ("about: x\nsources: {train: {text: a, builtin: b}}", "source train names 2 of text, builtin, dataset"),
         ("about: x\nsources: {train: {text: a, colum: b}}", "unknown key colum; did you mean column?"),
