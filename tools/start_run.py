@@ -54,7 +54,14 @@ def work(parsed: argparse.Namespace) -> int:
     header = read_header(data_folder(config) / "train")
     mask_id = header.special_ids.mask if objective_of(config).has_noise else None
     size = config.model.vocab_size or header.vocab_size
-    report = start_run(parsed.folder, config, vocab_size=size, mask_id=mask_id, mask_init=parsed.mask_init)
+    report = start_run(
+        parsed.folder,
+        config,
+        vocab_size=size,
+        mask_id=mask_id,
+        mask_init=parsed.mask_init,
+        tokenizer=(header.tokenizer_fingerprint, str(data_folder(config))),
+    )
     print(f"{report.path}: {report.num_parameters / 1e6:.2f} M parameters of a {report.model_type} folder")
     print(f"  logits of the folder and of the checkpoint differ by at most {report.max_logit_difference:.2e}")
     print(f"  next: bd3 train {' '.join([parsed.config, *parsed.overrides])}")

@@ -31,6 +31,9 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder
 from bd3_megatron.data.shard_header import read_header
+from bd3_megatron.data.tokenizer import META_FILE
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -104,7 +107,7 @@ def convert_checkpoint(
     described, notes = describe_model(config, manifest, data_dir)
     if which == "model" and not raw and not manifest.origin:
         notes.append("the checkpoint keeps no average; its trained weights were taken")
-    tokenizer = data_dir / "tokenizer" if data_dir is not None and (data_dir / "tokenizer").is_dir() else None
+    tokenizer = tokenizer_of(data_dir, manifest)
     if tokenizer is None:
         notes.append("no tokenizer was found beside the data; copy its files into the folder")
     facts: dict[str, Any] = {
@@ -188,6 +191,28 @@ def checked_difference(expected: Tensor, found: Tensor, what: str) -> float:
             f"logits of {what} differ by {difference:.3g}, more than {allowed:.3g}; do not use the result."
         )
     return difference
+
+
+def tokenizer_of(data_dir: Path | None, manifest: Manifest) -> Path | None:
+    """The tokenizer's folder beside a run's data, after comparing it with the one the run was trained with.
+
+    Args:
+        data_dir: the prepared data; None: gone.
+        manifest: of the checkpoint, whose train state holds the fingerprint (older ones do not).
+
+    Raises:
+        TokenizerError: it is damaged, or another one than the run's: data prepared again, or moved.
+    """
+    folder = None if data_dir is None else data_dir / "tokenizer"
+    if folder is None or not folder.is_dir():
+        return None
+    recorded = manifest.train_state.get("tokenizer")
+    if isinstance(recorded, dict) and (folder / META_FILE).is_file():
+        check_same_tokenizer(
+            (load_tokenizer(folder).fingerprint, str(folder)),
+            (str(recorded.get("fingerprint")), f"the run at step {manifest.step}"),
+        )
+    return folder
 
 
 def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) -> tuple[BD3Config, list[str]]:

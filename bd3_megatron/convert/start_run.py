@@ -27,7 +27,10 @@ from bd3_megatron.convert.from_checkpoint import block_size_at, checked_differen
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
-from bd3_megatron.convert.to_hf import checked_shapes
+from bd3_megatron.convert.to_hf import check_ids, checked_shapes
+from bd3_megatron.data.tokenizer import META_FILE
+from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -62,7 +65,13 @@ class StartReport:
 
 
 def start_run(
-    folder: Path, config: Config, *, vocab_size: int, mask_id: int | None, mask_init: MaskInit = "mean"
+    folder: Path,
+    config: Config,
+    *,
+    vocab_size: int,
+    mask_id: int | None,
+    mask_init: MaskInit = "mean",
+    tokenizer: tuple[str, str] | None = None,
 ) -> StartReport:
     """Write step 0 of a run from a folder's weights.
 
@@ -72,14 +81,19 @@ def start_run(
         vocab_size: V of the run (of its data, or model.vocab_size), mask id included.
         mask_id: of the run; None for objective ar.
         mask_init: how the mask's row is made of a model that has none.
+        tokenizer: (fingerprint, what it belongs to) of the run's data; None: not compared.
 
     Raises:
         ConversionError, CheckpointError: see the module.
+        TokenizerError: the folder's tokenizer is not the data's, or its special ids collide.
     """
+    if tokenizer is not None:
+        refuse_other_tokenizer(folder, tokenizer)
     checkpoints = Path(config.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
         raise ConversionError(f"{checkpoints} holds checkpoints already; name a new run.dir, or remove them first.")
     described, source, origin = open_source(folder, config, vocab_size=vocab_size, mask_id=mask_id, mask_init=mask_init)
+    check_ids(described, str(folder))
     refuse_other_shape(described, config)
     table = NameTable(config.model, vocab_size)
     plain_shapes = checked_shapes(source, described)
@@ -103,6 +117,20 @@ def start_run(
         num_parameters=sum(math.prod(shape) for shape in plain_shapes.values()),
         max_logit_difference=proof[0],
     )
+
+
+def refuse_other_tokenizer(folder: Path, data: tuple[str, str]) -> None:
+    """Refuse data whose ids are other text than the folder's model has learned, however many ids there are.
+
+    Args:
+        folder: of the model; without a tokenizer there is nothing to compare.
+        data: (fingerprint, what it belongs to).
+
+    Raises:
+        TokenizerError: they differ, or the folder's tokenizer cannot be read.
+    """
+    if (folder / META_FILE).is_file() or (folder / "tokenizer.json").is_file():
+        check_same_tokenizer((open_tokenizer(folder).fingerprint, str(folder)), data)
 
 
 def check_source(folder: Path) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -19,8 +21,9 @@ from bd3_megatron.convert.from_ar import ArSource, describe_as_bd3, read_ar_fold
 from bd3_megatron.convert.from_checkpoint import block_size_at, convert_checkpoint
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.sdar import SDAR_MASK_ID, export_layout
-from bd3_megatron.convert.start_run import refuse_other_shape, start_run
-from bd3_megatron.errors import ConversionError
+from bd3_megatron.convert.start_run import refuse_other_shape, refuse_other_tokenizer, start_run
+from bd3_megatron.data.tokenizer_open import open_tokenizer
+from bd3_megatron.errors import ConversionError, TokenizerError
 from bd3_megatron.hf.plain_bd3 import plain_model
 from tests.tolerances import FOREIGN_LOGITS
 from tests.unit.convert.models import run_config
@@ -260,3 +263,29 @@ def test_an_sdar_folder_is_read_with_its_mask_and_block(tmp_path: Path) -> None:
     foreign = read_ar_folder(tmp_path / "sdar")
     assert (foreign.model_type, foreign.block_size, foreign.mask_id) == ("sdar", 4, SDAR_MASK_ID)
     assert foreign.logit_alignment == "none"
+
+
+def test_another_tokenizer_of_equal_size_is_refused(tmp_path: Path) -> None:
+    qwen3(tmp_path / "qwen", tied=False)
+    words = {name: {f"w{i if name == 'one' else 68 - i}": i for i in range(69)} for name in ("one", "other")}
+    for name, vocabulary in words.items():
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+        made.add_special_tokens(["w1", "<|mask|>"])
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w1", mask_token="<|mask|>")
+        fast.save_pretrained(tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        shutil.copy(path, tmp_path / "qwen" / path.name)
+    one, other = (open_tokenizer(tmp_path / name) for name in ("one", "other"))
+    assert one.vocab_size == other.vocab_size == 70
+    refuse_other_tokenizer(tmp_path / "qwen", (one.fingerprint, "the data"))
+    config = qwen_run(tmp_path / "run", tied=False, objective="block")
+    with pytest.raises(TokenizerError, match="qwen has the tokenizer .*, the data has .*: the same ids are other text"):
+        start_run(tmp_path / "qwen", config, vocab_size=ROWS, mask_id=70, tokenizer=(other.fingerprint, "the data"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_mask_that_is_the_end_token_is_refused(tmp_path: Path) -> None:
+    qwen3(tmp_path / "qwen", tied=False)
+    config = qwen_run(tmp_path / "run", tied=False, objective="block")
+    with pytest.raises(TokenizerError, match="qwen: the mask id 2 is also the id of eos"):
+        start_run(tmp_path / "qwen", config, vocab_size=ROWS, mask_id=2)

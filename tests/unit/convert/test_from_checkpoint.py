@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from bd3_megatron.convert.from_checkpoint import (
     convert_checkpoint,
     find_checkpoint,
     prove,
+    tokenizer_of,
 )
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.layerwise import parallel_logits, plain_logits, random_tokens
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder, write_folder
-from bd3_megatron.errors import CheckpointError, ConversionError
+from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
+from bd3_megatron.errors import CheckpointError, ConversionError, TokenizerError
 from bd3_megatron.hf.plain_bd3 import plain_model
 from bd3_megatron.parallel.topology import Topology
 from tests.ranks.checkpoint_runs import build, raw_state, steps, tiny
@@ -238,3 +241,17 @@ def test_the_tool_says_what_it_did(run_dir: Path, tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "raw weights of" in out and "differ by at most" in out and "no tokenizer was found" in out
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_beside_the_data_must_be_the_runs(tmp_path: Path) -> None:
+    path = whole_checkpoint(tmp_path / "run" / "checkpoints" / step_name(3), run_config(tmp_path / "run"))
+    manifest = open_checkpoint(path).manifest
+    ByteTokenizer().save(tmp_path / "data" / "tokenizer")
+    fingerprint = ByteTokenizer().fingerprint
+    known = replace(manifest, train_state={"tokenizer": {"fingerprint": fingerprint}})
+    folder = tmp_path / "data" / "tokenizer"
+    assert tokenizer_of(tmp_path / "data", manifest) == tokenizer_of(tmp_path / "data", known) == folder
+    assert tokenizer_of(tmp_path, known) is None and tokenizer_of(None, known) is None
+    other = replace(manifest, train_state={"tokenizer": {"fingerprint": "f" * 64}})
+    with pytest.raises(TokenizerError, match="tokenizer has the tokenizer .*, the run at step 3 has f{16}"):
+        tokenizer_of(tmp_path / "data", other)

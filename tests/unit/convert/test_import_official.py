@@ -202,3 +202,9 @@ def test_models_that_the_official_class_cannot_hold_are_not_exported(tmp_path: P
     ):
         export_official(tmp_path / "modern", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_that_is_the_sources_end_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="the mask id 48 is also the id of bos and eos"):
+        import_official(LIGHTNING, tmp_path / "out", ImportOptions(mask_id=48))
+    assert not (tmp_path / "out").exists()
