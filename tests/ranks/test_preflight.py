@@ -61,7 +61,7 @@ def test_a_rank_of_a_node_with_another_folder_is_named_to_all_and_to_the_batch_s
 
 def test_too_little_space_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     def on_rank(topology: Topology) -> str:
-        huge = config(tmp_path, "model.vocab_size=1000000000000")
+        huge = config(tmp_path, "model.vocab_size=100000000", "model.hidden_size=16384")
         with pytest.raises(LaunchError) as caught:
             preflight(huge, topology, lambda said: None)
         return str(caught.value)
