@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,8 @@ def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(tmp_pat
                 StopRequest().agreed(topology.device)
                 watchdog.step_done(step)
 
-    started = time.monotonic()
     with pytest.raises(AssertionError, match="rank"):
         run_ranks(on_rank, ParallelConfig(dp=3))
-    assert time.monotonic() - started < 60
     found = json.loads((tmp_path / "status.json").read_text())
     assert found["status"] == "hung" and found["step"] == 2
     assert "after step 2 (limit 2 s): rank 1 (node node1) is in no collective" in found["reason"]
