@@ -23,6 +23,18 @@ DEBUG = ROOT / "configs/debug_cpu.yaml"
 CPU_PROFILE = ROOT / "configs/cluster/cpu.yaml"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
+AT_STEP = """
+import signal, threading, time
+from bd3_megatron.train.trainer import Trainer
+original = Trainer._step
+def step(self, batches):
+    now = self.state.step + 1
+    {body}
+    return original(self, batches)
+Trainer._step = step
+"""
+"""A fault for `Slurm.faulty` before each update; `body` is a line of Python with now, rank, node and attempt."""
+
 RANK = """\
 #!/bin/bash
 # in place of a rank's interpreter; its last argument is the configuration

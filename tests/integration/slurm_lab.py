@@ -179,6 +179,11 @@ class SlurmLab:
         process.kill()
         process.wait()
 
+    def set_link(self, node: Node, *, up: bool) -> None:
+        """Plug or pull a node's cable (netns only); what runs on it goes on."""
+        link = ["nsenter", "-t", str(self._processes["network"].pid), "-n", "ip", "link", "set", f"v{node.number}"]
+        subprocess.run([*link, "up" if up else "down"], check=True)
+
     def wait_idle(self, timeout: float = 60.0) -> None:
         """Wait until every node is idle."""
 

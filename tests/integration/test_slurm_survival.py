@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.slurm_client import DEBUG, Slurm, last_step, losses, status
+from tests.integration.slurm_client import AT_STEP, DEBUG, Slurm, last_step, losses, status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1800)]
 
@@ -22,16 +22,6 @@ STEPS = 40
 WAIT_SECONDS = 900.0
 """A few attempts, each importing and joining on a busy machine."""
 
-AT_STEP = """
-import signal, threading, time
-from bd3_megatron.train.trainer import Trainer
-original = Trainer._step
-def step(self, batches):
-    now = self.state.step + 1
-    {body}
-    return original(self, batches)
-Trainer._step = step
-"""
 SLOWLY = AT_STEP.format(body="time.sleep(0.0 if attempt else 1.0)")
 """The first attempt takes a second a step, so that something can happen to it."""
 
@@ -242,3 +232,43 @@ def test_a_second_signal_ends_ranks_at_once_and_spares_the_last_checkpoint(
         time.sleep(2.0)
     assert slurm.wait(job, WAIT_SECONDS)["JobState"] == "COMPLETED", slurm.log(job)
     assert is_complete(tmp_path / "run") and "resumes at step 5" in slurm.log(job)
+
+
+def test_a_node_that_was_cut_off_and_its_successor_never_write_the_folder_at_once(
+    slurm: Slurm, tmp_path: Path, byte_tokens: Path
+) -> None:
+    if slurm.lab.layout != "netns":
+        pytest.skip("cables can be pulled with networks of their own only")
+    run, patience = tmp_path / "run", "parallel.collective_timeout_seconds=1200"
+    job = slurm.train(*overrides(byte_tokens, patience, "train.steps=400"), profile=slurm.faulty(SLOWLY))
+    started(slurm, job, run, 3)
+    node = next(n for n in slurm.lab.nodes if n.name == slurm.job(job)["NodeList"])
+    slurm.lab.set_link(node, up=False)
+    try:
+        slurm.until(lambda: "waits for its end, or for a sign of life" in slurm.log(job), job, WAIT_SECONDS)
+        # the first attempt, which no controller reaches, goes on: the second one must not touch its record
+        seen = last_step(run)
+        started(slurm, job, run, seen + 3)
+        assert status(run)["attempt"] == 1
+    finally:
+        slurm.lab.set_link(node, up=True)
+    assert slurm.wait(job, WAIT_SECONDS)["JobState"] == "COMPLETED", slurm.log(job)
+    assert is_complete(run, 400) and status(run)["attempt"] == 2
+    slurm.lab.wait_idle(120)
+
+
+def test_a_requeue_waits_for_an_attempt_that_is_still_saving(slurm: Slurm, tmp_path: Path, byte_tokens: Path) -> None:
+    fault = SLOWLY + (
+        "from bd3_megatron.checkpoint.save import Saver\n"
+        "save = Saver.save\n"
+        "def slowly(self, **facts):\n"
+        "    time.sleep(0.0 if attempt else 8.0)\n"
+        "    save(self, **facts)\n"
+        "Saver.save = slowly\n"
+    )
+    job = slurm.train("--nodes", "2", *overrides(byte_tokens, "checkpoint.every_steps=0"), profile=slurm.faulty(fault))
+    started(slurm, job, tmp_path / "run", 3)
+    slurm.lab.run("scontrol", "requeue", str(job))
+    assert slurm.wait(job, WAIT_SECONDS)["JobState"] == "COMPLETED", slurm.log(job)
+    assert is_complete(tmp_path / "run") and status(tmp_path / "run")["attempt"] == 2
+    assert "anew" not in slurm.log(job).partition("attempt 1")[2]

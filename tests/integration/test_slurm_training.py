@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.slurm_client import DEBUG, Slurm, last_step, losses, status
+from tests.integration.slurm_client import AT_STEP, DEBUG, Slurm, last_step, losses, status
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 60
-"""Enough that a signal at step 2 finds the run at work."""
+STEPS = 20
+"""Some before the stop, some after it."""
 START_SECONDS = 240.0
 """Importing and joining on a busy machine."""
 
@@ -24,11 +25,22 @@ def overrides(tokens: Path) -> list[str]:
     return [f"data.path={tokens}", f"train.steps={STEPS}", *fixed]
 
 
+def a_second_launch_is_refused(slurm: Slurm, tokens: Path, profile: Path, holder: int) -> None:
+    job = slurm.train(*overrides(tokens), profile=profile)
+    assert slurm.wait(job, START_SECONDS)["JobState"] == "FAILED" and slurm.job(job)["Restarts"] == "0"
+    held = rf"gives up: run.dir=.*/run is held by .*\(host n\d, process \d+, SLURM job {holder}, started"
+    assert re.search(held, slurm.log(job)), slurm.log(job)
+
+
 def test_two_nodes_told_to_stop_requeue_and_end_with_the_losses_of_a_local_run(
     slurm: Slurm, tmp_path: Path, byte_tokens: Path, clean_environment: Mapping[str, str]
 ) -> None:
     run = tmp_path / "run"
-    job = slurm.train("--nodes", "2", *overrides(byte_tokens), profile=slurm.profile(sys.executable))
+    # slow enough that the second launch finds the first one at work
+    profile = slurm.faulty(AT_STEP.format(body="time.sleep(0.0 if attempt else 2.0)"))
+    job = slurm.train("--nodes", "2", *overrides(byte_tokens), profile=profile)
+    slurm.until(lambda: (run / "lease.json").exists(), job, START_SECONDS)
+    a_second_launch_is_refused(slurm, byte_tokens, profile, job)
     slurm.until(lambda: last_step(run) >= 2, job, START_SECONDS)
     slurm.lab.run("scancel", "--batch", "--signal=USR1", str(job))
     slurm.until(lambda: int(slurm.job(job)["Restarts"]) == 1, job)
