@@ -4,11 +4,7 @@ Each check asks for one assumption of an engine (architecture, mask id, block si
 tokenizer). An error is what the engine would compute wrongly or refuse; a remark is a setting to give it. Nothing is loaded
 or run, so that no answer says that an engine serves the folder well.
 Source: SGLang python/sglang/srt/dllm/config.py (DLLM_PARAMS), LMDeploy lmdeploy/pytorch/configurations/sdar.py,
-<<<<<<< HEAD
 JetEngine's reading of config.json, transformers' loading of remote code; as read in late 2025.
-=======
-JetEngine's configuration class, transformers' loading of remote code; as read in late 2025.
->>>>>>> 4df1f47 (tests: true sentences, and a checkpoint too large within the legal ranges)
 """
 
 from __future__ import annotations

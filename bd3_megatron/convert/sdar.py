@@ -4,11 +4,7 @@ Weights pass through, since the plain model has Qwen3's names. In SDAR's layout 
 token, and the mask's, are silent (convert/silent_rows.py). Refused: the paper's style, no norms on queries and keys,
 shifted logits as SDAR, block diffusion as Qwen3. SDAR's modelling files are not ours to write.
 Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py;
-<<<<<<< HEAD
 JetEngine's reading of config.json.
-=======
-JetEngine's configuration class.
->>>>>>> 4df1f47 (tests: true sentences, and a checkpoint too large within the legal ranges)
 """
 
 from __future__ import annotations
