@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 
 
 def version() -> str:
-    """The version written in the package's door plate; read as text because importing it needs it installed."""
+    """The version written in the package's `__init__.py`; read as text because importing it needs it installed."""
     found = re.search(
         r'^__version__ = "([^"]+)"$', (ROOT / "bd3_megatron/__init__.py").read_text("utf-8"), re.MULTILINE
     )

@@ -1,7 +1,7 @@
 """One owner of a folder: a file that names who works in it, so that a second launch is refused and a dead one replaced.
 
 Of many launches one creates the file (`files.create`). Its modification time is the heartbeat, so that the file server's
-clock alone decides how old one is. `judge` says when another launch is refused and when it is
+clock alone decides how old one is. `verdict_on` says when another launch is refused and when it is
 taken for gone; the owner checks at every heartbeat that the file is still its own, and ends the process if it is not.
 """
 
@@ -134,7 +134,7 @@ def this_process() -> Holder:
     )
 
 
-def judge(found: Sighting, mine: Holder, *, has_moved: bool, watched_seconds: float) -> Verdict:
+def verdict_on(found: Sighting, mine: Holder, *, has_moved: bool, watched_seconds: float) -> Verdict:
     """Whether a lease keeps `mine` out.
 
     Args:
@@ -296,7 +296,7 @@ def _settled(path: Path, mine: Holder, first: Sighting, wait: _Wait) -> bool:
     looks = 0
     while found is not None:
         watched = looks * LEASE_POLL_SECONDS
-        verdict = judge(found, mine, has_moved=found.heartbeat != first.heartbeat, watched_seconds=watched)
+        verdict = verdict_on(found, mine, has_moved=found.heartbeat != first.heartbeat, watched_seconds=watched)
         if verdict == "take over":
             wait.say(f"{wait.name} was held by {_who(found)}, which is gone: takes it over")
             _put_aside(path, found, mine)
@@ -368,7 +368,7 @@ def _create(path: Path, holder: Holder) -> bool:
 
 
 def _put_aside(path: Path, found: Sighting, mine: Holder) -> None:
-    """Remove the lease that was judged, and only that one."""
+    """Remove the lease that was examined, and only that one."""
     aside = path.with_name(f".{path.name}.{mine.token}.old")
     try:
         move(path, aside)

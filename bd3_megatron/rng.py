@@ -1,4 +1,4 @@
-"""Randomness as a function: f(seed, purpose, index, coordinates), the only source of random numbers in the house.
+"""Randomness as a function: f(seed, purpose, index, coordinates), the only source of random numbers here.
 
 Decides: what each stream of random numbers is for (`Purpose`), and how uniforms, coin flips, normals and permutations
 follow from the counter generator in hf/philox.py. Nothing here has a state: a draw does not depend on the rank, the

@@ -18,7 +18,7 @@ from bd3_megatron.errors import ConfigError, LaunchError, cut, shown
 from bd3_megatron.planner.machines import ClusterFile
 
 # what sbatch reads as one word; a quote or blank would end the directive early
-NAMES = Matches(r"[\w@+][\w.,@+-]*", "a name of letters, digits and . , @ + _ -")
+SITE_NAME = Matches(r"[\w@+][\w.,@+-]*", "a name of letters, digits and . , @ + _ -")
 FEATURES = Matches(r"[\w(\[!][\w.,:&|*()\[\]!=+-]*", "node features joined by & or |")
 NODES = Matches(r"[\w/][\w.,/\[\]-]*", "a list of nodes such as n[3,7]")
 ADDRESS = Matches(r"[^\s\"'\\,]+", "one mail address")
@@ -46,17 +46,17 @@ class ContainerProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterProfile:
-    partition: Annotated[str, NAMES]
+    partition: Annotated[str, SITE_NAME]
     """Queue the job is put in."""
-    account: Annotated[str, NAMES] | None = None
+    account: Annotated[str, SITE_NAME] | None = None
     """Whom the hours are charged to; None: the site's default."""
-    qos: Annotated[str, NAMES] | None = None
+    qos: Annotated[str, SITE_NAME] | None = None
     """Quality of service; None: the site's default."""
     constraint: Annotated[str, FEATURES] | None = None
     """Node features, for example "a100&ib"."""
     gpus_per_node: Annotated[int, Range(0, 1000)] = 0
     """GPUs of a node, one rank each; 0: a CPU job."""
-    gpu_type: Annotated[str, NAMES] | None = None
+    gpu_type: Annotated[str, SITE_NAME] | None = None
     """SLURM's name of the GPU model (as in gres.conf); None: any."""
     ranks_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Ranks of a node; None: gpus_per_node."""

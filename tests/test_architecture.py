@@ -287,8 +287,8 @@ def test_the_top_level_is_fixed() -> None:
     if listed.returncode != 0:
         pytest.skip("not a git checkout: what belongs to the tree cannot be told from what was built in it")
     names = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    strangers = {name for name in names if name not in TOP_LEVEL and not name.startswith(".")}
-    assert not strangers, strangers
+    excess = {name for name in names if name not in TOP_LEVEL and not name.startswith(".")}
+    assert not excess, excess
 
 
 def test_every_test_folder_of_a_room_mirrors_the_package() -> None:

@@ -66,6 +66,7 @@ UPSTREAM_ELSEWHERE = {
     "models/ema.py": "kuleshov-group/bd3lms",
     "configuration_bd3lm.py": "kuleshov-group's folders on the Hub",
     "modeling_bd3lm.py": "kuleshov-group's folders on the Hub",
+    "jetengine/config.py": "JetAstra/SDAR",
     "configuration_sdar.py": "JetAstra/SDAR's folders on the Hub",
     "lmdeploy/pytorch/configurations/sdar.py": "InternLM/lmdeploy",
     "pytorch/configurations/sdar.py": "InternLM/lmdeploy",
@@ -99,7 +100,7 @@ WRITTEN = {
     "an exported folder": {"config.json", "generation_config.json", "model.safetensors", "README.md"},
     "tests/run.sh --mutations": {"mutations.md"},
     "a report": {"report.html", "results.md", "results.json", "samples.txt"},
-    "the user": {"book.txt", "a.txt", "corpus.jsonl", "NAME.yaml"},
+    "the user": {"book.txt", "a.txt", "corpus.jsonl", "NAME.yaml", "NAME.md"},
 }
 """Files that are made, not shipped: who makes them -> their names, without folders."""
 
@@ -139,6 +140,7 @@ LITERALS = {
     ".venv": "the folder that tests/run.sh makes",
     "builtin:NAME": "the form of a source of text",
     "builtin:python-docs": "a source of text that every Python has",
+    "package: imperative subject": "the form of a commit's first line",
     "fast": "the kind that tokenizer_fast.py writes down",
     "wide": "a case of tools/bench/plan.py",
     "_b": "the end of a variable's name in the kernels",
@@ -191,7 +193,9 @@ def importable() -> frozenset[str]:
     libraries = {m.split(".")[0] for s in sources(*CODE) for m, _ in imported_modules(s)}
     values = said_in_code(next(s for s in sources(*SHIPPED) if s.path == SCHEMA))
     return frozenset(
-        libraries.union(owners(), *owners().values(), values, dir(builtins), FOREIGN_NAMES, ("self", "cls"))
+        libraries.union(
+            owners(), *owners().values(), values, dir(builtins), FOREIGN_NAMES, ("self", "cls", "true", "false", "null")
+        )
     )
 
 

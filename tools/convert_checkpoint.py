@@ -1,7 +1,7 @@
 """Turn a run's checkpoint into a Hugging Face folder: `python tools/convert_checkpoint.py RUN --out FOLDER`.
 
 One process, no GPU, no process group; memory for the largest tensor and a little. With `--layout sdar` or `qwen3` the
-folder is what SGLang and LMDeploy serve; RUN may then also be a folder exported before. A thin door over
+folder is what SGLang and LMDeploy serve; RUN may then also be a folder exported before. A thin command over
 convert/from_checkpoint and convert/sdar; imports late, so that --help is quick.
 """
 

@@ -1,6 +1,6 @@
 """Write an exported folder under official BD3-LM keys: `python tools/export_official.py FOLDER --out DIR`.
 
-The official Hugging Face class loads the result; importing it again is bit-equal. A thin door over
+The official Hugging Face class loads the result; importing it again is bit-equal. A thin command over
 convert/import_official; imports late, so that --help is quick.
 """
 

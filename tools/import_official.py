@@ -1,6 +1,6 @@
 """Turn official BD3-LM weights into an exported folder: `python tools/import_official.py SOURCE --out FOLDER`.
 
-SOURCE is an official Hugging Face folder or a Lightning .ckpt; nothing inside a .ckpt is executed. A thin door over
+SOURCE is an official Hugging Face folder or a Lightning .ckpt; nothing inside a .ckpt is executed. A thin command over
 convert/import_official; imports late, so that --help is quick.
 """
 

@@ -67,7 +67,7 @@ class Manifest:
     """V, mask id included, without padding rows."""
     mask_id: int | None
     train_state: dict[str, Any]
-    """The trainer's own state (phase, interval, run ids): plain JSON that this room does not read."""
+    """The trainer's own state (phase, interval, run ids): plain JSON that checkpoint/ does not read."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Counters of the optimizer: adam_step, skipped_steps, global_steps, ema_updates, loss_scale."""
     software: dict[str, str] = field(default_factory=dict)

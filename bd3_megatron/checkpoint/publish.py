@@ -2,7 +2,7 @@
 
 Decides: manifest last, then one rename, then LATEST. A folder of the same step that is in the way (torn, or made by a run
 that is being repeated) is moved aside under a name that is still a candidate, so that no moment has less than before.
-Old checkpoints are renamed out of sight before they are deleted: a crash never leaves half of one.
+Old checkpoints lose their names before they are deleted: a crash never leaves half of one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bd3_megatron.checkpoint.layout import (
     step_name,
     step_of,
 )
+from bd3_megatron.checkpoint.verify import excess_files
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, remove_leftovers, write_bytes, write_text
 
@@ -55,7 +56,7 @@ def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> P
 
 def publish_files(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest of a folder whose files are all there, and put the folder in its place."""
-    _remove_strangers(temporary, manifest)
+    _remove_excess_files(temporary, manifest)
     content = manifest_bytes(manifest)
     write_bytes(temporary / MANIFEST, content)
     write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
@@ -98,11 +99,10 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
     return files
 
 
-def _remove_strangers(temporary: Path, manifest: Manifest) -> None:
+def _remove_excess_files(temporary: Path, manifest: Manifest) -> None:
     """DeepSpeed drops recovery scripts beside its state, which load pickles without care: only what is listed stays."""
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file() and str(path.relative_to(temporary)) not in manifest.files:
-            path.unlink()
+    for name in excess_files(temporary, manifest):
+        (temporary / name).unlink()
 
 
 def sweep(folder: Path) -> None:

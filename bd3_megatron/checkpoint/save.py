@@ -120,7 +120,7 @@ class Saver:
             evaluation=evaluation or {},
         )
         temporary = self._folder / f"{TEMPORARY_PREFIX}{step_name(step)}"
-        if not self._agreed(lambda: _make_room(self._folder, temporary), only_first=True):
+        if not self._agreed(lambda: _free_space(self._folder, temporary), only_first=True):
             return
         record = record_rank(self._engine, temporary, copied=self._asynchronous)
         # ranks of one node share its disk, and so may all of them: the sum is what must fit
@@ -189,7 +189,7 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _make_room(folder: Path, temporary: Path) -> None:
+def _free_space(folder: Path, temporary: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     temporary.mkdir()

@@ -87,7 +87,7 @@ def _file_problem(folder: Path, manifest: Manifest, name: str) -> str | None:
     return None
 
 
-def strangers(path: Path, manifest: Manifest) -> list[str]:
+def excess_files(path: Path, manifest: Manifest) -> list[str]:
     """Files in the folder that the manifest does not name (they are never read)."""
     known = {*manifest.files, MANIFEST, MANIFEST_DIGEST}
     return sorted(

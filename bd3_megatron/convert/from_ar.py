@@ -52,7 +52,7 @@ class ArFolder:
 
 
 def read_ar_folder(folder: Path) -> ArFolder:
-    """Read and judge config.json.
+    """Read config.json and refuse what cannot be carried over.
 
     Raises:
         CheckpointError: no readable config.json.

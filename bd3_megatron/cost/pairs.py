@@ -4,7 +4,7 @@ The rule (attention/visibility): noisy sees its own block and all clean blocks b
 its own; nothing crosses a document. Without documents that is L(L+S)/2 pairs for a noisy stream and as many for the
 clean one, L(L+S) together. Needed: a clean row that no noisy row of its document sees (those of its last block)
 is dead, with all its pairs. Executed: the structured backend does the allowed pairs exactly; FlexAttention whole tiles
-of 128 x 128; the dense judge the whole rectangle. With documents a count costs one pass over the blocks.
+of 128 x 128; the dense reference the whole rectangle. With documents a count costs one pass over the blocks.
 Torch-free; tested against the predicate itself.
 """
 

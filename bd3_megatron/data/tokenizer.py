@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """Write the folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` read."""
 
 
-def write_folder(
+def write_tokenizer_folder(
     folder: Path, tokenizer: Tokenizer, tokenizer_json: str, texts: SpecialTexts, *, clean_up: bool = False
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the record."""

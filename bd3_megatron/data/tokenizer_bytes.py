@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
-from bd3_megatron.data.tokenizer import Tokens, write_folder
+from bd3_megatron.data.tokenizer import Tokens, write_tokenizer_folder
 from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
 
 _TEXTS = SpecialTexts(bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>")
@@ -56,7 +56,7 @@ class ByteTokenizer:
         return "".join(texts)
 
     def save(self, folder: Path) -> None:
-        write_folder(folder, self, byte_tokenizer_json(), _TEXTS)
+        write_tokenizer_folder(folder, self, byte_tokenizer_json(), _TEXTS)
 
 
 def byte_tokenizer_json() -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.data.text_cutting import cut_text, is_cuttable
-from bd3_megatron.data.tokenizer import Tokens, write_folder
+from bd3_megatron.data.tokenizer import Tokens, write_tokenizer_folder
 from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
 from bd3_megatron.errors import TokenizerError
 
@@ -88,7 +88,7 @@ class FastTokenizer:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     def save(self, folder: Path) -> None:
-        write_folder(folder, self, self._json, self._texts, clean_up=self._clean_up)
+        write_tokenizer_folder(folder, self, self._json, self._texts, clean_up=self._clean_up)
 
     def _pieces(self, text: str) -> list[str]:
         if not text:

@@ -1,1 +1,1 @@
-"""Engine: one optimizer step, whatever the grid. The only room that calls deepspeed.initialize."""
+"""Engine: one optimizer step, whatever the grid. Nothing else calls deepspeed.initialize."""

@@ -1,6 +1,6 @@
 """How each parameter is cut over tensor-parallel ranks: one table, by the last words of its name.
 
-Names are global: `decoder.layers.<layer of the whole model>...`, whatever the pipeline split. Every room that cuts or
+Names are global: `decoder.layers.<layer of the whole model>...`, whatever the pipeline split. Everything that cuts or
 joins tensors (initialisation, checkpoints, conversion) asks this table and no other.
 """
 

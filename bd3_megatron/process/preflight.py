@@ -98,7 +98,7 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
     bad_nodes = os.environ.get("BD3_BAD_NODES")
     reports: list[Any] = [None] * topology.world_size
     dist.all_gather_object(reports, examine(Path(config.run.dir), topology))
-    findings = judge(reports, device_type=topology.device.type)
+    findings = remarks_on(reports, device_type=topology.device.type)
     stops = [f for f in findings if f.kind == "fault" or (f.kind == "slow" and bad_nodes)]
     for finding in findings:
         say(f"preflight: {finding.sentence}")
@@ -238,7 +238,7 @@ def _unseen(folder: Path, wanted: Sequence[int]) -> list[int]:
         time.sleep(0.2)
 
 
-def judge(reports: Sequence[RankReport], *, device_type: str) -> list[NodeRemark]:
+def remarks_on(reports: Sequence[RankReport], *, device_type: str) -> list[NodeRemark]:
     """What is wrong, by node; pure.
 
     Args:
@@ -247,14 +247,14 @@ def judge(reports: Sequence[RankReport], *, device_type: str) -> list[NodeRemark
     """
     findings = [*_odd_versions(reports), *_slow(reports, SLOW_FACTOR.get(device_type, SLOW_FACTOR["cpu"]))]
     clock = statistics.median(r.clock for r in reports)
-    strangers = {s for r in reports if r.unseen_ranks for s in (r.unseen_ranks if r.rank == 0 else (r.rank,))}
+    unseen = {s for r in reports if r.unseen_ranks for s in (r.unseen_ranks if r.rank == 0 else (r.rank,))}
     for r in reports:
         where = f"rank {r.rank} on node {r.node}"
         faults = []
         if not r.product_is_right:
             faults.append("computes a wrong matrix product")
         faults += [f"gets a wrong sum from the all-reduce over {axis}" for axis in r.wrong_axes]
-        if r.rank in strangers:
+        if r.rank in unseen:
             faults.append("does not share the run folder with rank 0, or cannot write there")
         if r.occupied > OCCUPIED_LIMIT:
             faults.append(f"finds {100 * r.occupied:.0f} % of its device's memory in use before training")

@@ -1,7 +1,7 @@
 """Warnings of foreign engines that are true, known and of no use to the person who reads the console.
 
-Decides: which are dropped, each by module and wording; anything else a guest says is shown. Must run before the guests
-are imported, because they speak while they are.
+Decides: which are dropped, each by module and wording; anything else an engine says is shown. Must run before the engines
+are imported, because they warn while they are.
 """
 
 from __future__ import annotations

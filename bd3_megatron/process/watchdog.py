@@ -36,7 +36,7 @@ from bd3_megatron.process.status import write_status
 MEDIAN_STEPS = 101
 """Steps whose median says what is usual."""
 WORDS_SECONDS = 5.0
-"""How long ranks wait for each other's word before they judge."""
+"""How long ranks wait for each other's word before they name one."""
 LAST_RESORT_SECONDS = 30.0
 """After the limit, until faulthandler's timer ends a process whose interpreter answers no more."""
 COLLECTIVE_FILE = "distributed_c10d.py"
@@ -126,7 +126,7 @@ class Watchdog:
         try:
             own = self._leave_word(loop)
             words = self._words()
-            verdict = judge(words, self._world_size)
+            verdict = blamed(words, self._world_size)
             sentence = (
                 f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
             )
@@ -183,7 +183,7 @@ def where(frame: FrameType | None) -> tuple[str, str]:
     return collective, place
 
 
-def judge(words: Sequence[Word], world_size: int) -> str:
+def blamed(words: Sequence[Word], world_size: int) -> str:
     """Who is to blame, as a part of a sentence; pure.
 
     Args:

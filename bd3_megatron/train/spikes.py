@@ -3,7 +3,7 @@
 Decides: a spike is a loss above `train.spike_factor` times the median of the last WINDOW steps' losses, once there are
 MIN_HISTORY of them; a loss that is not finite always is one. `skip` leaves the batch out; `rollback` returns to the newest
 checkpoint and goes on behind the batch, for runs in which a spike is the end of a slow divergence. Either is written to
-the record. The history is part of the train state, so a resumed run judges as the undisturbed one would.
+the record. The history is part of the train state, so a resumed run decides as the undisturbed one would.
 Costs: one reduction and one host sync a step while it is on.
 """
 

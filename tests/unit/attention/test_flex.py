@@ -61,14 +61,14 @@ def test_executed_pairs_of_the_pair_have_a_closed_form() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_eager_flex_equals_the_judge(packed: bool) -> None:
+def test_eager_flex_equals_the_reference(packed: bool) -> None:
     visibility = Visibility.pair(150, 6, random_documents(150, 5) if packed else None)
     p = problem(visibility, heads=(4, 2), head_dim=16)
     with torch.no_grad():
         assert worst_difference(outputs(flex.attend, p), outputs(dense.attend, p)) < FAST_PATH_FP64
 
 
-def test_eager_flex_equals_the_judge_on_context_parallel_rows() -> None:
+def test_eager_flex_equals_the_reference_on_context_parallel_rows() -> None:
     p = problem(zigzag(64, 4, 1, 2), heads=(2, 2), head_dim=16)
     with torch.no_grad():
         assert worst_difference(outputs(flex.attend, p), outputs(dense.attend, p)) < FAST_PATH_FP64

@@ -25,7 +25,7 @@ SHAPES = [(1, 1), (24, 1), (24, 3), (24, 24), (60, 4), (96, 16), (56, 8)]
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize(("length", "block_size"), SHAPES)
-def test_structured_equals_the_judge_in_fp64(length: int, block_size: int, heads: tuple[int, int]) -> None:
+def test_structured_equals_the_reference_in_fp64(length: int, block_size: int, heads: tuple[int, int]) -> None:
     for visibility in visibilities(length, block_size):
         p = problem(visibility, heads=heads)
         expected, actual = outputs_and_gradients(dense.attend, p), outputs_and_gradients(structured.attend, p)
@@ -33,14 +33,14 @@ def test_structured_equals_the_judge_in_fp64(length: int, block_size: int, heads
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(320, 16), (300, 4), (128, 1), (192, 64)])
-def test_structured_equals_the_judge_in_fp32(length: int, block_size: int) -> None:
+def test_structured_equals_the_reference_in_fp32(length: int, block_size: int) -> None:
     for visibility in visibilities(length, block_size):
         p = problem(visibility, head_dim=64, dtype=torch.float32)
         expected, actual = outputs_and_gradients(dense.attend, p), outputs_and_gradients(structured.attend, p)
         assert worst_difference(actual, expected, relative=True) < FAST_PATH_FP32
 
 
-def test_structured_equals_the_judge_in_bf16() -> None:
+def test_structured_equals_the_reference_in_bf16() -> None:
     p = problem(Visibility.pair(96, 8), head_dim=16, dtype=torch.bfloat16)
     expected, actual = outputs_and_gradients(dense.attend, p), outputs_and_gradients(structured.attend, p)
     assert worst_difference(actual, expected, relative=True) < FAST_PATH_BF16

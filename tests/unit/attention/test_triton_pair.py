@@ -63,7 +63,7 @@ def test_a_visibility_keeps_its_tables() -> None:
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(24, 3), (16, 16)])
-def test_interpreted_kernels_equal_the_judge(length: int, block_size: int, root: Path) -> None:
+def test_interpreted_kernels_equal_the_reference(length: int, block_size: int, root: Path) -> None:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}

@@ -30,11 +30,11 @@ from bd3_megatron.lease import (
     held,
     held_output,
     is_running,
-    judge,
     look,
     read_holder,
     start_ticks,
     this_process,
+    verdict_on,
 )
 
 ME = replace(this_process(), job="35", attempt=1)
@@ -112,7 +112,7 @@ def test_a_launch_whose_process_is_gone_is_replaced_at_once_and_said(tmp_path: P
     ],
 )
 def test_the_verdict(found: Sighting, moved: bool, watched: float, verdict: str) -> None:
-    assert judge(found, ME, has_moved=moved, watched_seconds=watched) == verdict
+    assert verdict_on(found, ME, has_moved=moved, watched_seconds=watched) == verdict
 
 
 def test_a_live_owner_elsewhere_is_refused_at_its_first_heartbeat(tmp_path: Path) -> None:

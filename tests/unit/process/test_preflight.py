@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bd3_megatron.process import preflight
-from bd3_megatron.process.preflight import NodeRemark, RankReport, judge, summary
+from bd3_megatron.process.preflight import NodeRemark, RankReport, remarks_on, summary
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def reports(*changes: dict[str, Any]) -> list[RankReport]:
 
 
 def verdict(*changes: dict[str, Any], device_type: str = "cuda") -> list[NodeRemark]:
-    return judge(reports(*changes), device_type=device_type)
+    return remarks_on(reports(*changes), device_type=device_type)
 
 
 def test_healthy_ranks_have_no_findings() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_megatron.config.schema import WatchConfig
-from bd3_megatron.process.watchdog import OUTSIDE, Watchdog, Word, judge, where
+from bd3_megatron.process.watchdog import OUTSIDE, Watchdog, Word, blamed, where
 
 
 def word(rank: int, collective: str) -> Word:
@@ -16,26 +16,26 @@ def word(rank: int, collective: str) -> Word:
 
 
 def test_a_rank_outside_of_a_collective_is_to_blame() -> None:
-    assert judge([word(0, "all_reduce"), word(1, OUTSIDE), word(2, "all_reduce")], 3) == (
+    assert blamed([word(0, "all_reduce"), word(1, OUTSIDE), word(2, "all_reduce")], 3) == (
         "rank 1 (node n1) is in no collective, at file.py:1 in f; the others wait in all_reduce"
     )
 
 
 def test_a_rank_that_says_nothing_is_to_blame() -> None:
-    assert judge([word(0, "all_reduce"), word(2, "all_reduce")], 3) == (
+    assert blamed([word(0, "all_reduce"), word(2, "all_reduce")], 3) == (
         "rank 1 does not answer any more and the others wait in all_reduce"
     )
-    assert judge([word(0, OUTSIDE)], 2) == "rank 1 does not answer any more"
+    assert blamed([word(0, OUTSIDE)], 2) == "rank 1 does not answer any more"
 
 
 def test_a_rank_in_another_collective_is_to_blame() -> None:
-    assert judge([word(0, "all_reduce"), word(1, "barrier"), word(2, "all_reduce")], 3) == (
+    assert blamed([word(0, "all_reduce"), word(1, "barrier"), word(2, "all_reduce")], 3) == (
         "rank 1 (node n1) is in barrier, at file.py:1 in f; the others wait in all_reduce"
     )
 
 
 def test_nobody_in_a_collective_is_everybody() -> None:
-    assert judge([word(0, OUTSIDE), word(1, OUTSIDE)], 2) == (
+    assert blamed([word(0, OUTSIDE), word(1, OUTSIDE)], 2) == (
         "rank 0 (node n0) is in no collective, at file.py:0 in f; rank 1 (node n1) is in no collective, at file.py:1 in f"
     )
 
