@@ -1,4 +1,4 @@
-"""Every command in README.md is one that this checkout understands: parsed by its own parser, or its options looked up.
+"""Every command in README.md and CONTRIBUTING.md is one that this checkout understands: parsed by its own parser, or its options looked up.
 
 Refuses: a command whose program is not known here. Long commands are not run; the quickstart and the debug run are, by
 tests/integration.
@@ -21,7 +21,9 @@ from bd3_megatron.errors import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENTS = ("README.md", ".github/CONTRIBUTING.md")
 SHELL = {
+    "pre-commit",
     "cd",
     "export",
     "source",
@@ -40,7 +42,7 @@ SHELL = {
 
 
 def commands() -> list[str]:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = "\n".join((ROOT / document).read_text("utf-8") for document in DOCUMENTS if (ROOT / document).is_file())
     lines = [line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     return [" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

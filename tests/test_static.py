@@ -18,6 +18,11 @@ def test_ruff_finds_nothing(root: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_ruff_would_lay_out_nothing_anew(root: Path) -> None:
+    done = run_module(root, "ruff", "format", "--check", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.timeout(600)
 def test_mypy_finds_nothing(root: Path) -> None:
     done = run_module(root, "mypy", "--config-file", ".mypy.ini")
