@@ -1,4 +1,4 @@
-"""Every command in README.md and CONTRIBUTING.md is one that this checkout understands: parsed by its own parser, or its options looked up.
+"""Every command in README.md and .github/CONTRIBUTING.md is understood: parsed by its own parser, or its options looked up.
 
 Refuses: a command whose program is not known here. Long commands are not run; the quickstart and the debug run are, by
 tests/integration.
