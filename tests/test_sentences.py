@@ -66,7 +66,6 @@ UPSTREAM_ELSEWHERE = {
     "models/ema.py": "kuleshov-group/bd3lms",
     "configuration_bd3lm.py": "kuleshov-group's folders on the Hub",
     "modeling_bd3lm.py": "kuleshov-group's folders on the Hub",
-    "jetengine/config.py": "JetAstra/SDAR",
     "configuration_sdar.py": "JetAstra/SDAR's folders on the Hub",
     "lmdeploy/pytorch/configurations/sdar.py": "InternLM/lmdeploy",
     "pytorch/configurations/sdar.py": "InternLM/lmdeploy",
