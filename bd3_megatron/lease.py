@@ -34,6 +34,9 @@ WATCHED_SECONDS = 3 * HEARTBEAT_SECONDS
 PATIENCE_SECONDS = 240.0
 """Longest wait for a verdict."""
 LEASE_POLL_SECONDS = 0.5
+TURN_SECONDS = 60.0
+"""Age at which the turn of a launch that was killed while it took a folder over is given to the next."""
+TURN_POLL_SECONDS = 0.02
 
 Verdict = Literal["refuse", "wait", "take over"]
 
@@ -298,8 +301,8 @@ def _settled(path: Path, mine: Holder, first: Sighting, wait: _Wait) -> bool:
         watched = looks * LEASE_POLL_SECONDS
         verdict = verdict_on(found, mine, has_moved=found.heartbeat != first.heartbeat, watched_seconds=watched)
         if verdict == "take over":
-            wait.say(f"{wait.name} was held by {_who(found)}, which is gone: takes it over")
-            _put_aside(path, found, mine)
+            if _put_aside(path, found, mine):
+                wait.say(f"{wait.name} was held by {_who(found)}, which is gone: takes it over")
             return True
         if verdict == "refuse" or watched >= wait.patience_seconds:
             raise FolderHeldError(
@@ -367,19 +370,35 @@ def _create(path: Path, holder: Holder) -> bool:
     return create(path, json.dumps(asdict(holder)) + "\n")
 
 
-def _put_aside(path: Path, found: Sighting, mine: Holder) -> None:
-    """Remove the lease that was examined, and only that one."""
-    aside = path.with_name(f".{path.name}.{mine.token}.old")
+def _put_aside(path: Path, found: Sighting, mine: Holder, *, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Remove the lease that was examined, and only that one; False where it was another's by then."""
+    turn = path.with_name(f".{path.name}.turn")
+    # one launch at a time: between one's look and its removal another could take the folder, and a third one the name
+    while not create(turn, mine.token):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - turn.stat().st_mtime >= TURN_SECONDS:
+                turn.unlink()
+        sleep(TURN_POLL_SECONDS)
+    try:
+        return _moved_away(path, found, path.with_name(f".{path.name}.{mine.token}.old"))
+    finally:
+        turn.unlink(missing_ok=True)
+
+
+def _moved_away(path: Path, found: Sighting, aside: Path) -> bool:
+    if read_holder(path) != found.holder:
+        return False
     try:
         move(path, aside)
     except FileNotFoundError:
-        return
-    moved = read_holder(aside)
-    if moved != found.holder:
-        # another launch was faster, and this is its lease: put it back, unless a third one has come meanwhile
+        return False
+    same = read_holder(aside) == found.holder
+    if not same:
+        # its owner came back to life and gave it up, and this is a successor's: put it back
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
+    return same
 
 
 def _end_process(sentence: str) -> None:
