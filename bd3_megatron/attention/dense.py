@@ -32,6 +32,7 @@ def attend(
         ShapeError: the streams do not fit the visibility.
     """
     check_streams(noisy, clean, visibility)
+    # keys stand as [noisy; clean], the column order of the masks
     streams = [stream for stream in (noisy, clean) if stream is not None]
     k_BLGH = torch.cat([stream.k_BLGH for stream in streams], dim=1)
     v_BLGH = torch.cat([stream.v_BLGH for stream in streams], dim=1)
@@ -49,10 +50,12 @@ def masked_softmax_attention(
     q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, visible_BQK: Tensor, *, scale: float
 ) -> Tensor:
     """Attention under an explicit mask (bool [B or 1, Q, K], True = sees): out [B, Q, N, H] in the dtype of q."""
+    # fp32 at least: a reference that rounds scores to bf16 could not tell a wrong backend from its own rounding
     dtype = torch.promote_types(q_BLNH.dtype, torch.float32)
     share = q_BLNH.shape[2] // k_BLGH.shape[2]
     k_BLNH = k_BLGH.to(dtype).repeat_interleave(share, dim=2)
     v_BLNH = v_BLGH.to(dtype).repeat_interleave(share, dim=2)
     scores_BNQK = torch.einsum("bqnh,bknh->bnqk", q_BLNH.to(dtype), k_BLNH) * scale
+    # every row sees at least itself, so softmax never meets a row of -inf alone
     scores_BNQK = scores_BNQK.masked_fill(~visible_BQK[:, None], float("-inf"))
     return torch.einsum("bnqk,bknh->bqnh", scores_BNQK.softmax(dim=-1), v_BLNH).to(q_BLNH.dtype)

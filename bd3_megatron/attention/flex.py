@@ -72,13 +72,16 @@ def attend(
         raise BackendError(_NO_BACKWARD_ON_CPU)
     if call is None:
         call = _eager if on_cpu else compiled()
+    # kernel options belong to the code generator; the eager form on CPU has none
     options: dict[str, Any] = {} if on_cpu else {"kernel_options": {"BACKEND": kernel}}
     options |= {"scale": scale, "enable_gqa": q.size(1) != k.size(1)}
     try:
         out = call(q, k, v, block_mask=block_mask(visibility, q.device), **options)
+    # torch's own message names dynamo's limits, not the curriculum that ran into them
     except FailOnRecompileLimitHit as limit:
         raise BackendError(_too_many_graphs(visibility)) from limit
     out_BQNH = out.transpose(1, 2)
+    # noisy rows stand first, so one cut parts the outputs of the two streams
     border = num_rows(visibility.noisy_rows)
     return (out_BQNH[:, :border] if noisy is not None else None, out_BQNH[:, border:] if clean is not None else None)
 
@@ -148,6 +151,7 @@ def _too_many_graphs(visibility: Visibility) -> str:
 def _build(visibility: Visibility, device: torch.device) -> BlockMask:
     partial, full = tile_table(visibility)
     noisy = num_rows(visibility.noisy_rows)
+    # without seq_lengths torch would take the rows for a multiple of TILE
     return BlockMask.from_kv_blocks(
         *_ordered(partial, device),
         *_ordered(full, device),
@@ -159,6 +163,7 @@ def _build(visibility: Visibility, device: torch.device) -> BlockMask:
 
 def _ordered(tiles_BQK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per query tile: how many key tiles, and their numbers first in a row (int32 [B, 1, Q], [B, 1, Q, K])."""
+    # BlockMask reads only the first `count` numbers of a row; the stable sort keeps them in rising order
     order = torch.argsort(tiles_BQK.to(torch.int8), dim=-1, descending=True, stable=True)
     count = tiles_BQK.sum(-1, dtype=torch.int32)
     return on_device(count[:, None], device), on_device(order[:, None].to(torch.int32).contiguous(), device)
@@ -203,6 +208,7 @@ def _position_of(ranges: Rows) -> Callable[[Tensor], Tensor]:
     return position
 
 
+# Cached: each call of torch.compile has graphs of its own, and all layers are to share one set.
 @cache
 def compiled(backend: str | Callable[..., Any] = "inductor") -> Call:
     """FlexAttention compiled by torch: one fused graph a shape, and FailOnRecompileLimitHit beyond `MAX_GRAPHS`.

@@ -1,12 +1,8 @@
 """The visibility rule as intervals of keys per query row, and the tile bounds a kernel loops between.
 
-Under the rule every query row sees one run of clean keys, and a noisy row one run of noisy keys as well:
-    noisy row:  clean [document start, block start),  noisy [block start, block end) cut to the document
-    clean row:  clean [document start, block end) cut to the document
-Both ends rise with the row. So a kernel needs two integers a row for its mask, and four a tile to know where keys begin,
-where every row sees them (no mask there), where that ends, and where keys end: `bounds_of_queries`. Works for every visibility;
-documents must be contiguous. `sees` in `visibility` stays the rule; a test holds these tables against it.
-Costs a few sorted searches once per shape, or once per batch of documents.
+Every row sees one run of clean keys, a noisy row one run of noisy keys as well; both ends of a run rise with the row.
+Serves every visibility; documents must be contiguous. `sees` in `visibility` stays the rule; a test holds these tables
+against it. Costs a few sorted searches once per shape, or once per batch of documents.
 Source: none; the intervals are the rectangles of `rectangles`, row by row.
 """
 
@@ -37,6 +33,8 @@ def noisy_to_clean(visibility: Visibility) -> Intervals:
     """The clean keys (counted by position) that each noisy row sees."""
     position, start, _ = _documents_of(visibility, visibility.noisy_rows)
     block_start = position // visibility.block_size * visibility.block_size
+    # clean [document start, block start): a document that begins inside the block leaves an empty run, not a negative
+    # one
     return Intervals(start, torch.maximum(start, block_start))
 
 
@@ -44,6 +42,7 @@ def clean_to_clean(visibility: Visibility) -> Intervals:
     """The clean keys (counted by position) that each clean row sees."""
     position, start, stop = _documents_of(visibility, visibility.clean_rows)
     block_stop = (position // visibility.block_size + 1) * visibility.block_size
+    # clean [document start, block end): the document may end inside the block
     return Intervals(start, torch.minimum(stop, block_stop))
 
 
@@ -53,6 +52,7 @@ def noisy_to_noisy(visibility: Visibility) -> Intervals:
     block_start = position // visibility.block_size * visibility.block_size
     # A noisy block is whole in memory, so row and position differ by the same number throughout it.
     shift = torch.arange(position.size(-1)) - position
+    # noisy [block start, block end), cut to the document on both sides
     low, high = torch.maximum(start, block_start), torch.minimum(stop, block_start + visibility.block_size)
     return Intervals(low + shift, high + shift)
 
@@ -72,10 +72,14 @@ def bounds_of_queries(intervals: list[Intervals], *, row_tile: int, key_tile: in
     tiles = max(-(-each.low.size(1) // row_tile) for each in intervals)
     for each in intervals:
         rows = each.low.size(1)
+        # beyond the shorter stream's end its last row stands in: bounds may then be wider than needed, never too
+        # narrow
         first = (torch.arange(tiles) * row_tile).clamp_max(max(rows - 1, 0))
         last = (first + row_tile - 1).clamp_max(max(rows - 1, 0))
         if rows:
             parts.append((each.low[:, first], each.low[:, last], each.high[:, first], each.high[:, last]))
+    # both ends rise along the rows, so the first and last row of a tile bound all rows between; what every row sees
+    # lies between the last row's low and the first row's high
     start = torch.stack([p[0] for p in parts]).amin(0) // key_tile * key_tile
     full_start = -(-torch.stack([p[1] for p in parts]).amax(0) // key_tile) * key_tile
     full_stop = torch.stack([p[2] for p in parts]).amin(0) // key_tile * key_tile
@@ -93,6 +97,7 @@ def bounds_of_keys(intervals: Intervals, num_keys: int, *, row_tile: int, key_ti
     first = torch.arange(0, num_keys, key_tile).expand(intervals.low.size(0), -1).contiguous()
     stop_key = (first + key_tile).clamp_max(num_keys)
     low, high = intervals.low.contiguous(), intervals.high.contiguous()
+    # right: a row whose run ends at the tile's first key sees none of the tile
     start = torch.searchsorted(high, first, right=True) // row_tile * row_tile
     full_start = -(-torch.searchsorted(high, stop_key) // row_tile) * row_tile
     full_stop = torch.searchsorted(low, first, right=True) // row_tile * row_tile
@@ -117,6 +122,7 @@ def _documents_of(visibility: Visibility, rows: Rows) -> tuple[Tensor, Tensor, T
     starts, stops = [], []
     for ids_L in layouts:
         ends = torch.tensor(document_ends(ids_L))
+        # right: a position equal to a document's end belongs to the next document
         which = torch.searchsorted(ends, position, right=True)
         starts.append(torch.cat([torch.zeros(1, dtype=torch.int64), ends])[which])
         stops.append(ends[which])

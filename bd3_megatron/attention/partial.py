@@ -1,16 +1,9 @@
 """One unmasked (or causal) rectangle of attention through torch's own kernels, and the exact sum of several.
 
-A rectangle yields an output and the log-sum-exp of its scores. Rectangles of the same rows are merged by
-    out = sum_i exp(lse_i - lse) out_i,   lse = log sum_i exp(lse_i),
-and the gradient of the merged result with respect to one rectangle's q, k, v is what that rectangle's stock backward
-computes when it is handed the *merged* out and lse: the probabilities exp(s - lse) and the row sums dout . out it rebuilds
-are then those of the whole row. So no forward is run again and no gradient flows through the statistics.
-
-Decides which kernel serves which device and dtype; refuses the rest with a reason. Statistics and sums are kept in fp32
-(fp64 for fp64 input), whatever the dtype of the kernels. Knows nothing of blocks, streams or documents.
-Source: flash attention 2 (arXiv 2307.08691) for the backward from (out, lse); torch 2.13
-distributed/tensor/experimental/_context_parallel/_attention.py uses the same property for ring attention.
+A rectangle yields an output and the log-sum-exp of its scores; `merge_` adds rectangles of the same rows exactly.
+Decides which kernel serves which device and dtype and refuses the rest. Knows nothing of blocks, streams or documents.
 The CUDA entries follow the operators' schemas of torch 2.13 and have not been measured on a GPU.
+Source: flash attention 2, arXiv 2307.08691; torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py.
 """
 
 from __future__ import annotations
@@ -31,6 +24,9 @@ _aten = torch.ops.aten
 _CUDNN_MIN_ROWS = 64
 
 
+# The gradient of the merged result for one rectangle's q, k, v is what its stock backward computes when it is handed
+# the merged out and lse: the probabilities exp(s - lse) and the row sums dout . out that it rebuilds are then those of
+# the whole row. So no forward runs again and no gradient flows through the statistics.
 @dataclass(frozen=True)
 class Kernel:
     """A forward/backward pair: q, k, v are [X, Y, rows, H] with any strides but a dense last dim; lse is [X, Y, rows]."""
@@ -87,6 +83,7 @@ def _cudnn_backward(
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    # The operator's statistics come in rows padded to 32.
     out, lse = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse[..., : q.size(2)]
 
@@ -116,8 +113,10 @@ def kernels_for(device_type: str, dtype: torch.dtype, head_dim: int) -> list[str
     """Names of the kernels that can serve, the expected fastest first; empty when there is none."""
     if device_type == "cpu":
         return ["cpu"] if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else []
+    # The operators are called below torch's padding front end, so the head size must fit as it is.
     if device_type != "cuda" or head_dim % 8:
         return []
+    # Flash and cuDNN kernels are for half precision only.
     if dtype == torch.float32:
         return ["efficient"]
     if dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
@@ -132,6 +131,7 @@ def capability() -> tuple[int, int]:
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which outputs, statistics and gradients of several rectangles are summed."""
+    # A row adds up about log2(blocks) rectangles: in bf16 every addition would round again.
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -144,6 +144,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         part_out: the new rectangle's output, any dtype.
         part_lse: the new rectangle's log-sum-exp.
     """
+    # out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i), folded in one rectangle at a time:
     # out + w (part - out) with w = exp(part_lse - new_lse) = sigmoid(part_lse - lse): one pass, no overflow.
     weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
     out.lerp_(part_out.to(out.dtype), weight)

@@ -38,6 +38,7 @@ def attend(
     stream = noisy if noisy is not None else clean
     assert stream is not None
     q, k, v = (t.transpose(1, 2) for t in (stream.q_BLNH, stream.k_BLGH, stream.v_BLGH))
+    # a noisy stream alone is one block of the whole length and bidirectional; a clean one has S = 1 and is causal
     out = scaled_dot_product_attention(
         q, k, v, is_causal=noisy is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)
@@ -46,10 +47,12 @@ def attend(
 
 def refuse(request: AttentionRequest) -> str | None:
     """Why torch's own attention cannot serve the request, or None."""
+    # one packing stands for all: any documents are refused
     return _refusal(request.visibility(0))
 
 
 def _refusal(visibility: Visibility) -> str | None:
+    # rows count too: is_causal would be wrong for the slices of a context-parallel rank
     whole = ((0, visibility.length),)
     rows = (visibility.noisy_rows, visibility.clean_rows, visibility.clean_key_rows)
     full = rows == (whole, (), ()) and visibility.block_size == visibility.length

@@ -42,6 +42,7 @@ def sample_streams(
     def draw(rows: int, num_heads: int) -> Tensor:
         shape = (request.batch, rows, num_heads, request.head_dim)
         values = torch.randn(shape, generator=generator, device=request.device_type, dtype=torch.float32)
+        # drawn in fp32 and rounded: one seed means the same inputs in every dtype
         return values.to(request.dtype).requires_grad_(request.needs_grad)
 
     def stream(q_rows: int, k_rows: int) -> Stream | None:
@@ -68,6 +69,7 @@ def error_against_reference(attend: Attend, request: AttentionRequest) -> float:
         expected = _reference(noisy, clean, visibility, request)
         actual = _run(attend, noisy, clean, visibility, request)
         for a, e in zip(actual, expected, strict=True):
+            # relative to the tensor's largest value: entries near zero would make any single error look large
             if e.numel():
                 worst.append(((a - e).abs().max() / e.abs().max()).item())
     # A NaN must not be hidden by max(): NaN compares false.
@@ -87,6 +89,7 @@ def measure_seconds(attend: Attend, request: AttentionRequest) -> float:
         _wait(request.device_type)
         if repeat >= _WARM_UPS:
             times.append(time.perf_counter() - start)
+    # the median: one slow repeat must not choose the backend
     return sorted(times)[len(times) // 2]
 
 
@@ -96,6 +99,7 @@ def _run(
     inputs = _inputs(noisy, clean)
     outs = [o for o in attend(noisy, clean, visibility, scale=request.head_dim**-0.5) if o is not None]
     grads = torch.autograd.grad(outs, inputs, [_weights(o) for o in outs]) if request.needs_grad else ()
+    # a difference taken in bf16 would itself be rounded
     wide = torch.promote_types(request.dtype, torch.float32)
     return [t.detach().to(wide) for t in (*outs, *grads)]
 
@@ -110,6 +114,7 @@ def _reference(
         torch.cat(parts, dim=1).detach().to(wide).requires_grad_(grad)
         for parts in ([s.k_BLGH for s in streams], [s.v_BLGH for s in streams])
     )
+    # key gradients add up over all chunks of query rows; a query's belongs to one chunk
     d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
     outs, d_queries = [], []
     for stream in streams:

@@ -1,17 +1,8 @@
 """Cuts the visibility rule into unmasked rectangles: integer arithmetic on row ranges, no tensor, no mask.
 
-Decides, for one visibility and one layout of documents, which query rows meet which key rows in which call:
-* every block of queries meets its own block (noisy meets noisy, clean meets clean);
-* what is left, "every row sees the clean blocks before its own", is a staircase and is halved again and again: the rows of
-  the odd groups of 2^j blocks see the whole group before them, for every j. Rectangles of one j are equal and evenly
-  spaced, so they make one batched call, and noisy and clean rows of a position share it because they see the same keys;
-* rows whose block lies behind a cut (a document's ragged edge, a context-parallel chunk, a stream that ends earlier) get
-  one more rectangle with everything between their document's start and the cut;
-* with blocks of one token a clean stream is causal and a noisy one strictly causal, which stock causal kernels do in one
-  call each.
-Every allowed pair is in exactly one rectangle and no other pair is in any: the pair count is exact.
-Relies on `Visibility` for ranges that rise, whole noisy blocks and present keys; refuses a document in two places.
-Costs about 2 log2(blocks) calls per document or chunk. Covers are remembered (pure function of integers).
+Every allowed pair is in exactly one rectangle and no other pair is in any: the pair count is exact. Relies on
+`Visibility` for ranges that rise, whole noisy blocks and present keys; refuses documents that are not contiguous.
+Costs about 2 log2(blocks) calls per document or chunk; covers are remembered, being pure functions of integers.
 Source: dyadic (segment-tree) decomposition of a causal mask; the mask is BD3-LM's (arXiv 2503.09573, section 3).
 """
 
@@ -96,6 +87,7 @@ class _Span:
     document: tuple[int, int]
 
 
+# Bounded: with packed documents every sequence may bring a layout of its own.
 @lru_cache(maxsize=512)
 def cover_of(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_ends: tuple[int, ...]) -> RectangleCover:
     """Cut one visibility into runs and series.
@@ -129,6 +121,7 @@ def _spans(block_size: int, noisy_rows: Ranges, clean_rows: Ranges, document_end
     documents = list(pairwise((0, *document_ends)))
     order = [*noisy, *(piece for piece in clean if piece not in noisy)]
     for start, stop in order:
+        # Noisy and clean rows of a position see the same clean keys before their block, so they share a call.
         who: Who = "clean" if (start, stop) not in noisy else "pair" if (start, stop) in clean else "noisy"
         document = documents[bisect_right(document_ends, start)]
         yield _Span(who, start, stop, noisy.get((start, stop), 0), clean.get((start, stop), 0), document)
@@ -157,6 +150,7 @@ def _extend_runs(runs: list[RowRun], span: _Span) -> None:
     num_rows = span.stop - span.start
     if runs and runs[-1].who == span.who:
         last = runs[-1]
+        # A run must be one strided view, so its rows are neighbours in every stream's tensor.
         noisy_follows = span.who == "clean" or span.noisy_start == last.noisy_start + last.num_rows
         clean_follows = span.who == "noisy" or span.clean_start == last.clean_start + last.num_rows
         if noisy_follows and clean_follows:
@@ -173,7 +167,9 @@ def _span_series(span: _Span, run: int, row: int, block_size: int) -> Iterator[R
     whole = size % block_size == 0
     key = span.start if whole else max(block_start, document_start)
     num_keys = block_size if whole else min(block_start + block_size, document_stop) - key
+    # Whole blocks are a series of equal rectangles; a ragged piece of a block is one.
     own = (block_size, num_keys, size // block_size, block_size) if whole else (size, num_keys, 1, 0)
+    # With blocks of one token a clean stream is causal and a noisy one strictly causal: one stock causal call each.
     causal = block_size == 1 and size > 1
     if span.who != "clean":
         # Noisy rows come in whole blocks, so the keys before a ragged piece stand right before it.
@@ -187,6 +183,8 @@ def _span_series(span: _Span, run: int, row: int, block_size: int) -> Iterator[R
         yield RectangleSeries(run, "noisy", "clean", row + 1, key, size - 1, size - 1, causal=True)
     elif whole and not causal:
         yield from _staircase(span, run, row, block_size)
+    # Rows whose block lies behind a cut (a ragged document edge, a context-parallel chunk, a stream that ends earlier)
+    # see everything from their document's start up to the cut.
     if document_start < block_start:
         yield RectangleSeries(run, span.who, "clean", row, document_start, size, block_start - document_start)
 
@@ -194,10 +192,13 @@ def _span_series(span: _Span, run: int, row: int, block_size: int) -> Iterator[R
 def _staircase(span: _Span, run: int, row: int, block_size: int) -> Iterator[RectangleSeries]:
     """Inside a run of whole blocks: rows of every odd group of 2^j blocks see the group before, for every j."""
     size, half = span.stop - span.start, block_size
+    # Every row sees the blocks before its own: a staircase, halved again and again. Rectangles of one size are equal
+    # and evenly spaced, so they make one batched call.
     while half < size:
         full, rest = divmod(size, 2 * half)
         if full:
             yield RectangleSeries(run, span.who, "clean", row + half, span.start, half, half, full, 2 * half)
+        # The last group may be cut short by the run's end; its rows still see the whole group before them.
         if rest > half:
             at = full * 2 * half
             yield RectangleSeries(run, span.who, "clean", row + at + half, span.start + at, rest - half, half)

@@ -55,9 +55,11 @@ def ragged_documents(batch: int, length: int, packing: int) -> Tensor:
     Borders fall anywhere, blocks included, and differ from sequence to sequence; one document is a single token, and with
     two sequences or more the last is one document throughout.
     """
+    # a generator of its own: probing must not move the run's random state
     generator = torch.Generator().manual_seed(packing)
     starts = torch.zeros(batch, length, dtype=torch.int64)
     for row in starts if batch == 1 else starts[:-1]:
+        # from 1, since position 0 begins a document anyway
         borders = torch.randint(1, length, (4,), generator=generator)
         row[borders] = 1
         # the token after the first border is a document of its own

@@ -1,10 +1,8 @@
 """How rows lie in memory for the structured backend, so that every rectangle of a cover is a strided view.
 
-Queries of one position stand side by side: the noisy and the clean one, and with them all query heads that share a key
-head. A run is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1
-or 2 streams. Grouped queries are thus ordinary rows: keys are never repeated and kernels need no grouped mode. Keys and
-values are [X, rows, H]. Evenly spaced rectangles become the second dimension of a view [X, count, rows, H].
-Costs one re-ordering pass over queries; keys cost one only where batch and heads cannot be folded by strides.
+A run is [X, rows * R, c, H] with X = B * G folded batch and key heads, R = N / G query heads per key head and c = 1 or
+2 streams. Keys and values are [X, rows, H]. Evenly spaced rectangles become the second dimension of a view
+[X, count, rows, H]. Costs one re-ordering pass over queries; keys cost one only where batch and heads cannot be folded.
 Source: none; a matter of index arithmetic.
 """
 
@@ -31,6 +29,8 @@ def pack_rows(
     """
     packed = []
     for run in runs:
+        # Queries of one position stand side by side: the noisy and the clean one, and all heads that share a key head.
+        # Grouped queries are thus ordinary rows: keys are never repeated and kernels need no grouped mode.
         pieces = [
             rows.narrow(1, start, run.num_rows).unflatten(2, (groups, -1)).transpose(1, 2)
             for stream, rows, start in (
@@ -49,6 +49,7 @@ def unpack_rows_(
     """Write the rows of every run into [B, rows, N, H] tensors (in place), casting to their dtype."""
     for run, rows in zip(runs, packed, strict=True):
         streams = rows.unflatten(0, (-1, groups)).unflatten(2, (run.num_rows, -1)).transpose(1, 2).unbind(4)
+        # noisy before clean; in a run of one stream the indices 0 and -1 name the same rows
         if noisy_BLNH is not None and run.who != "clean":
             noisy_BLNH.narrow(1, run.noisy_start, run.num_rows).unflatten(2, (groups, -1)).copy_(streams[0])
         if clean_BLNH is not None and run.who != "noisy":
@@ -79,6 +80,7 @@ def series_rows(run_rows: Tensor, run: RowRun, series: RectangleSeries) -> Tenso
         position differ from their neighbours there.
     """
     share = run_rows.size(1) // run.num_rows
+    # where all streams of the run ask, they are neighbours in memory and count as rows
     if series.who == run.who:
         rows, unit = run_rows.flatten(1, 2), share * run_rows.size(2)
     else:
@@ -97,6 +99,8 @@ def series_keys(keys: Tensor, series: RectangleSeries, num_calls: int) -> Tensor
 def add_series_keys_(total: Tensor, series: RectangleSeries, part: Tensor) -> None:
     """Add the gradient of one series's keys [X, calls, keys, H] to that of all keys [X, rows, H], in place."""
     windows = _windows(total, series.key, series.num_keys, series.count, series.spacing)
+    # windows of one series never overlap, or adding through the view would lose gradients; the calls of a causal
+    # series see the same keys, so theirs are summed first
     windows.add_(part.sum(1, keepdim=True) if series.causal and part.size(1) > 1 else part)
 
 
@@ -105,5 +109,6 @@ def _windows(rows: Tensor, start: int, length: int, count: int, spacing: int) ->
     if count == 1:
         return rows.narrow(1, start, length).unsqueeze(1)
     shape, stride = rows.shape, rows.stride()
+    # as_strided counts from the start of the storage, not of this view
     offset = rows.storage_offset() + start * stride[1]
     return rows.as_strided((shape[0], count, length, *shape[2:]), (stride[0], spacing * stride[1], *stride[1:]), offset)

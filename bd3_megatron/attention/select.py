@@ -75,6 +75,7 @@ def _structured_with(kernel: str) -> _Candidate:
     return _Candidate(f"structured/{kernel}", functools.partial(structured.attend, kernel=kernel), refuse)
 
 
+# In order of preference where nothing is timed (CPU): the first that serves is taken. `auto` leaves dense out.
 _CANDIDATES = (
     _Candidate("dense", dense.attend, accept_all),
     _structured_with("cpu"),
@@ -126,8 +127,10 @@ def choose(
     entrants = _entrants(name)
     refusals = {c.label: reason for c in entrants if (reason := c.refuse(request)) is not None}
     able = [c for c in entrants if c.label not in refusals]
+    # a reason that all variants of a name share is given once
     if name in _REFUSALS and not able and (reason := _REFUSALS[name](request)) is not None:
         refusals = {name: reason}
+    # no timing on CPU: the order of the candidates already says what is fastest there
     if able and request.device_type != "cuda":
         return able[0].chosen("the first that serves this request")
     errors, wrong = _try_each(able, request, compare)
@@ -137,11 +140,13 @@ def choose(
             wrong[label] = (
                 f"{label} differs from the dense reference by {error:.3g} times its tolerance on this machine."
             )
+    # only what agrees is timed: a wrong kernel may well be the fastest
     right = [c for c in able if c.label not in wrong]
     seconds, slow = _try_each(right, request, measure)
     refusals |= wrong | slow
     if seconds:
         return _fastest(right, seconds)
+    # auto may go on slowly; a backend asked for by name is never replaced in silence
     if name == "auto":
         return Backend("dense", dense.attend, f"every fast backend refuses: {_reasons(refusals)}")
     raise BackendError(_reasons(refusals))

@@ -48,6 +48,7 @@ def check_streams(noisy: Stream | None, clean: Stream | None, visibility: Visibi
         ("noisy", noisy, visibility.noisy_rows, visibility.noisy_rows),
         ("clean", clean, visibility.clean_rows, visibility.clean_key_rows),
     ):
+        # keys decide: the last layer and further noisy views have clean keys without clean queries
         if (stream is None) != (not k_rows):
             found, wanted = ("absent", "has rows for it") if stream is None else ("given", "has no rows for it")
             raise ShapeError(f"The {name} stream is {found}, but the visibility {wanted}; give both or neither.")
@@ -57,8 +58,10 @@ def check_streams(noisy: Stream | None, clean: Stream | None, visibility: Visibi
     if not streams:
         raise ShapeError("Neither a noisy nor a clean stream was given; give at least one.")
     batch, _, num_heads, head_dim = streams[0].q_BLNH.shape
+    # with one stream these compare it with itself
     check_shape("clean k_BLGH", streams[-1].k_BLGH.shape, (batch, None, streams[0].k_BLGH.shape[2], head_dim))
     check_shape("clean q_BLNH", streams[-1].q_BLNH.shape, (batch, None, num_heads, head_dim))
+    # document ids cover whole sequences, also where the rows are a context-parallel slice
     documents = visibility.document_id_BL
     if documents is not None:
         check_shape("document_id_BL", documents.shape, (batch, visibility.length))

@@ -69,7 +69,9 @@ def attend(
     if chosen not in names:
         raise BackendError(_no_kernel(q.device.type, q.dtype, q.size(-1), kernel))
     at_once = _sequences_at_once(q, visibility)
+    # integers on the host, kept with the visibility: all layers of a micro-batch share them
     jobs = visibility.table(("structured", q.size(0), at_once), lambda: _jobs(visibility, q.size(0), at_once))
+    # noisy before clean: in this file index 0 and 3 are queries, 1 and 4 keys, 2 and 5 values
     qkv = [t for s in (noisy, clean) for t in ((None,) * 3 if s is None else (s.q_BLNH, s.k_BLGH, s.v_BLGH))]
     return _Structured.apply(jobs, partial.KERNELS[chosen], scale, *qkv)
 
@@ -121,6 +123,7 @@ def _jobs(visibility: Visibility, batch: int, at_once: int) -> tuple[_Job, ...]:
         covers = [cover_of(*rows, (visibility.length,))] * batch
     else:
         covers = [cover_of(*rows, document_ends(ids_L)) for ids_L in layouts]
+    # `cover_of` is cached, so equal documents give the same object
     edges = [b for b in range(1, batch) if covers[b] is not covers[b - 1]]
     runs = [(start, stop) for first, stop in pairwise((0, *edges, batch)) for start in range(first, stop, at_once)]
     return tuple(_Job(start, min(start + at_once, stop), covers[start]) for start, stop in runs)
@@ -146,6 +149,7 @@ class _Structured(torch.autograd.Function):
         saved_lses: list[Tensor] = []
         for job in jobs:
             queries, keys = _inputs(job, qkv, groups)
+            # sums stay in fp32 over all rectangles and are cast once, when they are unpacked
             outs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
             lses = [out.new_empty(out.shape[:-1]) for out in outs]
             for series in job.cover.series:
@@ -153,6 +157,7 @@ class _Structured(torch.autograd.Function):
                 q, out, lse = (row_runs.series_rows(t[series.run], run, series) for t in (queries, outs, lses))
                 k, v = (row_runs.series_keys(t, series, q.size(1)) for t in keys[series.keys])
                 part_out, part_lse = kernel.forward(q, k, v, scale, series.causal)
+                # own blocks come first and touch every row, so nothing needs to be initialised
                 if series.first:
                     out.copy_(part_out)
                     lse.copy_(part_lse)
@@ -161,6 +166,7 @@ class _Structured(torch.autograd.Function):
             row_runs.unpack_rows_(job.cover.runs, outs, job.part(results[0]), job.part(results[1]), groups)
             saved_lses += lses
         ctx.jobs, ctx.kernel, ctx.scale = jobs, kernel, scale
+        # outputs are saved in the input's dtype, not as the fp32 sums: half the memory under bf16
         ctx.save_for_backward(*qkv, *results, *saved_lses)
         return results
 
@@ -170,6 +176,7 @@ class _Structured(torch.autograd.Function):
         qkv, results, lses = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], iter(ctx.saved_tensors[8:])
         groups = _num_groups(qkv)
         dq_noisy, dq_clean = _empty_rows(qkv[0]), _empty_rows(qkv[3])
+        # many rectangles see a key: its gradient is summed in fp32 and cast once
         dkeys = _zero_keys(qkv, groups)
         for job in ctx.jobs:
             queries, keys = _inputs(job, qkv, groups)
@@ -200,6 +207,7 @@ def _backward_series(
     """Gradients of one series, added to `dq` (last of `tensors`) and `dkeys` in place."""
     q, out, dout, lse, dq = tensors
     k, v = (row_runs.series_keys(t, series, q.size(1)) for t in keys)
+    # out and lse are the merged ones of all rectangles, which makes this part's gradient exact (see `partial`)
     part_q, *part_keys = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.scale, series.causal)
     (dq.copy_ if series.first else dq.add_)(part_q)
     for total, part in zip(dkeys, part_keys, strict=True):

@@ -1,10 +1,8 @@
 """FlexAttention's tile table from the visibility rule by arithmetic on runs of rows: no mask is ever evaluated.
 
-A tile is a square of `tile` query rows by `tile` key rows of [noisy; clean]. Each tile side is cut into runs of rows that
-lie in one stream, one document and neighbouring positions; between two runs the visibility rule needs only their first and
-last block to say "none", "some" or "all". A tile is empty if every pair of its runs says none, full if every pair says
-all and no row is padding, else partial. Costs (runs of queries x runs of keys) once per shape, or per batch with documents.
-`sees` in `visibility` stays the rule; a test holds this table against it, row by row.
+A tile is a square of `tile` query rows by `tile` key rows of [noisy; clean]; it is empty, partial or full. Costs (runs
+of queries x runs of keys) once per shape, or per batch with documents. `sees` in `visibility` stays the rule; a test holds
+this table against it, row by row.
 Source: torch 2.13 nn/attention/flex_attention.py, `_convert_mask_to_block_mask`, for what full and partial mean.
 """
 
@@ -32,6 +30,7 @@ def tile_table(visibility: Visibility, *, tile: int = TILE) -> tuple[Tensor, Ten
         partial, full: bool [B or 1, query tiles, key tiles], disjoint, on the CPU; B = 1 without documents.
     """
     layouts: Sequence[list[int] | None] = visibility.document_layouts or [None]
+    # sequences with the same documents share one table
     tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     picked = []
     for ids_L in layouts:
@@ -54,6 +53,7 @@ def _table(visibility: Visibility, ids_L: list[int] | None, tile: int) -> tuple[
     some, every = _between(queries[:, None], keys[None, :])
     shape = [-(-(num_rows(visibility.noisy_rows) + num_rows(clean)) // tile) for clean in _clean_rows(visibility)]
     place = (queries[:, None, 0].expand_as(some), keys[None, :, 0].expand_as(some))
+    # accumulated as numbers, because many pairs of runs fall into one tile: it is full if no pair says no
     seen = torch.zeros(shape, dtype=torch.int32).index_put_(place, some.int(), accumulate=True) > 0
     unseen = torch.zeros(shape, dtype=torch.int32).index_put_(place, (~every).int(), accumulate=True)
     for axis, clean in enumerate(_clean_rows(visibility)):
@@ -72,11 +72,14 @@ def _between(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Whether some pair, and whether every pair, of two runs is allowed (columns of `_runs`)."""
     _, q_noisy, q_first, q_last, q_document = q.unbind(-1)
     _, k_noisy, k_first, k_last, k_document = k.unbind(-1)
+    # Rows of a run lie in one stream, one document and neighbouring positions, so its first and last block alone say
+    # whether none, some or all pairs of two runs are allowed.
     same_document = q_document == k_document
     # Clean queries see their own block too: one block further than noisy ones.
     reach = 1 - q_noisy
     some_past, every_past = k_first < q_last + reach, k_last < q_first + reach
     meet = (k_first <= q_last) & (q_first <= k_last)
+    # A noisy query sees all of a noisy run only where both lie in one and the same block.
     one_block = (q_first == q_last) & (k_first == k_last) & meet
     some = torch.where(k_noisy == 1, (q_noisy == 1) & meet, some_past)
     every = torch.where(k_noisy == 1, (q_noisy == 1) & one_block, every_past)
@@ -99,6 +102,7 @@ def _range_runs(
 ) -> Iterator[tuple[int, int, int, int, int]]:
     """Cut positions [start, stop), whose first one is `row` of the pair, at tile edges and document changes."""
     (start, stop), (is_noisy, block_size) = span, kind
+    # Tiles are counted along the pair's rows, not along positions: `row` shifts the edges.
     cuts = {start, stop, *range(start + (-row) % tile, stop, tile)}
     if ids_L is not None:
         cuts |= {p for p in range(start + 1, stop) if ids_L[p] != ids_L[p - 1]}

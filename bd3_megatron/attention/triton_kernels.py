@@ -1,12 +1,9 @@
 """Triton kernels of attention by intervals: each query row sees one run of keys, given as two integers.
 
-Imported only where Triton is installed (see `triton_pair`). One program works on the same tile of noisy and of clean rows
-and loads every tile of clean keys once for both; where all its rows see a key tile it applies no mask. Statistics are in
-base 2. The arithmetic of both passes is flash attention 2's (arXiv 2307.08691).
-Checked by Triton's interpreter on the CPU against the reference; not measured on a GPU.
-
-Names: *_n noisy, *_c clean; `lh` tables are int32 [T, 2, rows]; `turns` tables are int32 [T, tiles, 4]; strides are those
-of batch, row and head (`_b`, `_r`, `_h`).
+Imported only where Triton is installed (see `triton_pair`). Checked by Triton's interpreter on the CPU against the
+reference; not measured on a GPU. Names: *_n noisy, *_c clean; `lh` tables are int32 [T, 2, rows]; `turns` tables are
+int32 [T, tiles, 4]; strides are those of batch, row and head (`_b`, `_r`, `_h`).
+Source: the arithmetic of both passes is flash attention 2's (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import triton.language as tl
 @triton.jit
 def _rows(pointer, row, stride, count, H: tl.constexpr):
     """Load rows [tile, H]; rows at or after `count` read as zero."""
+    # the last dimension is dense and H a power of two: columns need neither stride nor mask
     column = tl.arange(0, H)
     return tl.load(pointer + row[:, None] * stride + column[None, :], mask=row[:, None] < count, other=0.0)
 
@@ -46,6 +44,7 @@ def _turns(turns, sequence, num_tiles, tile):
 @triton.jit
 def _scores(q, k, low, high, col, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Scaled base-2 scores [rows, keys], -inf where a row does not see a key."""
+    # `scale` holds log2(e) as well: all statistics are in base 2, so that exp2 serves without a further product
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         s = tl.where((col[None, :] >= low[:, None]) & (col[None, :] < high[:, None]), s, float("-inf"))
@@ -74,6 +73,7 @@ def _sweep_keys(
     """Key tiles from start to stop, for one or both query tiles."""
     for first in range(start, stop, BN):
         col = first + tl.arange(0, BN)
+        # one load of keys serves both query tiles: half the traffic of one pass for each stream
         k_tile, v_tile = _rows(k, col, k_row, num_keys, H), _rows(v, col, v_row, num_keys, H)
         if NOISY:
             s = _scores(q_n, k_tile, low_n, high_n, col, scale, MASKED, PRECISION)
@@ -91,6 +91,7 @@ def _sweep_turns(
     NOISY: tl.constexpr, CLEAN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """All key tiles: masked up to `full`, bare up to `full_stop`, masked to the end."""
+    # between `full` and `full_stop` every row sees every key: most tiles pay for no comparison
     out_n, top_n, sum_n, out_c, top_c, sum_c = _sweep_keys(
         start, full, k, v, k_row, v_row, num_keys, scale, q_n, low_n, high_n, out_n, top_n, sum_n,
         q_c, low_c, high_c, out_c, top_c, sum_c, NOISY, CLEAN, True, PRECISION, BN, H)  # fmt: skip
@@ -104,6 +105,7 @@ def _sweep_turns(
 
 @triton.jit
 def _finish(out, lse, row, out_row, count, values, top, total, H: tl.constexpr):
+    # a row that saw no key has a total of 0 and stores zeros, not NaN
     base = tl.where(total > 0, total, 1.0)
     _put_rows(out, row, out_row, count, values / base[:, None], H)
     tl.store(lse + row, top + tl.log2(base), mask=row < count)
@@ -121,8 +123,10 @@ def forward_pair(
     """Outputs [B, rows, heads, H] (dense) and base-2 statistics [B, heads, rows] of one tile of both streams."""
     # Long tiles first: with the causal staircase they hold the most work.
     tile = tiles - 1 - tl.program_id(0)
+    # int64, because b times the batch stride passes 2^31 for long sequences
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     g = h // share
+    # without documents one table serves all sequences; the product keeps the type
     sequence = b if PACKED else b * 0
     row = tile * BM + tl.arange(0, BM)
     q_tile_n = _rows(q_n + b * q_n_b + h * q_n_h, row, q_n_r, rows_n, H)
@@ -142,7 +146,9 @@ def forward_pair(
             keys_c, scale, q_tile_n, low_n, high_n, o_n, t_n, s_n, q_tile_c, low_c, high_c, o_c, t_c, s_c,
             NOISY, CLEAN, PRECISION, BN, H)  # fmt: skip
     if NOISY:
+        # the longer stream sets the grid, so noisy tiles may end before clean ones
         if tile < tiles_n:
+            # noisy queries alone see noisy keys; the clean arguments only fill the signature
             low_n, high_n = _interval(lh_nn, sequence, row, rows_n)
             start, full, full_stop, stop = _turns(turns_n, sequence, tiles_n, tile)
             o_n, t_n, s_n, o_c, t_c, s_c = _sweep_turns(
@@ -164,8 +170,10 @@ def _sweep_for_queries(
     for first in range(start, stop, BN):
         col = first + tl.arange(0, BN)
         k_tile, v_tile = _rows(k, col, k_row, num_keys, H), _rows(v, col, v_row, num_keys, H)
+        # probabilities are rebuilt from the statistics: kept, they would take rows x keys numbers
         p = tl.exp2(_scores(q, k_tile, low, high, col, scale, MASKED, PRECISION) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
+        # delta is the row's sum of dout * out, the second term of softmax's gradient
         ds = p * (dp - delta[:, None])
         dq += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     return dq
@@ -211,6 +219,7 @@ def backward_queries(
                                    delta_tile, low, high, total, False, PRECISION, BN, H)  # fmt: skip
         total = _sweep_for_queries(full_stop, stop, k, v, k_n_r, v_n_r, rows, scale, q_tile, d_tile, lse_tile,
                                    delta_tile, low, high, total, True, PRECISION, BN, H)  # fmt: skip
+    # `scale` carries log2(e), which a gradient must not: `softmax_scale` is the plain factor
     _put_rows(dq + (b * rows * heads + h) * H, row, heads * H, rows, total * softmax_scale, H)
 
 
@@ -264,6 +273,7 @@ def backward_keys(
     k_tile = _rows(k + b * k_b + g * k_h, col, k_r, keys, H)
     v_tile = _rows(v + b * v_b + g * v_h, col, v_r, keys, H)
     dk_tile, dv_tile = tl.zeros([BN, H], tl.float32), tl.zeros([BN, H], tl.float32)
+    # a program owns its keys and visits all query heads that share them: no atomics, one order of summation
     for member in range(0, share):
         h = g * share + member
         head = b * groups * share + h

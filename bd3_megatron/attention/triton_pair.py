@@ -26,6 +26,7 @@ from bd3_megatron.errors import BackendError
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The kernels work in base 2: exp(x) = exp2(x log2 e).
 _LOG2_E = 1.4426950408889634
 
 
@@ -61,6 +62,7 @@ def attend(
     if (reason := _refusal(q.dtype, q.size(-1))) is not None:
         raise BackendError(reason)
     qkv = [t for s in (noisy, clean) for t in ((None,) * 3 if s is None else (s.q_BLNH, s.k_BLGH, s.v_BLGH))]
+    # the kernels take any strides but those of the last dimension, which must be dense
     present = [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in qkv]
     return _TritonPair.apply(tables(visibility, q.device, tiles), scale, *present)
 
@@ -120,6 +122,7 @@ def _build(visibility: Visibility, tiles: Tiles, device: torch.device) -> Tables
 
     def queries(*runs: intervals.Intervals) -> Tensor:
         some = [run for run in runs if run.low.size(1)]
+        # no query rows: one empty tile, because a kernel's pointer must point to something
         if not some:
             return torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
         bounds = intervals.bounds_of_queries(some, row_tile=tiles.rows, key_tile=tiles.keys)
@@ -159,7 +162,9 @@ class _TritonPair(torch.autograd.Function):
     def forward(ctx: Any, table: Tables, scale: float, *qkv: Tensor | None) -> tuple[Tensor | None, ...]:
         call = _Call.of(table, scale, qkv)
         outs = [q.new_empty(q.shape) for q in (call.q_n, call.q_c)]
+        # fp32 whatever the inputs' dtype: the backward subtracts them from fp32 scores
         lses = [q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32) for q in (call.q_n, call.q_c)]
+        # a program works on tiles of the same number of both streams, so the longer stream sets the grid
         rows = max(call.q_n.size(1), call.q_c.size(1))
         grid_tiles = -(-rows // table.tiles.rows)
         noisy, clean = call.q_n.size(1) > 0, call.q_c.size(1) > 0
@@ -182,6 +187,7 @@ class _TritonPair(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
         qkv, results, lses = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], ctx.saved_tensors[8:]
         call = _Call.of(ctx.table, ctx.scale, qkv)
+        # an absent stream has no gradient; its query tensor, which has no rows, stands in
         grads = [q if d is None else d for q, d in zip((call.q_n, call.q_c), douts, strict=True)]
         grads = [d if d.stride(-1) == 1 else d.contiguous() for d in grads]
         deltas = [
@@ -238,12 +244,14 @@ class _Call:
             "BM": self.table.tiles.rows,
             "BN": self.table.tiles.keys,
             "H": head_dim,
+            # Not tuned: no GPU has timed these.
             "num_warps": 4 if head_dim <= 64 else 8,
             "num_stages": 2,
         }
 
     def queries(self, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *, noisy: bool) -> Tensor:
         """dq of one stream."""
+        # new_empty, not empty_like: the kernels write dense rows, whatever the strides of q
         dq = q.new_empty(q.shape)
         tiles = -(-q.size(1) // self.table.tiles.rows)
         t = self.table
@@ -269,6 +277,7 @@ class _Call:
                 k, v, dk, dv, *of_noisy, lh_n, turns_n, *of_clean, t.clean_clean, t.clean_keys_clean,
                 *_strides(k, v, *of_noisy[:2], *of_clean[:2]),
                 k.size(1), self.q_n.size(1), self.q_c.size(1), k.size(2), self.share, tiles, self.scale * _LOG2_E, self.scale,
+                # clean queries never see noisy keys
                 NOISY=self.q_n.size(1) > 0, CLEAN=not noisy and self.q_c.size(1) > 0, **self.options,
             )  # fmt: skip
         return dk, dv

@@ -50,6 +50,7 @@ def sees(
     k_noisy = torch.as_tensor(k_is_noisy, device=q_block.device)
     same_block = q_block == k_block
     past_block = k_block < q_block
+    # one expression without branches: FlexAttention compiles this very function into its kernels
     visible = torch.where(k_noisy, q_noisy & same_block, past_block | (~q_noisy & same_block))
     if q_document is not None and k_document is not None:
         visible = visible & (q_document == k_document)
@@ -78,6 +79,7 @@ class Visibility:
     """Half-open ranges of positions whose clean keys are here; = clean_rows unless gathered by context parallelism."""
     document_id_BL: Tensor | None = None
     """int [B, L] on the host, the document of every position of the whole sequence; None = all one document."""
+    # the tables die with the visibility, so that none outlives a micro-batch's documents
     _tables: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -133,11 +135,13 @@ class Visibility:
     @cached_property
     def without_clean_queries(self) -> Visibility:
         """Noisy rows alone ask, of the same keys: the last layer, and every noisy view but the first."""
+        # clean keys stay, for noisy rows still see them; the copy begins without tables, which depend on the rows
         return replace(self, clean_rows=())
 
     @cached_property
     def document_layouts(self) -> list[list[int]] | None:
         """Document ids of every sequence as plain numbers, or None without documents."""
+        # read once: the tables of every backend walk the ids as Python numbers
         return None if self.document_id_BL is None else self.document_id_BL.tolist()
 
     def block_of(self, position: Tensor) -> Tensor:
@@ -183,10 +187,12 @@ class Visibility:
 
     def _check_keys(self) -> None:
         """Every clean key that some query row must see is present: [0, first position nobody here looks at)."""
+        # a noisy block sees clean keys up to its own start, a clean row up to the end of its block
         noisy_end = max((stop for _, stop in self.noisy_rows), default=self.block_size) - self.block_size
         clean_end = max((-(-stop // self.block_size) * self.block_size for _, stop in self.clean_rows), default=0)
         needed, present = max(noisy_end, clean_end), 0
         for start, stop in self.clean_key_rows:
+            # only keys without a gap count: backends index clean keys by position
             present = stop if start == present else present
         if present < needed:
             raise RangeError(
