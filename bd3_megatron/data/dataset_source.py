@@ -28,6 +28,7 @@ from bd3_megatron.data.source import BadDocument, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
+# Wide tables would make the message longer than a terminal.
 _COLUMNS_SHOWN = 20
 
 
@@ -68,6 +69,7 @@ class HubDataset:
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"dataset {self.path} has no rows in split {self.split}; name another split.")
+        # Cuts depend on the table only, never on the number of workers.
         cuts = [*range(0, rows, self.rows_per_part), rows]
         return [
             Part(number=n, start=start, stop=stop, weight=stop - start)
@@ -95,6 +97,7 @@ class HubDataset:
             DataError: a filter cannot compare the row's value.
         """
         try:
+            # Filters go first: a row that is filtered out may lack its text.
             if not all(check.keeps(row) for check in self.filters):
                 return None
         except DataError as error:
@@ -102,6 +105,7 @@ class HubDataset:
         text = cell(row, self.column)
         if isinstance(text, str):
             return text
+        # A null is not an empty text: it mostly means a wrong column, so it counts as a bad document.
         kind = "nothing (null)" if text is None else f"no text but {type(text).__name__}"
         return BadDocument(
             where=where(),
@@ -130,6 +134,7 @@ class HubDataset:
                 )
 
     def settings(self) -> dict[str, Any]:
+        # `compare` leaves out the cache of opened objects, which is no setting.
         stated = {one.name: getattr(self, one.name) for one in fields(self) if one.compare}
         return {"kind": "dataset", **stated, "filters": [asdict(check) for check in self.filters]}
 
@@ -140,6 +145,7 @@ class HubDataset:
         return self.settings() | {"identity": self._identity()}
 
     def stamp(self, part: Part) -> str:
+        # Rows of a table cannot be stamped one part at a time: a change anywhere changes the stamp of all parts.
         return str(self._identity())
 
     def open(self) -> Any:
@@ -148,11 +154,13 @@ class HubDataset:
         Raises:
             DataError: it cannot be opened; the library's own reason is given.
         """
+        # Opening a dataset with thousands of files may take seconds, and every part asks for it.
         if "dataset" not in self._opened:
             text = self._text()
             self._opened["dataset"] = open_dataset(self._wanted) if text is None else stream_of(text)
         return self._opened["dataset"]
 
+    # Opened datasets hold memory maps and locks; each worker opens its own.
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
 
@@ -176,6 +184,7 @@ class HubDataset:
         for document in text.documents(part):
             if isinstance(document, BadDocument):
                 yield document
+            # Filters may name the text column of plain files too.
             elif self.document({TEXT_COLUMN: document}, lambda: self.path) is not None:
                 yield document
 
@@ -217,6 +226,7 @@ def _guarded(
     try:
         for number, row in enumerate(rows, first):
             yield number, row
+    # Our own refusals carry their remedy and pass through unchanged.
     except BD3Error:
         raise
     except Exception as error:  # parsers raise errors of many kinds

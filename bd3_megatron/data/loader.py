@@ -1,11 +1,8 @@
 """Batches by index, and a loader that reads them ahead in other processes.
 
-Decides: `TokenDataset.batch_for(index_B)` is a function; prefetching changes when a batch is read, never what is in it.
-The number of loader processes, ranks and restarts therefore cannot show in the data.
+Contract: `TokenDataset.batch_for(index_B)` is a function; prefetching changes when a batch is read, never what is in it.
 Refuses: folders that are missing or damaged, and folders whose tokenizers differ inside one mixture.
-Costs: one process reads 20 (isolated) to 50 (wrap) million tokens/s at L = 1024, 3 to 6 million at L = 128: 20 to 50
-microseconds a row.
-Processes are forked, never touch a GPU, and end with the loader.
+Costs: 20 to 50 microseconds a row and process.
 """
 
 from __future__ import annotations
@@ -30,6 +27,8 @@ from bd3_megatron.data.shards import FileMaps, TokenShards
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
+# Rows sent between processes at once. One process reads 20 (isolated) to 50 (wrap) million tokens/s at L = 1024 and 3
+# to 6 million at L = 128, where the cost a message would dominate.
 _BUNDLE_ROWS = 64
 
 
@@ -37,7 +36,7 @@ class BatchSource(Protocol):
     """What a loader reads from."""
 
     def batch_for(self, index_B: Tensor) -> CleanBatch:
-        """The rows with these places in the order of consumption: int64 [B] -> B rows."""
+        """The rows with these indices in the order of consumption: int64 [B] -> B rows."""
 
 
 class TokenDataset:
@@ -60,6 +59,7 @@ class TokenDataset:
         self.sources = tuple(sources)
         self.mixture = _fitting(mixture or Mixture.of([1.0] * len(self.sources)), len(self.sources))
         _check_alike(self.sources)
+        # Each source has an order of its own, keyed by its number: equal sources must not run in lockstep.
         self.orders = tuple(
             EpochOrder(num_rows=rows.num_rows, seed=seed, source=number, shuffle=shuffle)
             for number, rows in enumerate(self.sources)
@@ -118,6 +118,7 @@ class TokenDataset:
         Raises:
             ConfigError: weights that are not one each.
         """
+        # A shallow copy shares the memory maps and the packing tables; only the weights differ.
         other = copy.copy(self)
         other.mixture = _fitting(mixture, len(self.sources))
         return other
@@ -142,7 +143,7 @@ class TokenDataset:
         return [count / rows.num_rows for count, rows in zip(counts, self.sources, strict=True)]
 
     def batch_for(self, index_B: Tensor) -> CleanBatch:
-        """Rows by their place in the order of consumption.
+        """Rows by their index in the order of consumption.
 
         Args:
             index_B: int64 [B], 0 or more; beyond one epoch the next one begins.
@@ -156,6 +157,8 @@ class TokenDataset:
         index = index_B.numpy().astype(np.int64, copy=False)
         source, count = self.mixture.locate(index)
         parts: list[tuple[np.ndarray, PackedArrays]] = []
+        # Rows are read source by source, then put back in the order of their indices: the batch must not depend on how
+        # the mixture groups them.
         for number in np.unique(source).tolist():
             chosen = np.flatnonzero(source == number)
             rows = self.orders[number].row_ids(torch.from_numpy(count[chosen])).numpy()
@@ -207,6 +210,8 @@ class BatchLoader:
         self._prefetch, self._pin = prefetch, pin_memory
 
     def __iter__(self) -> Iterator[CleanBatch]:
+        # The same source serves both paths, so the number of loader processes, ranks and restarts cannot show in the
+        # data.
         if self._num_workers == 0:
             for index_B in self._indices:
                 batch = self._source.batch_for(index_B)
@@ -215,6 +220,7 @@ class BatchLoader:
         try:
             yield from self._read_ahead()
         except RuntimeError as error:
+            # torch reports a killed worker as a bare RuntimeError, which only its text tells from any other.
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
@@ -230,12 +236,15 @@ class BatchLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch,
             pin_memory=self._pin,
+            # Forked processes inherit the open dataset at no cost; they must never touch a GPU, whose context does not
+            # survive a fork.
             multiprocessing_context="fork",
         )
         for sizes, outcome in loader:
             if isinstance(outcome, BD3Error):
                 raise outcome
             start = 0
+            # A bundle holds several batches; their sizes travel with it, since the last batch may be short.
             for size in sizes:
                 yield outcome.rows(start, start + size)
                 start += size
@@ -294,9 +303,11 @@ def check_held_out(held_out: TokenShards, trained: Sequence[TokenShards]) -> Non
             (held_out.tokenizer_fingerprint, held_out.where), (shards.tokenizer_fingerprint, shards.where)
         )
     fractions = [(shards.where, shards.held_out_fraction) for shards in trained]
+    # Documents are held out by their content, so two folders agree on the split only if their fractions do.
     check_nothing_leaks(fractions, (held_out.where, held_out.held_out_fraction))
 
 
+# Different lengths cannot be stacked to one batch, and ids of different tokenizers mean different text.
 def _check_alike(sources: Sequence[PackedRows]) -> None:
     first = sources[0]
     for other in sources[1:]:
@@ -311,6 +322,7 @@ def _check_alike(sources: Sequence[PackedRows]) -> None:
 
 def _gather(parts: list[tuple[np.ndarray, PackedArrays]], size: int) -> PackedArrays:
     """Put rows of several sources in the order of their indices."""
+    # One source is the common case: its rows are in order already and need no copy.
     if len(parts) == 1:
         return parts[0][1]
     columns: list[np.ndarray | None] = []

@@ -1,17 +1,9 @@
 """Packing: from documents of any length to rows of exactly L tokens, by three rules.
 
-Decides, with E = 1 if an end token follows every document and 0 otherwise:
-    wrap      documents end to end, cut every L tokens (the paper). With `wrap_special` rows are BOS + L-2 tokens + EOS.
-              The last incomplete row of the whole split is dropped (the official code drops one per 1000 documents).
-    isolated  every document is padded to a multiple of the diffusion block S, so boundaries lie between blocks; rows
-              carry document ids and positions that restart with every document (or piece of one) in a row.
-    pad       one document a row, padded to L; a longer one goes on in rows of its own.
-Under isolated and pad, end tokens with loss fill the block in which a document ends (see `PackingRule.fill`).
-All three are one rule: a document takes ceil((length + E) / a) * a places of a virtual stream, with a = 1, S or L, and
-rows are cut from the stream. Documents without tokens take no place at all.
+Contract: `wrap` cuts documents laid end to end every L tokens; `isolated` pads each document to a multiple of the
+diffusion block S and restarts positions with it; `pad` gives every document rows of its own.
 Refuses: sequence lengths or blocks that do not fit, special tokens with isolated rows, splits shorter than one row.
-Costs: a row is found by bisection and copied from the memory map (10 to 50 microseconds); `isolated` and `pad` read
-all document ends once at the start (8 bytes a document).
+Costs: 10 to 50 microseconds a row; `isolated` and `pad` read all document ends once at the start (8 bytes a document).
 Source: wrap as in the official dataloader's _group_texts, without its loss of tokens.
 """
 
@@ -51,8 +43,10 @@ class PackingRule:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"packing={self.mode} is not known; use wrap, isolated or pad.")
+        # With `wrap_special` a row spends two positions on BOS and EOS, and must hold one token of text beside them.
         if self.seq_len < 1 + 2 * self.wrap_special:
             raise ConfigError(f"seq_len={self.seq_len} holds no text; use {1 + 2 * self.wrap_special} or more.")
+        # BOS at position 0 would shift every document off the diffusion-block boundary that `isolated` guarantees.
         if self.wrap_special and self.mode != "wrap":
             raise ConfigError(f"wrap_special=True needs packing=wrap, not {self.mode}; switch one of them off.")
         if self.mode != "isolated":
@@ -75,6 +69,8 @@ class PackingRule:
         if self.mode == "isolated":
             assert self.block_size is not None  # __post_init__
             return self.block_size
+        # The three modes are one rule: a document takes ceil((length + E) / a) * a places of a virtual stream, E being
+        # 1 where an end token follows it and a = 1, S or L; rows are cut from that stream.
         return self.seq_len if self.mode == "pad" else 1
 
     @property
@@ -118,6 +114,7 @@ def rule_of_recipe(
         mode=mode,
         block_size=block_size,
         append_eos=recipe.get("append_eos", True) if append_eos is None else append_eos,
+        # A recipe states the paper's setting, which is wrap; another mode drops the special tokens instead of failing.
         wrap_special=special and mode == "wrap",
     )
 
@@ -149,9 +146,12 @@ class PackedRows:
 
     def __post_init__(self) -> None:
         lengths = [self._stream_length(shard) for shard in range(self.shards.num_shards)]
+        # int64: a corpus exceeds 2^31 tokens, and cumsum must not fall back to the platform's int.
         self._shard_places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         total = int(self._shard_places[-1])
         whole, rest = divmod(total, self.rule.payload)
+        # Under wrap the last incomplete row of the whole split is dropped; the official code drops one per 1000
+        # documents.
         self.num_rows = whole + (1 if rest and self.rule.pads else 0)
         if self.num_rows == 0:
             raise DataError(
@@ -164,6 +164,7 @@ class PackedRows:
         """Share of positions that hold text or its special tokens."""
         rows = self.num_rows * self.rule.seq_len
         if not self.rule.pads:
+            # Wrapped rows are full: every position holds text or one of its special tokens.
             return 1.0
         real = sum(self._num_real(shard) for shard in range(self.shards.num_shards))
         return real / rows
@@ -187,6 +188,7 @@ class PackedRows:
         if self.rule.wrap_special:
             tokens_BL[:, 0], tokens_BL[:, -1] = self.shards.special.bos, self.shards.special.eos
         isolated = self.rule.mode == "isolated"
+        # Padding until a document is written over it, so what lies behind the last shard needs no code of its own.
         padding_BL = np.ones((size, length), dtype=np.bool_) if self.rule.pads else None
         document_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
         position_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
@@ -200,6 +202,7 @@ class PackedRows:
         self._check_vocabulary(tokens_BL, row_ids)
         return rows
 
+    # Loader processes recompute document places: to pickle them costs 8 bytes a document for every process.
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_places": {}}
 
@@ -234,6 +237,7 @@ class PackedRows:
             last = int(np.searchsorted(places, stop, side="left"))
             starts = self._starts(shard, first, last)
             edges = places[first : last + 1].copy()
+            # A row may begin and end inside a document; only the part inside the row counts.
             edges[0], edges[-1] = start, stop
             of_place = np.repeat(np.arange(last - first), np.diff(edges))
             place = np.arange(start, stop)
@@ -266,6 +270,7 @@ class PackedRows:
         stop = min(start + self.rule.payload, int(self._shard_places[-1]))
         shard = int(np.searchsorted(self._shard_places, start, side="right")) - 1
         spans, offset = [], 0
+        # One row may cross shards, and a shard may be shorter than a row.
         while start < stop:
             base, end = int(self._shard_places[shard]), int(self._shard_places[shard + 1])
             until = min(stop, end)
@@ -283,6 +288,7 @@ class PackedRows:
             ends = self.shards.document_ends(shard).astype(np.int64)
             lengths: Ints = np.diff(ends, prepend=0)
             found = np.concatenate([[0], np.cumsum(self._room(lengths))]).astype(np.int64)
+            # The oldest entry goes: the limit bounds memory where a corpus has many thousand shards.
             if len(self._places) >= _MAX_CACHED_SHARDS:
                 self._places.pop(next(iter(self._places)))
             self._places[shard] = found
@@ -290,6 +296,7 @@ class PackedRows:
 
     def _starts(self, shard: int, first: int, last: int) -> Ints:
         """Where documents [first, last) begin in the shard's tokens, and where the last ends: [last - first + 1]."""
+        # Converted before use: numpy turns stored uint64 and int64 together into float64, which is exact only to 2^53.
         ends = self.shards.document_ends(shard)[max(first - 1, 0) : last].astype(np.int64)
         return np.concatenate([[0], ends]) if first == 0 else ends
 
@@ -298,6 +305,7 @@ class PackedRows:
         return -(-(lengths + int(self.rule.append_eos)) // step) * step
 
     def _stream_length(self, shard: int) -> int:
+        # Without alignment the sizes in the header suffice; opening a split then reads no document ends.
         if self.rule.alignment == 1:
             return self._num_real(shard)
         return int(self._places_of(shard)[-1])

@@ -31,9 +31,10 @@ from bd3_megatron.files import disk_errors, read_json, whole, write_json
 
 RECORD_FILE = "record.json"
 DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"
+# Characters inside the tokenizer at a time: enough to occupy its threads, little enough for memory.
 _BATCH_CHARACTERS = 1 << 20
 BAD_NAMED = 5
-"""Bad documents whose place is kept in a part's record."""
+"""Number of bad documents that a part's record names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class PartRecord:
         try:
             shards = {split: ShardRecord(**shard) for split, shard in content.pop("shards").items()}
             return PartRecord(shards=shards, **content)
+        # A record of another release is no error: the part is made again.
         except (KeyError, TypeError, AttributeError):
             return None
 
@@ -70,6 +72,8 @@ class PartRecord:
         """Whether the part would come out the same again; reads its text only where its files were touched."""
         if self.repeated != repeated:
             return False
+        # Sizes and times decide first, since hashing reads the whole text; a touched file with equal text is still
+        # accepted.
         return self.stamp == source.stamp(task.part) or self.content == content_of(source, task.part)
 
 
@@ -113,6 +117,7 @@ class TokenPartMaker:
         folder = part_folder(self.work_folder, task)
         with (
             disk_errors(f"writing {folder}", DISK_REMEDY, kind=WorkStopped),
+            # A folder that exists counts as finished, so it appears by one rename, its record included.
             whole(folder, replace_folder=True) as temporary,
         ):
             temporary.mkdir()
@@ -126,6 +131,7 @@ class TokenPartMaker:
         stamp = source.stamp(task.part)
         chosen = _Choice(self, task)
         with ExitStack() as stack:
+            # Fixed by the vocabulary and not by the ids met, so that all parts of a split have one dtype.
             dtype = token_dtype(self._opened().vocab_size)
             writers = {split: ShardWriter(folder / split, dtype) for split in self._splits(task.split)}
             for writer in writers.values():
@@ -153,6 +159,8 @@ class TokenPartMaker:
                 writer.add(
                     [tokens for side, tokens in zip(sides, encoded, strict=True) if side == split and len(tokens)]
                 )
+            # Characters only approximate bytes: the sum must not exceed the part's weight, and the rest is reported
+            # below.
             weight = min(_weight_of(task.part, batch), weight_left)
             weight_left -= weight
             report(Progress(documents=len(batch), tokens=sum(map(len, encoded)), weight=weight))
@@ -162,6 +170,7 @@ class TokenPartMaker:
         return ["train", "valid"] if split == "train" and self.valid_fraction > 0 else [split]
 
     def _split_of(self, split: str, key: int) -> str:
+        # By content and not at random: equal documents fall on the same side, in any order and in any corpus.
         return "valid" if split == "train" and is_held_out(key, self.valid_fraction) else split
 
     def _opened(self) -> Tokenizer:
@@ -182,6 +191,8 @@ class _Choice:
         self.digest = hashlib.sha256()
 
     def documents(self, source: Source) -> Iterator[CleanDocument]:
+        # Numbers count only documents that `clean` kept, as `KeyPartMaker` counts them: copies are named by these
+        # numbers.
         number = -1
         for document in clean_documents(self._hashed(source), self._maker.rules):
             if document is None:
@@ -203,6 +214,7 @@ class _Choice:
             yield document
 
     def _reason(self, number: int, text: str) -> str | None:
+        # A copy is not compared with the evaluation texts: its first occurrence was.
         if number in self._copies:
             return "repeated"
         evaluated = self._maker.evaluated
@@ -251,6 +263,7 @@ def _batches(documents: Iterator[CleanDocument]) -> Iterator[list[CleanDocument]
 
 def _weight_of(part: Part, batch: list[CleanDocument]) -> float:
     """Share of a part's weight that these documents make up; what is left over is reported when the part is done."""
+    # Grouped whole files carry no offsets; their weight is reported at the end.
     if not part.stop:
         return 0.0
     # Parts of text weigh bytes, of which characters are a fair measure; parts of a table weigh rows.

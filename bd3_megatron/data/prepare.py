@@ -105,10 +105,12 @@ def prepare(
     settings = _settings(request)
     manifest = settings | {"sources": {split: source.identity() for split, source in request.sources.items()}}
     work = WorkFolder(request.out)
+    # The check precedes the lock: a finished folder may lie on a disk that is mounted read-only.
     found = _find_finished(request.out, manifest)
     if found is not None:
         work.remove()  # a run killed right after publishing left it
         return found
+    # Two runs with one --out would publish each other's half-written parts, so one of them is refused.
     with work.locked(), disk_errors(f"writing {work.root}", DISK_REMEDY, kind=WorkStopped):
         if work.begin(settings):
             say(f"going on with {work.root}: {work.num_finished()} parts are finished")
@@ -116,8 +118,10 @@ def prepare(
             tokenizer = _tokenizer(request, work, say)
             tasks = [PartTask(split=split, part=part) for split, listed in parts.items() for part in listed]
             run = _Run(request, work, tasks, num_workers, say)
+            # Copies come first: whether a document is kept depends on the text of all parts, not only on its own.
             run.find_copies()
             records = run.make(skip_bad, show_progress=show_progress)
+        # A full disk or a killed worker says nothing against the text: all finished parts are kept.
         except (WorkStopped, OSError):
             raise
         except BD3Error:
@@ -133,6 +137,7 @@ def prepare(
             # Only so few documents leave a split empty that nothing is lost with them.
             work.remove()
             raise
+        # Headers and the manifest are written last, since a folder with a manifest counts as complete.
         files = {f"{split}/{HEADER_FILE}": header.as_dict() for split, header in headers.items()}
         work.publish(tasks, records, files | {MANIFEST_FILE: manifest})
         return _prepared(request.out, headers, was_there=False)
@@ -177,6 +182,7 @@ class _Run:
         )
         self._say_what_is_compared()
         records = {task: record for task in self.tasks if (record := self._finished(task)) is not None}
+        # What a part holds follows from its text and the settings, never from the worker or the run that made it.
         rest = [task for task in self.tasks if task not in records]
         with ProgressBar(sum(task.part.weight for task in self.tasks), show=show_progress) as bar:
             for task in records:
@@ -193,6 +199,7 @@ class _Run:
 
     def _finished(self, task: PartTask) -> PartRecord | None:
         record = PartRecord.read(part_folder(self.work.work, task))
+        # With dedup, an edit in one part may turn a document of another part into a copy, or back.
         copies = copies_digest(read_copies(self.work.work, task))
         return record if record is not None and record.is_of(task, self.request.sources[task.split], copies) else None
 
@@ -212,6 +219,7 @@ def _check(request: PrepareRequest, num_workers: int, skip_bad: int) -> None:
         raise ConfigError(f"skip_bad={skip_bad} is negative; use 0 or more.")
     if not request.sources:
         raise ConfigError("no text was named; give --text, --builtin, --dataset or a recipe with a source.")
+    # A vocabulary that is trained on evaluation text would make the evaluation look better than it is.
     if request.tokenizer in TRAINED_TOKENIZERS and "train" not in request.sources:
         raise ConfigError(
             f"tokenizer={request.tokenizer} is trained on train text and there is none; name a tokenizer."
@@ -226,6 +234,7 @@ def _settings(request: PrepareRequest) -> dict[str, Any]:
     tokenizer = (
         {"train": request.tokenizer, "vocab_size": request.vocab_size, "sample_bytes": request.tokenizer_sample_bytes}
         if trained
+        # The fingerprint and not the name: a name on the hub may give another tokenizer tomorrow.
         else {"fingerprint": open_tokenizer(request.tokenizer).fingerprint}
     )
     return {
@@ -256,6 +265,7 @@ def _find_finished(out: Path, expected: dict[str, Any]) -> Prepared | None:
 def _tokenizer(request: PrepareRequest, work: WorkFolder, say: Callable[[str], None]) -> Tokenizer:
     """Open the tokenizer of a run that goes on, or make it and save it whole."""
     folder = work.data / "tokenizer"
+    # Parts that are finished hold ids of this very tokenizer; to train it again could give other ids.
     if folder.is_dir():
         return load_tokenizer(folder)
     if request.tokenizer in TRAINED_TOKENIZERS:
@@ -272,6 +282,7 @@ def _tokenizer(request: PrepareRequest, work: WorkFolder, say: Callable[[str], N
         tokenizer: Tokenizer = train_sentencepiece(texts, request.vocab_size, model_type=kind)
     else:
         tokenizer = open_tokenizer(request.tokenizer)
+    # Workers load the tokenizer from this folder, so it must appear complete or not at all.
     with whole(folder) as temporary:
         tokenizer.save(temporary)
     return tokenizer
@@ -280,6 +291,7 @@ def _tokenizer(request: PrepareRequest, work: WorkFolder, say: Callable[[str], N
 def _check_bad(records: Mapping[PartTask, PartRecord], skip_bad: int) -> None:
     count = sum(record.left_out.get("bad", 0) for record in records.values())
     if count > skip_bad:
+        # The limit holds for the whole corpus; a worker checks only its own part, to stop early.
         named = [bad for record in records.values() for bad in record.bad]
         raise DataError(
             f"{count} documents are bad and skip_bad={skip_bad} allows no more ({'; '.join(named[:BAD_NAMED])}); "
@@ -296,6 +308,7 @@ def _headers(
         DataError: a split has no tokens at all.
     """
     headers = {}
+    # `valid` has no source of its own where it is held out of train.
     for split in [*request.sources, *(["valid"] if request.held_out_fraction else [])]:
         shards = named_shards(tasks, records, split)
         if not shards:
@@ -303,6 +316,7 @@ def _headers(
         origin = split if split in request.sources else "train"
         left_out: Counter[str] = Counter()
         for task in tasks:
+            # A part of train feeds both splits, but what it left out is counted once, with train.
             left_out.update(records[task].left_out if task.split == split else {})
         headers[split] = Header(
             vocab_size=tokenizer.vocab_size,

@@ -1,14 +1,9 @@
 """SentencePiece: train a vocabulary from text, load a .model, and turn either into an equal tokenizer.json.
 
-Decides: training uses byte fallback, identity normalisation, no dummy prefix and no removal of white space, so every
-UTF-8 text comes back exactly. Ids: <unk> 0, <s> 1, </s> 2, <pad> 3, <mask> 4, bytes 5..260, then pieces; V is the
-size asked for, mask included. In the exported file a space is a space, not U+2581, which makes text that holds that
-sign exact too (SentencePiece itself turns it into a space).
-Unigram scores are rounded to multiples of 2^-6 nats: sums are then exact in SentencePiece's float32 up to 2^18 nats
-(about 40,000 tokens of one text) and in the float64 of `tokenizers`, so that both find the same best path, ties included.
+Contract: trained models give every UTF-8 text back exactly; an export is compared with SentencePiece on probe texts.
 Refuses: too little text for the vocabulary, word and character models, white space treated as suffix, user-defined
 pieces together with a dummy prefix, and any model whose export does not encode the probe texts as SentencePiece does.
-Not shown to be equal: BPE on periodic text where two overlapping pairs spell the same piece (never seen in trials).
+Source: Kudo and Richardson, "SentencePiece", EMNLP 2018.
 """
 
 from __future__ import annotations
@@ -26,9 +21,14 @@ from bd3_megatron.errors import TokenizerError
 SPACE_SIGN = "\u2581"
 UNMATCHABLE_SCORE = -1000.0
 """Score of bytes and control pieces in the export: text that spells "<0x41>" must not become the byte 0x41."""
+# Unit: nats. Sums of multiples of 2^-6 are exact in SentencePiece's float32 up to 2^18 nats (about 40,000 tokens of
+# one text) and in the float64 of `tokenizers`: both find the same best path, ties included.
 _SCORE_QUANTUM = 2.0**-6
 _MAX_LINE_BYTES = 4096
+# Ids: <unk> 0, <s> 1, </s> 2, <pad> 3, <mask> 4, bytes 5..260, then pieces.
 _SMALLEST_VOCABULARY = 5 + 256
+# Probes hold what exports get wrong: runs of spaces, control characters, joined emoji, text that spells special
+# pieces, and letters that Unicode normalisation would change.
 _PROBES = (
     "The quick brown fox, 1234.5 times!",
     "  two  spaces and   three\tand a tab\nnew line\r\n\n",
@@ -69,6 +69,8 @@ def train_sentencepiece(
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
+            # These options together make decoding exact: bytes for unknown letters, no normalisation, no added or
+            # removed spaces.
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -78,6 +80,7 @@ def train_sentencepiece(
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            # A control piece is never matched by text, so no document can hold the mask id.
             control_symbols=["<mask>"],
             # Printable ASCII must be pieces: then no unknown letter ever makes "<0x41>" the cheaper path.
             required_chars="".join(chr(c) for c in range(33, 127)),
@@ -90,6 +93,7 @@ def train_sentencepiece(
             f"vocab_size={vocab_size} cannot be trained on this text ({_last_sentence(error)}); "
             "use a smaller --vocab-size or more text."
         ) from error
+    # Rounded before the export, so that the saved model and the tokenizer.json have the same scores.
     return from_sentencepiece(_rounded_scores(model.getvalue()), "the trained model")
 
 
@@ -139,6 +143,8 @@ def from_sentencepiece(content: bytes, where: str) -> FastTokenizer:
     named = _named_tokens(model)
     texts = SpecialTexts.choose(named, where)
     tokenizer = with_mask(built.to_str(), texts, has_mask=named["mask_token"] is not None, where=where)
+    # Not shown to be equal: BPE on periodic text where two overlapping pairs spell the same piece (never seen in
+    # trials).
     _prove_equal(content, tokenizer, where)
     return tokenizer
 
@@ -147,6 +153,8 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines the trainer accepts: it skips those with tabs, stops at NUL, and reads U+2581 as a space."""
     for text in texts:
         for line in text.replace("\t", "\n").replace("\0", "\n").replace(SPACE_SIGN, "\n").splitlines():
+            # Cut by characters: one is at most 4 bytes of UTF-8, so no line exceeds the trainer's limit, which would
+            # drop it.
             for start in range(0, len(line), _MAX_LINE_BYTES // 4):
                 yield line[start : start + _MAX_LINE_BYTES // 4]
 
@@ -175,6 +183,7 @@ def _parse(content: bytes, where: str) -> Any:
 def _pieces(model: Any) -> list[tuple[str, float, int]]:
     """(text, score, kind) of every piece, with plain spaces in the pieces that text can match."""
     normal = (model.SentencePiece.NORMAL, model.SentencePiece.USER_DEFINED)
+    # With plain spaces, text that holds U+2581 itself comes back exactly; SentencePiece turns it into a space.
     return [(p.piece.replace(SPACE_SIGN, " ") if p.type in normal else p.piece, p.score, p.type) for p in model.pieces]
 
 
@@ -195,6 +204,7 @@ def _translated_model(model: Any, pieces: list[tuple[str, float, int]], where: s
         vocab=vocabulary,
         merges=merges,
         unk_token=pieces[unknown][0],
+        # SentencePiece joins a run of unknown letters to one unknown piece.
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,
     )
@@ -208,6 +218,7 @@ def _merges(scored: list[tuple[str, float]], vocabulary: dict[str, int]) -> list
             left, right = text[:cut], text[cut:]
             if left in vocabulary and right in vocabulary:
                 ranked.append((-score, vocabulary[left], vocabulary[right], (left, right)))
+    # Ties go to the lower ids, so the order of merges is the same on every machine.
     return [pair for _, _, _, pair in sorted(ranked)]
 
 
@@ -219,6 +230,7 @@ def _translate_white_space(built: Any, model: Any, where: str) -> None:
         raise TokenizerError(f"{where} treats white space in a way a tokenizer.json cannot hold; train it without.")
     user_defined = any(p.type == model.SentencePiece.USER_DEFINED for p in model.pieces)
     changes_ends = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    # User-defined pieces cut the text before the normaliser runs, and every cut would get a prefix of its own.
     if user_defined and changes_ends:
         raise TokenizerError(f"{where} has user-defined pieces and a dummy prefix; a tokenizer.json cannot hold both.")
     steps: list[Any] = []
@@ -260,6 +272,7 @@ def _named_tokens(model: Any) -> dict[str, str | None]:
         return model.pieces[index].piece if 0 <= index < len(model.pieces) else None
 
     control = {p.piece for p in model.pieces if p.type == model.SentencePiece.CONTROL}
+    # Only a control piece may be the mask: an ordinary piece could occur in text.
     mask = next((text for text in ("<mask>", "[MASK]", MASK_TEXT) if text in control), None)
     return {
         "bos_token": piece(trainer.bos_id),

@@ -1,10 +1,7 @@
 """Token shards on disk: tokens in .bin, document ends in .idx, everything else in the header of the split.
 
-Layout of a prepared folder:
-    DIR/{train,valid,...}/header.json     see shard_header
-    DIR/{train,valid,...}/part-00000.bin  tokens, little-endian uint16 (V <= 65536) or uint32, documents end to end
-    DIR/{train,valid,...}/part-00000.idx  little-endian uint64 [num_documents], end of each document in tokens
-    DIR/tokenizer/                        the tokenizer as a Hugging Face folder
+Contract: DIR/{train,valid,...}/ holds header.json (see shard_header) and part-00000.bin, part-00000.idx, ...;
+DIR/tokenizer/ is a Hugging Face tokenizer folder.
 Refuses: missing and truncated files when opened, document ends out of order when used, flipped bits when verified.
 """
 
@@ -25,6 +22,8 @@ from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.errors import DataError
 from bd3_megatron.files import disk_errors, write_bytes
 
+# .bin holds little-endian uint16 (V <= 65536) or uint32 tokens, documents end to end; .idx holds little-endian uint64
+# [num_documents], the end of each document in tokens.
 SHARD_SUFFIXES = (".bin", ".idx")
 END_DTYPE = np.dtype("<u8")
 MOST_MAPS = 256
@@ -43,6 +42,7 @@ class ShardWriter:
             dtype: uint16 or uint32.
         """
         self._stem, self._dtype = stem, dtype
+        # Written as it comes: a shard may be larger than memory. Only the ends, 8 bytes a document, are kept.
         self._tokens: IO[bytes] = open(self._path(".bin"), "wb")  # noqa: SIM115
         self._hash = hashlib.sha256()
         self._ends: list[int] = []
@@ -60,6 +60,7 @@ class ShardWriter:
         """Append documents, each uint32 [num_tokens], none of them empty."""
         if not documents:
             return
+        # The dtype holds every id of the vocabulary, so the narrowing loses nothing.
         content = np.concatenate(documents).astype(self._dtype).tobytes()
         self._tokens.write(content)
         self._hash.update(content)
@@ -70,6 +71,7 @@ class ShardWriter:
     def finish(self) -> ShardRecord | None:
         """Write the ends; None (and no files) where no document was added."""
         self._tokens.close()
+        # numpy refuses to map an empty file, and a header may not list a shard without tokens.
         if not self._ends:
             self._path(".bin").unlink()
             return None
@@ -102,6 +104,7 @@ class FileMaps:
         """
         found = self._maps.get(path)
         if found is None:
+            # Dropping the reference closes the map once no view is left, which is why callers may keep none.
             while len(self._maps) >= self._most:
                 self._maps.popitem(last=False)
             with disk_errors(f"opening {path}", PREPARE_AGAIN):
@@ -178,6 +181,7 @@ class ShardFolder:
         self._maps = maps or FileMaps()
         self._in_order: set[int] = set()
         for shard in self.header.shards:
+            # Sizes cost one stat a file; checksums would read all tokens at every start.
             _check_size(self._path(shard, ".bin"), shard.num_tokens * self.header.dtype.itemsize)
             _check_size(self._path(shard, ".idx"), shard.num_documents * END_DTYPE.itemsize)
         if verify:
@@ -225,6 +229,7 @@ class ShardFolder:
         return record.num_tokens, record.num_documents
 
     def tokens(self, shard: int) -> NDArray[np.integer]:
+        # Ids are not checked here: the packing checks the rows that it reads.
         return self._maps.get(self._path(self.header.shards[shard], ".bin"), self.header.dtype)
 
     def document_ends(self, shard: int) -> NDArray[np.integer]:
@@ -250,6 +255,7 @@ class ShardFolder:
                     raise DataError(
                         f"{self._path(shard, suffix)} is damaged (checksum differs from the header); {PREPARE_AGAIN}."
                     )
+            # A checksum proves that the file is as it was written, not that what was written makes sense.
             self.document_ends(number)
             if int(self.tokens(number).max()) >= self.vocab_size:
                 raise DataError(
@@ -266,6 +272,7 @@ def _check_size(path: Path, expected_bytes: int) -> None:
         raise DataError(f"{path} is missing; {PREPARE_AGAIN}.")
     actual = path.stat().st_size
     if actual != expected_bytes:
+        # A copy that was interrupted is the usual cause, and the remedy differs from a damaged disk's.
         state = "truncated" if actual < expected_bytes else "too long"
         raise DataError(
             f"{path} is {state}: {actual} bytes, the header says {expected_bytes}; copy it again or {PREPARE_AGAIN}."

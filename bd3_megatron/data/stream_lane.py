@@ -1,9 +1,7 @@
-"""One lane of a stream: documents read in order, tokenised, packed to rows, shuffled in windows; resumable.
+"""One shard of a stream: documents read in order, tokenised, packed to rows, shuffled in windows; resumable.
 
-Decides: a lane owns a fixed share of the stream's files and yields rows 0, 1, 2, ... for ever (it begins again when its
-files end). Rows are packed by the rules of packing.py and permuted inside windows of `shuffle_rows`. Its state is small:
-the stream's position before the document in hand, how many places of that document earlier rows used, and the window.
-A row depends on the plan and its number only, never on who asks or when the run was interrupted.
+Contract: a stream shard owns a fixed share of the stream's files and yields rows 0, 1, 2, ... without end. A row depends
+on the plan and its number only, never on who asks or when the run was interrupted. Rows follow the rules of `packing.py`.
 Costs: resuming tokenises at most one window again; asking for a later row tokenises and drops what lies between.
 """
 
@@ -28,6 +26,7 @@ from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError
 from bd3_megatron.rng import Purpose, permutation_index
 
+# The key of a permutation is the number of the stream shard above 40 bits of window number, so no two share an order.
 _WINDOW_BITS = 40
 
 
@@ -40,7 +39,7 @@ class StreamPlan:
     tokenizer_folder: Path
     rule: PackingRule
     num_lanes: int
-    """Lanes; at most the stream's number of files. Rows of lane j are samples j, j + num_lanes, ..."""
+    """Stream shards; at most the stream's number of files. Rows of stream shard j are samples j, j + num_lanes, ..."""
     shuffle_rows: int = 256
     """Rows permuted together; 1: none."""
     seed: int = 1
@@ -52,11 +51,13 @@ class StreamPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LaneState:
-    """Where a lane stands before a window of rows."""
+    """The position of a stream shard before a window of rows."""
 
     window: int = 0
     epoch: int = 0
-    """How often the lane's files have ended."""
+    """How often the files of the stream shard have ended."""
+    # A document may span rows: the state points to its beginning and counts what earlier rows took, since a tokenizer
+    # cannot start in the middle of a text.
     used_places: int = 0
     """Places of the document at `stream` that earlier rows took."""
     stream: dict[str, Any] | None = None
@@ -87,6 +88,7 @@ class RowPacker:
 
     def add(self, tokens: NDArray[np.uint32]) -> int:
         """Append a document; returns how many places it takes."""
+        # Documents without tokens take no places, as in the packing of prepared shards.
         if len(tokens) == 0:
             return 0
         real = len(tokens) + int(self._rule.append_eos)
@@ -94,6 +96,7 @@ class RowPacker:
         content = np.full(places, self._special.pad, dtype=np.int64)
         content[: len(tokens)] = tokens
         filled = -(-real // self._rule.fill) * self._rule.fill
+        # The end token and the fill are one stretch: EOS up to the multiple of `fill`, with loss.
         content[len(tokens) : filled] = self._special.eos
         self._tokens = np.concatenate([self._tokens, content])
         place = np.arange(places)
@@ -118,6 +121,7 @@ class RowPacker:
         fill = self._is_fill[:payload].copy() if rule.fill > 1 else None
         document = position = None
         if rule.mode == "isolated":
+            # Document ids count from 0 in every row, so a row does not depend on how many documents came before it.
             document = self._document[:payload] - self._document[0]
             starts = np.flatnonzero(np.diff(document, prepend=-1))
             position = np.arange(payload) - np.repeat(starts, np.diff(starts, append=payload))
@@ -127,10 +131,10 @@ class RowPacker:
 
 
 class Lane:
-    """Rows of one lane, asked for in increasing order."""
+    """Rows of one stream shard, asked for in increasing order."""
 
     def __init__(self, plan: StreamPlan, lane: int, state: LaneState | None = None) -> None:
-        """Open a lane where a state left it.
+        """Open a stream shard where a state left it.
 
         Args:
             plan: the stream.
@@ -143,6 +147,7 @@ class Lane:
         self._state = state or LaneState()
         self._rows: list[PackedArrays] = []
         self._packer = RowPacker(plan.rule, self._tokenizer.special)
+        # The library deals files to its shards by number, so a stream shard has the same files in every process.
         self._dataset = plan.dataset.open().shard(num_shards=plan.num_lanes, index=lane)
         if self._state.stream is not None:
             self._dataset.load_state_dict(self._state.stream)
@@ -168,11 +173,13 @@ class Lane:
                 f"lane {self._lane} stands at row {self._state.window * size} and was asked for row {number}; "
                 "resume the stream from the state saved with the checkpoint."
             )
+        # Windows that are passed over must be tokenised too: only the text tells where the next row begins.
         while not self._rows or self._state.window < window:
             self._read_window(keep=self._window == window)
         if size == 1:
             return self._rows[0]
         key = self._lane << _WINDOW_BITS | window
+        # The permutation is a function of the window, so a resumed run shuffles as the first run did.
         return self._rows[int(permutation_index(self._plan.seed, Purpose.DATA_ORDER, key, size, place))]
 
     def state_before(self, number: int) -> LaneState:
@@ -186,6 +193,7 @@ class Lane:
         return LaneState(
             window=self._window,
             epoch=self._epoch,
+            # Held-back places always belong to the last document: rows are taken as soon as one is full.
             used_places=self._places - held_back if held_back else 0,
             stream=self._before_document if held_back else self._dataset.state_dict(),
         )
@@ -197,6 +205,7 @@ class Lane:
             while not self._packer.is_ready():
                 self._read_document()
             row = self._packer.row()
+            # One row of a window that is passed over stays, so that `row` sees that a window was read.
             if keep or not self._rows:
                 self._rows.append(row)
         self._window += 1
@@ -213,6 +222,7 @@ class Lane:
         if places:
             self._before_document, self._places = before, places
             self._pass_may_be_empty = True
+        # These places went into rows before the interruption.
         if self._skip_places:
             self._packer.drop(self._skip_places)
             self._skip_places = 0
@@ -225,6 +235,7 @@ class Lane:
             if isinstance(document, BadDocument):
                 raise DataError(f"{document.where} {document.reason}; {document.remedy}.")
             cleaned = None if document is None else clean(document, self._rules)
+            # The same rule by content as in prepared folders, so a held-out document is never trained on.
             if cleaned is not None and not is_held_out(cleaned.key, self._plan.held_out_fraction):
                 yield cleaned.text
 
@@ -243,5 +254,5 @@ class Lane:
 
 
 def lane_states(content: Mapping[str, Any]) -> dict[int, LaneState]:
-    """Lane states from JSON."""
+    """States of stream shards from JSON, where keys are texts."""
     return {int(lane): LaneState(**state) for lane, state in content.items()}

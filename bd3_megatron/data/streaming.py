@@ -1,13 +1,9 @@
 """Training directly from a stream that is too big to shard first: rows by index, tokenised in loader processes.
 
-Decides: a stream's files are dealt to N lanes, N fixed by the plan; sample i is row i div N of lane i mod N. What a
-sample holds is therefore the same for every number of ranks, loader processes and restarts, as with shards; a rank opens
-only the lanes its samples touch. Loader processes share the lanes between them and each walks the rank's indices.
-The state to save is one small record a lane; records of different ranks are merged before they are saved.
-Loader processes end when their rank is gone.
+Contract: the stream's files are dealt to N stream shards; sample i is row i div N of stream shard i mod N. A sample is
+the same for every number of ranks, loader processes and restarts.
 Refuses: a saved state of another stream or plan, indices before it, streams without text, processes that died (by name).
-Costs: tokenisation speed of the processes (about 1 million tokens/s each). A rank whose samples touch a lane without
-owning all its rows tokenises the others' rows too: let N be a multiple of dp * micro_batch_size where files allow.
+Costs: tokenisation speed of the processes (about 1 million tokens/s each).
 """
 
 from __future__ import annotations
@@ -32,11 +28,13 @@ from bd3_megatron.data.stream_lane import Lane, LaneState, StreamPlan, lane_stat
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
+# Stream shards by default. A rank whose samples touch a stream shard without owning all its rows tokenises the rows of
+# the others too, so their number should be a multiple of dp * micro_batch_size where files allow.
 _MOST_LANES = 64
 _POLL_SECONDS = 2.0
 
 Rows = list[tuple[int, PackedArrays]]
-"""Rows of one batch: place in the batch, arrays of shape [L]."""
+"""Rows of one batch: number of the row in the batch, arrays of shape [L]."""
 
 
 def plan_stream(
@@ -57,19 +55,21 @@ def plan_stream(
         tokenizer_folder: as written by `Tokenizer.save`.
         rule: how documents become rows.
         num_lanes: None: one a file, at most 64.
-        shuffle_rows: rows of a lane permuted together.
+        shuffle_rows: rows of a stream shard permuted together.
         seed: run.seed.
         detokenizer: see detokenizers.
         held_out_fraction: of the prepared folder whose held-out rows are evaluated; its documents are left out.
 
     Raises:
-        ConfigError: more lanes than files, or an empty window.
+        ConfigError: more stream shards than files, or an empty window.
         DataError: the stream cannot be opened, or has no such column.
     """
     dataset = replace(dataset, streaming=True)
+    # Refused here, before any process group exists, and not by the first batch of a loader process.
     dataset.check_columns()
     files = int(dataset.open().num_shards)
     lanes = min(files, _MOST_LANES) if num_lanes is None else num_lanes
+    # A file belongs to one stream shard: with more of them than files some would have no text.
     if not 1 <= lanes <= files:
         raise ConfigError(
             f"num_lanes={lanes} is outside [1, {files}], the files of {dataset.path}; use {files} or fewer."
@@ -116,17 +116,20 @@ class StreamLoader:
         """
         self._plan, self._indices = plan, indices
         self._num_workers, self._prefetch, self._pin = num_workers, prefetch, pin_memory
+        # The identity is stored with the state, so that a resume under another plan is refused and not silently
+        # different.
         self._identity = _identity(plan)
         self._states = _checked_states(self._identity, state)
 
     def __iter__(self) -> Iterator[CleanBatch]:
+        # Workers return rows in their own order; the row number restores the order of the batch.
         work = self._read_here() if self._num_workers == 0 else self._read_ahead()
         for index_B, rows in work:
             batch = batch_of(_stack([arrays for _, arrays in sorted(rows, key=lambda row: row[0])]), index_B)
             yield batch.pin_memory() if self._pin else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank's lanes stand after the last batch that was yielded; JSON."""
+        """Positions of this rank's stream shards after the last batch that was yielded; JSON."""
         return {
             **self._identity,
             "lanes": {str(lane): state.as_dict() for lane, state in sorted(self._states.items())},
@@ -140,35 +143,40 @@ class StreamLoader:
             yield index_B, rows
 
     def _read_ahead(self) -> Iterator[tuple[Tensor, Rows]]:
+        # More processes than stream shards would have nothing to read.
         workers = _Workers(self._plan, self._states, self._indices, min(self._num_workers, self._plan.num_lanes))
         try:
             workers.start(self._prefetch)
             for index_B in self._indices():
                 rows: Rows = []
+                # The state advances only with batches that were yielded; batches read ahead are read again after a
+                # resume.
                 for worker in workers.wanted(index_B):
                     some, states = workers.receive(worker)
                     self._states |= states
                     rows += some
                 yield index_B, rows
         finally:
+            # Also runs when the consumer abandons the iterator; else the processes would outlive the loader.
             workers.stop()
 
 
 class _Lanes:
-    """The lanes one process reads."""
+    """The stream shards that one process reads."""
 
     def __init__(self, plan: StreamPlan, states: Mapping[int, LaneState], own: Iterable[int]) -> None:
         self._plan, self._states, self._own = plan, dict(states), frozenset(own)
         self._lanes: dict[int, Lane] = {}
 
     def read(self, index_B: Tensor) -> tuple[Rows, dict[int, LaneState]]:
-        """Own rows of a batch, and where their lanes stand after it."""
+        """Own rows of a batch, and the states of their stream shards after it."""
         rows: Rows = []
         states: dict[int, LaneState] = {}
         for place, index in enumerate(index_B.tolist()):
             number, lane = divmod(index, self._plan.num_lanes)
             if lane not in self._own:
                 continue
+            # Opened at first use: a rank opens only the stream shards that its samples touch.
             if lane not in self._lanes:
                 self._lanes[lane] = Lane(self._plan, lane, self._states.get(lane))
             rows.append((place, self._lanes[lane].row(number)))
@@ -177,7 +185,7 @@ class _Lanes:
 
 
 class _Workers:
-    """Loader processes; process w reads lanes w, w + W, ... and sends its rows of each batch in order."""
+    """Loader processes; process w reads stream shards w, w + W, ... and sends its rows of each batch in order."""
 
     def __init__(
         self,
@@ -191,6 +199,7 @@ class _Workers:
         self._queues: list[Any] = []
 
     def start(self, prefetch: int) -> None:
+        # Forked, not spawned: the opened dataset and `indices` are inherited and need not be pickled.
         context = multiprocessing.get_context("fork")
         for worker in range(self._size):
             ready = context.Queue(maxsize=prefetch)
@@ -210,6 +219,7 @@ class _Workers:
                 outcome = self._queues[worker].get(timeout=_POLL_SECONDS)
                 break
             except queue.Empty:
+                # A killed process sends no error; without this check the rank would wait for ever.
                 code = self._processes[worker].exitcode
                 if code is not None:
                     raise DataError(
@@ -223,6 +233,7 @@ class _Workers:
 
     def stop(self) -> None:
         for process in self._processes:
+            # All are told before any is waited for, so that the waits overlap.
             process.terminate()
         for process, ready in zip(self._processes, self._queues, strict=True):
             process.join()
@@ -231,7 +242,7 @@ class _Workers:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state from those of all data-parallel ranks: of each lane, the one that is furthest.
+    """One state from those of all data-parallel ranks: of each stream shard, the one that is furthest.
 
     All ranks must have consumed the same steps; then no sample still to come lies before the furthest state.
     """
@@ -239,6 +250,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     lanes: dict[str, Any] = {}
     for state in states:
         for lane, record in state["lanes"].items():
+            # A rank that did not touch the stream shard lately still holds an older state of it.
             if lane not in lanes or record["window"] > lanes[lane]["window"]:
                 lanes[lane] = record
     return merged | {"lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
@@ -271,7 +283,7 @@ def _handed_over(ready: Any, outcome: object, parent: int) -> bool:
 
 
 def _identity(plan: StreamPlan) -> dict[str, Any]:
-    """All that decides the rows but the place of the files, which may move: JSON."""
+    """All that decides the rows but the path of the files, which may move: JSON."""
     dataset = plan.dataset
     stated = {
         "num_lanes": plan.num_lanes,
