@@ -151,6 +151,7 @@ def verdict_on(found: Sighting, mine: Holder, *, has_moved: bool, watched_second
         return "wait" if found.age_seconds < STALE_SECONDS or watched_seconds < WATCHED_SECONDS else "take over"
     requeued = holder.job is not None and holder.job == mine.job and holder.attempt < mine.attempt
     runs = is_running(holder.process, holder.ticks) if holder.machine == mine.machine else None
+    # on one machine the process table is certain: a dead owner's lease is replaced at once
     if runs is False:
         return "take over"
     if (runs or has_moved) and not requeued:
@@ -270,6 +271,7 @@ def acquire(
     """
     mine = this_process()
     try:
+        # creating the file is what decides: of many launches one succeeds
         while not _create(path, mine):
             first = look(path, mine)
             if first is None or _settled(path, mine, first, _Wait(name, say, patience_seconds, sleep)):
@@ -330,6 +332,7 @@ def look(path: Path, mine: Holder) -> Sighting | None:
             content, heartbeat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
+    # a new file's time is the file server's clock, against which the heartbeat is measured
     clock.touch()
     now = clock.stat().st_mtime
     clock.unlink()
@@ -343,6 +346,7 @@ def is_held(path: Path) -> bool:
         return False
     runs = is_running(holder.process, holder.ticks) if holder.machine == machine_id() else None
     try:
+        # this machine's clock, because a look that writes nothing cannot ask the server's
         age_seconds = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return False
@@ -389,6 +393,7 @@ def _moved_away(path: Path, found: Sighting, aside: Path) -> bool:
     if read_holder(path) != found.holder:
         return False
     try:
+        # renamed before it is compared: since the last look another launch may have replaced it
         move(path, aside)
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""Which attention backend serves a request, and why the others do not. The only place that knows them all by name.
+"""Which attention backend serves a request, and why the others do not. No other module knows them all by name.
 
 On CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every candidate that does not
 refuse is first held against the reference on the request's own rows, gradients included, and then timed there; the fastest

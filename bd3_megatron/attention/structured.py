@@ -3,7 +3,7 @@
 `rectangles` cuts the visibility rule, `row_runs` lays the rows out, `partial` names the kernel and merges; this file runs
 them as one autograd node, so that the backward of every rectangle is given the merged output and statistics. Executes
 exactly the allowed pairs. Serves packed documents, context-parallel rows, absent streams and grouped queries; refuses dtypes
-and devices without a stock kernel, documents in two places, and on CUDA documents at all.
+and devices without a stock kernel, documents that are not contiguous, and on CUDA documents at all.
 Source: measured on CPU in tools/bench/results; see `partial` for why the partial gradients are exact.
 """
 

@@ -1,8 +1,8 @@
 """FlexAttention's tile table from the visibility rule by arithmetic on runs of rows: no mask is ever evaluated.
 
 A tile is a square of `tile` query rows by `tile` key rows of [noisy; clean]; it is empty, partial or full. Costs (runs
-of queries x runs of keys) once per shape, or per batch with documents. `sees` in `visibility` stays the rule; a test holds
-this table against it, row by row.
+of queries x runs of keys) once per shape, or per batch with documents. `sees` in `visibility` stays the rule; a test
+holds this table against it, row by row.
 Source: torch 2.13 nn/attention/flex_attention.py, `_convert_mask_to_block_mask`, for what full and partial mean.
 """
 

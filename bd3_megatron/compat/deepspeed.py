@@ -1,8 +1,7 @@
 """DeepSpeed 0.19.8: what must be switched off before it is asked for anything.
 
-On CPU, `deepspeed.initialize` compiles a shared-memory collective (`deepspeed_shm_comm`, minutes; a rank killed meanwhile
-leaves a lock file on which every later run waits for ever). It serves inference only, so it is declared incompatible.
-The accelerator is named in the environment because DeepSpeed otherwise guesses from installed packages.
+On CPU, `deepspeed.initialize` would compile a shared-memory collective (`deepspeed_shm_comm`), which is declared
+incompatible here.
 """
 
 from __future__ import annotations
@@ -23,10 +22,13 @@ def load_deepspeed() -> ModuleType:
         The `deepspeed` module.
     """
     if not cuda_is_there():
+        # DeepSpeed otherwise guesses the accelerator from the packages that are installed
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.utils import logger
 
+    # Compiling takes minutes, and a rank killed meanwhile leaves a lock file on which every later run waits for ever.
+    # The collective serves inference only.
     for name in COMPILED_ON_FIRST_USE:
         deepspeed.ops.__compatible_ops__[name] = False
     logger.setLevel(logging.WARNING)

@@ -26,6 +26,7 @@ def rank_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     # srun with --gpus-per-task shows each task one device, numbered 0
     index = local_rank % torch.cuda.device_count()
+    # calls that name no device use the current one
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -1,15 +1,8 @@
 """megatron-core 0.16.1 on a machine without CUDA.
 
-megatron-core calls `torch.cuda` and `device="cuda"` at some 20 places that a CPU run reaches (all in megatron/core/):
-tensor_parallel/random.py:72-111, 235-277, 422 (RNG tracker; `_set_cuda_rng_state` is silently a no-op on CPU builds),
-tensor_parallel/layers.py:552 and tensor_parallel/mappings.py:91-442 (buffers), utils.py:631 (GlobalMemoryBuffer),
-pipeline_parallel/schedules.py:596, 983, 2138 (token counter), p2p_communication.py:190-398 (receive buffers).
-
-Decides: the *name* `torch` inside every loaded megatron.core module is bound to a proxy that answers those calls on the
-CPU and hands everything else to torch. torch itself is untouched, and with CUDA at hand nothing is bound at all.
+Decides: the *name* `torch` inside every loaded megatron.core module is bound to a proxy that answers calls to CUDA on
+the CPU and hands everything else to torch. torch itself is untouched, and with CUDA at hand nothing is bound at all.
 Does not cover `Tensor.cuda()`: no code path this package uses calls it.
-On every machine: `CheckpointWithoutOutput(fp8=False)`, as transformer_layer.py:577 and 672 make it, reads as fp8 wanted
-(tensor_parallel/random.py:634, `fp8 is not None`) and needs TransformerEngine; the package's name for it is bound to fp8=None.
 """
 
 from __future__ import annotations
@@ -42,7 +35,13 @@ FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "rand
 
 
 class _CudaOnCpu(types.ModuleType):
-    """Stands for torch.cuda inside megatron: the calls a CPU run reaches, answered on the CPU."""
+    """Stands for torch.cuda inside megatron: the calls a CPU run reaches, answered on the CPU.
+
+    Source: some 20 lines of megatron/core name `torch.cuda` or `device="cuda"` and are reached without a GPU:
+    tensor_parallel/random.py:72-111, 235-277, 422 (RNG tracker; `_set_cuda_rng_state` is silently a no-op on CPU builds),
+    tensor_parallel/layers.py:552 and tensor_parallel/mappings.py:91-442 (buffers), utils.py:631 (GlobalMemoryBuffer),
+    pipeline_parallel/schedules.py:596, 983, 2138 (token counter), p2p_communication.py:190-398 (receive buffers).
+    """
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -84,6 +83,7 @@ class _TorchOnCpu(types.ModuleType):
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # only an explicit CUDA device is replaced; every other argument is megatron's business
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = torch.device("cpu")
         return factory(*args, **kwargs)
@@ -107,17 +107,19 @@ def install() -> int:
     proxy = _TorchOnCpu()
     bound = 0
     for name, module in list(sys.modules.items()):
+        # bound module by module, so that nothing outside of megatron sees the proxy
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = proxy  # type: ignore[attr-defined]
             bound += 1
     random = sys.modules["megatron.core.tensor_parallel.random"]
+    # on CPU builds megatron's own setter silently does nothing (tensor_parallel/random.py:72-111)
     random._get_cuda_rng_state = _get_cpu_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_cpu_state  # type: ignore[attr-defined]
     return bound
 
 
 def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
-    """Answer megatron's questions about groups with ours, in the place of `initialize_model_parallel`.
+    """Answer megatron's questions about groups with ours, instead of `initialize_model_parallel`.
 
     That function (parallel_state.py:548) makes every group of every axis on every rank, twins on gloo and groups for
     experts among them: 11,273 calls on 1,024 ranks. Of its names these are the ones that schedules, layers and the random
@@ -157,6 +159,11 @@ def forget_groups() -> None:
 
 
 def _rebuild_norms_without_transformer_engine() -> None:
+    """Bind the package's name `CheckpointWithoutOutput` to fp8=None, on every machine.
+
+    Source: transformer_layer.py:577 and 672 make it with fp8=False, which tensor_parallel/random.py:634
+    (`fp8 is not None`) reads as fp8 wanted, and that needs TransformerEngine.
+    """
     package = sys.modules["megatron.core.tensor_parallel"]
     whole = sys.modules["megatron.core.tensor_parallel.random"].CheckpointWithoutOutput
     package.CheckpointWithoutOutput = functools.partial(whole, fp8=None)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any
 
 from bd3_megatron.errors import ConfigError
 
+# Package -> (module, the name that would be used): an import that merely succeeds proves nothing.
 PROBES = {
     "apex": ("apex.optimizers", "FusedAdam"),
     "transformer_engine": ("transformer_engine.pytorch", "Linear"),

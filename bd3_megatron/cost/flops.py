@@ -1,24 +1,7 @@
-"""FLOPs of a training step by part: what the loss needs, what the convention credits, what runs.
+"""FLOPs of a training step by part: what the loss needs (MIN), what the convention credits, what runs.
 
-Only matrix products count (a multiply-add is 2); element-wise work, softmax, norms and the embedding's gather are time,
-not FLOPs, and the embedding's scatter is listed as 0 so that nobody looks for it. Per row and layer, forward:
-
-    projections  2 D N H (q) + 2 D 2 G H (k, v) + 2 N H D (o)      mlp    m 2 D F, m = 3 gated, 2 plain
-    attention    4 N H per pair (q k^T and p v)                    head   2 D V per row
-
-Backward is twice the forward (gradients of both factors). A flash kernel's backward computes the scores again:
-2.5 times.
-Three counts of one sequence, n layers, S the block, L clean tokens, k noisy views, mu the masked share, lin the sum of
-all matrices of a row, kv those of k and v alone, pair = 4 N H:
-
-    convention   3 [n (k+1) L lin + n (k+1)/2 L (L+S) pair + k L head]        all rows, allowed pairs, noisy logits
-    MIN          3 [(n-1) R lin + R kv + mu k L (lin - kv)
-                    + ((n-1) A + mu k L(L+S)/2) pair + mu k L head]           R = (k+1) L - dead, A = pairs - dead pairs
-    executed     what `Execution` says: rows skipped or not, tiles, recomputation, padded vocabulary
-
-At S = L the clean stream is dead (one stream, L rows, L^2 pairs); the AR baseline has L rows, L(L+1)/2 pairs, L logits,
-and MIN of it one row less (the last token predicts nothing). V is the vocabulary without padding in the first two:
-Megatron counts its padded one, which differs by the padding's share of the head.
+Only matrix products count (a multiply-add is 2 FLOPs); element-wise work, softmax, norms and the embedding are time,
+not FLOPs. `Execution` says what runs: rows skipped or not, tiles, recomputation, padded vocabulary.
 Source: performance notes of the project; Megatron-LM training/training.py num_floating_point_operations.
 """
 
@@ -107,6 +90,8 @@ class _Rows:
 def row_flops(shape: Shape) -> dict[str, float]:
     """Forward FLOPs of one row in one layer: q, kv, o, mlp."""
     return {
+        # 2 D N H (q), 2 D 2 G H (k, v), 2 N H D (o), m 2 D F (MLP; m = 3 gated, 2 plain). A pair costs 4 N H (q k^T
+        # and p v), the logits of a row 2 D V.
         "q": 2 * shape.hidden * shape.q_width,
         "kv": 2 * shape.hidden * shape.kv_width,
         "o": 2 * shape.q_width * shape.hidden,
@@ -125,7 +110,10 @@ def convention_flops(config: Config, *, block_size: int | None = None, pairs: Pa
     pairs = pairs or attended_pairs(shape.length, shape.block)
     allowed = executed_pairs(shape, "structured", pairs=pairs)
     head = shape.objective.loss_stream_rows(shape.length)
+    # 3 [n (k+1) L lin + n (k+1)/2 L (L+S) pair + k L head]: n layers, k noisy views, L clean tokens, S the block, lin
+    # all matrices of a row, pair = 4 N H
     rows = _Rows(full=shape.rows, last_kv=shape.rows, last=shape.rows, head=head, pairs=allowed, last_pairs=allowed)
+    # V without padding: Megatron counts its padded vocabulary, which differs by the padding's share of the head
     return _trained(shape, rows, shape.vocab)
 
 
@@ -144,8 +132,11 @@ def min_flops(
     clean = shape.clean_rows - pairs.dead_rows if shape.clean_rows else 0.0
     clean_pairs = pairs.clean - pairs.dead_pairs if shape.clean_rows else 0.0
     noisy_pairs = shape.views * pairs.noisy if shape.noisy_rows else 0.0
+    # for the AR baseline L less the dead rows: the last token of a document predicts nothing
     scored = shape.objective.scored_rows(shape.length, masked_fraction, dead_rows=pairs.dead_rows)
     rows = _Rows(
+        # 3 [(n-1) R lin + R kv + mu k L (lin - kv) + ((n-1) A + mu k L(L+S)/2) pair + mu k L head] with mu the masked
+        # share, R = (k+1) L - dead rows, A = pairs - dead pairs, kv the matrices of k and v
         full=shape.noisy_rows + clean,
         last_kv=shape.noisy_rows + clean,
         last=scored,
@@ -171,6 +162,7 @@ def execution_of(config: Config, *, block_size: int | None = None, backend: str 
         backend=chosen,
         last_layer="masked" if trimmed else "all",
         last_pairs="noisy" if trimmed else "all",
+        # slices of context-parallel ranks are never shortened (see `pipeline_rows`)
         dropped_rows=shape.rows // cp - pipeline_rows(config, shape) if cp == 1 else 0,
         attention_backward=2.0 if chosen == "dense" else 2.5,
         recompute=config.train.recompute,
@@ -227,10 +219,12 @@ def _last_pairs(shape: Shape, execution: Execution, pairs: Pairs, run: float, ma
 
 def _executed(shape: Shape, rows: _Rows, forward: dict[str, float], execution: Execution) -> Flops:
     backward = {part: 2 * value for part, value in forward.items()}
+    # a flash backward computes the scores again: 2.5 times its forward, not 2
     backward["attention"] = execution.attention_backward * forward["attention"]
     again = {"none": (), "selective": ("attention",), "full": ("projections", "attention", "mlp")}[execution.recompute]
     covered = shape.layers if execution.recompute_layers is None else execution.recompute_layers
     last = int(execution.recompute_last and covered > 0)
+    # a trimmed last layer rebuilds only the rows that it had computed
     layers = _layers(shape, rows, covered - last, last)
     backward["recompute"] = sum(layers[part] for part in again) + (execution.head_forwards - 1) * forward["head"]
     return Flops(MappingProxyType(forward), MappingProxyType(backward))
@@ -250,6 +244,7 @@ def _layers(shape: Shape, rows: _Rows, before: int, last: int) -> dict[str, floa
 
 def _forward(shape: Shape, rows: _Rows, vocab: int) -> dict[str, float]:
     return {
+        # a gather and a scatter, no product; listed so that nobody looks for it
         "embedding": 0.0,
         **_layers(shape, rows, shape.layers - 1, 1),
         "head": float(2 * shape.hidden * vocab * rows.head),
@@ -258,5 +253,6 @@ def _forward(shape: Shape, rows: _Rows, vocab: int) -> dict[str, float]:
 
 
 def _trained(shape: Shape, rows: _Rows, vocab: int) -> Flops:
+    # backward is twice the forward: the gradients of both factors of every product
     forward = _forward(shape, rows, vocab)
     return Flops(MappingProxyType(forward), MappingProxyType({part: 2 * value for part, value in forward.items()}))

@@ -1,24 +1,9 @@
 """Bytes a device needs in training, by part, for every grid, precision, recomputation and ZeRO stage.
 
-Decides nothing; adds up what the engine keeps. P is the numbers a rank holds, W = dp x cp the ranks that share
-optimizer state, b the bytes of an activation (2 bf16, 4 fp32), t = tp, tensors per row of one sequence and layer:
-
-    states      fp32: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with
-                ZeRO 2 and 3, weights 4P/W with 3)
-                bf16: weights 2P, fp32 gradients 4P, the rest as above
-    norms       input and output
-    attention   stacked q, k, v (its v is a view), rotated q and k, output of the kernel, output again in row order, one
-                fp32 statistic per head
-    mlp         gated: gate and up 2F, product F; plain: input and output of gelu, 2F
-    recompute   full: the layer's input only, plus one whole layer while it is rebuilt; selective: without the
-                kernel's own output and statistics, the norms' outputs and the MLP's active rows, plus one layer's
-
-With tensor parallelism q, k, v, MLP are cut by t; rows of norms by t too under sequence parallelism. A pipeline stage
-holds as many micro-batches as its schedule keeps in flight. The peak is the larger of two moments: around the first
-backward (the head's chunk of logits, or the widest layer whose backward runs, less what the layers behind it have let
-go), and the optimizer's step, when activations and buckets are gone and copies of the own shard are there.
-Does not know: the allocator's fragmentation, the CUDA context, kernels' workspaces; add planner/machines reserves for
-those. Source: megatron-core 0.16 and DeepSpeed 0.19 as read and as counted by hooks.
+Decides nothing; adds up what the engine keeps. Does not know: the allocator's fragmentation, the CUDA context, kernels'
+workspaces; add planner/machines reserves for those. In comments P is the numbers a rank holds, W = dp x cp the ranks
+that share optimizer state.
+Source: megatron-core 0.16 and DeepSpeed 0.19 as read and as counted by hooks.
 """
 
 from __future__ import annotations
@@ -121,6 +106,7 @@ class MemoryBytes:
     @property
     def peak(self) -> int:
         """Most bytes alive at one time."""
+        # two moments: the first backward, and the optimizer's step, when activations and buckets are gone again
         passes = self.activations + self.head + self.working + self.buffers
         return self.states + max(passes, self.step_temporaries)
 
@@ -201,6 +187,8 @@ class _States:
 
 def _states(config: Config, stage: int, engine: EngineAssumptions) -> _States:
     count, shards, zero = parameters_per_rank(config, stage), zero_shards(config), zero_stage(config)
+    # fp32 runs: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with ZeRO 2 and 3, weights
+    # 4P/W with 3); bf16 runs: weights 2P, fp32 gradients, the rest alike
     shard = -(-count // shards)
     weights = engine.element_bytes * (shard if zero == 3 else count)
     gradients = FP32 * (count if zero == 1 else shard)
@@ -216,6 +204,7 @@ def chunks_in_flight(config: Config, stage: int) -> int:
     pp, vpp, total = config.parallel.pp, config.parallel.vpp or 1, micro_batches(config)
     if vpp == 1:
         return min(pp - stage, total)
+    # megatron's interleaved warm-up: two micro-batches for each stage behind this one, pp for each further chunk
     warm_up = (pp - stage - 1) * 2 + (vpp - 1) * pp
     return min(warm_up + 1, total * vpp)
 
@@ -228,9 +217,13 @@ def layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptio
     """Bytes one layer keeps for its backward, for one micro-batch, by part ("input" is the layer's input alone)."""
     b, tp = engine.element_bytes, config.parallel.tp
     rows = pipeline_rows(config, shape) * config.train.micro_batch_size
+    # tp cuts q, k, v and the MLP, but rows of norms only under sequence parallelism
     cut = rows / _row_cut(config)
     q, kv = shape.q_width / tp, shape.kv_width / tp
     return {
+        # qkv: stacked q, k, v (its v is a view), then rotated q and k. Attention: the kernel's output, the same again
+        # in row order, one fp32 statistic a head. MLP: gated, gate and up 2F and their product F; plain, input and
+        # output of gelu, 2F.
         "input": cut * shape.hidden * b,
         "norms": cut * 2 * shape.hidden * b,
         "normed": cut * 2 * shape.hidden * b,

@@ -1,10 +1,7 @@
 """How many query-key pairs of one head there are: allowed by visibility, needed by the loss, executed by a backend.
 
-The rule (attention/visibility): noisy sees its own block and all clean blocks before it; clean sees clean blocks up to
-its own; nothing crosses a document. Without documents that is L(L+S)/2 pairs for a noisy stream and as many for the
-clean one, L(L+S) together. Needed: a clean row that no noisy row of its document sees (those of its last block)
-is dead, with all its pairs. Executed: the structured backend does the allowed pairs exactly; FlexAttention whole tiles
-of 128 x 128; the dense reference the whole rectangle. With documents a count costs one pass over the blocks.
+The rule is that of attention/visibility: noisy sees its own block and all clean blocks before it; clean sees clean
+blocks up to its own; nothing crosses a document. With documents a count costs one pass over the blocks.
 Torch-free; tested against the predicate itself.
 """
 
@@ -16,6 +13,7 @@ from dataclasses import dataclass
 from bd3_megatron.cost.shape import Shape
 from bd3_megatron.errors import ConfigError, ShapeError, check_multiple
 
+# The value of attention/tiles, which imports torch and so cannot be imported here.
 FLEX_TILE = 128
 
 
@@ -47,6 +45,7 @@ def attended_pairs(length: int, block_size: int, documents: Sequence[int] | None
     """
     check_multiple("seq_len", length, "block_size", block_size)
     if documents is None:
+        # a noisy stream: own blocks L S, clean blocks before L (L - S) / 2; a clean one: the same sum
         half = length * (length + block_size) // 2
         return Pairs(noisy=half, clean=half, dead_rows=block_size, dead_pairs=block_size * length)
     if sum(documents) != length or min(documents) < 1:
@@ -89,6 +88,7 @@ def _document_pairs(start: int, size: int, block_size: int) -> Pairs:
     for part in parts:
         before += part * seen
         seen += part
+    # no noisy row of the document sees the clean rows of its last block: they are dead, with all their pairs
     return Pairs(noisy=own + before, clean=own + before, dead_rows=parts[-1], dead_pairs=parts[-1] * size)
 
 
@@ -121,6 +121,7 @@ def executed_pairs(
         noisy = shape.views * pairs.noisy if shape.noisy_rows else 0
         clean = pairs.clean - dropped_rows * shape.length if shape.clean_rows else 0
         return noisy + clean
+    # the reference computes the whole square, allowed or not
     if backend == "dense":
         return float((shape.rows - dropped_rows) ** 2)
     if backend in ("flex", "triton"):

@@ -45,6 +45,7 @@ def layer_parameters(shape: Shape, index: int) -> tuple[Parameter, ...]:
     hidden, ffn, half_kv = shape.hidden, shape.ffn, shape.kv_width // 2
     table = [
         *_norm(f"{prefix}input_layernorm", shape),
+        # the parallel model stacks q, k, v (and gate, up): other tensors, the same numbers
         Parameter(f"{prefix}self_attn.q_proj.weight", (shape.q_width, hidden), 0),
         Parameter(f"{prefix}self_attn.k_proj.weight", (half_kv, hidden), 0),
         Parameter(f"{prefix}self_attn.v_proj.weight", (half_kv, hidden), 0),
@@ -58,6 +59,7 @@ def layer_parameters(shape: Shape, index: int) -> tuple[Parameter, ...]:
     table.append(Parameter(f"{prefix}mlp.down_proj.weight", (hidden, ffn), 1))
     if shape.paper:
         table.append(Parameter(f"{prefix}mlp.up_proj.bias", (ffn,), 0))
+        # added after the sum over tensor-parallel ranks, so every rank holds it whole
         table.append(Parameter(f"{prefix}mlp.down_proj.bias", (hidden,), None))
     return tuple(table)
 
@@ -105,6 +107,7 @@ def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]
         table += _norm("model.norm", shape)
         if not shape.tied:
             table += _head(shape, shape.padded_vocab)
+        # a tied table is needed at both ends of the pipeline: the last stage has a copy
         elif pp > 1:
             table.append(_table("lm_head.weight", shape, shape.padded_vocab))
     return table

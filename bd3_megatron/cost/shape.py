@@ -3,13 +3,6 @@
 Decides: how many streams, rows and table rows a sequence has; the expected masked fraction of a noise schedule; which
 layers a pipeline stage holds when the configuration leaves that open. Refuses a configuration whose vocabulary is still
 to be read from data. Knows nothing of FLOPs or bytes. Torch-free: launchers import it on a login node.
-
-Letters as elsewhere: L clean tokens of a sample, S diffusion block, D hidden, N heads, G key/value heads, H head width,
-F MLP width, V vocabulary. Three kinds of run share one arithmetic:
-
-    block  noisy and clean stream, S < L             rows a sequence: views * L noisy + L clean
-    mdlm   S = L: the clean stream is never seen      rows a sequence: views * L noisy
-    ar     next-token prediction, causal (S = 1)      rows a sequence: L clean
 """
 
 from __future__ import annotations
@@ -24,6 +17,10 @@ from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.errors import ConfigError
 
 
+# Letters in this folder: L clean tokens of a sample, S diffusion block, D hidden, N heads, G key/value heads, H head
+# width, F MLP width, V vocabulary. Rows a sequence: block diffusion (S < L) views * L noisy and L clean ones; masked
+# diffusion (S = L) views * L noisy ones, for its clean stream is never seen; next-token prediction (S = 1, causal) L
+# clean ones.
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes of one sequence and one model; every count is arithmetic on these."""
@@ -131,12 +128,14 @@ def expected_masked_fraction(config: Config, *, interval: tuple[float, float] | 
     beta, omega = interval or phase or diffusion.interval_at(objective.block_size)
     probability = _mean_probability(diffusion.noise_schedule, beta, omega)
     if diffusion.never_mask_first:
+        # the other L - 1 positions are masked as the schedule says
         probability *= (config.data.seq_len - 1) / config.data.seq_len
     return probability
 
 
 def _mean_probability(name: str, beta: float, omega: float) -> float:
     if beta == omega:
+        # an interval of no width: the quotient below would be 0 / 0
         return _probability(name, beta)
     antiderivative = {
         "loglinear": lambda t: t * t / 2,
@@ -229,6 +228,7 @@ def last_layer_is_recomputed(config: Config) -> bool:
 def head_in_layers(config: Config) -> float:
     """Work of the head in units of one layer's: half of the noisy rows reach it, a layer works on 2 L rows."""
     model = config.model
+    # matrices alone: attention's pairs are left out, so that the head weighs a little too much at long lengths
     attention = model.hidden_size * model.head_width * (2 * model.num_heads + 2 * model.kv_heads)
     layer = attention + (2 if model.style == "paper" else 3) * model.hidden_size * model.ffn_width
     padded = -(-(model.vocab_size or 0) // model.vocab_multiple) * model.vocab_multiple

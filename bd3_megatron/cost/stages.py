@@ -39,6 +39,7 @@ def split_layers(
         return tuple(given)
     if num_stages > num_layers:
         raise GridError(f"{num_stages} pipeline stages exceed num_layers={num_layers}; use at most {num_layers}.")
+    # megatron's interleaved schedule wants equal chunks, so the head's load cannot be evened out
     if interleaved:
         if num_layers % num_stages:
             raise GridError(
@@ -46,6 +47,7 @@ def split_layers(
             )
         return (num_layers // num_stages,) * num_stages
     split = [num_layers // num_stages + (i < num_layers % num_stages) for i in range(num_stages)]
+    # embedding and head are load that cannot move
     extra = [0.0] * num_stages
     extra[0] += embedding_layers
     extra[-1] += head_layers
@@ -56,6 +58,7 @@ def _even_out(split: list[int], extra: list[float]) -> list[int]:
     """Move single layers from the most to the least loaded stage while that lowers the largest load."""
     while True:
         load = [n + e for n, e in zip(split, extra, strict=True)]
+        # a stage's last layer never moves: an empty stage could not run
         most = max((i for i in range(len(split)) if split[i] > 1), key=lambda i: load[i], default=None)
         least = min(range(len(split)), key=lambda i: load[i])
         if most is None or load[most] < max(load) or load[least] + 1 >= load[most]:

@@ -43,6 +43,7 @@ def step_flops(
         execution: what ran; None: what the engine does for this configuration.
     """
     n = config.train.global_batch_size if sequences is None else sequences
+    # MIN is a property of the schedule, not of one step's draw
     expected = expected_masked_fraction(config, interval=interval)
     ran = execution or execution_of(config, block_size=block_size)
     return StepFlops(

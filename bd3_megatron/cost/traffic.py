@@ -1,20 +1,7 @@
 """Bytes the axes of a grid move in one optimizer step: every collective of the engine as a line with its formula.
 
-Decides the unit: a collective's *size* is the bytes of its larger tensor on one rank (all-reduce and broadcast: the
-tensor; all-gather: its output; reduce-scatter: its input; send: what is sent). That is what a wrapper around the
+Decides the unit: a collective's *size* is the bytes of its larger tensor on one rank. That is what a wrapper around the
 collective counts, whatever ring or tree carries it; `wire_bytes` turns it into what a ring puts on a link.
-With R rows of a sequence on a rank, b bytes of an activation, m micro-batches of size mbs, n_s layers of the stage:
-
-    tp       4 n_s m all-reduces of [R, mbs, D] (attention and MLP, forward and backward; 6 with full recomputation), one
-             for the embedding; in the model's last layer all but one are of scored rows only; the head's [scored, D]
-             back, 3 fp32 numbers a scored row for the softmax
-    tp + sp  6 n_s m all-gathers and 4 n_s m reduce-scatters of the same rows instead (a column-parallel backward gathers
-             its input again); gradients of norms and row-parallel biases are summed once a step
-    pp       m sends of [R / t if sp, mbs, D] over each stage boundary, each way; a tied table's gradient all-reduced
-    cp       n_s m all-gathers of clean K and V of all L rows, as many reduce-scatters; recomputation gathers twice
-    dp       over dp x cp ranks: gradients all-reduced once (fp32), updated weights gathered once; ZeRO-2 reduces every
-             micro-batch; ZeRO-3 scatters the sums and gathers weights before every forward (and backward, when large)
-
 Does not list collectives of a few numbers (token counts, norms, loss logs): they cost latency, see `small_collectives`.
 """
 
@@ -73,6 +60,7 @@ class Transfer:
     ranks: int
     """Ranks of the group."""
     calls: int
+    # all-reduce, broadcast: the tensor; all-gather: its output; reduce-scatter: its input; send: what is sent
     size_bytes: float
     """Of one call: the larger tensor of this rank."""
 
@@ -186,6 +174,8 @@ def _again(at: _Stage, *kinds: str) -> tuple[int, int]:
 
 
 def _tensor_parallel(at: _Stage) -> list[Transfer]:
+    # 4 all-reduces of [R, mbs, D] a layer and micro-batch, R rows of a sequence on a rank: attention and MLP, forward
+    # and backward (6 with full recomputation). In a trimmed last layer all but one are of scored rows.
     trimmed = int(at.last and last_layer_is_trimmed(at.config))
     layers, short = (at.layers - trimmed) * at.micro, trimmed * at.micro
     # megatron rebuilds the whole layer, its last all-reduce included
@@ -204,6 +194,7 @@ def _tensor_parallel(at: _Stage) -> list[Transfer]:
     ]
     if at.first:
         lines.append(_line(at, "tp", Collective.ALL_REDUCE, "embedded rows", at.micro, at.rows_bytes))
+    # a rank norms its own heads only, so the gradients of the shared scales are partial
     if at.shape.qk_norm:
         size = 2 * at.layers * at.shape.head_width * FP32
         lines.append(_line(at, "tp", Collective.ALL_REDUCE, "gradients of q and k norms", 1, size))
@@ -211,6 +202,8 @@ def _tensor_parallel(at: _Stage) -> list[Transfer]:
 
 
 def _sequence_parallel(at: _Stage) -> list[Transfer]:
+    # 6 all-gathers and 4 reduce-scatters a layer instead: a column-parallel backward gathers its input again. Norms
+    # and row-parallel biases see a part of the rows, so their gradients are summed once a step.
     config, layers = at.config, at.layers * at.micro
     forward = 2 * (layers + _again(at, "full")[0] * at.micro)
     lines = [
@@ -262,6 +255,7 @@ def _pipeline(at: _Stage) -> list[Transfer]:
         _line(at, "pp", Collective.SEND, "rows to the next stage", forward * at.micro, size),
         _line(at, "pp", Collective.SEND, "gradients to the stage before", backward * at.micro, size),
     ]
+    # first and last stage both hold a tied table and add up its gradients
     if at.shape.tied and parallel.pp > 1 and (at.first or at.last):
         table = at.shape.padded_vocab * at.shape.hidden // parallel.tp * FP32
         what = "gradient of the tied table"
@@ -275,6 +269,7 @@ def _context(at: _Stage) -> list[Transfer]:
     if not at.shape.clean_rows:
         return []
     tokens = at.shape.length * at.config.train.micro_batch_size
+    # clean keys and values of all L positions; noisy rows never cross ranks
     size = tokens * at.shape.kv_width // at.config.parallel.tp * at.engine.element_bytes
     # attention is run again by selective recomputation too
     layers = at.layers * at.micro
@@ -286,6 +281,7 @@ def _context(at: _Stage) -> list[Transfer]:
 
 
 def _data(at: _Stage) -> list[Transfer]:
+    # gradients travel in fp32 whatever the precision of the weights
     zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index)
     weights = count * at.engine.element_bytes
     # DeepSpeed all-reduces whole buckets at stages 1 and 2, and lets every rank keep its part

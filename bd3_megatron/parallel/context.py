@@ -26,6 +26,7 @@ def gather_clean(k_BLGH: Tensor, v_BLGH: Tensor, group: dist.ProcessGroup | None
     """
     if group is None or dist.get_world_size(group) == 1:
         return k_BLGH, v_BLGH
+    # stacked, so that one collective carries keys and values
     gathered = _GatherZigzag.apply(torch.stack([k_BLGH, v_BLGH]), group)
     return gathered[0], gathered[1]
 
@@ -37,6 +38,7 @@ class _GatherZigzag(torch.autograd.Function):
     def forward(ctx: Any, kv: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         size = dist.get_world_size(group)
+        # all_gather_into_tensor joins along the first dimension
         rows_first = kv.movedim(2, 0).contiguous()
         gathered = rows_first.new_empty(size * rows_first.shape[0], *rows_first.shape[1:])
         dist.all_gather_into_tensor(gathered, rows_first, group=group)
@@ -48,6 +50,7 @@ class _GatherZigzag(torch.autograd.Function):
         size = dist.get_world_size(ctx.group)
         chunks = grads[0].movedim(2, 0).chunk(2 * size)
         ordered = torch.cat([chunks[i] for i in position_to_rank_order(size)]).contiguous()
+        # queries of every rank add to the gradient of a key: summed over ranks, cut back to the own chunks
         own = ordered.new_empty(ordered.shape[0] // size, *ordered.shape[1:])
         dist.reduce_scatter_tensor(own, ordered, group=ctx.group)
         return own.movedim(0, 2), None

@@ -51,6 +51,7 @@ class Grid:
         return torch.arange(self.world_size).view(*(getattr(self, axis) for axis in _AXES))
 
 
+# Slowest first: the last axis varies fastest in a rank's number.
 _AXES = ("pp", "dp", "cp", "tp")
 
 
@@ -76,9 +77,11 @@ class GroupMaker:
         Returns:
             The group, or None if this rank is in none of the sets.
         """
+        # sets of one rank each never communicate, so they need no communicator of their own
         alone = own and len(sets) < dist.get_world_size()
         if not alone and len(sets) == 1 and len(sets[0]) == dist.get_world_size():
             return dist.group.WORLD
+        # equal cuts share one communicator and its buffers; a group of its own is told apart by its name
         key = (sets, name if alone else "")
         if key not in self._made:
             self._made[key] = self._make(sets, name)
@@ -91,4 +94,5 @@ class GroupMaker:
         own = next((ranks for ranks in sets if dist.get_rank() in ranks), None)
         if own is None:
             return None
+        # only the members take part, so that start-up does not grow with the number of sets
         return dist.new_group(list(own), timeout=self.timeout, use_local_synchronization=True, group_desc=name)

@@ -1,12 +1,8 @@
 """Which rows of the pair [noisy; clean] a rank holds, for every objective and context-parallel rank.
 
-Decides: the order of rows on a rank is [its noisy rows; its clean rows], each in rising position. Context parallelism
-cuts *both* streams alike into 2 cp chunks and gives rank r chunks r and 2 cp - 1 - r: a row's work grows linearly with
-its position in both streams, so this is exactly balanced. Masked diffusion (S = L) has no clean rows, the AR baseline
-no noisy ones. The last clean block is seen by no row that carries loss, so it may be dropped.
-Several noisy views may share one clean half: then the noisy rows are [view 0; view 1; ...], each of the same positions.
-Sequence parallelism cuts the rows of a rank further, contiguously, inside megatron; nothing here depends on it, except
-that tp must divide the number of rows.
+Decides: the order of rows on a rank is [its noisy rows; its clean rows], each in rising position. Several noisy views
+may share one clean half: then the noisy rows are [view 0; view 1; ...], each of the same positions. Sequence parallelism
+cuts them further inside megatron; nothing here depends on it, except that tp must divide the number of rows.
 Source: the zigzag order of ring attention for causal models, here for both halves of the pair.
 """
 
@@ -66,6 +62,7 @@ class PairLayout:
     @cached_property
     def position_P(self) -> Tensor:
         """Position in [0, L) of every row: int64 [P], 0..L-1 twice on a rank that holds everything."""
+        # rotary angles go by position: a noisy row has those of the clean row that it denoises
         return torch.cat([positions(self.noisy_rows).repeat(self.views), positions(self.clean_rows)])
 
     def visibility(self, document_id_BL: Tensor | None = None) -> Visibility:
@@ -111,12 +108,14 @@ def pair_layout(
     """
     rows = _zigzag(length, objective.block_size, cp, cp_rank)
     noisy = rows if objective.noisy_rows(length) else ()
+    # masked diffusion (S = L) has no clean rows, the AR baseline no noisy ones
     if not objective.clean_rows(length):
         return PairLayout(length, objective, noisy, (), ())
     # a clean row carries loss only where there is no noisy stream: then its last block is needed too
     if cp == 1 and noisy and drop_last_clean:
         clean: Rows = ((0, length - objective.block_size),)
         return PairLayout(length, objective, noisy, clean, clean)
+    # clean keys of all positions, gathered over the context-parallel ranks
     return PairLayout(length, objective, noisy, rows, ((0, length),))
 
 
@@ -124,6 +123,8 @@ def _zigzag(length: int, block_size: int, cp: int, cp_rank: int) -> Rows:
     if cp == 1:
         return ((0, length),)
     check_context_slices(length, block_size, cp)
+    # Both streams are cut alike into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r: the work of a row grows
+    # linearly with its position in both streams, so this is exactly balanced.
     size = length // (2 * cp)
     first, second = cp_rank * size, (2 * cp - 1 - cp_rank) * size
     return ((first, first + size), (second, second + size))

@@ -88,6 +88,7 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
     megatron_compat.install()
     timeout = datetime.timedelta(seconds=config.collective_timeout_seconds)
     if not dist.is_initialized():
+        # with a device NCCL connects at once, which `split_group` needs
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(
             collective_backend(device), rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
@@ -148,6 +149,7 @@ def _groups(grid: Grid, timeout: datetime.timedelta) -> ProcessGroupCollection:
 
 def leave() -> None:
     """Tear down groups; after this the process may join another grid (tests) or end."""
+    # first: megatron's names must not outlive the groups they point at
     megatron_compat.forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -163,6 +165,7 @@ class DeepSpeedMpu:
         self._topology = topology
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
+        # context-parallel ranks hold the same weights and see other rows: for DeepSpeed they are data-parallel ranks
         return self._topology.shard_group
 
     def get_data_parallel_world_size(self) -> int:
@@ -178,6 +181,7 @@ class DeepSpeedMpu:
         return self._topology.tp * self._topology.pp
 
     def get_model_parallel_rank(self) -> int:
+        # tp counts fastest, as in `Grid`
         return self._topology.pp_rank * self._topology.tp + self._topology.tp_rank
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:

@@ -87,7 +87,7 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
 
     Args:
         config: with the run's folder.
-        topology: this rank's place.
+        topology: this rank's coordinates and groups.
         say: prints a line on rank 0.
 
     Raises:
@@ -99,6 +99,7 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
     reports: list[Any] = [None] * topology.world_size
     dist.all_gather_object(reports, examine(Path(config.run.dir), topology))
     findings = remarks_on(reports, device_type=topology.device.type)
+    # a slow node ends the run only where the next attempt can go without it
     stops = [f for f in findings if f.kind == "fault" or (f.kind == "slow" and bad_nodes)]
     for finding in findings:
         say(f"preflight: {finding.sentence}")
@@ -150,13 +151,16 @@ def time_product(device: torch.device) -> tuple[float, bool]:
     """
     size = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
     number = torch.arange(size, dtype=torch.float32, device=device)
+    # small whole numbers: every partial sum is exact in fp32 and TF32, so a difference is a fault, not rounding
     a = (number[:, None] * 7 + number[None, :] * 3).remainder(11) - 5
     b = (number[:, None] * 5 + number[None, :] * 2).remainder(13) - 6
     product = a @ b
+    # (A B) r against A (B r): the check costs n^2, not n^3
     vector = number.double().remainder(17) - 8
     expected = a.double() @ (b.double() @ vector)
     error = (product.double() @ vector - expected).abs().max() / expected.abs().max()
     right = bool(error < PRODUCT_TOLERANCE)
+    # on a GPU training multiplies in bf16, so that is what is timed
     timed = (a.bfloat16(), b.bfloat16()) if device.type == "cuda" else (a, b)
     return min(_seconds_of_product(*timed) for _ in range(PRODUCT_REPEATS)), right
 
@@ -182,14 +186,17 @@ def check_sums(topology: Topology) -> tuple[tuple[str, ...], dict[str, float]]:
         members = dist.get_process_group_ranks(group)
         if len(members) == 1:
             continue
+        # rank + 1: a rank that is left out changes the sum, rank 0 as well
         values = torch.full((numbers,), topology.rank + 1.0, device=topology.device)
         dist.all_reduce(values, group=group)
         if not bool((values == float(sum(members) + len(members))).all()):
             wrong.append(axis)
+        # the first all-reduce has set up the connections; only the second is timed
         started = time.perf_counter()
         dist.all_reduce(values, group=group)
         if topology.device.type != "cpu":
             torch.accelerator.synchronize()
+        # bytes that a ring puts on each rank's link
         travelled = 2 * (len(members) - 1) / len(members) * values.numel() * values.element_size()
         bandwidth[axis] = travelled / (time.perf_counter() - started)
     return tuple(wrong), bandwidth
@@ -201,6 +208,7 @@ def meet_in_folder(run_dir: Path, topology: Topology) -> tuple[int, ...]:
     Returns:
         Ranks whose file this rank does not see; rank 0 also where this rank could not write.
     """
+    # a name of this launch alone: files that an earlier attempt left must not count
     names: list[Any] = [f".preflight.{os.getpid()}.{time.time_ns()}"]
     dist.broadcast_object_list(names, src=0, device=topology.device)
     folder = run_dir / names[0]
@@ -268,6 +276,7 @@ def remarks_on(reports: Sequence[RankReport], *, device_type: str) -> list[NodeR
 def _odd_versions(reports: Sequence[RankReport]) -> list[NodeRemark]:
     found = []
     for name in reports[0].versions:
+        # the most common version is taken for right; of equally common ones the lowest rank's
         usual = Counter(r.versions.get(name) for r in reports).most_common(1)[0][0]
         found += [
             NodeRemark(

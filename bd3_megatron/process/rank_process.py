@@ -56,11 +56,13 @@ def run_reported(run: Callable[[], int], rank: int, report_fd: int) -> NoReturn:
         code = error.exit_code
         report = {"kind": "error", "text": str(error)}
     except SystemExit as error:
+        # the code may be a text, which means failure, or None, which means success
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         code = 1
         report = {"kind": "traceback", "text": traceback.format_exc()}
     if report is not None:
+        # monotonic is one clock for all ranks of a machine, so the holder can compare these times
         _send({**report, "rank": rank, "time": time.monotonic()}, report_fd)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

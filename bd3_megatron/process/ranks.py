@@ -53,6 +53,7 @@ def fork_ranks(
     Returns:
         The exit code for the whole run.
     """
+    # first: garbage that is frozen is never freed
     gc.collect()
     # frozen objects are not touched by the children's collector, so their pages stay shared
     gc.freeze()
@@ -62,6 +63,7 @@ def fork_ranks(
         # a signal between fork and the child's own handlers would run the parent's handler in the child
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         reader, writer = os.pipe()
+        # text left in a buffer would be printed once by every child
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
@@ -97,6 +99,7 @@ def spawn_ranks(
     supervisor = Supervisor(on_death)
     for rank in range(ranks):
         reader, writer = os.pipe()
+        # Python closes descriptors in a new program unless they are marked (PEP 446)
         os.set_inheritable(writer, True)
         command = command_of(rank, writer)
         environment = {**os.environ, **rank_variables(rank, ranks, rendezvous)}

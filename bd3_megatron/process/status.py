@@ -111,6 +111,7 @@ def record_death(run_dir: Path, sentence: str, *, launched: float) -> None:
         launched: when this launch began, seconds since the epoch: an earlier attempt's end stays as it is.
     """
     before = _read(run_dir)
+    # peers of a killed rank fail on their connections and may have recorded a crash: the death is its cause
     if before is None or before.started < launched or before.status not in ("running", "crashed"):
         return
     crashed = dataclasses.replace(before, status="crashed", reason=sentence, error=None, exit_code=CRASHED)
@@ -149,8 +150,10 @@ def read_status(run_dir: Path) -> RunStatus | None:
 
 
 def _end(run_dir: Path | None, ended: RunStatus, step: int | None) -> None:
+    # the batch script decides by the copy in the attempt's own log folder, which no other attempt writes to
     for folder in (run_dir, _copies()):
         before = _read(folder) if folder is not None else None
+        # an end is recorded once: of several ranks that fail, the first one knows the cause
         if folder is None or (before is not None and before.status != "running"):
             continue
         known = before or RunStatus(status="running", job=os.environ.get("SLURM_JOB_ID"), started=time.time())

@@ -1,10 +1,7 @@
 """Stopping on request: a signal sets a flag, the ranks agree on it at a step boundary.
 
 Decides: SIGTERM and SIGUSR1 mean "finish the step, save, stop" (preemption sends the one, a time limit the other); the
-second signal ends the process at once, and the previous checkpoint stays as it is. Signals less than DOUBLED_SECONDS
-apart are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver theirs twice. Nothing
-is done inside the handler: saving there would interrupt a collective. A rank may be told before another, so one element
-is reduced every step.
+second signal ends the process at once, and the previous checkpoint stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +16,10 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Signals closer together are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver
+# theirs twice.
 DOUBLED_SECONDS = 1.0
+# The index is the code that ranks reduce; of several reasons the last in this order is reported.
 REASONS = ("none", "signal", "file", "deadline")
 
 
@@ -41,13 +41,16 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # only a flag: saving in a handler would interrupt a collective
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > DOUBLED_SECONDS:
+            # as a shell reports a death by signal
             os._exit(128 + number)
         self._signalled_at = self._signalled_at or now
 
     def agreed(self, device: torch.device) -> str | None:
         """The reason why some rank was asked to stop, or None; equal on every rank. Collective."""
+        # a rank may be told before another, so one element is reduced every step
         told = torch.tensor(float(self._own_reason()), device=device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         code = int(told.item())

@@ -63,6 +63,7 @@ class Supervisor:
         self._killed = False
         self._received: list[int] = []
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # a signal that arrives just before select would be missed; the pipe remembers it
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
@@ -87,6 +88,7 @@ class Supervisor:
             process: its process id, a direct child.
             report_reader: read end of the pipe it reports to.
         """
+        # a process that a dead rank started may hold the pipe open: a read must not wait for it
         os.set_blocking(report_reader, False)
         self._rank_of[process] = rank
         self._pipe_of[process] = report_reader
@@ -144,8 +146,10 @@ class Supervisor:
                 Failure(rank=rank, time=report["time"], kind=report["kind"], text=report["text"], code=code)
             )
         elif code < 0 and self._died_by_itself(-code):
+            # SIGABRT gets no lead: communication libraries abort a rank over its peers' failure
             lead = SIGNAL_LEAD_SECONDS if -code != signal.SIGABRT else 0.0
             self._failures.append(Failure(rank=rank, time=time.monotonic() - lead, kind="signal", text="", code=code))
+        # after a stop or a kill of ours an exit code is an effect, not a cause
         elif code > 0 and self._stopped_by is None and not self._killed:
             self._failures.append(Failure(rank=rank, time=time.monotonic(), kind="code", text="", code=code))
 
@@ -167,6 +171,7 @@ class Supervisor:
             sentence = f"stopped by {signal.Signals(self._stopped_by).name} {how}."
             print(f"bd3: {sentence}", file=sys.stderr, flush=True)
             self._on_death(sentence)
+            # as a shell reports a death by signal
             return 128 + self._stopped_by
         return max(self._codes, default=0)
 

@@ -1,10 +1,7 @@
 """A step that does not end: every rank writes where it stands, the one to blame is named, and the job fails.
 
 Decides: how long is too long (the larger of watch.hang_seconds and watch.hang_factor times the median step), and who is
-to blame: a rank that left no word (stopped, or dead on a node that is), else ranks that stand outside of a collective
-while others wait in one, else those that wait in another one than most. A thread watches the loop's thread; should that
-keep the interpreter to itself, faulthandler's own timer writes the stacks and ends the process a little later.
-Evaluation and saving count as a step: hang_seconds must exceed both. Costs: a clock reading a step; nothing with
+to blame. Evaluation and saving count as a step: hang_seconds must exceed both. Costs: a clock reading a step; nothing with
 hang_factor=0. Does not end a rank that the kernel has stopped: SLURM's --kill-on-bad-exit does.
 """
 
@@ -36,7 +33,7 @@ from bd3_megatron.process.status import write_status
 MEDIAN_STEPS = 101
 """Steps whose median says what is usual."""
 WORDS_SECONDS = 5.0
-"""How long ranks wait for each other's word before they name one."""
+"""How long ranks wait for each other's reports before they name one."""
 LAST_RESORT_SECONDS = 30.0
 """After the limit, until faulthandler's timer ends a process whose interpreter answers no more."""
 COLLECTIVE_FILE = "distributed_c10d.py"
@@ -113,6 +110,8 @@ class Watchdog:
         """The loop goes on (also after evaluation and saving, which are not steps)."""
         self._step, self._beat = step, time.monotonic()
         if self._config.hang_factor > 0:
+            # the watching thread never runs if the loop keeps the interpreter to itself; this timer needs no
+            # interpreter
             faulthandler.dump_traceback_later(self.limit_seconds + LAST_RESORT_SECONDS, exit=True)
 
     def _watch(self, loop: int) -> None:
@@ -131,6 +130,7 @@ class Watchdog:
                 f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
             )
             print(f"bd3: error: {sentence}; stacks of all ranks in {self._folder}", file=sys.stderr, flush=True)
+            # all ranks read the same reports and reach one verdict: the lowest of them writes it
             self._publish(sentence, is_author=own.rank == min(word.rank for word in words))
         finally:
             os._exit(HUNG)
@@ -190,6 +190,8 @@ def blamed(words: Sequence[Word], world_size: int) -> str:
         words: of the ranks that still could speak.
         world_size: how many there should be.
     """
+    # To blame, in this order: a rank without a report (stopped, or dead on a node that is), ranks outside of a
+    # collective while others wait in one, ranks that wait in another collective than most.
     silent = sorted(set(range(world_size)) - {w.rank for w in words})
     waiting = [w.collective for w in words if w.collective != OUTSIDE]
     if silent:
@@ -221,9 +223,11 @@ def straggler_metrics(times: Mapping[str, float], device: torch.device) -> dict[
     size = dist.get_world_size()
     if size == 1:
         return {}
+    # forward and backward alone: whole steps take equally long on all ranks, which wait for the slowest
     own = times.get("time/forward_seconds", 0.0) + times.get("time/backward_seconds", 0.0)
     seconds_R = torch.zeros(size, dtype=torch.float64, device=device)
     seconds_R[dist.get_rank()] = own
+    # every rank fills its own entry, so the sum is a gather
     dist.all_reduce(seconds_R)
     seconds = seconds_R.tolist()
     if min(seconds) <= 0.0:
