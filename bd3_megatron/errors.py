@@ -33,6 +33,7 @@ class ExitCode:
     """Whether the same command may go on without a change: batch scripts submit only such runs again."""
 
 
+# Batch systems act on these numbers, so a code keeps its meaning between releases.
 EXIT_CODES = (
     ExitCode("0", "finished, or stopped on request after saving", True),
     ExitCode("1", "a rank or node failed, hung, or met a programming error (the only case with a traceback)", True),
@@ -68,6 +69,7 @@ class GridError(ConfigError):
     """A parallel grid that is illegal for this model, sequence length or world size."""
 
 
+# Also ValueError, which callers of tensor functions expect.
 class ShapeError(BD3Error, ValueError):
     """A tensor whose shape or dtype is not what the function's law asks for."""
 
@@ -142,6 +144,7 @@ def check_shape(name: str, actual: Sequence[int], expected: Sequence[int | None]
     Raises:
         ShapeError: "NAME has shape [..]; expected [..] ..." when ranks or sizes differ.
     """
+    # Ranks first: zip with strict=True raises on lists of different length.
     same_rank = len(actual) == len(expected)
     if same_rank and all(e is None or a == e for a, e in zip(actual, expected, strict=True)):
         return
@@ -169,6 +172,7 @@ def check_divides(
     Raises:
         kind: "tp=3 does not divide num_heads=16; use 1, 2, 4, 8 or 16."
     """
+    # Zero and negative divisors come from user input and must not raise ZeroDivisionError.
     if divisor > 0 and number % divisor == 0:
         return
     legal = either(divisors(number)) if 0 < number <= LARGEST_FACTORED else "one of its divisors"
@@ -185,6 +189,7 @@ def check_multiple(
     """
     if number > 0 and number % factor == 0:
         return
+    # A negative or small number has no positive multiple below it, hence the filter.
     below = number // factor * factor
     near = [n for n in (below, below + factor) if n > 0] or [factor]
     wrong = f"{number_name}={shown(number)} is not a multiple of {factor_name}={shown(factor)}"
@@ -214,6 +219,7 @@ def cut(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     line = " ".join(text.split())
     if len(line) <= characters:
         return line
+    # Both ends stay: of a path the name matters, of a message the remedy at its end.
     half = (characters - 3) // 2
     return f"{line[:half]}...{line[-half:]}"
 

@@ -1,14 +1,9 @@
 """Randomness as a function: f(seed, purpose, index, coordinates), the only source of random numbers here.
 
-Decides: what each stream of random numbers is for (`Purpose`), and how uniforms, coin flips, normals and permutations
-follow from the counter generator in hf/philox.py. Nothing here has a state: a draw does not depend on the rank, the
-micro-batch, the order of calls, the device or what was drawn before, so every rank computes its own and none is sent.
-Uniforms carry 53 bits, the whole of a float64: the generator's words come four at a time, so 32 bits would cost the
-same and would round a probability to 2^-32. Integer draws, `uniform`, `bernoulli` and `permutation_index` have the same
-bits on CPU and GPU; `normal` goes through log and cos and may differ there in the last place.
-Refuses: seeds outside [0, 2^48), more than two coordinates, sizes outside [1, 2^62].
-Costs: see hf/philox.py. `permutation_index` asks whether its walk is done, which makes a GPU wait: give it CPU
-positions (they are few).
+Contract: nothing has a state: a draw does not depend on the rank, the micro-batch, the order of calls, the device or
+what was drawn before, so every rank computes its own and none is sent. All but `normal` have the same bits on CPU and
+GPU. Refuses: seeds outside [0, 2^48), more than two coordinates, sizes outside [1, 2^62].
+Source: the counter generator in `hf/philox.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +20,7 @@ from bd3_megatron.hf import philox
 
 MAX_SEED = philox.MAX_SEED
 MAX_PERMUTATION_SIZE = 2**62
+# Philox calls of four words each: twelve round keys.
 _FEISTEL_CALLS = 3
 _FOLD_MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 
@@ -32,6 +28,7 @@ _FOLD_MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 class Purpose(IntEnum):
     """What a stream of random numbers is for; part of the key: no two share bits. Append, never renumber."""
 
+    # A number is part of every draw: to change one would change all runs.
     NOISE_LEVEL = 1
     STRATA = 2
     CORRUPT = 3
@@ -58,7 +55,7 @@ def uniform(
     Args:
         seed: in [0, 2^48).
         purpose: which stream.
-        index: int or int64 tensor in [0, 2^63): a sample's place in the order of consumption, or a step.
+        index: int or int64 tensor in [0, 2^63): a sample's index in the order of consumption, or a step.
         coords: up to two ints or int64 tensors in [0, 2^32); all broadcast together with `index`.
         device: where plain ints become tensors; default: the first tensor's device, else the CPU.
 
@@ -68,6 +65,8 @@ def uniform(
     Raises:
         RangeError: seed, a plain int or the number of coordinates out of range.
     """
+    # 53 bits, the whole of a float64: the generator's words come four at a time, so 32 bits would cost the same and
+    # would round a probability to 2^-32.
     high, low, _, _ = _words(seed, purpose, index, *coords, device=device)
     return philox.unit(high, low)
 
@@ -113,6 +112,7 @@ def normal(
         RangeError: as in `uniform`.
     """
     words = _words(seed, purpose, index, *coords, device=device)
+    # log1p(-u) and not log(u): u may be 0 but never 1. log and cos may differ in their last bit between CPU and GPU.
     radius = torch.sqrt(-2.0 * torch.log1p(-philox.unit(words[0], words[1])))
     return radius * torch.cos(2.0 * math.pi * philox.unit(words[2], words[3]))
 
@@ -147,9 +147,12 @@ def permutation_index(seed: int, purpose: Purpose, key: int | Tensor, size: int,
     key = torch.as_tensor(key, dtype=torch.int64, device=position.device)
     shape = torch.broadcast_shapes(position.shape, key.shape)
     keys = _round_keys(seed, purpose, key, shape)
+    # Two bits at least: both parts of the Feistel network need one.
     bits = max((size - 1).bit_length(), 2)
     value = _feistel(position.expand(shape).reshape(-1), keys, bits)
     outside = (value >= size).nonzero().squeeze(1)
+    # The power of two is less than twice `size` (for sizes above 2), so a walk takes few steps. To ask whether it is
+    # done makes a GPU wait: give CPU positions, they are few.
     while outside.numel():
         walked = _feistel(value[outside], keys if keys.shape[1] == 1 else keys[:, outside], bits)
         value[outside] = walked
@@ -172,6 +175,7 @@ def generator_seed(seed: int, purpose: Purpose, name: str) -> int:
         RangeError: seed out of range.
     """
     _check_seed(seed)
+    # Names have any length and a Philox key has not; the seed and the purpose keep equal names apart.
     digest = hashlib.sha256(f"{seed}/{int(purpose)}/{name}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
@@ -199,6 +203,7 @@ def _round_keys(seed: int, purpose: Purpose, key: Tensor, shape: torch.Size) -> 
     keys = torch.cat(_words(seed, purpose, key.reshape(-1), call, device=key.device))
     if key.numel() == 1:
         return keys
+    # Keys broadcast with positions as tensors do: from the last dimension.
     lead = [1] * (len(shape) - key.dim())
     return keys.reshape(len(keys), *lead, *key.shape).expand(-1, *shape).reshape(len(keys), shape.numel())
 

@@ -1,9 +1,7 @@
 """Text every Python has: the language reference topics and the docstrings of the standard library.
 
-Decides: one document a topic and one a module (its docstring and those of its classes and functions, each under its
-qualified name), in the order of their names. Sources are parsed, never imported, so nothing runs. Tests, vendored
-packages and modules without English (encodings, lib2to3's grammars) are left out. The text is a function of the
-installed Python: another minor version gives another corpus.
+Contract: one document a topic and one a module, in the order of their names. The text is a function of the installed
+Python: another minor version gives another corpus.
 Refuses: installations without the standard library's sources.
 Costs: about 10 seconds for 4 MB (python-docs); python-topics alone is 0.7 MB in half a second.
 """
@@ -19,6 +17,7 @@ from pathlib import Path
 from bd3_megatron.errors import ConfigError, DataError
 
 CORPORA = ("python-docs", "python-topics")
+# Tests, vendored packages and modules without English (encodings, lib2to3's grammars) teach nothing.
 _LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "encodings", "idle_test", "lib2to3", "idlelib", "turtledemo"}
     | {"_vendor", "_bundled", "__pycache__", "config", "ensurepip", "pydoc_data", "lib-dynload"}
@@ -40,6 +39,7 @@ def builtin_items(name: str) -> list[str]:
         raise DataError(f"{root} holds no pydoc_data/topics.py; install Python's standard library or give --text.")
     if name == "python-topics":
         return [_TOPICS]
+    # Sorted: a file system lists files in any order, and the order of documents must not depend on it.
     modules = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     return [_TOPICS] + [
         str(m) for m in modules if not _LEFT_OUT & set(m.parts) and not m.parts[0].startswith("config-")
@@ -57,6 +57,7 @@ def builtin_documents(item: str) -> Iterator[str]:
 
 
 def _topics() -> Iterator[str]:
+    # Parsed and never imported, so nothing runs.
     tree = ast.parse((_library() / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):

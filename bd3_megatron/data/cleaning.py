@@ -59,6 +59,7 @@ def sample_documents(source: Source, num_bytes: int, valid_fraction: float, deto
             if not isinstance(document, CleanDocument) or is_held_out(document.key, valid_fraction):
                 continue
             yield document.text[:budget]
+            # Characters stand for bytes here: the sample only has to be even and repeatable.
             budget -= len(document.text)
             if budget <= 0:
                 break

@@ -28,6 +28,7 @@ class EvaluationConvention:
 
     packing: str = "wrap"
     """How documents become rows: wrap, isolated or pad."""
+    # Evaluation may use a smaller block than training; rows cut for the largest block fit all of its divisors.
     aligned_block: int = 1
     """Tokens; isolated documents begin at multiples of it: the largest diffusion block of the run."""
     append_eos: bool = True
@@ -74,6 +75,7 @@ class EvaluationConvention:
             block_size=rule.block_size,
             append_eos=rule.append_eos,
             wrap_special=rule.wrap_special,
+            # Every evaluation must score the same rows, so their order may not depend on a seed.
             shuffle=False,
         )
 
@@ -83,6 +85,7 @@ class EvaluationConvention:
         Raises:
             ConfigError: a value that no evaluation can have.
         """
+        # None is a command-line option that was not given.
         given = {name: value for name, value in asked.items() if value is not None}
         # rows with special tokens at both ends exist under wrap only: asking for another packing leaves them out
         if given.get("packing", "wrap") != "wrap":
@@ -113,6 +116,7 @@ def convention_from_json(record: Mapping[str, Any], where: str) -> EvaluationCon
     Raises:
         ConfigError: an unknown name, or a value of another type.
     """
+    # The defaults are the schema: the record has no second list of types.
     kinds = {f.name: type(f.default) for f in fields(EvaluationConvention)}
     for name, value in record.items():
         kind = kinds.get(name)

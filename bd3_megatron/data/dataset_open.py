@@ -19,6 +19,8 @@ from bd3_megatron.errors import DataError, either
 
 TEXT_COLUMN = "text"
 """Column of a dataset that is made of text files."""
+# Builders of the library by suffix. Plain text is missing on purpose: the library's text builder makes a row of every
+# line, which is no document.
 _BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -56,6 +58,7 @@ def open_dataset(wanted: DatasetName) -> Any:
     path = Path(wanted.path)
     _check_reachable(wanted.path)
     try:
+        # load_dataset does not read folders that save_to_disk wrote.
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
             return _saved(path, wanted.split, streaming=wanted.streaming)
         names, options = _loading(wanted)
@@ -81,6 +84,7 @@ def text_files(wanted: DatasetName) -> TextFiles | None:
         # README and LICENSE files lie beside datasets of every kind.
         if not listed or any(_builder_of(found) for found in listed) or not any(map(is_text_file, listed)):
             return None
+        # A saved dataset or a loading script: the texts beside it are its documentation.
         if any(found.suffix == ".arrow" or found.suffix == ".py" for found in listed):
             return None
     elif not is_text_file(path):
@@ -94,6 +98,7 @@ def stream_of(source: TextFiles) -> Any:
     """Text files as the library's stream, a shard a file, which it can interrupt and resume."""
     import datasets
 
+    # Large files have several parts, but a shard of the stream is a whole file.
     files = list(dict.fromkeys(path for part in source.parts() for path in part.items))
     return datasets.IterableDataset.from_generator(
         _rows_of, gen_kwargs={"files": files}, features=datasets.Features({TEXT_COLUMN: datasets.Value("string")})
@@ -115,6 +120,7 @@ def files_of(wanted: DatasetName, num_shards: int) -> list[str] | None:
 def first_line(error: Exception) -> str:
     """The beginning of another library's error message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Messages of other libraries may be pages long; their first line holds the reason as a rule.
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 
 
@@ -123,12 +129,14 @@ def _rows_of(files: list[str]) -> Iterator[dict[str, str]]:
     for part in source.parts():
         for document in source.documents(part):
             if not isinstance(document, str):
+                # A stream has no count of bad documents that may be left out, so the first one ends it.
                 raise DataError(f"{document.where} {document.reason}; {document.remedy}.")
             yield {TEXT_COLUMN: document}
 
 
 def _check_reachable(name: str) -> None:
     path = Path(name)
+    # Without this check a mistyped path is looked up on the hub, and the error speaks of the network.
     looks_local = name.startswith((".", os.sep, "~")) or path.suffix in (*_BUILDERS, *TEXT_SUFFIXES, *COMPRESSIONS)
     if looks_local and not path.exists():
         raise DataError(f"dataset {name} does not exist; give a file, a folder or a hub name.")
@@ -146,6 +154,7 @@ def _loading(wanted: DatasetName) -> tuple[tuple[str | None, ...], dict[str, Any
     if builder is None:
         known = either((*_BUILDERS, *TEXT_SUFFIXES))
         raise DataError(f"dataset file {path} has no known suffix; use {known}, plain or compressed.")
+    # The csv builder does not guess the separator.
     separator = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     return (builder,), {"data_files": wanted.path} | separator
 
@@ -167,6 +176,7 @@ def _saved(path: Path, split: str, *, streaming: bool) -> Any:
     if name not in tables:
         raise DataError(f"dataset {path} has no split {name}; it has {', '.join(tables)}.")
     sizes = {key: len(table) for key, table in tables.items()}
+    # load_from_disk knows no slices; the library's own rule is applied to it.
     (piece,) = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     chosen = tables[name].select(range(piece.from_ or 0, sizes[name] if piece.to is None else piece.to))
     if not streaming:

@@ -1,8 +1,6 @@
 """Decontamination: training documents that share a run of words with an evaluation set are left out whole.
 
-Contract: words are letters and digits, without case and punctuation; a run is 13 of them, as in GPT-3's report. Evaluation
-texts shorter than a run are not compared, and their number is told. Hits found by hash are confirmed word by word. Own
-code because datatrove's reads its own task definitions and would bring its job system.
+Contract: words are letters and digits, without case and punctuation; hits found by hash are confirmed word by word.
 Costs: about 5 MB/s a process, and the words of the evaluation sets in memory of each.
 Source: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C.
 """
@@ -23,8 +21,10 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.text_files import TextFiles, is_text_file
 from bd3_megatron.errors import ConfigError, DataError
 
+# As in GPT-3's report. Own code, because datatrove's reads its own task definitions and would bring its job system.
 DEFAULT_WORDS = 13
 _WORD = re.compile(r"\w+")
+# Odd, so that multiplying modulo 2^64 loses no bits.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -50,6 +50,7 @@ class NgramRequest:
         for name in self.files:
             if not Path(name).is_file():
                 raise DataError(f"evaluation file {name} does not exist; give text, .jsonl, .parquet or .csv files.")
+        # Sizes and times, not content: the identity is computed at every start.
         found = [[name, os.path.getsize(name), os.stat(name).st_mtime_ns] for name in self.files]
         return {"files": found, "num_words": self.num_words}
 
@@ -69,10 +70,12 @@ class NgramIndex:
         for text in texts:
             words = words_of(text)
             self.num_texts += 1
+            # Texts shorter than a run can match nothing; their number is told, since they go unprotected.
             self.num_short += len(words) < num_words
             hashes.append(self._hashes(words))
             places.append(len(self._words) + np.arange(len(hashes[-1])))
             self._words += words
+        # Sorted once, so that a run is found by bisection; one occurrence of each hash is kept.
         self._sorted, first = np.unique(np.concatenate(hashes), return_index=True)
         self._places = np.concatenate(places)[first]
 
@@ -84,6 +87,7 @@ class NgramIndex:
             return False
         at = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
         hits = np.flatnonzero(self._sorted[at] == hashes)
+        # A hash of 64 bits may collide, and no document may be lost to a collision.
         return any(self._is_same(words[i : i + self.num_words], int(self._places[at[i]])) for i in hits.tolist())
 
     def _is_same(self, run: list[str], place: int) -> bool:

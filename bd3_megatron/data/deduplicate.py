@@ -1,8 +1,6 @@
 """Exact deduplication: the first of equal documents stays, wherever in the corpus the others stand.
 
-Contract: equal means equal words (`content_key`). Splits that are not trained on come first, so that a training copy of
-a held-out document goes. Own code because it is one call of numpy: the libraries seen (datatrove, text-dedup) bring job
-systems and formats of their own for near-duplicates on clusters.
+Contract: equal means equal words (`content_key`); a training copy of a document in another split goes.
 Costs: the text is read twice; 32 bytes a document in memory while copies are looked for.
 """
 
@@ -22,6 +20,8 @@ from bd3_megatron.data.part_pool import Report
 from bd3_megatron.data.source import PartTask, Source
 from bd3_megatron.files import stream
 
+# Own code because it is one call of numpy: the libraries seen (datatrove, text-dedup) bring job systems and formats of
+# their own for near-duplicates on clusters.
 Numbers = NDArray[np.uint64]
 
 
@@ -57,8 +57,10 @@ def mark_copies(work_folder: Path, tasks: Sequence[PartTask], sources: Mapping[s
         tasks: all parts, in order.
         sources: by split.
     """
+    # Splits that are not trained on come first, so their documents are the first occurrence; the sort is stable.
     ordered = sorted(tasks, key=lambda task: task.split == "train")
     keys = [np.load(keys_file(work_folder, task, sources[task.split].stamp(task.part))) for task in ordered]
+    # return_index gives the first occurrence, which the rule "the first stays" needs.
     _, first = np.unique(np.concatenate(keys), return_index=True)
     is_copy = np.ones(sum(map(len, keys)), dtype=np.bool_)
     is_copy[first] = False

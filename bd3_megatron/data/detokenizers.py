@@ -1,9 +1,7 @@
-r"""Detokenizers: undo the spacing that benchmark corpora put around punctuation, so that ordinary tokenizers fit them.
+"""Detokenizers: undo the spacing that benchmark corpora put around punctuation, so that ordinary tokenizers fit them.
 
-Decides: a detokenizer is a table of (pattern, replacement), applied in order over the whole document; plain strings are
-replaced as they are, compiled patterns by regular expression. Order matters, since later lines see what earlier ones did.
-Known oddities are kept, because published perplexities were measured with them: wikitext's line for /' 9/ only matches
-those slashes, and its " N " -> " 1 " belongs to PTB.
+Contract: a detokenizer is a table of (pattern, replacement), applied in order over the whole document; plain strings are
+replaced as they are, compiled patterns by regular expression.
 Source: the official dataloader's wt_, ptb_, lm1b_, lambada_ and scientific_papers_detokenizer; the first goes back to
 Megatron-LM's zero-shot GPT evaluation.
 """
@@ -20,6 +18,8 @@ Rule = tuple[str | Pattern[str], str]
 
 _WIKITEXT: tuple[Rule, ...] = (
     ("s '", "s'"),
+    # Known oddities stay, because published perplexities were measured with them: this line matches only text with the
+    # slashes, and " N " -> " 1 " below belongs to PTB.
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
     (" @-@ ", "-"),
     (" @,@ ", ","),
@@ -35,6 +35,7 @@ _WIKITEXT: tuple[Rule, ...] = (
     (re.compile(r"{\s*([^}]*?)\s*}"), r"{\1}"),
     (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
     (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
+    # Longest first: a later line sees what earlier ones left.
     ("= = = =", "===="),
     ("= = =", "==="),
     ("= =", "=="),
@@ -85,6 +86,7 @@ _LAMBADA: tuple[Rule, ...] = (
     ("\u201d", '"'),
     (re.compile(r"\A\s*"), ""),
     (re.compile(r"\s*\Z"), ""),
+    # The official code puts a line end before every LAMBADA text; perplexities depend on it.
     (re.compile(r"\A"), "\n"),
 )
 

@@ -16,6 +16,7 @@ from bd3_megatron.errors import ConfigError
 RULE = "sha256 of the words"
 """Name of the choice in headers; another choice would need another name."""
 GREATEST_FRACTION = 0.5
+# Keys are uniform on [0, 2^64), so a threshold holds out the same share of every corpus.
 _KEYS = 1 << 64
 
 
@@ -25,6 +26,7 @@ def content_key(text: str) -> int:
     Args:
         text: as it is trained on, that is after the detokenizer.
     """
+    # White space does not count: a document read as a line, a paragraph or a table's row is one document.
     words = " ".join(text.split())
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
 
@@ -36,6 +38,7 @@ def is_held_out(key: int, fraction: float) -> bool:
         key: of its text, by `content_key`.
         fraction: share of all documents, in [0, 0.5].
     """
+    # A threshold: a greater fraction holds out the same documents and more.
     return key < int(fraction * _KEYS)
 
 
@@ -67,6 +70,7 @@ def check_nothing_leaks(trained: Iterable[tuple[str, float]], held_out: tuple[st
     """
     where, wanted = held_out
     for folder, fraction in trained:
+        # Holding out more is safe: it contains what the other folder holds out.
         if fraction < wanted:
             raise ConfigError(
                 f"{folder} holds out {fraction} of its documents and {where} {wanted}: documents that are evaluated there "

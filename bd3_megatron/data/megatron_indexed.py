@@ -1,9 +1,6 @@
 """megatron-core's indexed datasets (PREFIX.bin + PREFIX.idx), read only, for people who have them.
 
-Decides: what the format stores as documents are our documents; its sequences are joined inside a document. The
-tokenizer is not recorded in the format, so ids come from the tokenizer folder beside it: PREFIX_tokenizer/ or
-tokenizer/ in the same folder. Such sets usually hold an end token after every document already: open them with
-append_eos=False then.
+Contract: what the format stores as documents are our documents; its sequences are joined inside a document.
 Refuses: another magic or version, truncated files, dtypes that are no integers, sequences that are not end to end.
 Source: megatron/core/datasets/indexed_dataset.py, _IndexReader (megatron-core 0.16).
 """
@@ -25,7 +22,9 @@ from bd3_megatron.errors import DataError
 from bd3_megatron.files import disk_errors
 
 _MAGIC = b"MMIDIDX\x00\x00"
+# Magic, version, dtype code, number of sequences, number of document bounds; "<" also means no padding bytes.
 _HEAD = struct.Struct("<9sQBQQ")
+# Codes 6 and 7 are floats in the format, which hold no token ids.
 _DTYPES: tuple[tuple[int, str], ...] = ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 _COPY_AGAIN = "copy the dataset again or make it anew"
 
@@ -44,6 +43,7 @@ def open_shards(path: Path | str, *, verify: bool = False, maps: FileMaps | None
     path = Path(path)
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     index = prefix.with_name(prefix.name + ".idx")
+    # A split folder wins where both exist: it carries checksums and the tokenizer's fingerprint.
     if not (path / HEADER_FILE).is_file() and index.is_file():
         return MegatronIndexed(prefix)
     return ShardFolder(path, verify=verify, maps=maps)
@@ -65,6 +65,7 @@ class MegatronIndexed:
         tokenizer = load_tokenizer(self._tokenizer_folder())
         self._special, self._vocab_size = tokenizer.special, tokenizer.vocab_size
         self._fingerprint = tokenizer.fingerprint
+        # int64: the format stores lengths as int32, whose sum overflows beyond 2^31 tokens.
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         document_ends = ends[documents[1:]].astype(np.int64)
         # The format keeps documents without tokens; here a document has at least one.
@@ -102,10 +103,13 @@ class MegatronIndexed:
 
     @property
     def packing_rule(self) -> dict[str, bool]:
+        # The format records no rule. Such sets usually hold an end token after every document already: open them with
+        # append_eos=False then.
         return {}
 
     @property
     def held_out_fraction(self) -> float:
+        # Nothing is known about what was held out, so nothing is promised.
         return 0.0
 
     def shard_size(self, shard: int) -> tuple[int, int]:
@@ -127,6 +131,7 @@ class MegatronIndexed:
         return self.prefix.with_name(self.prefix.name + suffix)
 
     def _tokenizer_folder(self) -> Path:
+        # The tokenizer is not in the format, so it is looked for beside it: PREFIX_tokenizer/, then tokenizer/.
         own = self.prefix.with_name(self.prefix.name + "_tokenizer")
         return own if own.is_dir() else self.prefix.with_name("tokenizer")
 
@@ -142,6 +147,8 @@ class MegatronIndexed:
         names = dict(_DTYPES)
         if code not in names:
             raise DataError(f"{path} stores tokens as dtype code {code}, which is no integer; {_COPY_AGAIN}.")
+        # 4 bytes of length and 8 of pointer a sequence, 8 a document bound; multimodal sets append more, which is
+        # ignored.
         if len(content) < _HEAD.size + 12 * num_sequences + 8 * num_documents:
             raise DataError(f"{path} is truncated: {len(content)} bytes for {num_sequences} sequences; {_COPY_AGAIN}.")
         at = _HEAD.size
@@ -159,6 +166,7 @@ class MegatronIndexed:
     ) -> None:
         path = self._file(".bin")
         ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+        # Pointers are byte offsets. Gaps would make a document of tokens that belong to none.
         if not np.array_equal(pointers, np.concatenate([[0], ends])[: len(pointers)]):
             raise DataError(f"{self._file('.idx')} has sequences that are not end to end; {_COPY_AGAIN}.")
         bad = (

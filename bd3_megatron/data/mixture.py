@@ -1,10 +1,7 @@
 """Mixtures of sources by weight: which source sample i comes from, and how many it gave before, in closed form.
 
-Decides: weights become a repeating pattern of M places in which source s stands c_s times, c_s / M being its weight:
-exactly where the weights' fractions have a common denominator of at most 2^16, else to 1/M with M = 2^16. The pattern
-is Tijdeman's: in every prefix each source is less than one sample away from its exact share, hence in every window less
-than two. A curriculum is a list of stages that begin at given indices; counts carry over, so a source goes on where it
-was. Nothing is drawn and nothing is stored.
+Contract: weights become a repeating pattern in which every prefix gives each source its exact share to less than one
+sample. Stages begin at given indices; counts carry over. Nothing is drawn and nothing is stored.
 Refuses: negative weights, weights that are all zero, stages out of order.
 Source: Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980.
 """
@@ -21,7 +18,10 @@ from numpy.typing import NDArray
 
 from bd3_megatron.errors import ConfigError
 
+# Positions of the pattern. Weights are exact where their fractions have a common denominator of at most this, else
+# they are rounded to multiples of 1 / MAX_PATTERN.
 MAX_PATTERN = 1 << 16
+# Weights are typed as decimals: four digits after the point become exact fractions.
 _MAX_DENOMINATOR = 10_000
 
 Ints = NDArray[np.int64]
@@ -32,7 +32,7 @@ class Stage:
     """Weights that hold from an index on."""
 
     start: int
-    """First index (place in the order of consumption) of the stage."""
+    """First sample index, in the order of consumption, of the stage."""
     weights: tuple[float, ...]
     """One weight a source, 0 or more; only their ratios matter."""
 
@@ -53,6 +53,7 @@ class Mixture:
         counts = np.zeros((len(self.stages), self.num_sources), dtype=np.int64)
         for number in range(1, len(self.stages)):
             length = self.stages[number].start - self.stages[number - 1].start
+            # A source goes on where the stage before left it: no row is repeated or skipped at a change of weights.
             counts[number] = counts[number - 1] + self._patterns[number - 1].counts(np.asarray([length]))[0]
         self._counts_before = counts
 
@@ -70,6 +71,7 @@ class Mixture:
         Returns:
             source int64 [B], and how many samples of that source came before: int64 [B].
         """
+        # One source needs no pattern, and this is the path of every batch of a plain run.
         if self.num_sources == 1:
             return np.zeros_like(index), index
         starts = np.asarray([stage.start for stage in self.stages], dtype=np.int64)
@@ -90,13 +92,14 @@ class Mixture:
 
 
 class _Pattern:
-    """One repeating pattern: source of every place, and counts before it."""
+    """One repeating pattern: source of every position, and counts before it."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = apportion(weights)
         self.period = int(self.shares.sum())
         self.places = chairman(self.shares)
         steps = self.places[:, None] == np.arange(len(self.shares))
+        # Counts before each position of the pattern: with them any index is located without a walk.
         self.before = np.concatenate([np.zeros((1, len(self.shares)), dtype=np.int64), np.cumsum(steps, axis=0)])
 
     def locate(self, index: Ints) -> tuple[Ints, Ints]:
@@ -125,12 +128,14 @@ def apportion(weights: Sequence[float]) -> Ints:
     scale = math.lcm(*(ratio.denominator for ratio in ratios))
     whole = [int(ratio * scale) for ratio in ratios]
     common = math.gcd(*whole)
+    # A weight that is close to no small fraction is not replaced by one; it is rounded to 1 / MAX_PATTERN below.
     close = all(math.isclose(float(r), w, rel_tol=1e-9) for r, w in zip(ratios, weights, strict=True))
     if common and close and sum(whole) // common <= MAX_PATTERN:
         return np.asarray([n // common for n in whole], dtype=np.int64)
     total = math.fsum(weights)
     exact = [weight / total * MAX_PATTERN for weight in weights]
     shares = [math.floor(value) for value in exact]
+    # Ties go to the first source, so that equal weights give the same pattern on every machine.
     by_remainder = sorted(range(len(exact)), key=lambda s: (shares[s] - exact[s], s))
     for source in by_remainder[: MAX_PATTERN - sum(shares)]:
         shares[source] += 1
@@ -157,6 +162,7 @@ def chairman(shares: Ints) -> Ints:
     places = np.empty(total, dtype=np.int64)
     for place in range(total):
         # A source may be served once its share has grown past what it has; of those, the first to fall due.
+        # Integers only: floats would decide ties by rounding.
         may = (place + 1) * shares > given * total
         deadline = np.where(may, _deadline(given, shares, total), np.iinfo(np.int64).max)
         source = int(np.argmin(deadline))
@@ -167,6 +173,7 @@ def chairman(shares: Ints) -> Ints:
 
 def _deadline(given: Ints, shares: Ints, total: int) -> Ints:
     """Last place by which each source must be served to stay less than one behind: ceil((given + 1) M / share)."""
+    # A source of weight 0 is never allowed to be chosen; this only avoids its division by zero.
     safe = np.maximum(shares, 1)
     return -(-(given + 1) * total // safe)
 
@@ -175,6 +182,7 @@ def _check(stages: Sequence[Stage]) -> None:
     if not stages or stages[0].start != 0:
         raise ConfigError("a mixture begins at index 0; give its first stage start=0.")
     for before, after in zip(stages, stages[1:], strict=False):
+        # Equal starts would give a stage of no samples, and the order of two such stages no meaning.
         if after.start <= before.start:
             raise ConfigError(f"mixture stage at {after.start} does not come after {before.start}; sort the stages.")
     for stage in stages:

@@ -1,11 +1,9 @@
 """Which row a source gives for its n-th sample: epochs of keyed permutations, with no state.
 
-Decides: sample n of a source is in epoch n div R at position n mod R, R = its rows; each epoch visits every row once,
-in an order that is a function of (seed, source, epoch). Any part of any epoch can be asked for alone, so a run may
-resume anywhere on any number of ranks without repeating or skipping a row.
+Contract: sample n of a source is in epoch n div R at position n mod R, R = its rows; each epoch visits every row once,
+in an order that is a function of (seed, source, epoch).
 Refuses: more than 2^22 sources, counts of 2^62 and more.
-Costs: a permutation call takes milliseconds whatever its size, so positions are permuted 2048 at a time and the last
-few such chunks are kept: about 3 microseconds a row. The chunks are a cache of a pure function, not a state.
+Costs: about 3 microseconds a row.
 """
 
 from __future__ import annotations
@@ -18,8 +16,10 @@ from torch import Tensor
 from bd3_megatron.errors import RangeError
 from bd3_megatron.rng import Purpose, permutation_index
 
+# A permutation's key is the source above 40 bits of epoch, which stays inside int64.
 _EPOCH_BITS = 40
 _MAX_SOURCES = 1 << 22
+# A permutation call takes milliseconds whatever its size, so positions are permuted this many at a time.
 _CHUNK_ROWS = 2048
 _MAX_CHUNKS = 16
 
@@ -33,9 +33,10 @@ class EpochOrder:
     seed: int
     """run.seed."""
     source: int = 0
-    """Place of the source in its mixture; sources of equal size get different orders."""
+    """Number of the source in its mixture; sources of equal size get different orders."""
     shuffle: bool = True
     """False: rows in the order of the split, epoch after epoch."""
+    # A cache of a pure function, not a state: a run may resume anywhere without it.
     _chunks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

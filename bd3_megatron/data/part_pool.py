@@ -54,6 +54,7 @@ def make_parts(maker: PartMaker, tasks: Sequence[Any], num_workers: int, report:
         BD3Error: what a worker raised.
         WorkStopped: a worker died.
     """
+    # In this process a debugger works and an error keeps its traceback.
     if num_workers <= 1 or len(tasks) <= 1:
         if tasks:
             maker.open()
@@ -69,16 +70,20 @@ def make_parts(maker: PartMaker, tasks: Sequence[Any], num_workers: int, report:
 
 class _Pool:
     def __init__(self, maker: PartMaker, size: int) -> None:
+        # Spawned, not forked: tokenizer libraries hold threads and locks that a fork would copy in any state.
         context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, Any] = {}
         for _ in range(size):
+            # One pipe a worker: with a shared queue, a worker killed while it holds the lock would stop all others.
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(maker, theirs), daemon=True)
             process.start()
+            # With our copy open, a dead worker's pipe would never report its end.
             theirs.close()
             self._workers[ours] = process
 
     def run(self, tasks: Sequence[Any], report: Report) -> Iterator[Any]:
+        # Taken from the end: the tasks go out in their order, one to each worker that is free.
         waiting = list(reversed(tasks))
         busy: set[Connection] = set()
         for connection in self._workers:
@@ -87,6 +92,7 @@ class _Pool:
                 busy.add(connection)
         while busy:
             for ready in wait(list(busy)):
+                # By identity: `wait` returns the objects it was given.
                 connection = next(one for one in busy if one is ready)
                 kind, content = self._receive(connection)
                 if kind == "progress":
@@ -103,6 +109,7 @@ class _Pool:
     def stop(self) -> None:
         for connection, process in self._workers.items():
             connection.close()
+            # A part is published by one rename, so a worker may be stopped at any moment.
             process.terminate()
         for process in self._workers.values():
             process.join()
@@ -122,6 +129,7 @@ class _Pool:
 
     def _report_death(self, connection: Connection) -> NoReturn:
         process = self._workers[connection]
+        # Seconds: the pipe closes shortly before the exit code is known.
         process.join(timeout=5)
         raise WorkStopped(
             f"a worker process ended with exit code {process.exitcode}; look for memory pressure, use fewer --workers, "
@@ -179,6 +187,7 @@ class ProgressBar:
         self._tokens += progress.tokens
         if self._bar is None:
             return
+        # A first report may come at once; the rate must not divide by zero.
         seconds = max(time.monotonic() - self._started, 1e-3)
         rates = f", {self._documents / seconds:,.0f} documents/s, {self._tokens / seconds:,.0f} tokens/s"
         self._bar.set_postfix_str(rates.removeprefix(", "), refresh=False)

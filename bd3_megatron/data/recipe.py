@@ -89,6 +89,7 @@ def load_recipe(path: Path) -> Recipe:
     for split, rule in content.get("packing", {}).items():
         _check_keys(rule, list(_PACKING_KEYS), f"packing.{split} of {path}")
     recipe = Recipe(**content)
+    # Opened and thrown away: an unknown name or a bad source is refused when the recipe is read, not hours later.
     detokenizer(recipe.detokenizer)
     for split, spec in recipe.sources.items():
         _source(split, spec)
@@ -98,10 +99,12 @@ def load_recipe(path: Path) -> Recipe:
 def _source(split: str, spec: Mapping[str, Any]) -> Source:
     _check_keys(spec, list(_SOURCE_KEYS), f"source {split}")
     kinds = [kind for kind in _KINDS if kind in spec]
+    # With two kinds it would be the order of the code that decides which text is used.
     if len(kinds) != 1:
         raise ConfigError(f"source {split} names {len(kinds)} of {', '.join(_KINDS)}; name exactly one.")
     if kinds[0] == "text":
         texts = spec["text"]
+        # A lone path is allowed; iterating over it would give its letters.
         paths = (texts,) if isinstance(texts, str) else tuple(texts) if isinstance(texts, list) else ()
         if not paths or not all(isinstance(path, str) for path in paths):
             raise ConfigError(f"source {split} has text={shown(texts)}; give a path, or a list of paths.")
@@ -124,6 +127,7 @@ def _check_keys(content: Any, known: list[str], where: str) -> None:
         raise ConfigError(f"{cut(where)} holds {shown(content)}, not keys; use {', '.join(known)}.")
     for key in content:
         if key not in known:
+            # Cut, since the search takes quadratic time and keys come from outside.
             near = difflib.get_close_matches(key[:100], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}."
             raise ConfigError(f"{cut(where)} has an unknown key {cut(key)}; {hint}")
@@ -140,6 +144,7 @@ def _check_types(content: Mapping[str, Any], path: Path) -> None:
         "packing": (dict,),
     }
     for key, value in content.items():
+        # True is an int in Python; no key at this level is a switch.
         if not isinstance(value, expected[key]) or isinstance(value, bool):
             wanted = " or ".join(kind.__name__ for kind in expected[key])
             raise ConfigError(f"{key}={shown(value)} of recipe {cut(str(path))} is not {wanted}; mend it.")

@@ -14,6 +14,7 @@ from typing import Any
 from bd3_megatron.config.schema import FilterConfig
 from bd3_megatron.errors import ConfigError, DataError, either
 
+# Data instead of expressions: a configuration may not run code, and it is compared when a run resumes.
 COMPARISONS = ("equals", "one_of", "at_least", "at_most", "matches")
 
 
@@ -26,6 +27,7 @@ class RowFilter(FilterConfig):
             raise ConfigError(f"filter on {self.column} compares nothing; give {either(COMPARISONS)}.")
         if self.matches is not None:
             try:
+                # Compiled here so that a bad pattern is refused on the login node.
                 re.compile(self.matches)
             except (re.error, TypeError) as error:
                 raise ConfigError(
@@ -74,7 +76,9 @@ class RowFilter(FilterConfig):
     def _size(self, value: Any) -> float:
         """The number, or the number of characters or entries; nan, which passes no comparison, where there is nothing."""
         if value is None:
+            # Every comparison with nan is false, so rows without a value are left out and not an error.
             return float("nan")
+        # Comparing sizes of texts is the common use: documents of at least so many characters.
         if isinstance(value, str | list):
             return len(value)
         if not isinstance(value, int | float):
@@ -87,6 +91,7 @@ class RowFilter(FilterConfig):
 
 def cell(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, of a nested one where no column has the name with its dots; None where there is none."""
+    # A column may itself have a dot in its name; it wins over a nested one.
     if column in row:
         return row[column]
     value: Any = row

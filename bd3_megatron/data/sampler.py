@@ -34,6 +34,8 @@ class BatchShare:
         if self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size={self.micro_batch_size} is empty; use 1 or more.")
         factor = self.micro_batch_size * self.dp
+        # A batch that is not filled exactly would give ranks different numbers of micro-batches, and collectives would
+        # wait for ever.
         check_multiple("global_batch_size", self.global_batch_size, "micro_batch_size * dp", factor)
 
     @property
@@ -50,6 +52,7 @@ class BatchShare:
         Returns:
             int64 [micro_batch_size].
         """
+        # Micro-batches outside, ranks inside: over all of them the step takes G consecutive indices on every grid.
         first = consumed + (micro_batch * self.dp + self.dp_rank) * self.micro_batch_size
         return torch.arange(first, first + self.micro_batch_size, dtype=torch.int64)
 
@@ -60,6 +63,7 @@ class BatchShare:
 
     def steps(self, consumed: int) -> Iterator[Tensor]:
         """Indices of all micro-batches of all steps from `consumed` on, without end."""
+        # `consumed` is the whole state: after a change of dp, mbs or G nothing is repeated and nothing is skipped.
         while True:
             yield from self.step(consumed)
             consumed += self.global_batch_size

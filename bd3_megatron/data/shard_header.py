@@ -25,8 +25,10 @@ SHARDS_VERSION = 2
 HEADER_FILE = "header.json"
 PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py"
 PACKING_KEYS = ("append_eos", "wrap_special")
+# Far above any corpus, and small enough that byte offsets of 4-byte tokens stay inside int64.
 _MOST_TOKENS = 1 << 48
 _MOST_IDS = 1 << 32
+# A header comes from outside: names may not lead out of the folder, hide a file, or fill a message.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -76,6 +78,7 @@ class Header:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of header.json."""
+        # The totals repeat the sums over shards on purpose: a header that lost shards no longer agrees with them.
         content = asdict(self) | {"special_ids": self.special_ids.as_dict(), "dtype": self.dtype.str}
         totals = {"num_tokens": self.num_tokens, "num_documents": self.num_documents}
         held_out = {"held_out": {"rule": RULE, "fraction": content.pop("held_out_fraction")}}
@@ -84,6 +87,7 @@ class Header:
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Smallest stored dtype for ids in [0, V)."""
+    # Little-endian on every machine, so that folders can be copied between them.
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
@@ -98,6 +102,7 @@ def read_header(folder: Path) -> Header:
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; give a folder made by tools/prepare_data.py.")
     content = read_json(path, PREPARE_AGAIN)
+    # The format is checked before the version: a version of another format says nothing.
     if content.get("format") != FORMAT:
         raise DataError(f"{path} is not a header of token shards; {PREPARE_AGAIN}.")
     if content.get("version") != SHARDS_VERSION:
@@ -118,6 +123,7 @@ def read_header(folder: Path) -> Header:
         held_out_fraction=_held_out(stated, path),
     )
     for name, counted in (("num_tokens", header.num_tokens), ("num_documents", header.num_documents)):
+        # Truncated by hand or merged wrongly: a sum that differs means that shards are missing or added.
         if stated.whole(name, 1, _MOST_TOKENS) != counted:
             raise stated.damaged(name, f"not {counted}, the sum over its shards")
     if stated.content.get("dtype") != header.dtype.str:
@@ -142,6 +148,7 @@ class Stated:
     def text(self, name: str, pattern: re.Pattern[str]) -> str:
         """A text of one form."""
         value = self.content.get(name)
+        # fullmatch, because `$` would allow a line end after the text.
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise self.damaged(name, f"no text of the form {pattern.pattern}")
         return value
@@ -184,11 +191,13 @@ def _shards(stated: Stated, path: Path) -> tuple[ShardRecord, ...]:
                 # A name with a slash would lead out of the folder.
                 name=shard.text("name", _NAME),
                 num_tokens=num_tokens,
+                # A stored document has at least one token, so there are no more documents than tokens.
                 num_documents=shard.whole("num_documents", 1, num_tokens),
                 bin_sha256=shard.text("bin_sha256", _DIGEST),
                 idx_sha256=shard.text("idx_sha256", _DIGEST),
             )
         )
+    # A shard read twice would be trained on twice, unnoticed.
     if len({record.name for record in records}) != len(records):
         raise stated.damaged("shards", "and names a shard twice")
     return tuple(records)
@@ -205,6 +214,7 @@ def _held_out(stated: Stated, path: Path) -> float:
     held_out = Stated(stated.mapping("held_out"), f"{path}, held_out,")
     held_out.text("rule", re.compile(re.escape(RULE)))
     fraction = held_out.content.get("fraction")
+    # bool first: True is an int in Python and would pass as the fraction 1.
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= GREATEST_FRACTION:
         raise held_out.damaged("fraction", f"no number in [0, {GREATEST_FRACTION}]")
     return float(fraction)

@@ -29,6 +29,8 @@ class Part:
     @property
     def key(self) -> str:
         """What the part reads, as text; its number may change when another file grows."""
+        # Without number and weight, so that a preparation that was broken off finds its finished parts after another
+        # file grew.
         return json.dumps([self.items, self.start, self.stop])
 
 

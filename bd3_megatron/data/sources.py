@@ -24,6 +24,7 @@ class BuiltinText:
     """Text every Python has; see builtin_text."""
 
     name: str
+    # Topics or modules; fixed, because parts decide the order of shards.
     items_per_part: int = 40
 
     def parts(self) -> list[Part]:
@@ -36,6 +37,7 @@ class BuiltinText:
             yield from builtin_documents(item)
 
     def settings(self) -> dict[str, Any]:
+        # The text is part of the Python installation, so its version identifies it.
         return {"kind": "builtin", "name": self.name, "python": platform.python_version()}
 
     def describe(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class JoinedSources:
         return {"kind": "joined", "sources": [of(source) for source in self.sources]}
 
     def _owner(self, part: Part) -> tuple[Source, Part]:
+        # A part knows only texts and numbers; its owner and its own form travel as text.
         which, packed = part.items
         return self.sources[int(which)], _unpack(packed)
 

@@ -15,6 +15,7 @@ from bd3_megatron.errors import TokenizerError, either
 
 MASK_TEXT = "<|mask|>"
 """Text of the mask token where a tokenizer has none of its own."""
+# The only names that training reads; a tokenizer may have more.
 NAMES = ("bos", "eos", "mask", "pad")
 
 
@@ -97,6 +98,7 @@ class SpecialTexts:
         Raises:
             TokenizerError: there is neither an eos_token nor a sep_token.
         """
+        # BERT-like tokenizers end a text by [SEP] and begin it by [CLS].
         eos = named.get("eos_token") or named.get("sep_token")
         if not eos:
             raise TokenizerError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+# ASCII letters on both sides: no normaliser in the list below joins or moves them.
 _CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 _SPACE_MARKS = " \u2581\u0120"  # plain, SentencePiece's and byte-level BPE's sign for a space
 _STRADDLES = re.compile(f"[A-Za-z][{_SPACE_MARKS}]")
@@ -48,6 +49,7 @@ def is_cuttable(spec: dict) -> bool:
         return False
     vocabulary = spec["model"].get("vocab", {})
     texts = list(vocabulary) if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]
+    # Added tokens are matched before the model runs, so they may straddle a cut too.
     texts += [token["content"] for token in spec.get("added_tokens", [])]
     return not any(_STRADDLES.search(text) for text in texts)
 

@@ -22,9 +22,11 @@ from bd3_megatron.files import reason_of
 
 DOCUMENT_RULES = ("paragraph", "line", "file")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+# A part has a folder and a rename of its own, which the work on this many bytes still outweighs.
 _SMALLEST_PART_BYTES = 1 << 18
 _LARGEST_PART_BYTES = 1 << 26
 _PARTS_WANTED = 64
+# Bytes read at a time; with the documents cut from it, the memory of a part is a few times this.
 _STRETCH_BYTES = 1 << 22
 _LOOK_BACK_BYTES = 1 << 16
 # A "\r" before "\n" is half a line end: taken alone it would make every line of a Windows file look blank.
@@ -33,6 +35,8 @@ _ENDS = {
     "line": re.compile(_LINE_END),
     "paragraph": re.compile(_LINE_END + rb"(?:[ \t\f\v]*" + _LINE_END + rb")+"),
 }
+# Blank lines at the head of a file follow no document, yet they must belong to one, so that documents join to the
+# file.
 _BLANK_START = re.compile(rb"(?:[ \t\f\v]*" + _LINE_END + rb")+")
 
 
@@ -56,12 +60,15 @@ class TextFiles:
         part_bytes = self.part_bytes or _part_bytes(sum(size for _, size in sizes))
         whole = self.documents_are == "file"
         parts = _grouped(sizes, part_bytes) if whole else _cut(sizes, part_bytes)
+        # Numbers are given last, over all files: shards are named in this order.
         return [replace(part, number=number) for number, part in enumerate(parts)]
 
     def documents(self, part: Part) -> Documents:
         for path in part.items:
             with reading(path), open_unpacked(path) as file:
                 start, size = 0, None
+                # Only a plain file can be entered in the middle; a compressed one is read from its beginning to its
+                # end.
                 if self.documents_are != "file" and not is_compressed(path):
                     start, stop = (next_document(path, at, self.documents_are) for at in (part.start, part.stop))
                     file.seek(start)
@@ -81,6 +88,7 @@ class TextFiles:
         return self.settings() | {"files": [[path, os.path.getsize(path)] for path in self._files()]}
 
     def identity(self) -> dict[str, Any]:
+        # Times belong to the identity and not to the header, whose bytes must not depend on when a file was copied.
         return self.describe() | {"times": [os.stat(path).st_mtime_ns for path in self._files()]}
 
     def stamp(self, part: Part) -> str:
@@ -96,6 +104,7 @@ class TextFiles:
                 continue
             if not path.exists():
                 raise DataError(f"text file {name} does not exist; give existing UTF-8 files or folders.")
+            # An empty file that is named is a mistake; one found in a folder is passed over.
             if path.is_file() and path.stat().st_size == 0:
                 raise DataError(f"text file {name} is empty; give files that hold text.")
             files.append(str(path))
@@ -110,6 +119,7 @@ def next_document(path: str, offset: int, documents_are: str) -> int:
     size = os.path.getsize(path)
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
+    # The search begins before the cut: a gap that straddles it would else be seen from its middle, as a shorter one.
     begin, length = max(offset - _LOOK_BACK_BYTES, 0), 2 * _LOOK_BACK_BYTES
     with open(path, "rb") as file:
         while True:
@@ -122,6 +132,8 @@ def next_document(path: str, offset: int, documents_are: str) -> int:
                     return end
             if begin + len(window) >= size:
                 return size
+            # No document begins in the window: a longer one is read from the same start, since its matches may have
+            # changed.
             length *= 2
 
 
@@ -166,6 +178,7 @@ def _documents_of(file: IO[bytes], size: int | None, documents_are: str) -> Iter
 
 
 def _decoded(path: str, offset: int, content: bytes, documents_are: str) -> str | BadDocument:
+    # The mark counts only at the head of a file; elsewhere U+FEFF is text.
     start = len(BOM) if offset == 0 and content.startswith(BOM) else 0
     try:
         text = decode_text(content[start:])

@@ -22,6 +22,7 @@ from bd3_megatron.files import disk_errors
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BOM = b"\xef\xbb\xbf"
 """U+FEFF in UTF-8; at the beginning of a file it says "this is UTF-8" and is no text."""
+# Bytes of a compressed file that are unpacked at a time; they may become a hundred times as many.
 _PACKED_BYTES = 1 << 17
 _NOT_UTF8 = "convert it (iconv -t UTF-8) or leave it out"
 
@@ -32,6 +33,7 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnicodeDecodeError: not UTF-8.
     """
+    # Strict: replacement characters would enter the corpus unseen.
     text = content.decode("utf-8")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -66,6 +68,7 @@ def open_unpacked(path: Path | str) -> IO[bytes]:
     if suffix == ".xz":
         return lzma.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
+        # Python 3.11 cannot read zstd itself.
         return io.BufferedReader(_ZstdFile(path))
     return open(path, "rb")  # noqa: SIM115
 
@@ -80,6 +83,7 @@ def reading(path: Path | str) -> Iterator[None]:
     try:
         with disk_errors(f"reading {path}", "check the file and its permissions"):
             yield
+    # gzip's and bz2's other errors are OSError, which the block inside has turned into a sentence.
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is damaged ({error}); copy or pack it again.") from error
 
@@ -108,6 +112,7 @@ class _ZstdFile(io.RawIOBase):
             self._packed = self._packed or self._file.read(_PACKED_BYTES)
             if not self._packed:
                 if self._frame is not None and not self._frame.eof:
+                    # A download that was cut off would else pass as a shorter corpus.
                     raise EOFError("it ends in the middle")
                 return 0
             if self._frame is None or self._frame.eof:

@@ -18,6 +18,7 @@ from bd3_megatron.data.tokenizer import Tokens, write_tokenizer_folder
 from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
 
 _TEXTS = SpecialTexts(bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>")
+# Ids 0..255 are the bytes themselves; V = 260 includes these four.
 _SPECIAL = SpecialIds(bos=256, eos=257, pad=258, mask=259)
 
 
@@ -39,6 +40,7 @@ class ByteTokenizer:
         return fingerprint_of(byte_tokenizer_json(), _SPECIAL)
 
     def encode(self, text: str) -> Tokens:
+        # The shorter way: the ids are those of the tokenizer.json, without the library.
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
@@ -48,6 +50,7 @@ class ByteTokenizer:
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
         texts: list[str] = []
         start = 0
+        # Runs of bytes are decoded whole: one letter may take four bytes.
         for place in [*np.flatnonzero(values >= 256).tolist(), len(values)]:
             texts.append(values[start:place].astype(np.uint8).tobytes().decode("utf-8", errors="replace"))
             if place < len(values) and not skip_special:
@@ -68,6 +71,7 @@ def byte_tokenizer_json() -> str:
     built = tokenizers.Tokenizer(models.BPE(vocab=letters, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = decoders.ByteLevel()
+    # The library gives ids in the order of addition, so the order of ids is kept.
     names = sorted(("bos", "eos", "pad", "mask"), key=lambda name: getattr(_SPECIAL, name))
     built.add_special_tokens(
         [tokenizers.AddedToken(getattr(_TEXTS, name), special=True, normalized=False) for name in names]

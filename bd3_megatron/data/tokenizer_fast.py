@@ -47,15 +47,20 @@ class FastTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"tokenizer.json of {where} cannot be read ({error}); export it again.") from error
         self._json, self._texts, self._clean_up = tokenizer_json, texts, clean_up
+        # A tokenizer.json may carry the limits of its old model: they would cut or pad documents without a word.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # True makes the library treat special tokens in text as ordinary letters: a document may not write control
+        # ids.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise TokenizerError(f"tokenizer.json of {where} holds no vocabulary; export it again.")
+        # The highest id decides, not the number of entries: ids may have gaps, and an embedding needs a row for each.
         self._vocab_size = max(vocabulary.values()) + 1
         ids = {name: vocabulary.get(text) for name, text in vars(texts).items()}
         self._special = SpecialIds.from_dict(ids, self._vocab_size, f"tokenizer {where}")
+        # As the library writes it: files of different releases then have one form.
         self._fingerprint = fingerprint_of(self._tokenizer.to_str(), self._special)
         self._cuttable = is_cuttable(json.loads(tokenizer_json))
 
@@ -76,6 +81,8 @@ class FastTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         pieces = [self._pieces(text) for text in texts]
+        # All pieces in one call, so that the library's threads share them; offsets, which nobody reads, are not
+        # computed.
         encodings = iter(self._tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
         return [
             np.concatenate([np.asarray(next(encodings).ids, dtype=np.uint32) for _ in ps], dtype=np.uint32)
@@ -124,6 +131,7 @@ def with_mask(
         )
     expected = max(vocabulary.values()) + 1
     built.add_special_tokens([tokenizers.AddedToken(texts.mask, special=True, normalized=False)])
+    # The library counts entries: where ids have gaps, the new id would fall inside the vocabulary.
     if built.token_to_id(texts.mask) != expected:
         raise TokenizerError(
             f"the mask token would get id {built.token_to_id(texts.mask)} inside the vocabulary of {expected}; "

@@ -13,6 +13,8 @@ from typing import Any
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.errors import TokenizerError
 
+# Decoder, post-processor, truncation and padding are absent: they change no id of a text encoded without special
+# tokens.
 _DECIDING = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 SHOWN_DIGITS = 16
 """Digits of a fingerprint in sentences; two of a million tokenizers agree in them once in 10^7 cases."""

@@ -32,12 +32,15 @@ def import_tokenizer(name: str) -> FastTokenizer:
         TokenizerError: see the module's refusals.
     """
     folder = Path(name)
+    # GPT-2's two files may come without a tokenizer_config.json, which transformers needs to choose a class.
     has_json = (folder / "tokenizer.json").is_file()
     if not has_json and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _from_vocab_and_merges(folder)
+    # Else a mistyped path is looked up on the hub, and the error speaks of the network.
     if _looks_local(name) and not folder.exists():
         raise TokenizerError(f"tokenizer {name} does not exist; give bytes, a .model file or a tokenizer folder.")
     foreign = _open_with_transformers(name)
+    # Slow tokenizers run in Python and have no tokenizer.json that workers could load.
     backend = getattr(foreign, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"tokenizer {name} has no fast form (tokenizer.json); convert it with transformers first.")
@@ -85,4 +88,5 @@ def _open_with_transformers(name: str) -> object:
 
 
 def _looks_local(name: str) -> bool:
+    # A hub name has at most one slash, as in owner/name.
     return name.startswith((".", "/", "~")) or name.count("/") != 1 and os.sep in name

@@ -30,6 +30,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     folder = Path(folder)
     record, config = _read_json(folder / META_FILE), _read_json(folder / "tokenizer_config.json")
+    # Older records are refused too: their fingerprints were computed by another rule.
     if record.get("version") != META_VERSION:
         raise TokenizerError(
             f"{folder / META_FILE} has version {str(record.get('version'))[:40]}; this release reads version "
@@ -60,11 +61,13 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     Raises:
         TokenizerError: nothing readable goes by that name, or it lacks what training needs.
     """
+    # The name wins over a folder called bytes.
     if str(name) == "bytes":
         return ByteTokenizer()
     path = Path(name)
     if (path / META_FILE).is_file():
         return load_tokenizer(path)
+    # A folder with a tokenizer.json is read from it, because it is what transformers would run.
     if path.suffix == ".model" or (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return load_sentencepiece(path if path.suffix == ".model" else path / "tokenizer.model")
     return import_tokenizer(str(name))

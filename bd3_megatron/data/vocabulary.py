@@ -29,6 +29,7 @@ def vocabulary_size(config: Config) -> int | None:
     """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
+    # Prepared data wins over the tokenizer's setting: its ids are the ones that the model will read.
     if (data_folder(config) / "train" / HEADER_FILE).is_file():
         return read_header(data_folder(config) / "train").vocab_size
     if config.data.text and config.data.tokenizer in TRAINED_TOKENIZERS:

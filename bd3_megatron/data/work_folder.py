@@ -30,6 +30,7 @@ class WorkFolder:
 
     def __init__(self, out: Path) -> None:
         self.out = out.absolute()
+        # Beside the target, so that both are on one file system and a rename publishes.
         self.root = self.out.with_name(f".{self.out.name}.partial")
         self.data, self.work = self.root / "data", self.root / "work"
         self._settings, self._order = self.work / "plan.json", self.work / "order.json"
@@ -41,8 +42,9 @@ class WorkFolder:
 
         Raises:
             FolderHeldError: another process is preparing the same folder.
-            LaunchError: the place cannot be written.
+            LaunchError: the folder cannot be written.
         """
+        # Remembered before anything is made, so that a refused run leaves no empty parents behind.
         self._made = [p for p in (self.root, *self.root.parents) if not p.exists()]
         with held(self.root, name=f"out={self.out}"):
             yield
@@ -55,9 +57,11 @@ class WorkFolder:
         """
         if self._settings.is_file() and is_written(self._settings, settings):
             self._take_back()
+            # Half-written parts of a killed run; the lease says that nobody writes them now.
             remove_leftovers(self.work / "parts")
             return True
         finished = self.num_finished()
+        # Finished parts may be days of work: they are never removed without being asked.
         if finished:
             raise ConfigError(
                 f"{self.root} holds {finished} finished parts of a run with other settings; run that command again, "
@@ -96,6 +100,7 @@ class WorkFolder:
                     )
         for name, content in headers.items():
             write_json(self.data / name, content)
+        # A user may have made the empty folder; a rename needs the name to be free.
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
         move(self.data, self.out)
@@ -114,6 +119,7 @@ class WorkFolder:
         """Undo the renaming of a run that was killed while it published."""
         if not self._order.is_file():
             return
+        # A killed publication may have renamed some files only; each goes back to the part it came from.
         stems = json.loads(self._order.read_text(encoding="utf-8"))
         for path in sorted(self.data.glob("*/part-*")):
             stem = stems[int(path.stem.removeprefix("part-"))]
@@ -140,4 +146,5 @@ def named_shards(
 def is_written(path: Path, content: dict[str, Any]) -> bool:
     """Whether a file holds this JSON."""
     written = read_json(path, "remove the folder and prepare the data again")
+    # Through JSON on both sides: tuples become lists and keys become texts.
     return json.dumps(written, sort_keys=True) == json.dumps(json.loads(json.dumps(content)), sort_keys=True)

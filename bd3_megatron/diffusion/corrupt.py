@@ -1,16 +1,9 @@
 """Corruption: which tokens of a sample are masked, as a function of (seed, index, block, position).
 
-Decides: a token is masked when its uniform number lies below p(t) of its block; or, with resampling, when it is among
-the block's m smallest, m drawn so that the masked fraction lies inside the interval (see resample.py and its bias). The
-first position may be exempt. The exemption is applied after the draw and does not change any other token.
-Padding is noised like text and carries no loss. Where documents end with a token, the block in which one ends is filled
-with end tokens that carry loss (see data/packing.py), and padding fills whole blocks that no text sees.
-At t = 1, which only Interval(1, 1) draws, everything is masked and the weight is 1 under every schedule: with blocks of
-one token the sum of losses is then the exact negative log-likelihood.
-The uniform number depends on the sample's place in the order of consumption, not on the dataset row (an epoch must not
-repeat its noise), nor on rank, micro-batch or device: every rank computes the same batch and none is sent.
+Contract: a token is masked when its uniform number lies below p(t) of its block; or, with resampling, when it is among
+the block's m smallest (see `resample.py` and its bias). Every rank computes the same batch and none is sent.
 Refuses: shapes that contradict each other, block counts that do not divide the length, negative mask ids.
-Costs: one Philox draw a token. t_BK is read once to check it: give it on the CPU and nothing here waits for a GPU.
+Costs: one Philox draw a token.
 Source: BD3-LM (arXiv 2503.09573); diffusion.py of kuleshov-group/bd3lms: q_xt, _resample_q_xt, ignore_bos.
 """
 
@@ -101,13 +94,19 @@ def corrupt(
     """
     _check(clean_BL, t_BK, index_B, mask_id, is_padding_BL)
     device, length = clean_BL.device, clean_BL.shape[1]
+    # The schedule reads t to check it: with t on the CPU nothing here waits for a GPU.
     probability_BK = schedule.mask_probability(t_BK)
+    # Only Interval(1, 1) draws t = 1: everything is masked and the weight is 1 under every schedule, so that with
+    # blocks of one token the sum of losses is the exact negative log-likelihood.
     weight_BK = torch.where(t_BK == 1.0, 1.0, schedule.loss_weight(t_BK))
     drawn_BKS = _draw(probability_BK, index_B, length, seed=seed, device=device, resample_to=resample_to)
     drawn_BL = drawn_BKS.flatten(1)
     countable_BL = torch.ones_like(drawn_BL) if is_padding_BL is None else ~is_padding_BL
+    # Exempt after the draw: the masks of all other tokens stay what they were.
     if never_mask_first:
         countable_BL = countable_BL & (torch.arange(length, device=device) > 0)
+    # Padding is noised like text and carries no loss; the end tokens that fill a document's last block do carry loss
+    # (see `data/packing.py`).
     is_masked_BL = drawn_BL & countable_BL
     weight_BL = per_token(weight_BK.to(device, weight_dtype), length)
     return NoisyBatch(
@@ -146,6 +145,8 @@ def _draw(
     block_size = length // num_blocks
     position_KS = torch.arange(length, device=device).reshape(num_blocks, block_size)
     index_B11 = index_B.to(device)[:, None, None]
+    # Keyed by the sample's index in the order of consumption: by dataset row an epoch would repeat its noise, by rank
+    # the grid would show.
     u_BKS = rng.uniform(seed, Purpose.CORRUPT, index_B11, position_KS // block_size, position_KS)
     if resample_to is None:
         return u_BKS < probability_BK.to(device)[:, :, None]
@@ -153,6 +154,7 @@ def _draw(
     near = probability_BK.device
     u_BK = rng.uniform(seed, Purpose.RESAMPLE, index_B.to(near)[:, None], torch.arange(num_blocks, device=near))
     count_BK = conditional_count(u_BK, probability_BK, block_size, resample_to)
+    # Ranks of uniform numbers are a uniform permutation: the m smallest are a uniform choice of m tokens.
     rank_BKS = u_BKS.argsort(dim=2).argsort(dim=2)
     return rank_BKS < count_BK.to(device)[:, :, None]
 

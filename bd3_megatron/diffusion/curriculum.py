@@ -1,10 +1,7 @@
 """Curriculum: phases of a run, each with its length, block size, noise interval and learning-rate segment.
 
-Decides: which phase a step belongs to. Step n is the state after n optimizer updates, and the update that leaves state
-n belongs to the phase that holds n: phases are half-open, [first, first + length). Nothing is remembered: resuming
-inside a phase or at its seam asks the same question and gets the same answer.
-Lengths are steps, or clean tokens rounded up to whole steps. The last phase may be open and ends with the run; a run
-may also stop before its last phase.
+Contract: step n is the state after n optimizer updates, and the update that leaves state n belongs to the phase that
+holds n: phases are half-open, [first, first + length).
 Refuses: phases without or with two lengths, an open phase before the last, phases that end before the run does, block
 sizes that do not divide the sequence.
 Source: BD3-LM (arXiv 2503.09573), two-phase training; LLaDA 2.0 (warm-up, stable, decay over block sizes).
@@ -47,9 +44,11 @@ class LrSegment:
 
     def factor(self, step: int, num_steps: int) -> float:
         """The factor of the update that leaves the phase's state `step`, 0 <= step < num_steps."""
+        # num_steps, not num_steps - 1: `end` is approached and belongs to the state after the phase.
         progress = step / num_steps
         if self.shape == "cosine":
             progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+        # step + 1, so that the first update of a warm-up is not lost at a rate of zero.
         warmth = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warmth * (self.start + (self.end - self.start) * progress)
 
@@ -82,6 +81,7 @@ class Phase:
 
     def num_steps(self, tokens_per_step: int) -> int | None:
         """Length in steps; None for an open phase."""
+        # Rounded up: a phase given in tokens trains on at least so many.
         return self.steps if self.tokens is None else -(-self.tokens // tokens_per_step)
 
 
@@ -131,6 +131,7 @@ class Curriculum:
         lengths = self._lengths()
         if None in lengths[:-1]:
             raise ConfigError(f"Phase {lengths.index(None)} has no length; only the last phase may be open.")
+        # A run may stop before its last phase, but a step without a phase would have no block size.
         if lengths[-1] is not None and self.seams()[-1] + lengths[-1] < self.total_steps:
             raise ConfigError(
                 f"The phases end at step {self.seams()[-1] + lengths[-1]} but the run has {self.total_steps} steps; "
@@ -139,6 +140,7 @@ class Curriculum:
 
     def seams(self) -> tuple[int, ...]:
         """The first step of every phase; some may lie beyond the end of the run."""
+        # Recomputed at each call and never stored: resuming at a seam asks the same question and gets the same answer.
         firsts = [0]
         for length in self._lengths()[:-1]:
             firsts.append(firsts[-1] + (length or 0))
@@ -158,6 +160,7 @@ class Curriculum:
         """
         if not 0 <= step <= self.total_steps:
             raise RangeError(f"step={step} is outside the run's [0, {self.total_steps}]; ask for a step inside it.")
+        # The final state belongs to no update; evaluation of it uses the phase that led there.
         step = min(step, self.total_steps - 1)
         firsts = self.seams()
         number = max(n for n, first in enumerate(firsts) if first <= step)
@@ -195,6 +198,7 @@ def paper_two_phase(
     Returns:
         Two phases.
     """
+    # In the paper the second phase is a run of its own, with its own warm-up.
     lr = LrSegment(warmup_steps=warmup_steps)
     return (
         Phase(block_size=seq_len, steps=first_steps, lr=lr),
@@ -224,6 +228,7 @@ def llada2_wsd(
         The phases.
     """
     warmup = [
+        # At block size 1 only t = 1 teaches: the block is the token itself.
         Phase(block_size=size, steps=warmup_phase_steps, interval=Interval(1.0, 1.0) if size == 1 else Interval())
         for size in warmup_block_sizes
     ]

@@ -1,15 +1,7 @@
 """Interval search: the clipped interval under which one block's loss estimate varies least, from shared forward passes.
 
-A clipped interval trades masks that teach nothing (all or none masked) against coverage. The winner is the interval
-with the smallest variance of `token_nll.block_losses`, over data and noise.
-All candidates are scored from the same passes. A t drawn from U[MIN_T, 1] that falls inside [beta, omega] is a draw
-from U[beta, omega]; so a pass counts for every candidate that holds its t. With resampling the masked fraction must
-fall inside too, and the draw weighs 1 / P(inside | t), since resampling keeps t's law and conditions the mask. A point
-interval (full masking at block size 1) is never hit by chance and is a pass of its own: see `passes`.
-Moments are weighted count, mean and sum of squared deviations; `merge` is associative and commutative, so batches and
-ranks may be summed in any grouping. They travel as one [4, C] tensor (`pack`): gather and merge it, do not add it.
-Unlike the official search the variance is taken over all blocks at once, not per batch and summed, and an interval that
-starts at the smallest t may hold unmasked blocks, as it does in training.
+Contract: the winner has the smallest variance of `token_nll.block_losses`, over data and noise; all candidates are
+scored from the same passes, and batches and ranks may be merged in any grouping.
 Costs: C numbers a block, no forward pass of its own. The official search runs 36 candidates x 100 batches apart.
 Source: BD3-LM (arXiv 2503.09573), variance of the gradient estimator under clipped schedules; West, "Updating mean and
 variance estimates", CACM 1979, and Chan, Golub, LeVeque 1979 for the merge.
@@ -54,6 +46,7 @@ class Moments:
     @classmethod
     def of(cls, value_X: Tensor, weight_CX: Tensor) -> Moments:
         """Moments of X values under each candidate's weights (>= 0)."""
+        # float64: a variance is a small difference of large sums over many thousand blocks.
         value_X, weight_CX = value_X.to(torch.float64), weight_CX.to(torch.float64)
         weight = weight_CX.sum(dim=1)
         mean = torch.where(weight > 0, (weight_CX * value_X).sum(dim=1) / weight.clamp(min=1e-300), 0.0)
@@ -62,6 +55,8 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of blocks together."""
+        # Chan, Golub and LeVeque's merge is associative and commutative up to rounding, so any grouping of ranks will
+        # do.
         weight = self.weight + other.weight
         share = torch.where(weight > 0, other.weight / weight.clamp(min=1e-300), 0.0)
         step = other.mean - self.mean
@@ -74,6 +69,7 @@ class Moments:
 
     def variance(self) -> Tensor:
         """Unbiased variance of one block's loss: float64 [C], NaN where fewer than two blocks were seen."""
+        # The weighted form of n - 1: with equal weights it is the number of blocks less one.
         freedom = self.weight - self.squared_weight / self.weight
         return torch.where(freedom > 1e-9 * self.weight, self.squared_deviation / freedom, torch.nan)
 
@@ -83,6 +79,7 @@ class Moments:
 
     def pack(self) -> Tensor:
         """As one float64 tensor [4, C], to be gathered (not summed) over ranks."""
+        # Means do not add: a sum over ranks of this tensor would be wrong, so ranks gather it and merge.
         return torch.stack([self.weight, self.squared_weight, self.mean, self.squared_deviation])
 
     @classmethod
@@ -112,12 +109,14 @@ def candidates(
     Raises:
         RangeError: a width outside (0, 1].
     """
+    # A block of one token is either masked or teaches nothing, so only full masking competes with the whole interval.
     found = [FULL, FULL_MASKING] if block_size == 1 else [FULL, *_sliding(widths)]
     return tuple(dict.fromkeys([*found, *custom]))
 
 
 def passes(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     """From which intervals noise must be drawn so that every candidate is scored: one pass for all, one a point."""
+    # A point interval (full masking at block size 1) is never hit by chance and needs a pass of its own.
     points = [interval for interval in intervals if interval.width == 0]
     return tuple(dict.fromkeys([*([FULL] if len(points) < len(intervals) else []), *points]))
 
@@ -146,6 +145,8 @@ def score(
         ShapeError: shapes differ.
     """
     check_shape("loss_BK", loss_BK.shape, t_BK.shape)
+    # A t drawn from the full interval that falls inside [beta, omega] is a draw from U[beta, omega], so one pass
+    # serves every candidate that holds its t.
     weight_CX = _inside(t_BK.to(loss_BK.device), intervals, drawn_from)
     return _moments(loss_BK, weight_CX, is_counted_BK)
 
@@ -181,11 +182,13 @@ def score_resampled(
     weight_CX = _inside(t_BK, intervals, drawn_from)
     probability_BK = schedule.mask_probability(t_BK)
     for row_X, interval in zip(weight_CX, intervals, strict=True):
+        # Under this candidate training could draw no mask at all.
         if not has_allowed_count(interval, block_size):
             row_X.zero_()
             continue
         low, high = allowed_counts(interval, block_size)
         is_inside_BK = (drawn_BK >= low) & (drawn_BK <= high)
+        # Resampling keeps the law of t and conditions only the mask, so a draw counts 1 / P(inside | t).
         odds_BK = is_inside_BK / inside_probability(probability_BK, block_size, interval).clamp(min=1e-300)
         row_X.mul_(odds_BK.flatten())
     return _moments(loss_BK, weight_CX, is_counted_BK)
@@ -207,12 +210,14 @@ def least_varying(intervals: Sequence[Interval], moments: Moments, *, min_blocks
         RangeError: no candidate has been seen often enough.
     """
     check_shape("moments", moments.mean.shape, (len(intervals),))
+    # Unlike the official search the variance is over all blocks at once, not per batch and summed.
     variance = moments.variance()
     is_known = (moments.num_effective_blocks() >= min_blocks) & variance.isfinite()
     if not bool(is_known.any()):
         raise RangeError(
             f"none of {len(intervals)} intervals was seen in {min_blocks:g} blocks; score more held-out batches."
         )
+    # argmin takes the first of equals, so ranks that merged the same moments choose the same interval.
     return int(torch.where(is_known, variance, torch.inf).argmin())
 
 
@@ -233,6 +238,7 @@ def _inside(t_BK: Tensor, intervals: Sequence[Interval], drawn_from: Interval) -
     rows = []
     for interval in intervals:
         within = drawn_from.beta <= interval.beta and interval.omega <= drawn_from.omega
+        # Points speak only for themselves: a t that equals 1 by chance was drawn from another law.
         speaks = interval == drawn_from if 0.0 in (interval.width, drawn_from.width) else within
         rows.append(interval.holds(t_BK).flatten() & speaks)
     return torch.stack(rows).to(torch.float64)

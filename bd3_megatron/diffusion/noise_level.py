@@ -1,12 +1,7 @@
 """Noise levels: one t per block, stratified over the global batch, inside a clipped interval.
 
-Decides: t is uniform on [beta, omega]; the interval clips t, before the noise schedule makes it a mask probability.
-Consecutive groups of `group_size` samples (the global batch) share one set of group_size * K equal strata, each used
-once. A permutation keyed by the group deals them out, so no stratum is tied to a block index, a rank or a place in the
-batch. The official code deals them in order: with one sequence a device, block b always gets t in [b/K, (b+1)/K].
-A level depends on (seed, index of the sample in the order of consumption, block) and on nothing else: a group may be
-cut among ranks and micro-batches at will, and its last part may be missing.
-Block size 1 trains at t = 1: Interval(1, 1).
+Contract: t is uniform on [beta, omega]; the interval clips t, before the noise schedule makes it a mask probability. A
+level depends on (seed, index of the sample in the order of consumption, block) and on nothing else.
 Costs: 2 ms for 2,000 blocks on one CPU core; on a GPU index the dealing waits for the device, so keep indices on CPU.
 Source: BD3-LM (arXiv 2503.09573), clipped schedules; diffusion.py of kuleshov-group/bd3lms, _sample_t.
 """
@@ -91,8 +86,12 @@ def noise_levels(
     block_K = torch.arange(num_blocks, device=index_B.device)
     u_BK = rng.uniform(seed, Purpose.NOISE_LEVEL, index_B1, block_K)
     if stratified:
+        # A group, the global batch, shares one set of equal strata, each used once; it may be cut among ranks and
+        # micro-batches at will, and its last part may be missing.
         num_strata = group_size * num_blocks
         place_BK = (index_B1 % group_size) * num_blocks + block_K
+        # Dealt by a permutation, so that no stratum is tied to a block index or a rank. The official code deals in
+        # order: with one sequence a device, block b always gets t in [b/K, (b+1)/K].
         stratum_BK = rng.permutation_index(seed, Purpose.STRATA, index_B1 // group_size, num_strata, place_BK)
         u_BK = (stratum_BK + u_BK) / num_strata
     # The sum may round past omega by its last bit.

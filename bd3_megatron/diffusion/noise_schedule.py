@@ -1,16 +1,8 @@
 """Noise schedules: how likely a token is masked at noise level t, and how much its loss weighs.
 
 With p(t) = 1 - alpha(t) the probability that a token is masked, the bound on the likelihood is
-    NELBO = E_t E_mask [ sum over masked tokens of  p'(t) / p(t) * -log p_theta(token) ],   t uniform,
-so the loss weight is -alpha'(t) / (1 - alpha(t)) = p'(t) / p(t), positive; p * weight = p' is what must stay bounded.
-    loglinear  p = t                   weight = 1 / t
-    cosine     p = 1 - cos(pi t / 2)   weight = (pi / 2) / tan(pi t / 4)
-    square     p = t^2                 weight = 2 / t
-    sqrt       p = t^(1/2)             weight = 1 / (2 t)
-    log        p = log2(1 + t)         weight = 1 / ((1 + t) log(1 + t))
-All have p(1) = 1. Every weight diverges at t = 0, hence t starts at MIN_T.
+    NELBO = E_t E_mask [ sum over masked tokens of  p'(t) / p(t) * -log p_theta(token) ],   t uniform.
 Refuses: unknown names, t outside [MIN_T, 1].
-Costs: the check of t reads it back, which makes a GPU wait; t has one number a block, so keep it on the CPU.
 Source: BD3-LM (arXiv 2503.09573), noise schedules; noise_schedule.py of kuleshov-group/bd3lms, without the eps that its
 cosine adds to both formulas.
 """
@@ -30,7 +22,7 @@ from bd3_megatron.errors import RangeError, either
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """One row of the table above."""
+    """One row of the table SCHEDULES below."""
 
     name: str
     probability_law: Callable[[Tensor], Tensor]
@@ -86,6 +78,7 @@ def check_noise_level(t: Tensor) -> None:
     Raises:
         RangeError: with the offending extremes.
     """
+    # This reads t back, which makes a GPU wait; t has one number a block, so callers keep it on the CPU.
     if t.numel() == 0 or bool(((t >= MIN_T) & (t <= 1.0)).all()):
         return
     raise RangeError(
@@ -94,6 +87,8 @@ def check_noise_level(t: Tensor) -> None:
     )
 
 
+# name, p(t), weight = p'(t) / p(t). All have p(1) = 1. Every weight diverges at t = 0, hence t starts at MIN_T; p *
+# weight = p' is what must stay bounded.
 SCHEDULES = (
     NoiseSchedule("loglinear", lambda t: t.clone(), lambda t: 1.0 / t),
     NoiseSchedule(
@@ -106,6 +101,7 @@ SCHEDULES = (
     NoiseSchedule("sqrt", lambda t: torch.sqrt(t), lambda t: 0.5 / t),
     NoiseSchedule(
         "log",
+        # p = log2(1 + t); log1p keeps the digits of a small t.
         lambda t: torch.log1p(t) / math.log(2.0),
         lambda t: 1.0 / ((1.0 + t) * torch.log1p(t)),
     ),

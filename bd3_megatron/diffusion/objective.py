@@ -39,6 +39,7 @@ class LossRows:
 class Objective(ABC):
     """One training objective at one block size. Lengths L are clean tokens of a sample, rows are rows of the model."""
 
+    # One objective covers both ends: S = L is masked diffusion (MDLM), S = 1 at t = 1 is the chain rule.
     block_size: int = 1
     """S, tokens denoised together; 1 for next token."""
     views: int = 1
@@ -73,6 +74,7 @@ class Objective(ABC):
 
     def loss_stream_rows(self, length: int) -> int:
         """Rows of the stream that carries the loss: the noisy one, or the clean one where there is no noise."""
+        # Clean rows are only context for noisy ones and carry loss themselves only where there is no noise.
         return self.noisy_rows(length) or self.clean_rows(length)
 
     @abstractmethod
@@ -131,9 +133,11 @@ class BlockDiffusion(Objective):
         return length if self.block_size < length else 0
 
     def scored_rows(self, length: int, masked_fraction: float, *, dead_rows: float = 1.0) -> float:
+        # An expectation for planners: the real number varies with the draw.
         return masked_fraction * self.noisy_rows(length)
 
     def copies(self, draw: Callable[[int], NoisyBatch]) -> list[NoisyBatch]:
+        # The views share one clean pass, which makes a further copy cheaper than a further sample.
         return [draw(view) for view in range(self.views)]
 
     def loss_rows(
@@ -148,6 +152,7 @@ class BlockDiffusion(Objective):
         return [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
 
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        # Counted over all copies: with V views numerator and denominator both grow V times.
         return sum(int((copy.text_BL if self.count_all_tokens else copy.countable_BL).sum()) for copy in copies)
 
     def refuse(self, *, num_phases: int, searches: bool) -> None:
@@ -187,12 +192,14 @@ class NextToken(Objective):
     ) -> list[LossRows]:
         # tensor methods only: this file must not import torch
         has_loss_BL = tokens_BL.new_ones(tokens_BL.shape).bool()
+        # roll brings the first token of the row to its end; the last row has no target.
         has_loss_BL[:, -1] = False
         if document_id_BL is not None:
             check_shape("document_id_BL", document_id_BL.shape, tokens_BL.shape)
             has_loss_BL &= document_id_BL == document_id_BL.roll(-1, dims=1)
         if is_padding_BL is not None:
             check_shape("is_padding_BL", is_padding_BL.shape, tokens_BL.shape)
+            # The target decides: the last text token before padding would else learn to predict padding.
             has_loss_BL &= ~is_padding_BL.roll(-1, dims=1)
         ones_BL = tokens_BL.new_ones(tokens_BL.shape).float()
         return [LossRows(has_loss_BL, tokens_BL.roll(-1, dims=1), ones_BL, ones_BL)]

@@ -32,6 +32,7 @@ def masked_token_nll(logits_BLV: Tensor, clean_BL: Tensor, *, mask_id: int) -> T
         RangeError: mask_id outside [0, V).
     """
     _check_logits(logits_BLV, clean_BL, mask_id)
+    # SUBS: the model never predicts the mask token, so its probability is taken out before the softmax.
     return _nll(_without_mask_token(logits_BLV, mask_id), clean_BL)
 
 
@@ -69,6 +70,7 @@ def block_losses(nll_BL: Tensor, batch: NoisyBatch) -> Tensor:
     weighted_BL = nll_BL.to(_decisive(nll_BL)) * batch.weight_BL
     # where nothing is masked the NLL is of no use and may be NaN
     weighted_BL = torch.where(batch.is_masked_BL, weighted_BL, 0.0)
+    # Divided by S and not by the number of masked tokens: the estimate of each block must stay unbiased.
     return weighted_BL.unflatten(1, (-1, batch.block_size)).mean(dim=2)
 
 
@@ -85,6 +87,7 @@ def _without_mask_token(logits_BLV: Tensor, mask_id: int) -> Tensor:
 
 def _nll(logits_BLV: Tensor, target_BL: Tensor) -> Tensor:
     at_target_BL = logits_BLV.gather(-1, target_BL[..., None]).squeeze(-1)
+    # logsumexp less one logit: no tensor of log-probabilities [B, L, V] is made.
     return logits_BLV.logsumexp(dim=-1) - at_target_BL
 
 
