@@ -160,6 +160,7 @@ def divisors(number: int) -> list[int]:
     """
     if number > LARGEST_FACTORED:
         raise RangeError(f"{shown(number)} has too many digits to list its divisors; use at most {LARGEST_FACTORED:g}.")
+    # Divisors come in pairs around the square root, so half of them give the others.
     small = [d for d in range(1, math.isqrt(max(0, number)) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
@@ -175,6 +176,7 @@ def check_divides(
     # Zero and negative divisors come from user input and must not raise ZeroDivisionError.
     if divisor > 0 and number % divisor == 0:
         return
+    # A huge number gets no list: an error must not take minutes to write.
     legal = either(divisors(number)) if 0 < number <= LARGEST_FACTORED else "one of its divisors"
     raise kind(f"{divisor_name}={shown(divisor)} does not divide {number_name}={shown(number)}; use {legal}.")
 
@@ -199,6 +201,7 @@ def check_multiple(
 def either(options: Iterable[object]) -> str:
     """'1, 2 or 4' from [1, 2, 4]; of a long list the first ones and the last."""
     words = [str(o) for o in options]
+    # The first options and the last show the range; thousands of divisors would bury the sentence.
     if len(words) > LISTED_OPTIONS:
         words = [*words[: LISTED_OPTIONS - 2], "...", words[-1]]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -216,6 +219,7 @@ def shown(value: object) -> str:
 
 def cut(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     """A text or path in one line of at most so many characters, the middle of a long one left out."""
+    # One line: logs and batch systems show errors line by line.
     line = " ".join(text.split())
     if len(line) <= characters:
         return line

@@ -110,12 +110,14 @@ def whole(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
         FileError: it cannot be written; `path` is as it was.
     """
     given, path = path, Path(os.path.realpath(path))
+    # Beside the final name: a rename is atomic only inside one file system.
     temporary = temporary_name(path)
     try:
         # /dev/stdout leads to a pipe that has no name
         _check_replaceable(given)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # Before the rename: else a power cut may leave the final name with no content.
         _flush_tree(temporary)
         if replace_folder and path.is_dir() and temporary.is_dir():
             _swap(temporary, path)
@@ -150,6 +152,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 def move(path: Path, target: Path) -> None:
     """Rename a file or folder within a file system, durably."""
     os.replace(path, target)
+    # The new name is an entry of the folder, which has a flush of its own.
     flush(target.parent)
     if path.parent != target.parent:
         flush(path.parent)
@@ -160,6 +163,7 @@ def discard(path: Path) -> None:
     if not path.exists():
         return
     hidden = temporary_name(path)
+    # Renamed first: a reader finds the whole folder or none, while the deletion takes its time.
     os.rename(path, hidden)
     _remove(hidden)
 
@@ -172,6 +176,7 @@ def append_line(path: Path, line: str) -> None:
     """
     try:
         with path.open("ab") as file:
+            # One write in append mode, so that lines of several processes do not mix.
             file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
@@ -315,6 +320,7 @@ def _is_abandoned(path: Path, host: str, process: int) -> bool:
             return time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS
         return False
     try:
+        # Signal 0 sends nothing and only asks whether the process exists; one of another user does exist.
         os.kill(process, 0)
     except ProcessLookupError:
         return True

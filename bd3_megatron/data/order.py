@@ -64,6 +64,7 @@ class EpochOrder:
             return position
         chunk = torch.div(position, _CHUNK_ROWS, rounding_mode="floor")
         keys = sorted(set(zip(epoch.tolist(), chunk.tolist(), strict=True)))
+        # The usual case: a batch is much smaller than a chunk.
         if len(keys) == 1:
             return self._chunk(*keys[0])[position - keys[0][1] * _CHUNK_ROWS]
         rows = torch.empty_like(position)
@@ -80,6 +81,7 @@ class EpochOrder:
             position = torch.arange(first, min(first + _CHUNK_ROWS, self.num_rows), dtype=torch.int64)
             key = self.source << _EPOCH_BITS | epoch
             found = permutation_index(self.seed, Purpose.DATA_ORDER, key, self.num_rows, position)
+            # The oldest chunk goes; indices increase, so it is seldom asked for again.
             while len(self._chunks) >= _MAX_CHUNKS:
                 self._chunks.pop(next(iter(self._chunks)))
             self._chunks[epoch, chunk] = found

@@ -69,6 +69,7 @@ class Recipe:
             "detokenizer": self.detokenizer,
             "packing": self.packing,
         }
+        # The command line wins over the recipe.
         return PrepareRequest(out=out, **(stated | changes))
 
 
@@ -91,6 +92,7 @@ def load_recipe(path: Path) -> Recipe:
     recipe = Recipe(**content)
     # Opened and thrown away: an unknown name or a bad source is refused when the recipe is read, not hours later.
     detokenizer(recipe.detokenizer)
+    # Built and thrown away, for the refusals of the source's own checks.
     for split, spec in recipe.sources.items():
         _source(split, spec)
     return recipe

@@ -80,4 +80,5 @@ class PartTask:
     @property
     def stem(self) -> str:
         """Name of what is made of the part: of what it reads, not of its number, which other files may change."""
+        # A digest, since paths may hold any letter and be longer than a file's name may be.
         return hashlib.sha256(f"{self.split} {self.part.key}".encode()).hexdigest()[:24]

@@ -102,6 +102,7 @@ def text_source(names: Sequence[str], *, documents_are: str = "paragraph", part_
             sources.append(BuiltinText(name=name.removeprefix(BUILTIN_PREFIX)))
     paths = tuple(name for name in names if not name.startswith(BUILTIN_PREFIX))
     if paths:
+        # All paths make one source, so that the size of its parts follows from the whole text.
         sources.append(TextFiles(paths=paths, documents_are=documents_are, part_bytes=part_bytes))
     if not sources:
         raise ConfigError("no text was named; give text files, folders or builtin:python-docs.")

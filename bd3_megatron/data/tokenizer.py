@@ -21,6 +21,7 @@ META_FILE = "bd3_tokenizer.json"
 META_VERSION = 2
 """2: the fingerprint is of what decides the ids; 1: of the bytes of tokenizer.json."""
 
+# uint32 holds every vocabulary; shards narrow it to uint16 where V allows.
 Tokens = NDArray[np.uint32]
 
 
@@ -61,6 +62,8 @@ def write_tokenizer_folder(
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the record."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {"bos_token": texts.bos, "eos_token": texts.eos, "mask_token": texts.mask, "pad_token": texts.pad}
+    # The general class of transformers, which runs tokenizer.json as it is; a model's own class may change the text
+    # first.
     config = {
         **named,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -75,6 +78,7 @@ def write_tokenizer_folder(
         "special_ids": tokenizer.special.as_dict(),
     }
     write_text(folder / "tokenizer.json", tokenizer_json)
+    # tokenizer.json goes first and the record last: a folder that has the record is complete.
     for name, content in (
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", named),

@@ -126,9 +126,11 @@ class Curriculum:
             raise ConfigError(
                 f"A curriculum of {len(self.phases)} phases and {self.total_steps} steps is empty; give one of each."
             )
+        # Checked for every phase at the start: a run must not fail at a seam after days.
         for phase in self.phases:
             check_divides("block_size", phase.block_size, "seq_len", self.seq_len)
         lengths = self._lengths()
+        # Nothing could come after an open phase, so its position among the others is a mistake.
         if None in lengths[:-1]:
             raise ConfigError(f"Phase {lengths.index(None)} has no length; only the last phase may be open.")
         # A run may stop before its last phase, but a step without a phase would have no block size.
@@ -169,6 +171,7 @@ class Curriculum:
             number=number,
             phase=self.phases[number],
             first_step=firsts[number],
+            # An open phase ends with the run, so its learning-rate segment still has an end.
             num_steps=self.total_steps - firsts[number] if length is None else length,
             step=step - firsts[number],
         )
@@ -235,5 +238,6 @@ def llada2_wsd(
     return (
         *warmup,
         Phase(block_size=seq_len, steps=stable_steps),
+        # The last phase ends at the block size that generation will use.
         Phase(block_size=final_block_size, steps=decay_steps, lr=LrSegment(end=0.0)),
     )
