@@ -151,7 +151,7 @@ def time_product(device: torch.device) -> tuple[float, bool]:
     """
     size = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
     number = torch.arange(size, dtype=torch.float32, device=device)
-    # small whole numbers: every partial sum is exact in fp32 and TF32, so a difference is a fault, not rounding
+    # small whole numbers: each partial sum is exact in fp32 and TF32, so a difference is a fault, not rounding
     a = (number[:, None] * 7 + number[None, :] * 3).remainder(11) - 5
     b = (number[:, None] * 5 + number[None, :] * 2).remainder(13) - 6
     product = a @ b

@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Signals closer together are one request: `timeout`, a SLURM step signal and a kill of the process group each deliver
 # theirs twice.
 DOUBLED_SECONDS = 1.0
-# The index is the code that ranks reduce; of several reasons the last in this order is reported.
+# The index is the code that is reduced by MAX: where ranks differ, the later reason in this order is reported.
 REASONS = ("none", "signal", "file", "deadline")
 
 
