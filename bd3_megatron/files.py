@@ -195,6 +195,7 @@ def flush(path: Path) -> None:
 
 def temporary_name(path: Path, *, kind: str = "tmp") -> Path:
     """A hidden name beside `path` that no other call, process or host has."""
+    # Host and process tell `remove_leftovers` whether the writer may still live.
     return path.with_name(f".{_shortened(path.name)}.{_host()}.{os.getpid()}.{os.urandom(4).hex()}.{kind}")
 
 
@@ -266,7 +267,7 @@ def _cannot_write(path: Path, error: OSError) -> FileError:
 
 
 def _check_replaceable(path: Path) -> None:
-    """A rename would put a plain file in the place of /dev/null or of a pipe."""
+    """A rename would replace /dev/null or a pipe by a plain file."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

@@ -66,7 +66,7 @@ class Mixture:
         """Source and count of samples.
 
         Args:
-            index: int64 [B], places in the order of consumption, 0 or more.
+            index: int64 [B], sample indices in the order of consumption, 0 or more.
 
         Returns:
             source int64 [B], and how many samples of that source came before: int64 [B].
@@ -149,13 +149,13 @@ def apportion(weights: Sequence[float]) -> Ints:
 
 
 def chairman(shares: Ints) -> Ints:
-    """Order M = sum(shares) places so that every prefix is less than one place from each exact share.
+    """Order M = sum(shares) positions so that every prefix is less than one sample from each exact share.
 
     Args:
         shares: int64 [num_sources], 0 or more, not all 0.
 
     Returns:
-        int64 [M], the source of each place.
+        int64 [M], the source of each position.
     """
     total = int(shares.sum())
     given = np.zeros_like(shares)
@@ -172,7 +172,7 @@ def chairman(shares: Ints) -> Ints:
 
 
 def _deadline(given: Ints, shares: Ints, total: int) -> Ints:
-    """Last place by which each source must be served to stay less than one behind: ceil((given + 1) M / share)."""
+    """Last position by which each source must be served to stay less than one behind: ceil((given + 1) M / share)."""
     # A source of weight 0 is never allowed to be chosen; this only avoids its division by zero.
     safe = np.maximum(shares, 1)
     return -(-(given + 1) * total // safe)

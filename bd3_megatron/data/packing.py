@@ -217,7 +217,7 @@ class PackedRows:
             places = self._places_of(shard)
             first = int(np.searchsorted(places, start, side="right")) - 1
             last = int(np.searchsorted(places, stop, side="right")) - 1
-            # An end token takes the last place of its document: documents first..last-1 end inside the span.
+            # An end token takes the last position of its document: documents first..last-1 end inside the span.
             source = start - first
             written = 0
             for end in (places[first + 1 : last + 1] - 1 - start).tolist():

@@ -76,7 +76,7 @@ def corrupt(
     Args:
         clean_BL: int64 [B, L].
         t_BK: float [B, K] in [MIN_T, 1], K dividing L; best on the CPU.
-        index_B: int64 [B], places in the order of consumption.
+        index_B: int64 [B], sample indices in the order of consumption.
         seed: of the run, in [0, 2^48).
         mask_id: id of the mask token, >= 0.
         schedule: gives mask probability and loss weight at t.

@@ -46,7 +46,7 @@ class Moments:
     @classmethod
     def of(cls, value_X: Tensor, weight_CX: Tensor) -> Moments:
         """Moments of X values under each candidate's weights (>= 0)."""
-        # float64: a variance is a small difference of large sums over many thousand blocks.
+        # float64: sums run over many thousand blocks, and the variances of two candidates may be close.
         value_X, weight_CX = value_X.to(torch.float64), weight_CX.to(torch.float64)
         weight = weight_CX.sum(dim=1)
         mean = torch.where(weight > 0, (weight_CX * value_X).sum(dim=1) / weight.clamp(min=1e-300), 0.0)
@@ -203,7 +203,7 @@ def least_varying(intervals: Sequence[Interval], moments: Moments, *, min_blocks
         min_blocks: candidates that fewer effective blocks speak for are not considered.
 
     Returns:
-        Its place in `intervals`.
+        Its index in `intervals`.
 
     Raises:
         ShapeError: moments of another number of candidates.

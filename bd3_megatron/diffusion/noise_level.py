@@ -63,7 +63,7 @@ def noise_levels(
 
     Args:
         seed: of the run, in [0, 2^48).
-        index_B: int64 [B], places in the order of consumption, >= 0; any subset of a group in any order.
+        index_B: int64 [B], sample indices in the order of consumption, >= 0; any subset of a group in any order.
         num_blocks: K = L / S.
         interval: t is drawn from it.
         group_size: consecutive samples that share strata: the global batch size. The group is index // group_size.

@@ -88,8 +88,8 @@ def conditional_count(uniform: Tensor, probability: Tensor, block_size: int, int
     # uniform number: no loop, no block that never ends, and a function of its counter like every other draw.
     mass = _log_binomial(probability, block_size)[..., low : high + 1].softmax(dim=-1)
     below = mass.cumsum(dim=-1)[..., :-1]
-    # The loss weight is not changed, hence the bias: under the log-linear schedule E[masked * weight] is off by +18.6
-    # % at S = 4 on [.3, .8], -3.5 % at S = 4 on [.45, .95], +1.4 % and +4.1 % at S = 16 on the same two.
+    # The loss weight is not changed, hence the bias: under the log-linear schedule E[masked * weight] is off by
+    # +18.6 % at S = 4 on [.3, .8], -3.5 % at S = 4 on [.45, .95], +1.4 % and +4.1 % at S = 16 on the same two.
     return low + (uniform[..., None] >= below).sum(dim=-1)
 
 
