@@ -17,7 +17,7 @@ from pathlib import Path
 from bd3_megatron.errors import ConfigError, DataError
 
 CORPORA = ("python-docs", "python-topics")
-# Tests, vendored packages and modules without English (encodings, lib2to3's grammars) teach nothing.
+# Tests, vendored packages and modules without English (encodings, lib2to3's grammars) are no prose.
 _LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "encodings", "idle_test", "lib2to3", "idlelib", "turtledemo"}
     | {"_vendor", "_bundled", "__pycache__", "config", "ensurepip", "pydoc_data", "lib-dynload"}

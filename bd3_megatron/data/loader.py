@@ -28,7 +28,7 @@ from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 # Rows sent between processes at once. One process reads 20 (isolated) to 50 (wrap) million tokens/s at L = 1024 and 3
-# to 6 million at L = 128, where the cost a message would dominate.
+# to 6 million at L = 128, where the cost of a message would dominate.
 _BUNDLE_ROWS = 64
 
 
@@ -303,7 +303,7 @@ def check_held_out(held_out: TokenShards, trained: Sequence[TokenShards]) -> Non
             (held_out.tokenizer_fingerprint, held_out.where), (shards.tokenizer_fingerprint, shards.where)
         )
     fractions = [(shards.where, shards.held_out_fraction) for shards in trained]
-    # Documents are held out by their content, so two folders agree on the split only if their fractions do.
+    # Documents are held out by their content: a folder with at least the same fraction holds out these documents too.
     check_nothing_leaks(fractions, (held_out.where, held_out.held_out_fraction))
 
 

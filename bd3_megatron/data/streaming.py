@@ -65,7 +65,7 @@ def plan_stream(
         DataError: the stream cannot be opened, or has no such column.
     """
     dataset = replace(dataset, streaming=True)
-    # Refused here, before any process group exists, and not by the first batch of a loader process.
+    # Refused here, when the stream is planned, and not by the first batch of a loader process.
     dataset.check_columns()
     files = int(dataset.open().num_shards)
     lanes = min(files, _MOST_LANES) if num_lanes is None else num_lanes
