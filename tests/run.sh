@@ -5,7 +5,7 @@
 #   tests/run.sh --matrix        also every grid against every other (minutes)
 #   tests/run.sh --slurm         also what waits on SLURM's own clocks (minutes)
 #   tests/run.sh --mutations     instead: one-line mutations, and whether the default tests notice (minutes; names: only those)
-#   tests/run.sh --fuzz          also ten thousand odd configurations (minutes)
+#   tests/run.sh --fuzz          also ten thousand broken configurations (minutes)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
