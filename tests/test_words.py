@@ -70,7 +70,6 @@ FORBIDDEN = {
 FILES_WITH_FORBIDDEN_WORDS = {
     "bd3_megatron/config/schema.py",
     "bd3_megatron/convert/layerwise.py",
-    "bd3_megatron/data/batch.py",
     "bd3_megatron/data/packing.py",
     "bd3_megatron/data/part_maker.py",
     "bd3_megatron/data/sentencepiece_model.py",

@@ -1,4 +1,4 @@
-"""The batch the data room hands on: clean tokens and where each row stands in the order of consumption."""
+"""The batch that the data loader hands on: clean tokens and the index of each row in the order of consumption."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 class CleanBatch:
     """B rows of exactly L clean tokens.
 
-    The optional tensors are None where they would say nothing: one document's sight per row, no padding, positions
+    The optional tensors are None where they would say nothing: one document per row, no padding, positions
     0..L-1.
     """
 
     tokens_BL: Tensor
     """int64 [B, L] in [0, V)."""
     index_B: Tensor
-    """int64 [B]: place of each row in the order of consumption; what noise is drawn from."""
+    """int64 [B]: index of each row in the order of consumption; what noise is drawn from."""
     document_id_BL: Tensor | None = None
-    """int64 [B, L]: rows of sight; positions see each other only inside one document."""
+    """int64 [B, L]: the attention mask lets positions see each other only inside one document."""
     is_padding_BL: Tensor | None = None
     """bool [B, L]: True where the token carries no loss."""
     position_BL: Tensor | None = None
@@ -43,6 +43,7 @@ class CleanBatch:
         """Rows [start, stop) as views."""
         return self._map(lambda tensor: tensor[start:stop])
 
+    # One list of fields for all moves: a tensor that is forgotten would stay on the CPU.
     def _map(self, change: Callable[[Tensor], Tensor]) -> CleanBatch:
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
