@@ -71,28 +71,6 @@ def uniform(
     return philox.unit(high, low)
 
 
-def bernoulli(
-    seed: int,
-    purpose: Purpose,
-    index: int | Tensor,
-    *coords: int | Tensor,
-    probability: float | Tensor,
-) -> Tensor:
-    """One coin flip for every (index, coords): True with `probability` in [0, 1], exactly never at 0, always at 1.
-
-    Args:
-        seed, purpose, index, coords: as in `uniform`.
-        probability: float or float tensor that broadcasts with the draw.
-
-    Returns:
-        bool, of the broadcast shape.
-
-    Raises:
-        RangeError: as in `uniform`.
-    """
-    return uniform(seed, purpose, index, *coords) < probability
-
-
 def normal(
     seed: int,
     purpose: Purpose,

@@ -41,9 +41,3 @@ def from_first(value: Any) -> Any:
 def first_failure(error: str | None) -> str | None:
     """The failure of the lowest failing rank, on every rank; None when none failed."""
     return next((text for text in gathered(error) if text is not None), None)
-
-
-def wait_for_all() -> None:
-    """Return when every rank has come here."""
-    if not is_alone():
-        dist.barrier()

@@ -57,17 +57,6 @@ def test_neighbouring_draws_are_uncorrelated() -> None:
         assert abs(correlation) * math.sqrt(left.numel()) < 5
 
 
-def test_bernoulli_has_its_rate_and_is_certain_at_the_ends() -> None:
-    """n = 2^16 a rate; five standard errors, false alarm 6e-7 each."""
-    index = torch.arange(2**16)
-    for rate in (0.001, 0.3, 0.95):
-        flips = rng.bernoulli(4, Purpose.CORRUPT, index, probability=rate)
-        assert flips.dtype == torch.bool
-        assert abs(flips.double().mean().item() - rate) < 5 * math.sqrt(rate * (1 - rate) / 2**16)
-    assert rng.bernoulli(4, Purpose.CORRUPT, index, probability=1.0).all()
-    assert not rng.bernoulli(4, Purpose.CORRUPT, index, probability=0.0).any()
-
-
 def test_normals_have_unit_moments() -> None:
     """n = 2^16; mean, variance and fourth moment within five standard errors, false alarm 6e-7 each."""
     draws = rng.normal(4, Purpose.INIT, torch.arange(2**16))
