@@ -199,14 +199,20 @@ def temporary_name(path: Path, *, kind: str = "tmp") -> Path:
     return path.with_name(f".{_shortened(path.name)}.{_host()}.{os.getpid()}.{os.urandom(4).hex()}.{kind}")
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, *, no_writers: bool = False) -> None:
     """Remove the temporary names that killed writers left in a folder; nothing of a writer that may still live.
 
     A folder that was put aside returns to its name if the new one never came.
+
+    Args:
+        folder: of the final names.
+        no_writers: the caller knows that nobody writes here, so that every temporary name was left.
     """
     for found in sorted(folder.iterdir()):
         parts = _TEMPORARY.fullmatch(found.name)
-        if parts is None or not _is_abandoned(found, parts["host"], int(parts["process"])):
+        if parts is None:
+            continue
+        if not no_writers and not _is_abandoned(found, parts["host"], int(parts["process"])):
             continue
         if parts["kind"] == "old" and not (folder / parts["name"]).exists():
             move(found, folder / parts["name"])

@@ -59,6 +59,10 @@ class WorkFolder:
             self._take_back()
             # Half-written parts of a killed run; the lease says that nobody writes them now.
             remove_leftovers(self.work / "parts")
+            # This folder is published as it stands. Workers never write here, and no other run does under the lease.
+            remove_leftovers(self.data, no_writers=True)
+            for split in filter(Path.is_dir, self.data.iterdir()):
+                remove_leftovers(split, no_writers=True)
             return True
         finished = self.num_finished()
         # Finished parts may be days of work: they are never removed without being asked.

@@ -19,6 +19,7 @@ import pytest
 from bd3_megatron import files
 from bd3_megatron.data.part_pool import Progress, ProgressBar, make_parts
 from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.shard_header import HEADER_FILE
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.data.tokenizer_open import load_tokenizer
@@ -273,6 +274,37 @@ def test_a_run_killed_while_it_publishes_goes_on(tmp_path: Path, monkeypatch: py
     made = made_parts(monkeypatch)
     prepare(wanted)
     assert made == [] and content_of(tmp_path / "out") == content_of(tmp_path / "calm")
+
+
+LEAVES_ITS_TEMPORARIES = """
+import os, sys
+from pathlib import Path
+from bd3_megatron import files
+from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.text_files import TextFiles
+move = files.move
+def killed_at_a_rename(path, target):
+    if str(target).endswith(sys.argv[3]):
+        os.kill(os.getpid(), 9)
+    move(path, target)
+files.move = killed_at_a_rename
+source = TextFiles(paths=(sys.argv[1],), documents_are="line")
+prepare(PrepareRequest(out=Path(sys.argv[2]), sources={"train": source}, valid_fraction=0.2))
+"""
+
+
+@pytest.mark.parametrize("name", ["data/tokenizer", f"data/train/{HEADER_FILE}", "data/prepare.json"])
+def test_temporaries_of_a_killed_run_are_not_published(
+    tmp_path: Path, root: Path, clean_environment: Mapping[str, str], name: str
+) -> None:
+    wanted = four_files(tmp_path / "text")
+    command = [sys.executable, "-c", LEAVES_ITS_TEMPORARIES, str(tmp_path / "text"), str(wanted.out), name]
+    killed = subprocess.run(command, env={**clean_environment, "PYTHONPATH": str(root)}, check=False)
+    left = list((tmp_path / ".out.partial" / name).parent.glob(".*.tmp"))
+    assert killed.returncode == -signal.SIGKILL and len(left) == 1
+    prepare(wanted)
+    prepare(replace(wanted, out=tmp_path / "calm"))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "calm")
 
 
 def test_parts_of_other_settings_are_neither_used_nor_thrown_away(tmp_path: Path) -> None:
