@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from bd3_megatron.model.bd3_model import BD3Model, LossOutput
+from bd3_megatron.model.bd3_model import ModelChunk, LossOutput
 from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.loss_sums import LossSums, loss_sums
 from bd3_megatron.model.pair_batch import PairBatch
@@ -57,7 +57,7 @@ class Pipeline:
         """
         cp = self.model.topology.cp
 
-        def forward_step(iterator: Iterator[PairBatch], chunk: BD3Model) -> tuple[Any, Callable[..., Any]]:
+        def forward_step(iterator: Iterator[PairBatch], chunk: ModelChunk) -> tuple[Any, Callable[..., Any]]:
             batch = next(iterator)
             with span("forward"):
                 return chunk(batch), lambda output: self._loss(batch, output, loss_scale)

@@ -81,7 +81,7 @@ class Head(nn.Module):
         return weighted_nll(rows_RD, weight_VD, self.bias, batch.target_R, batch.weight_R, shard=shard)
 
 
-class BD3Model(MegatronModule):
+class ModelChunk(MegatronModule):
     """One chunk of the model: some layers, plus the embedding if first and the head if last.
 
     Args:
@@ -237,13 +237,13 @@ class Root(nn.Module):
     DeepSpeed is given this module; checkpoints then do not depend on how layers are dealt to stages.
     """
 
-    def __init__(self, chunks: list[BD3Model]) -> None:
+    def __init__(self, chunks: list[ModelChunk]) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
 
-    def local_chunks(self) -> list[BD3Model]:
+    def local_chunks(self) -> list[ModelChunk]:
         """The chunks in order of depth."""
-        return [chunk for chunk in self.chunks if isinstance(chunk, BD3Model)]
+        return [chunk for chunk in self.chunks if isinstance(chunk, ModelChunk)]
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

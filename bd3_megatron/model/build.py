@@ -1,7 +1,7 @@
 """A rank's share of the model, from configuration and grid.
 
 Decides: which chunks this rank holds (how many layers each has is the answer of `cost/shape`, so that the planner and the model
-agree). The only caller of BD3Model.
+agree). The only caller of ModelChunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.shape import layers_per_chunk
 from bd3_megatron.model.attention_context import AttentionContext, LayoutOf, layout_function
-from bd3_megatron.model.bd3_model import BD3Model, Root, Vocabulary
+from bd3_megatron.model.bd3_model import ModelChunk, Root, Vocabulary
 from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.init_weights import init_weights
 from bd3_megatron.model.recompute import Recompute
@@ -73,7 +73,7 @@ class ParallelModel:
         if topology.pp > 1 and len(set(layers)) > 1:
             self.config.pipeline_model_parallel_layout = _megatron_layout(layers, topology.pp)
         chunks = [
-            BD3Model(
+            ModelChunk(
                 self.config,
                 config.model,
                 vocabulary,
@@ -97,7 +97,7 @@ class ParallelModel:
         return self.context.layout
 
     @property
-    def chunks(self) -> list[BD3Model]:
+    def chunks(self) -> list[ModelChunk]:
         return self.root.local_chunks()
 
     def enter_phase(self, block_size: int, *, views: int | None = None) -> None:
