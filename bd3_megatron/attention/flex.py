@@ -28,7 +28,6 @@ from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, on_dev
 from bd3_megatron.errors import BackendError
 
 KernelName = Literal["TRITON", "FLASH"]
-Call = Callable[..., Tensor]
 
 # A graph a phase, kind of call (pair, last layer, further views), gradient mode and batch size: LLaDA2's curriculum of five
 # sizes needs some 30. torch's own limit is 8, and beyond it torch runs the unfused form, which holds all L^2 scores.
@@ -42,7 +41,7 @@ def attend(
     *,
     scale: float,
     kernel: KernelName = "TRITON",
-    call: Call | None = None,
+    call: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention of both streams under the visibility rule.
 
@@ -210,7 +209,7 @@ def _position_of(ranges: Rows) -> Callable[[Tensor], Tensor]:
 
 # Cached: each call of torch.compile has graphs of its own, and all layers are to share one set.
 @cache
-def compiled(backend: str | Callable[..., Any] = "inductor") -> Call:
+def compiled(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
     """FlexAttention compiled by torch: one fused graph a shape, and FailOnRecompileLimitHit beyond `MAX_GRAPHS`.
 
     Args:

@@ -50,7 +50,7 @@ class Streamer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class GenerateCall:
     """One call of `generate`, checked."""
 
     options: DecodingOptions
@@ -104,7 +104,7 @@ def generate_rows(
 
 def read_call(
     config: BD3Config, base: GenerationConfig, asked: Mapping[str, Any], *, width: int, seed: int | None
-) -> Call:
+) -> GenerateCall:
     """What a generation configuration and keyword arguments ask for together; the arguments win.
 
     Args:
@@ -140,7 +140,7 @@ def read_call(
     # some id must stand behind texts that end early; the end token is what transformers takes, too
     pads = (wanted("pad_token_id"), *eos_ids, config.mask_token_id, 0)
     strings = wanted("stop_strings") or ()
-    return Call(
+    return GenerateCall(
         # the same seed as set_seed gave: set_seed(7) and generate() equal generate(seed=7)
         options=DecodingOptions(seed=torch.initial_seed() % (MAX_SEED + 1) if seed is None else seed, **own),
         num_new=_num_new(base, asked, width),
@@ -203,7 +203,7 @@ def _width(input_ids: Tensor | None) -> int:
 
 
 def _given(
-    input_ids: Tensor | None, attention_mask: Tensor | None, call: Call, device: torch.device
+    input_ids: Tensor | None, attention_mask: Tensor | None, call: GenerateCall, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(columns int64 [B, P], which of them are text: bool [B, P]); one BOS token where there are none."""
     if input_ids is None or input_ids.shape[-1] == 0:

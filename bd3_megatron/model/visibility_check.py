@@ -19,7 +19,7 @@ from bd3_megatron.attention.probe import TOLERANCES
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.visibility import Rows, positions, sees
 
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries [Q, B, N, H], keys, values [K, B, G, H]) -> outputs [Q, B, N x H], as a layer calls attention."""
 
 # one row of 16 that is missing or too many changes a weight by 6 %, which bf16 shows
@@ -67,7 +67,7 @@ class Side:
 class Problem:
     """One call of attention, and what it must see."""
 
-    call: Call
+    call: AttentionCall
     queries: Side
     """Whose gradients meet in a key: with context parallelism those of all ranks."""
     keys: Side

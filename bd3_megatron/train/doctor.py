@@ -29,7 +29,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
-from bd3_megatron.model.visibility_check import Call, Problem, Violation, side, violations
+from bd3_megatron.model.visibility_check import AttentionCall, Problem, Violation, side, violations
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.backends import attention_request, choose_backends, phase_layout
@@ -166,7 +166,7 @@ def _problems(
         )
 
 
-def _with_ticket(attend: Callable[..., Tensor], ticket: Tensor) -> Call:
+def _with_ticket(attend: Callable[..., Tensor], ticket: Tensor) -> AttentionCall:
     return lambda query, key, value: attend(query, key, value, ticket)
 
 
