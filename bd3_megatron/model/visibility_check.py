@@ -64,7 +64,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Problem:
+class VisibilityCase:
     """One call of attention, and what it must see."""
 
     call: AttentionCall
@@ -111,7 +111,7 @@ def side(rows: list[tuple[int, Rows]], block_size: int, document_id_BL: Tensor |
     return Side(view_R, position_R, piece_TR.to(device), table | {"size": size_TI})
 
 
-def violations(problem: Problem) -> list[Violation]:
+def violations(problem: VisibilityCase) -> list[Violation]:
     """Everything that one call of attention sees wrongly; collective over the ranks that share the call's rows.
 
     Returns:
@@ -125,7 +125,7 @@ def violations(problem: Problem) -> list[Violation]:
     return list(found.values())
 
 
-def _keys_coded(problem: Problem) -> Iterator[Violation]:
+def _keys_coded(problem: VisibilityCase) -> Iterator[Violation]:
     """Values and keys name their piece: outputs and gradients of queries list what each row has seen."""
     request, k_side = problem.request, problem.keys
     scale, piece_Tq = request.head_dim**-0.5, problem.queries.piece_TR[:, problem.own_q]
@@ -152,7 +152,7 @@ def _keys_coded(problem: Problem) -> Iterator[Violation]:
             yield from _compare(problem, "gradients of queries", made, limits, piece_Tq, window)
 
 
-def _queries_coded(problem: Problem) -> Iterator[Violation]:
+def _queries_coded(problem: VisibilityCase) -> Iterator[Violation]:
     """Queries and upstream gradients name their piece: gradients of values and keys list who has seen each key."""
     request, q_side = problem.request, problem.queries
     scale, piece_Tk = request.head_dim**-0.5, problem.keys.piece_TR[:, problem.own_k]
@@ -182,7 +182,7 @@ def _windows(num_pieces: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + width, num_pieces)) for start in range(0, num_pieces, width))
 
 
-def _allowed(problem: Problem, q_window: slice, k_window: slice = slice(None)) -> Tensor:
+def _allowed(problem: VisibilityCase, q_window: slice, k_window: slice = slice(None)) -> Tensor:
     """Whether pieces of queries see pieces of keys: bool [T, I, J]."""
     q = {name: table[:, q_window, None] for name, table in problem.queries.pieces.items()}
     k = {name: table[:, None, k_window] for name, table in problem.keys.pieces.items()}
@@ -199,7 +199,7 @@ def _allowed(problem: Problem, q_window: slice, k_window: slice = slice(None)) -
     return visible & (~k_noisy | (q["view"] == k["view"])) & (q["size"] > 0) & (k["size"] > 0)
 
 
-def _num_seen(problem: Problem) -> Tensor:
+def _num_seen(problem: VisibilityCase) -> Tensor:
     """Keys that a row of each query piece sees: [T, I], at least 1."""
     size_TJ = problem.keys.pieces["size"]
     # not all at once: with blocks of one token there are as many pieces as rows
@@ -242,13 +242,13 @@ def _of_rows(table_TIW: Tensor, piece_TR: Tensor) -> Tensor:
     return table_TIW.gather(1, piece_TR[..., None].expand(-1, -1, table_TIW.shape[2]))[:, :, None, None]
 
 
-def _zeros(problem: Problem, rows: int, heads: int) -> Tensor:
+def _zeros(problem: VisibilityCase, rows: int, heads: int) -> Tensor:
     request = problem.request
     shape = (rows, request.batch, heads, request.head_dim)
     return torch.zeros(shape, dtype=request.dtype, device=problem.keys.piece_TR.device)
 
 
-def _random_values(problem: Problem) -> Tensor:
+def _random_values(problem: VisibilityCase) -> Tensor:
     """Values of all keys, [K, B, G, H], equal on every rank."""
     request, rows = problem.request, len(problem.keys.position_R)
     shape = (rows, request.batch, request.num_kv_heads, request.head_dim)
@@ -256,7 +256,7 @@ def _random_values(problem: Problem) -> Tensor:
     return values.to(problem.keys.piece_TR.device, request.dtype)
 
 
-def _mean_values(problem: Problem, values: Tensor, allowed_TWJ: Tensor, seen_TW: Tensor) -> Tensor:
+def _mean_values(problem: VisibilityCase, values: Tensor, allowed_TWJ: Tensor, seen_TW: Tensor) -> Tensor:
     """Mean, over the keys that a query piece sees, of the channel that names it: [B, 1, G, 1, W]."""
     values_BKGW = values[:, :, :, 0]
     batch, _, groups, width = values_BKGW.shape
@@ -268,7 +268,7 @@ def _mean_values(problem: Problem, values: Tensor, allowed_TWJ: Tensor, seen_TW:
 
 
 def _compare(
-    problem: Problem,
+    problem: VisibilityCase,
     where: str,
     made: Tensor,
     limits: tuple[Tensor, Tensor],
@@ -296,7 +296,7 @@ def _compare(
         yield Violation(*names, found=bool(found), where=where)
 
 
-def _name(problem: Problem, side: Side, sequence: int, piece: int) -> str:
+def _name(problem: VisibilityCase, side: Side, sequence: int, piece: int) -> str:
     row = sequence if len(side.piece_TR) > 1 else 0
     block, view = int(side.pieces["block"][row, piece]), int(side.pieces["view"][row, piece])
     if view == problem.num_views:

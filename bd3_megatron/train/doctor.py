@@ -29,7 +29,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
-from bd3_megatron.model.visibility_check import AttentionCall, Problem, Violation, side, violations
+from bd3_megatron.model.visibility_check import AttentionCall, VisibilityCase, Violation, side, violations
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.backends import attention_request, choose_backends, phase_layout
@@ -137,7 +137,7 @@ def examine_layout(
 
 def _problems(
     core: CoreAttention, request: AttentionRequest, documents_BL: Tensor | None, *, is_shared: bool
-) -> Iterator[Problem]:
+) -> Iterator[VisibilityCase]:
     """The calls of a layer, and of the last layer where it asks for loss rows only."""
     context, layout = core.context, core.context.layout
     device = torch.device(request.device_type)
@@ -155,7 +155,7 @@ def _problems(
     for name, rows in streams.items():
         queries = side(rows, layout.block_size, documents_BL, device)
         own_q, own_k = (_own(layout, len(each.position_R), is_shared=is_shared) for each in (queries, keys))
-        yield Problem(
+        yield VisibilityCase(
             call=_with_ticket(core if name == "pair" else core.loss_stream, ticket),
             queries=queries,
             keys=keys,

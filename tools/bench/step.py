@@ -50,7 +50,7 @@ LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
-class Problem:
+class StepCase:
     """One batch and the shape it is for."""
 
     config: Config
@@ -64,7 +64,7 @@ class Problem:
         return self.clean.tokens_BL.numel()
 
 
-def make_problem(options: argparse.Namespace) -> Problem:
+def make_problem(options: argparse.Namespace) -> StepCase:
     """Random tokens and the noise of a first step."""
     config = config_from_tree(
         {
@@ -90,10 +90,10 @@ def make_problem(options: argparse.Namespace) -> Problem:
     )
     device = rank_device(0) if options.device == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    return Problem(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
+    return StepCase(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
 
 
-def shipped_step(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[], Tensor], ParallelModel, str]:
+def shipped_step(problem: StepCase, vocab: int, backend: str) -> tuple[Callable[[], Tensor], ParallelModel, str]:
     """(one forward and backward of the shipped path, its model, its attention backend)."""
     config = problem.config
     if not dist.is_initialized():
@@ -126,7 +126,7 @@ def shipped_step(problem: Problem, vocab: int, backend: str) -> tuple[Callable[[
 
 
 def naive_step(
-    problem: Problem, vocab: int, model: ParallelModel, attention: str
+    problem: StepCase, vocab: int, model: ParallelModel, attention: str
 ) -> tuple[Callable[[], Tensor], nn.Module]:
     """One forward and backward of the form most code ships, with the shipped model's weights."""
     plain = plain_twin(problem.config, vocab, model).to(problem.device, problem.dtype)
@@ -195,7 +195,7 @@ def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
 
 
 def check_equal(
-    problem: Problem, losses: tuple[Tensor, Tensor], model: ParallelModel, plain: nn.Module, vocab: int
+    problem: StepCase, losses: tuple[Tensor, Tensor], model: ParallelModel, plain: nn.Module, vocab: int
 ) -> str:
     """Losses (shipped, naive) and gradients of both sides agree, or the benchmark ends here."""
     ours, theirs = losses
