@@ -42,7 +42,7 @@ def measure_attention(options: argparse.Namespace) -> Iterator[Note]:
     left_out: dict[str, None] = {}
     for length in options.length:
         for block_size in options.block_size:
-            timed, lines = time_shape(attention_request(options, length, block_size), options)
+            timed, lines = time_shape(bench_request(options, length, block_size), options)
             rows += timed
             left_out |= dict.fromkeys(lines)
     against = options.against or NAIVE
@@ -69,7 +69,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def attention_request(options: argparse.Namespace, length: int, block_size: int) -> AttentionRequest:
+def bench_request(options: argparse.Namespace, length: int, block_size: int) -> AttentionRequest:
     """What the command line asks of a backend."""
     return AttentionRequest(
         device_type=options.device,

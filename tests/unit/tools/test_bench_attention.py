@@ -44,7 +44,7 @@ def test_without_a_note_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_wrong_backend_is_not_timed() -> None:
     options = attention.build_parser().parse_args(SMALL)
-    request = attention.attention_request(options, 64, 4)
+    request = attention.bench_request(options, 64, 4)
 
     def broken(*_: object, **__: object) -> object:
         raise RuntimeError("no kernel image\nis available")
