@@ -14,7 +14,7 @@ from typing import Any
 
 from bd3_megatron.errors import CheckpointError
 
-AXES = ("tp", "pp", "vpp", "cp", "dp")
+GRID_SIZES = ("tp", "pp", "vpp", "cp", "dp")
 MAX_COUNT = 2**53
 """Steps, samples, bytes and elements: what a float64 of a record still tells apart."""
 MAX_RANKS = 2**20
@@ -44,7 +44,9 @@ def _all_values(law: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _is_grid(value: Any) -> bool:
     return (
-        isinstance(value, dict) and set(value) == set(AXES) and all(is_count(n, 1, MAX_RANKS) for n in value.values())
+        isinstance(value, dict)
+        and set(value) == set(GRID_SIZES)
+        and all(is_count(n, 1, MAX_RANKS) for n in value.values())
     )
 
 
@@ -58,11 +60,11 @@ def _is_file_record(value: Any) -> bool:
     return is_count(value["bytes"]) and isinstance(value["sha256"], str) and bool(_DIGEST.fullmatch(value["sha256"]))
 
 
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "version": (lambda v: is_count(v, 1), "a whole number from 1"),
     "step": (is_count, "a whole number from 0 to 2**53"),
     "samples_consumed": (is_count, "a whole number from 0 to 2**53"),
-    "grid": (_is_grid, f"sizes from 1 to 2**20 of the axes {', '.join(AXES)}"),
+    "grid": (_is_grid, f"sizes from 1 to 2**20 of the axes {', '.join(GRID_SIZES)}"),
     "zero_stage": (lambda v: is_count(v, 0, 3), "0, 1, 2 or 3"),
     "world_size": (lambda v: is_count(v, 1, MAX_RANKS), "a whole number from 1 to 2**20"),
     "config": (_is_configuration, "sections of settings, model among them"),
@@ -121,7 +123,7 @@ def check_manifest(tree: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: the first such field.
     """
-    _check_fields(tree, FIELDS, path)
+    _check_fields(tree, MANIFEST_FIELDS, path)
     grid, ranks = tree["grid"], tree["world_size"]
     product = grid["tp"] * grid["pp"] * grid["cp"] * grid["dp"]
     if product != ranks:

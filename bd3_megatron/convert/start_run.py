@@ -36,7 +36,7 @@ from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.folder import MODEL_TYPE, read_config
 
-FIELDS = {
+MODEL_FIELDS = {
     "style": "style",
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -189,7 +189,7 @@ def refuse_other_shape(described: BD3Config, config: Config) -> None:
         ConversionError: lists every key with the value to set.
     """
     wrong = []
-    for theirs, ours in FIELDS.items():
+    for theirs, ours in MODEL_FIELDS.items():
         wanted, given = getattr(described, theirs), getattr(config.model, ours)
         if wanted != given:
             wrong.append(f"model.{KEYS.get(ours, ours)}={wanted} (is {given})")

@@ -24,7 +24,7 @@ from bd3_megatron.checkpoint.layout import (
     step_name,
     step_of,
 )
-from bd3_megatron.checkpoint.manifest_fields import FIELDS
+from bd3_megatron.checkpoint.manifest_fields import MANIFEST_FIELDS
 from bd3_megatron.errors import CheckpointError
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_manifest_is_refused(change: dict[str, object], match: str, tmp_
 
 
 def test_every_field_has_a_law() -> None:
-    assert set(FIELDS) == {f.name for f in fields(Manifest)}
+    assert set(MANIFEST_FIELDS) == {f.name for f in fields(Manifest)}
 
 
 def test_a_manifest_without_a_field_is_refused_unless_the_field_is_younger(tmp_path: Path) -> None:
