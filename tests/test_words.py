@@ -31,10 +31,7 @@ RESERVED = set("step stage plan phase describe search choice finding record cand
 """Words with one meaning each (README): two files may not define them, in any case and not in the plural."""
 
 TWO_MEANINGS = {
-    "NUM_SEQUENCES",
-    "ROUNDS",
     "RULE",
-    "SEED",
     "words_of",
     "Attend",
     "Forward",

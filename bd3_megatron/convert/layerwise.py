@@ -26,8 +26,8 @@ from bd3_megatron.hf.plain_bd3 import Layer, Shape, new_norm, rotary_table
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
 from bd3_megatron.rng import Purpose, uniform
 
-SEED = 1
-NUM_SEQUENCES = 2
+_SEED = 1
+_NUM_SEQUENCES = 2
 NUM_BLOCKS = 3
 LONGEST_SPAN = 16
 
@@ -38,9 +38,9 @@ Produce = Callable[[str], Tensor]
 RowReader = Callable[[int, int], Tensor]
 
 
-def random_tokens(vocab_size: int, length: int, *, seed: int = SEED) -> Tensor:
+def random_tokens(vocab_size: int, length: int, *, seed: int = _SEED) -> Tensor:
     """int64 [2, length] ids, all of the vocabulary equally likely."""
-    place_BL = torch.arange(NUM_SEQUENCES * length).view(NUM_SEQUENCES, length)
+    place_BL = torch.arange(_NUM_SEQUENCES * length).view(_NUM_SEQUENCES, length)
     return (uniform(seed, Purpose.EVALUATE, place_BL) * vocab_size).long()
 
 

@@ -24,11 +24,11 @@ SILENCE = 60.0
 """Logits of tokens lie within some tens of 0: exp(-60) times 10**5 rows is nothing beside them."""
 MAX_MASS = 1e-6
 """Largest probability that all silent rows together may have at any position of the probe."""
-SEED = 11
-NUM_SEQUENCES = 8
+_SEED = 11
+_NUM_SEQUENCES = 8
 NUM_TOKENS = 64
 """Length of a probed sequence, or two blocks where that is more."""
-ROUNDS = 3
+_ROUNDS = 3
 LEAST_SHARE = 0.02
 """Of the mean's length: with less, the row would grow beyond what the norms of stored weights are like."""
 
@@ -52,21 +52,21 @@ def probe(source: PlainSource, config: BD3Config) -> Probe:
     assert config.mask_token_id is not None
     span, mask_id = config.block_size, config.mask_token_id
     length = max(NUM_TOKENS, 2 * span) // span * span
-    place_BL = torch.arange(NUM_SEQUENCES * length).view(NUM_SEQUENCES, length)
+    place_BL = torch.arange(_NUM_SEQUENCES * length).view(_NUM_SEQUENCES, length)
     ids = torch.tensor([i for i in range(config.vocab_size) if i != mask_id])
-    clean_BL = ids[(uniform(SEED, Purpose.EVALUATE, place_BL) * len(ids)).long()]
+    clean_BL = ids[(uniform(_SEED, Purpose.EVALUATE, place_BL) * len(ids)).long()]
     states, noisy_BL = [], clean_BL
-    for number in range(ROUNDS):
+    for number in range(_ROUNDS):
         # half of the blocks wholly masked, as when a block begins; the others to some part
-        level_BK = 2 * uniform(SEED, Purpose.NOISE_LEVEL, place_BL[:, ::span], number)
-        is_masked_BL = uniform(SEED, Purpose.CORRUPT, place_BL, number) < level_BK.repeat_interleave(span, dim=1)
+        level_BK = 2 * uniform(_SEED, Purpose.NOISE_LEVEL, place_BL[:, ::span], number)
+        is_masked_BL = uniform(_SEED, Purpose.CORRUPT, place_BL, number) < level_BK.repeat_interleave(span, dim=1)
         noisy_BL = torch.where(is_masked_BL, mask_id, clean_BL)
         x_BLD = final_states(source, config, noisy_BL, clean_BL, span=span)
         states.append(x_BLD[is_masked_BL])
-        if number < ROUNDS - 1:
+        if number < _ROUNDS - 1:
             logits_NV = head_logits(source, config, states[-1][None])[0]
             logits_NV[:, mask_id] = -math.inf
-            chance_N = uniform(SEED, Purpose.SAMPLE, place_BL[is_masked_BL], number)
+            chance_N = uniform(_SEED, Purpose.SAMPLE, place_BL[is_masked_BL], number)
             clean_BL = clean_BL.masked_scatter(is_masked_BL, _sampled(logits_NV, chance_N))
     return Probe(noisy_BL, clean_BL, torch.cat(states))
 
