@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from bd3_megatron.errors import ConfigError
 
-RULE = "sha256 of the words"
+HELD_OUT_RULE = "sha256 of the words"
 """Name of the choice in headers; another choice would need another name."""
 GREATEST_FRACTION = 0.5
 # Keys are uniform on [0, 2^64), so a threshold holds out the same share of every corpus.

@@ -18,7 +18,7 @@ from typing import Any
 from bd3_megatron.data.cleaning import sample_documents
 from bd3_megatron.data.decontaminate import NgramRequest
 from bd3_megatron.data.deduplicate import KeyPartMaker, copies_digest, mark_copies, read_copies
-from bd3_megatron.data.held_out import GREATEST_FRACTION, RULE, check_fraction, fraction_of
+from bd3_megatron.data.held_out import GREATEST_FRACTION, HELD_OUT_RULE, check_fraction, fraction_of
 from bd3_megatron.data.part_maker import BAD_NAMED, DISK_REMEDY, PartRecord, TokenPartMaker, part_folder
 from bd3_megatron.data.part_pool import ProgressBar, make_parts
 from bd3_megatron.data.shard_header import FORMAT, HEADER_FILE, SHARDS_VERSION, Header, read_header
@@ -242,7 +242,7 @@ def _settings(request: PrepareRequest) -> dict[str, Any]:
         "version": SHARDS_VERSION,
         "sources": {split: source.settings() for split, source in request.sources.items()},
         "tokenizer": tokenizer,
-        "held_out": {"rule": RULE, "fraction": request.held_out_fraction},
+        "held_out": {"rule": HELD_OUT_RULE, "fraction": request.held_out_fraction},
         "detokenizer": request.detokenizer,
         "packing": {split: dict(rule) for split, rule in request.packing.items()},
         "dedup": request.dedup,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3_megatron.data.held_out import GREATEST_FRACTION, RULE
+from bd3_megatron.data.held_out import GREATEST_FRACTION, HELD_OUT_RULE
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.errors import DataError
 from bd3_megatron.files import read_json
@@ -81,7 +81,7 @@ class Header:
         # The totals repeat the sums over shards on purpose: a header that lost shards no longer agrees with them.
         content = asdict(self) | {"special_ids": self.special_ids.as_dict(), "dtype": self.dtype.str}
         totals = {"num_tokens": self.num_tokens, "num_documents": self.num_documents}
-        held_out = {"held_out": {"rule": RULE, "fraction": content.pop("held_out_fraction")}}
+        held_out = {"held_out": {"rule": HELD_OUT_RULE, "fraction": content.pop("held_out_fraction")}}
         return {"format": FORMAT, "version": SHARDS_VERSION, **content, **held_out, **totals}
 
 
@@ -212,7 +212,7 @@ def _packing(stated: Stated) -> dict[str, bool]:
 
 def _held_out(stated: Stated, path: Path) -> float:
     held_out = Stated(stated.mapping("held_out"), f"{path}, held_out,")
-    held_out.text("rule", re.compile(re.escape(RULE)))
+    held_out.text("rule", re.compile(re.escape(HELD_OUT_RULE)))
     fraction = held_out.content.get("fraction")
     # bool first: True is an int in Python and would pass as the fraction 1.
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= GREATEST_FRACTION:

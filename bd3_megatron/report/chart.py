@@ -28,7 +28,7 @@ LEGEND_ROW = 16
 LONGEST_TITLE, LONGEST_LABEL = 56, 64
 """Characters that fit across the drawing; longer texts are cut and stay whole as the tooltip."""
 MAX_POINTS = 360
-INK, GREY, RULE = "#1b1f24", "#57606a", "#e6e9ec"
+INK, GREY, GRID_LINE = "#1b1f24", "#57606a", "#e6e9ec"
 Point = tuple[float, float]
 
 
@@ -305,7 +305,7 @@ def _frame(root: ElementTree.Element, axes: _Axes, x_label: str, y_label: str) -
     bottom, ink = HEIGHT - BOTTOM, {"stroke": GREY}
     for tick in axes.y.ticks:
         y = axes.position(axes.x.low, tick)[1]
-        _line(root, (LEFT, y), (WIDTH - RIGHT, y), {"stroke": RULE})
+        _line(root, (LEFT, y), (WIDTH - RIGHT, y), {"stroke": GRID_LINE})
         _text(root, LEFT - 5, y + 4, short(tick), "end")
     for tick in axes.x.ticks:
         x = axes.position(tick, axes.y.low)[0]

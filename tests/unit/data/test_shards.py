@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bd3_megatron.data.held_out import RULE
+from bd3_megatron.data.held_out import HELD_OUT_RULE
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.shard_header import token_dtype
 from bd3_megatron.data.shards import MOST_MAPS, ShardFolder, ShardWriter
@@ -163,7 +163,10 @@ def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
         ({"vocab_size": "many"}, r"header.json is damaged \(vocab_size is 'many', no whole number in \[2, "),
         ({"packing": {"append_eos": 1}}, r"\(packing is .*, not true or false for append_eos and wrap_special\)"),
         ({"held_out": {"rule": "by name", "fraction": 0.1}}, r"held_out, is damaged \(rule is 'by name', no text of"),
-        ({"held_out": {"rule": RULE, "fraction": float("nan")}}, r"\(fraction is nan, no number in \[0, 0.5\]\)"),
+        (
+            {"held_out": {"rule": HELD_OUT_RULE, "fraction": float("nan")}},
+            r"\(fraction is nan, no number in \[0, 0.5\]\)",
+        ),
     ]
     for changes, sentence in cases:
         change_header(split, **changes)
