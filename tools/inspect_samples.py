@@ -36,7 +36,7 @@ def build_parser() -> CommandParser:
     return made
 
 
-def words_of(text: str) -> list[str]:
+def folded_words(text: str) -> list[str]:
     """Words in order, case folded."""
     return [word.casefold() for word in _WORD.findall(text)]
 
@@ -56,7 +56,7 @@ def training_words(data: Path) -> set[str]:
         tokens = shards.tokens(shard)
         for start in range(0, len(tokens), CHUNK_TOKENS):
             # special ids become blanks' neighbours, so that documents do not run into each other
-            found.update(words_of(tokenizer.decode(tokens[start : start + CHUNK_TOKENS])))
+            found.update(folded_words(tokenizer.decode(tokens[start : start + CHUNK_TOKENS])))
     return found
 
 
@@ -71,7 +71,7 @@ def work(options: argparse.Namespace) -> int:
         text = options.samples.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"'{options.samples}' is no UTF-8 text (byte {error.start}); give a text file.") from error
-    sampled, known = words_of(text), training_words(options.data)
+    sampled, known = folded_words(text), training_words(options.data)
     share = sum(word in known for word in sampled) / len(sampled) if sampled else None
     print(json.dumps({"num_words": len(sampled), "share_in_training_text": share}))
     return 0
