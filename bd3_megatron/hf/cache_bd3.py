@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_bd3 import grouped_attention
-from .plain_bd3 import Attend, LayerStack, run_layers
+from .plain_bd3 import LayerAttention, LayerStack, run_layers
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class KeyValueCache:
                 index = slots[:, None, :, None].expand(-1, rows.shape[2], -1, rows.shape[3])
                 table.scatter_(2, index, rows.transpose(1, 2))
 
-    def attend(self, plan: RowPlan, keep_BQ: Tensor | None, num_layers: int) -> Attend:
+    def attend(self, plan: RowPlan, keep_BQ: Tensor | None, num_layers: int) -> LayerAttention:
         """The layers' `attend`: write this forward's keys, then look at the span. The last layer asks for kept rows."""
         # built once a forward, not once a layer: the comparison waits for nothing but allocates B x R x span
         sees_all, sees_kept = plan.sees(None), plan.sees(keep_BQ)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention_bd3 import attention_weights, block_causal_sees, blocks_of, grouped_attention, pair_sees
 
 # (queries_BQNH, keys_BRGH, values_BRGH, layer) -> mixed_BQNH
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+LayerAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 NEXT_TOKEN = "ar"
 """The objective of an autoregressive model; the other is "block"."""
@@ -170,7 +170,7 @@ class Layer(nn.Module):
         self.mlp = PaperMlp(shape) if shape.style == "paper" else ModernMlp(shape)
         self.dropout = nn.Dropout(shape.residual_dropout)
 
-    def forward(self, x_BRD: Tensor, rotary: Rotary, attend: Attend, keep_BQ: Tensor | None = None) -> Tensor:
+    def forward(self, x_BRD: Tensor, rotary: Rotary, attend: LayerAttention, keep_BQ: Tensor | None = None) -> Tensor:
         """One layer. `keep_BQ` [B, Q] names the rows whose output is wanted; the others give keys and values only."""
         u_BRD = self.input_layernorm(x_BRD)
         keys_BRGH, values_BRGH = self.self_attn.keys_values(u_BRD, rotary)
@@ -222,7 +222,7 @@ def run_layers(
     stack: LayerStack,
     ids_BR: Tensor,
     position_BR: Tensor,
-    attend: Attend,
+    attend: LayerAttention,
     *,
     keep_BQ: Tensor | None = None,
     trace: Trace | None = None,
