@@ -31,7 +31,6 @@ RESERVED = set("step stage plan phase describe search choice finding record cand
 """Words with one meaning each (README): two files may not define them, in any case and not in the plural."""
 
 TWO_MEANINGS = {
-    "Forward",
     "Ints",
     "Rows",
     "STOP_SIGNALS",

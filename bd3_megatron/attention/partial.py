@@ -15,8 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor]]
+KernelForward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+KernelBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor]]
 
 _aten = torch.ops.aten
 
@@ -32,8 +32,8 @@ class Kernel:
     """A forward/backward pair: q, k, v are [X, Y, rows, H] with any strides but a dense last dim; lse is [X, Y, rows]."""
 
     name: str
-    forward: Forward
-    backward: Backward
+    forward: KernelForward
+    backward: KernelBackward
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
