@@ -33,7 +33,7 @@ from bd3_megatron.errors import BD3Error, ConfigError, DataError
 _MOST_LANES = 64
 _POLL_SECONDS = 2.0
 
-Rows = list[tuple[int, PackedArrays]]
+NumberedRows = list[tuple[int, PackedArrays]]
 """Rows of one batch: number of the row in the batch, arrays of shape [L]."""
 
 
@@ -135,20 +135,20 @@ class StreamLoader:
             "lanes": {str(lane): state.as_dict() for lane, state in sorted(self._states.items())},
         }
 
-    def _read_here(self) -> Iterator[tuple[Tensor, Rows]]:
+    def _read_here(self) -> Iterator[tuple[Tensor, NumberedRows]]:
         lanes = _Lanes(self._plan, self._states, range(self._plan.num_lanes))
         for index_B in self._indices():
             rows, states = lanes.read(index_B)
             self._states |= states
             yield index_B, rows
 
-    def _read_ahead(self) -> Iterator[tuple[Tensor, Rows]]:
+    def _read_ahead(self) -> Iterator[tuple[Tensor, NumberedRows]]:
         # More processes than stream shards would have nothing to read.
         workers = _Workers(self._plan, self._states, self._indices, min(self._num_workers, self._plan.num_lanes))
         try:
             workers.start(self._prefetch)
             for index_B in self._indices():
-                rows: Rows = []
+                rows: NumberedRows = []
                 # The state advances only with batches that were yielded; batches read ahead are read again after a
                 # resume.
                 for worker in workers.wanted(index_B):
@@ -168,9 +168,9 @@ class _Lanes:
         self._plan, self._states, self._own = plan, dict(states), frozenset(own)
         self._lanes: dict[int, Lane] = {}
 
-    def read(self, index_B: Tensor) -> tuple[Rows, dict[int, LaneState]]:
+    def read(self, index_B: Tensor) -> tuple[NumberedRows, dict[int, LaneState]]:
         """Own rows of a batch, and the states of their stream shards after it."""
-        rows: Rows = []
+        rows: NumberedRows = []
         states: dict[int, LaneState] = {}
         for place, index in enumerate(index_B.tolist()):
             number, lane = divmod(index, self._plan.num_lanes)
@@ -213,7 +213,7 @@ class _Workers:
         """Processes that hold rows of a batch."""
         return sorted({index % self._plan.num_lanes % self._size for index in index_B.tolist()})
 
-    def receive(self, worker: int) -> tuple[Rows, dict[int, LaneState]]:
+    def receive(self, worker: int) -> tuple[NumberedRows, dict[int, LaneState]]:
         while True:
             try:
                 outcome = self._queues[worker].get(timeout=_POLL_SECONDS)
@@ -228,7 +228,7 @@ class _Workers:
                     ) from None
         if isinstance(outcome, BD3Error):
             raise outcome
-        rows: tuple[Rows, dict[int, LaneState]] = outcome
+        rows: tuple[NumberedRows, dict[int, LaneState]] = outcome
         return rows
 
     def stop(self) -> None:
