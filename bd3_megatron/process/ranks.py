@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from bd3_megatron.process.rank_process import die_with_parent, run_reported
-from bd3_megatron.process.supervisor import STOP_SIGNALS, Supervisor
+from bd3_megatron.process.supervisor import LAUNCHER_STOP_SIGNALS, Supervisor
 
 
 def reserve_port() -> socket.socket:
@@ -61,7 +61,7 @@ def fork_ranks(
     parent = os.getpid()
     for rank in range(ranks):
         # a signal between fork and the child's own handlers would run the parent's handler in the child
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, LAUNCHER_STOP_SIGNALS)
         reader, writer = os.pipe()
         # text left in a buffer would be printed once by every child
         sys.stdout.flush()
@@ -73,7 +73,7 @@ def fork_ranks(
             die_with_parent(parent)
             os.environ.update(rank_variables(rank, ranks, rendezvous))
             run_reported(partial(run, rank), rank, writer)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LAUNCHER_STOP_SIGNALS)
         os.close(writer)
         supervisor.add(rank, child, reader)
     return supervisor.watch()
@@ -103,7 +103,7 @@ def spawn_ranks(
         os.set_inheritable(writer, True)
         command = command_of(rank, writer)
         environment = {**os.environ, **rank_variables(rank, ranks, rendezvous)}
-        child = os.posix_spawn(command[0], list(command), environment, setsigdef=STOP_SIGNALS)
+        child = os.posix_spawn(command[0], list(command), environment, setsigdef=LAUNCHER_STOP_SIGNALS)
         os.close(writer)
         supervisor.add(rank, child, reader)
     return supervisor.watch()

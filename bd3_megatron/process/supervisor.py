@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, a scheduler's or a person's kill, and SLURM's warning before the time limit."""
 
 GRACE_SECONDS = 1.0
@@ -65,7 +65,7 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # a signal that arrives just before select would be missed; the pipe remembers it
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
+        for number in LAUNCHER_STOP_SIGNALS:
             signal.signal(number, self._note)
         # a handler, so that the wake-up pipe is written when a child ends
         signal.signal(signal.SIGCHLD, lambda *_: None)
