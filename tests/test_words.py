@@ -32,7 +32,6 @@ RESERVED = set("step stage plan phase describe search choice finding record cand
 
 TWO_MEANINGS = {
     "Ints",
-    "Shape",
 }
 """Public names that two files still define; the list may only shrink."""
 

@@ -22,7 +22,7 @@ from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.plain_source import PlainSource
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.attention_bd3 import block_causal_sees, blocks_of, grouped_attention, pair_sees
-from bd3_megatron.hf.plain_bd3 import Layer, Shape, new_norm, rotary_table
+from bd3_megatron.hf.plain_bd3 import Layer, ModelShape, new_norm, rotary_table
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
 from bd3_megatron.rng import Purpose, uniform
 
@@ -49,7 +49,9 @@ def proof_span(objective: str, block_size: int) -> int:
     return min(objective_named(objective, block_size=block_size).block_size, LONGEST_SPAN)
 
 
-def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int) -> Tensor:
+def plain_logits(
+    source: PlainSource, shape: ModelShape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int
+) -> Tensor:
     """Raw logits [B, L, V], fp32, of the plain model whose tensors `source` holds.
 
     Args:
@@ -63,7 +65,9 @@ def plain_logits(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
 
 
 @torch.no_grad()
-def final_states(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int) -> Tensor:
+def final_states(
+    source: PlainSource, shape: ModelShape, noisy_BL: Tensor, clean_BL: Tensor | None, *, span: int
+) -> Tensor:
     """What the head sees [B, L, D], fp32, after the last norm; arguments as `plain_logits`."""
     length = noisy_BL.shape[1]
     ids_BR = noisy_BL if clean_BL is None else torch.cat([noisy_BL, clean_BL], dim=1)
@@ -83,7 +87,7 @@ def final_states(source: PlainSource, shape: Shape, noisy_BL: Tensor, clean_BL: 
 
 
 @torch.no_grad()
-def head_logits(source: PlainSource, shape: Shape, x_BLD: Tensor) -> Tensor:
+def head_logits(source: PlainSource, shape: ModelShape, x_BLD: Tensor) -> Tensor:
     """Raw logits [B, L, V], fp32, of final states."""
     head = EMBED_TOKENS if shape.tie_word_embeddings else LM_HEAD
     logits = _scored(partial(source.rows, head), shape.vocab_size, x_BLD)

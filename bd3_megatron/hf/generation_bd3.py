@@ -19,7 +19,7 @@ from .decoding_options_bd3 import DecodingOptions
 from .decoding_rules_bd3 import BlockRule
 from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
-from .plain_bd3 import LayerStack, Shape, predicts_next
+from .plain_bd3 import LayerStack, ModelShape, predicts_next
 from .window_bd3 import Layout, SequenceState, Window
 
 # Clean rows of one forward: bounds the memory of a long prompt's attention.
@@ -89,7 +89,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
 
 
-def check_request(request: Request, shape: Shape, mask_id: int | None) -> None:
+def check_request(request: Request, shape: ModelShape, mask_id: int | None) -> None:
     """Refuse what the block rule cannot honour.
 
     Raises:

@@ -27,7 +27,7 @@ NEXT_TOKEN = "ar"
 """The objective of an autoregressive model; the other is "block"."""
 
 
-class Shape(Protocol):
+class ModelShape(Protocol):
     """What the plain model reads of a configuration; `BD3Config` is one."""
 
     vocab_size: int
@@ -98,7 +98,7 @@ def predicts_next(objective: str) -> bool:
 class SelfAttention(nn.Module):
     """Projections of one layer; who sees whom is the caller's `attend`."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         hidden, width = shape.hidden_size, shape.head_dim
         self.head_dim = width
@@ -129,7 +129,7 @@ class SelfAttention(nn.Module):
 class PaperMlp(nn.Module):
     """W_down gelu_tanh(W_up u + b_up) + b_down."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
@@ -141,7 +141,7 @@ class PaperMlp(nn.Module):
 class ModernMlp(nn.Module):
     """SwiGLU: W_down (silu(W_gate u) * W_up u)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
@@ -151,7 +151,7 @@ class ModernMlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(u_BRD)) * self.up_proj(u_BRD))
 
 
-def new_norm(shape: Shape) -> nn.Module:
+def new_norm(shape: ModelShape) -> nn.Module:
     """The style's norm over the hidden size; statistics are fp32 or better inside torch's kernels."""
     if shape.style == "paper":
         return nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
@@ -161,7 +161,7 @@ def new_norm(shape: Shape) -> nn.Module:
 class Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, shape: Shape, index: int) -> None:
+    def __init__(self, shape: ModelShape, index: int) -> None:
         super().__init__()
         self.index = index
         self.input_layernorm = new_norm(shape)
@@ -214,7 +214,7 @@ class LayerStack(Protocol):
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """The model's shape."""
 
 
@@ -315,9 +315,9 @@ class Stack(nn.Module):
 
     gradient_checkpointing: bool = False
     _gradient_checkpointing_func: Callable[..., Tensor] = CHECKPOINT
-    shape: Shape
+    shape: ModelShape
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
@@ -344,7 +344,7 @@ def check_context(input_ids_BL: Tensor, context_ids_BL: Tensor | None, objective
         )
 
 
-def new_head(shape: Shape) -> nn.Linear:
+def new_head(shape: ModelShape) -> nn.Linear:
     """The output table [V, D]; with a bias in the paper's style."""
     return nn.Linear(shape.hidden_size, shape.vocab_size, bias=shape.style == "paper")
 
@@ -352,7 +352,7 @@ def new_head(shape: Shape) -> nn.Linear:
 class PlainBD3(nn.Module):
     """The model without transformers: `forward(noisy, clean)` gives the raw logits of the noisy half."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.model = Stack(shape)
         self.lm_head = new_head(shape)
@@ -366,7 +366,7 @@ class PlainBD3(nn.Module):
         return self.lm_head(self.model(input_ids_BL, context_ids_BL, document_id_BL))
 
 
-def plain_model(shape: Shape, state: dict[str, Tensor]) -> PlainBD3:
+def plain_model(shape: ModelShape, state: dict[str, Tensor]) -> PlainBD3:
     """A plain model holding `state` (names without prefix; a tied model has no `lm_head.weight`), in its dtype.
 
     Raises:
