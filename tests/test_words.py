@@ -1,6 +1,6 @@
 """One word, one meaning, and words of the field: public names that two files define, and words that mean something only to us.
 
-The lists of what is left may only shrink: a name that has one meaning again, or a file without such words, leaves its list.
+The list of what is left may only shrink: a file without such words leaves it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,6 @@ SAME_SEAM = {
 
 RESERVED = set("step stage plan phase describe search choice finding record candidates block mask schedule".split())
 """Words with one meaning each (README): two files may not define them, in any case and not in the plural."""
-
-TWO_MEANINGS = {
-    "Ints",
-}
-"""Public names that two files still define; the list may only shrink."""
 
 FORBIDDEN = {
     "judg(e|es|ed|ing|ement)": "reference implementation, or the verb that says what is compared",
@@ -95,10 +90,7 @@ def names_with_two_meanings() -> dict[str, list[str]]:
 
 def test_a_public_name_is_defined_in_one_file() -> None:
     twice = names_with_two_meanings()
-    new = {n: files for n, files in twice.items() if n not in TWO_MEANINGS}
-    assert not new, "names with two meanings: " + "; ".join(f"{n} in {', '.join(f)}" for n, f in sorted(new.items()))
-    mended = sorted(TWO_MEANINGS - set(twice))
-    assert not mended, f"these have one meaning again; take them off the list: {mended}"
+    assert not twice, "names with two meanings: " + "; ".join(f"{n}: {', '.join(f)}" for n, f in sorted(twice.items()))
 
 
 def test_reserved_words_name_one_thing() -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bd3_megatron.data.packing import Ints
 from bd3_megatron.errors import ConfigError
 
 # Positions of the pattern. Weights are exact where their fractions have a common denominator of at most this, else
@@ -23,8 +23,6 @@ from bd3_megatron.errors import ConfigError
 MAX_PATTERN = 1 << 16
 # Weights are typed as decimals: four digits after the point become exact fractions.
 _MAX_DENOMINATOR = 10_000
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

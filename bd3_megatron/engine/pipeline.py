@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from bd3_megatron.model.bd3_model import ModelChunk, LossOutput
+from bd3_megatron.model.bd3_model import LossOutput, ModelChunk
 from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.loss_sums import LossSums, loss_sums
 from bd3_megatron.model.pair_batch import PairBatch

@@ -29,7 +29,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
-from bd3_megatron.model.visibility_check import AttentionCall, VisibilityCase, Violation, side, violations
+from bd3_megatron.model.visibility_check import AttentionCall, Violation, VisibilityCase, side, violations
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.backends import attention_request, choose_backends, phase_layout
