@@ -136,10 +136,11 @@ class StreamConfig:
     detokenizer: str = "none"
     """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
     # each keeps a window of rows in memory
-    lanes: Annotated[int, Range(1, 10_000)] | None = None
-    """Shares the files are dealt to; sample i is of lane i mod lanes. null: one a file, at most 64."""
+    shards: Annotated[int, Range(1, 10_000)] | None = None
+    """Number of stream shards, the shares the files are dealt to; sample i is of stream shard i mod shards.
+    null: one a file, at most 64."""
     shuffle_rows: Annotated[int, Range(1, 1e7)] = 256
-    """Rows of a lane permuted together; 1: none. A resumed run tokenises at most this many again."""
+    """Rows of a stream shard permuted together; 1: none. A resumed run tokenises at most this many again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,13 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import batch_of
 from bd3_megatron.data.packing import PackedArrays, PackingRule
-from bd3_megatron.data.stream_lane import Lane, LaneState, StreamPlan, lane_states
+from bd3_megatron.data.stream_shard import StreamPlan, StreamShard, StreamShardState, shard_states
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 # Stream shards by default. A rank whose samples touch a stream shard without owning all its rows tokenises the rows of
 # the others too, so their number should be a multiple of dp * micro_batch_size where files allow.
-_MOST_LANES = 64
+_MOST_SHARDS = 64
 _POLL_SECONDS = 2.0
 
 NumberedRows = list[tuple[int, PackedArrays]]
@@ -42,7 +42,7 @@ def plan_stream(
     tokenizer_folder: Path,
     rule: PackingRule,
     *,
-    num_lanes: int | None = None,
+    num_shards: int | None = None,
     shuffle_rows: int = 256,
     seed: int = 1,
     detokenizer: str = "none",
@@ -54,7 +54,7 @@ def plan_stream(
         dataset: where the text comes from; read as a stream.
         tokenizer_folder: as written by `Tokenizer.save`.
         rule: how documents become rows.
-        num_lanes: None: one a file, at most 64.
+        num_shards: None: one a file, at most 64.
         shuffle_rows: rows of a stream shard permuted together.
         seed: run.seed.
         detokenizer: see detokenizers.
@@ -68,11 +68,11 @@ def plan_stream(
     # Refused here, when the stream is planned, and not by the first batch of a loader process.
     dataset.check_columns()
     files = int(dataset.open().num_shards)
-    lanes = min(files, _MOST_LANES) if num_lanes is None else num_lanes
+    shards = min(files, _MOST_SHARDS) if num_shards is None else num_shards
     # A file belongs to one stream shard: with more of them than files some would have no text.
-    if not 1 <= lanes <= files:
+    if not 1 <= shards <= files:
         raise ConfigError(
-            f"num_lanes={lanes} is outside [1, {files}], the files of {dataset.path}; use {files} or fewer."
+            f"num_shards={shards} is outside [1, {files}], the files of {dataset.path}; use {files} or fewer."
         )
     if shuffle_rows < 1:
         raise ConfigError(f"shuffle_rows={shuffle_rows} is empty; use 1 (no shuffling) or more.")
@@ -80,7 +80,7 @@ def plan_stream(
         dataset=dataset,
         tokenizer_folder=tokenizer_folder,
         rule=rule,
-        num_lanes=lanes,
+        num_shards=shards,
         shuffle_rows=shuffle_rows,
         seed=seed,
         detokenizer=detokenizer,
@@ -132,19 +132,19 @@ class StreamLoader:
         """Positions of this rank's stream shards after the last batch that was yielded; JSON."""
         return {
             **self._identity,
-            "lanes": {str(lane): state.as_dict() for lane, state in sorted(self._states.items())},
+            "shards": {str(shard): state.as_dict() for shard, state in sorted(self._states.items())},
         }
 
     def _read_here(self) -> Iterator[tuple[Tensor, NumberedRows]]:
-        lanes = _Lanes(self._plan, self._states, range(self._plan.num_lanes))
+        shards = _StreamShards(self._plan, self._states, range(self._plan.num_shards))
         for index_B in self._indices():
-            rows, states = lanes.read(index_B)
+            rows, states = shards.read(index_B)
             self._states |= states
             yield index_B, rows
 
     def _read_ahead(self) -> Iterator[tuple[Tensor, NumberedRows]]:
         # More processes than stream shards would have nothing to read.
-        workers = _Workers(self._plan, self._states, self._indices, min(self._num_workers, self._plan.num_lanes))
+        workers = _Workers(self._plan, self._states, self._indices, min(self._num_workers, self._plan.num_shards))
         try:
             workers.start(self._prefetch)
             for index_B in self._indices():
@@ -161,26 +161,26 @@ class StreamLoader:
             workers.stop()
 
 
-class _Lanes:
+class _StreamShards:
     """The stream shards that one process reads."""
 
-    def __init__(self, plan: StreamPlan, states: Mapping[int, LaneState], own: Iterable[int]) -> None:
+    def __init__(self, plan: StreamPlan, states: Mapping[int, StreamShardState], own: Iterable[int]) -> None:
         self._plan, self._states, self._own = plan, dict(states), frozenset(own)
-        self._lanes: dict[int, Lane] = {}
+        self._shards: dict[int, StreamShard] = {}
 
-    def read(self, index_B: Tensor) -> tuple[NumberedRows, dict[int, LaneState]]:
+    def read(self, index_B: Tensor) -> tuple[NumberedRows, dict[int, StreamShardState]]:
         """Own rows of a batch, and the states of their stream shards after it."""
         rows: NumberedRows = []
-        states: dict[int, LaneState] = {}
+        states: dict[int, StreamShardState] = {}
         for place, index in enumerate(index_B.tolist()):
-            number, lane = divmod(index, self._plan.num_lanes)
-            if lane not in self._own:
+            number, shard = divmod(index, self._plan.num_shards)
+            if shard not in self._own:
                 continue
             # Opened at first use: a rank opens only the stream shards that its samples touch.
-            if lane not in self._lanes:
-                self._lanes[lane] = Lane(self._plan, lane, self._states.get(lane))
-            rows.append((place, self._lanes[lane].row(number)))
-            states[lane] = self._lanes[lane].state_before(number + 1)
+            if shard not in self._shards:
+                self._shards[shard] = StreamShard(self._plan, shard, self._states.get(shard))
+            rows.append((place, self._shards[shard].row(number)))
+            states[shard] = self._shards[shard].state_before(number + 1)
         return rows, states
 
 
@@ -190,7 +190,7 @@ class _Workers:
     def __init__(
         self,
         plan: StreamPlan,
-        states: Mapping[int, LaneState],
+        states: Mapping[int, StreamShardState],
         indices: Callable[[], Iterable[Tensor]],
         size: int,
     ) -> None:
@@ -203,17 +203,17 @@ class _Workers:
         context = multiprocessing.get_context("fork")
         for worker in range(self._size):
             ready = context.Queue(maxsize=prefetch)
-            lanes = _Lanes(self._plan, self._states, range(worker, self._plan.num_lanes, self._size))
-            process = context.Process(target=_produce, args=(lanes, self._indices, ready, os.getpid()), daemon=True)
+            shards = _StreamShards(self._plan, self._states, range(worker, self._plan.num_shards, self._size))
+            process = context.Process(target=_produce, args=(shards, self._indices, ready, os.getpid()), daemon=True)
             process.start()
             self._queues.append(ready)
             self._processes.append(process)
 
     def wanted(self, index_B: Tensor) -> list[int]:
         """Processes that hold rows of a batch."""
-        return sorted({index % self._plan.num_lanes % self._size for index in index_B.tolist()})
+        return sorted({index % self._plan.num_shards % self._size for index in index_B.tolist()})
 
-    def receive(self, worker: int) -> tuple[NumberedRows, dict[int, LaneState]]:
+    def receive(self, worker: int) -> tuple[NumberedRows, dict[int, StreamShardState]]:
         while True:
             try:
                 outcome = self._queues[worker].get(timeout=_POLL_SECONDS)
@@ -228,7 +228,7 @@ class _Workers:
                     ) from None
         if isinstance(outcome, BD3Error):
             raise outcome
-        rows: tuple[NumberedRows, dict[int, LaneState]] = outcome
+        rows: tuple[NumberedRows, dict[int, StreamShardState]] = outcome
         return rows
 
     def stop(self) -> None:
@@ -247,23 +247,23 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     All ranks must have consumed the same steps; then no sample still to come lies before the furthest state.
     """
     merged = dict(states[0])
-    lanes: dict[str, Any] = {}
+    shards: dict[str, Any] = {}
     for state in states:
-        for lane, record in state["lanes"].items():
+        for shard, record in state["shards"].items():
             # A rank that did not touch the stream shard lately still holds an older state of it.
-            if lane not in lanes or record["window"] > lanes[lane]["window"]:
-                lanes[lane] = record
-    return merged | {"lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+            if shard not in shards or record["window"] > shards[shard]["window"]:
+                shards[shard] = record
+    return merged | {"shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
 
-def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any, parent: int) -> None:
+def _produce(shards: _StreamShards, indices: Callable[[], Iterable[Tensor]], ready: Any, parent: int) -> None:
     import torch
 
     # The parent's threads do not exist here, and a pool of them would wait for ever.
     torch.set_num_threads(1)
     try:
         for index_B in indices():
-            rows, states = lanes.read(index_B)
+            rows, states = shards.read(index_B)
             if rows and not _handed_over(ready, (rows, states), parent):
                 return
     except BD3Error as error:
@@ -271,7 +271,7 @@ def _produce(lanes: _Lanes, indices: Callable[[], Iterable[Tensor]], ready: Any,
 
 
 def _handed_over(ready: Any, outcome: object, parent: int) -> bool:
-    """Wait for room in the queue; False when the parent is gone, which no full pipe would ever tell."""
+    """Wait until the queue takes the rows; False when the parent is gone, which no full pipe would ever tell."""
     while os.getppid() == parent:
         try:
             ready.put(outcome, timeout=_POLL_SECONDS)
@@ -286,7 +286,7 @@ def _identity(plan: StreamPlan) -> dict[str, Any]:
     """All that decides the rows but the path of the files, which may move: JSON."""
     dataset = plan.dataset
     stated = {
-        "num_lanes": plan.num_lanes,
+        "num_shards": plan.num_shards,
         "num_files": int(dataset.open().num_shards),
         "shuffle_rows": plan.shuffle_rows,
         **{name: getattr(dataset, name) for name in ("name", "split", "column", "data_files", "revision")},
@@ -302,7 +302,7 @@ def _identity(plan: StreamPlan) -> dict[str, Any]:
     return plain
 
 
-def _checked_states(identity: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[int, LaneState]:
+def _checked_states(identity: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[int, StreamShardState]:
     if state is None:
         return {}
     for name, value in identity.items():
@@ -311,7 +311,7 @@ def _checked_states(identity: Mapping[str, Any], state: Mapping[str, Any] | None
                 f"the saved stream state has {name}={state.get(name)}, the run has {value}; "
                 f"resume with {name}={state.get(name)}."
             )
-    return lane_states(state["lanes"])
+    return shard_states(state["shards"])
 
 
 def _stack(rows: list[PackedArrays]) -> PackedArrays:

@@ -133,8 +133,8 @@ class StepBatches:
     def data_state(self) -> dict[str, Any]:
         """What must be remembered of the data after the last step that was asked for. Collective over dp with a stream."""
         mine = self._reading.state()
-        # only lanes differ between ranks
-        if "lanes" not in mine or self._topology.dp == 1:
+        # Of the state only the positions of the stream shards differ between ranks.
+        if "shards" not in mine or self._topology.dp == 1:
             return mine
         states: list[Any] = [None] * self._topology.dp
         dist.all_gather_object(states, mine, group=self._topology.groups.dp)

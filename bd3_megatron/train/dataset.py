@@ -33,7 +33,7 @@ from bd3_megatron.data.shard_header import HEADER_FILE
 from bd3_megatron.data.shards import TokenShards
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
-from bd3_megatron.data.stream_lane import StreamPlan
+from bd3_megatron.data.stream_shard import StreamPlan
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
 from bd3_megatron.data.vocabulary import data_folder
 from bd3_megatron.errors import ConfigError, TokenizerError, cut
@@ -87,25 +87,25 @@ class StreamRows:
     stream: StreamPlan
 
     def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
-        """As TrainingRows; where the lanes stand is remembered.
+        """As TrainingRows; the position of every stream shard is remembered.
 
         Raises:
             ConfigError: the run has consumed samples, but not of a stream.
             DataError: the saved state is another stream's.
         """
-        lanes = saved if saved is not None and "lanes" in saved else None
-        if lanes is None and plan.origin_samples:
+        positions = saved if saved is not None and "shards" in saved else None
+        if positions is None and plan.origin_samples:
             raise ConfigError(
                 f"data.stream is set and the checkpoint's {plan.origin_samples:,} samples were not read from a stream; "
                 "take up its weights in a new run with tools/start_run.py, or go on with prepared data."
             )
-        loader = StreamLoader(self.stream, indices, num_workers=workers, pin_memory=pin, state=lanes)
+        loader = StreamLoader(self.stream, indices, num_workers=workers, pin_memory=pin, state=positions)
         return RowReading(iter(loader), loader.state_dict)
 
 
 def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a run from those of its data-parallel ranks, all after the same step."""
-    return merge_states(states) if "lanes" in states[0] else states[0]
+    return merge_states(states) if "shards" in states[0] else states[0]
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _open_stream(config: Config, stream: StreamConfig, tokenizer_folder: Path, s
         dataset,
         tokenizer_folder,
         _packing_rule(config, recipe),
-        num_lanes=stream.lanes,
+        num_shards=stream.shards,
         shuffle_rows=stream.shuffle_rows if data.shuffle else 1,
         seed=config.run.seed,
         detokenizer=stream.detokenizer,

@@ -29,7 +29,7 @@ class TrainState:
     tokenizer: dict[str, Any] | None = None
     """Fingerprint and special ids of the tokenizer that made the data; None in checkpoints of older versions."""
     data: dict[str, Any] | None = None
-    """What the data order must remember beside the samples consumed: the mixture's stages, or the stream's lanes."""
+    """What the data order must remember beside the samples consumed: the mixture's stages, or its stream shards' positions."""
     wandb_id: str | None = None
     """The tracker's run id, kept across restarts."""
 

@@ -1,6 +1,6 @@
 """A run that reads a stream, or a curriculum of mixtures, goes on after a stop, a kill or on another grid as if nothing was.
 
-The checkpoint remembers what the number of samples consumed does not say: where the lanes stand, which stages began.
+The checkpoint remembers what the number of samples consumed does not say: the position of every stream shard, which stages began.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_a_stream_goes_on_with_other_ranks_and_loader_processes(folder: Path) ->
     train(run(folder, "moving", "stream", workers=1, dp=2), stop_after=3)
     (moved,) = train(run(folder, "moving", "stream"))
     assert losses(folder / "moving") == pytest.approx(losses(folder / "steady"), rel=tolerances.GRID_LOSSES_LATER)
-    assert len(moved["state"]["data"]["lanes"]) == 3
+    assert len(moved["state"]["data"]["shards"]) == 3
 
 
 def test_a_stream_is_not_taken_up_in_the_middle_of_prepared_data(folder: Path) -> None:

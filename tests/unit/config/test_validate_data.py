@@ -12,7 +12,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import ConfigError
 from tests.unit.cost.cases import case
 
-STREAM = {"dataset": "corpus", "lanes": 4, "filters": [{"column": "score", "at_least": 3}]}
+STREAM = {"dataset": "corpus", "shards": 4, "filters": [{"column": "score", "at_least": 3}]}
 
 
 def run(**data: Any) -> Config:

@@ -25,7 +25,7 @@ from bd3_megatron.data.packing import PackingRule
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.source import Source
-from bd3_megatron.data.stream_lane import Lane
+from bd3_megatron.data.stream_shard import StreamShard
 from bd3_megatron.data.streaming import plan_stream
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import ConfigError, DataError, TokenizerError
@@ -90,10 +90,12 @@ def sides(folder: Path) -> tuple[set[str], set[str]]:
 def streamed(plan_folder: Path, source: HubDataset, fraction: float) -> set[str]:
     """Words of the documents that a stream trains on in its first pass."""
     rule = PackingRule(seq_len=8)
-    plan = plan_stream(source, plan_folder / "tokenizer", rule, num_lanes=1, shuffle_rows=1, held_out_fraction=fraction)
-    lane, tokens, number = Lane(plan, 0), [], 0
-    while lane.state_before(number).epoch == 0:
-        tokens += lane.row(number).tokens_BL.tolist()
+    plan = plan_stream(
+        source, plan_folder / "tokenizer", rule, num_shards=1, shuffle_rows=1, held_out_fraction=fraction
+    )
+    shard, tokens, number = StreamShard(plan, 0), [], 0
+    while shard.state_before(number).epoch == 0:
+        tokens += shard.row(number).tokens_BL.tolist()
         number += 1
     found = bytes(t if t < 256 else 0 for t in tokens).decode(errors="replace").split("\0")
     return {" ".join(text.split()) for text in found[:-1]}

@@ -20,7 +20,7 @@ from bd3_megatron.data.packing import PackedRows, PackingRule
 from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.data.shards import ShardFolder
-from bd3_megatron.data.stream_lane import Lane, LaneState, RowPacker, StreamPlan
+from bd3_megatron.data.stream_shard import RowPacker, StreamPlan, StreamShard, StreamShardState
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
 from bd3_megatron.errors import ConfigError, DataError
 from tests.unit.data.corpora import BYTES, SPECIAL, documents, write_split
@@ -99,16 +99,16 @@ def test_a_stream_without_state_reaches_any_sample_by_reading_on(corpus: Path) -
 
 @pytest.mark.parametrize("mode", ["wrap", "isolated", "pad"])
 @pytest.mark.parametrize("window", [1, 4])
-def test_a_lane_goes_on_exactly_from_any_row(corpus: Path, mode: str, window: int) -> None:
-    stream = plan(corpus, PackingRule(seq_len=16, mode=mode, block_size=4), num_lanes=1, shuffle_rows=window)
-    lane = Lane(stream, 0)
+def test_a_stream_shard_goes_on_exactly_from_any_row(corpus: Path, mode: str, window: int) -> None:
+    stream = plan(corpus, PackingRule(seq_len=16, mode=mode, block_size=4), num_shards=1, shuffle_rows=window)
+    shard = StreamShard(stream, 0)
     rows, states = [], []
     for number in range(60):
-        rows.append(lane.row(number).tokens_BL.tolist())
-        states.append(lane.state_before(number + 1))
+        rows.append(shard.row(number).tokens_BL.tolist())
+        states.append(shard.state_before(number + 1))
     for number in range(0, 59, 7):
         saved = type(states[0])(**json.loads(json.dumps(states[number].as_dict())))
-        again = Lane(stream, 0, saved)
+        again = StreamShard(stream, 0, saved)
         assert again.state_before(saved.window * window) == saved
         assert again.row(number + 1).tokens_BL.tolist() == rows[number + 1]
         if number % window == window - 1:  # a state taken at once is as good as the one it came from
@@ -119,9 +119,9 @@ def test_a_lane_goes_on_exactly_from_any_row(corpus: Path, mode: str, window: in
     assert states[-1].epoch == 0 or states[-1].stream is not None
 
 
-def test_a_lane_without_shuffling_is_its_files_packed_in_order(corpus: Path) -> None:
+def test_a_stream_shard_without_shuffling_is_its_files_packed_in_order(corpus: Path) -> None:
     rule = PackingRule(seq_len=16)
-    lane = Lane(plan(corpus, rule, num_lanes=1, shuffle_rows=1), 0)
+    shard = StreamShard(plan(corpus, rule, num_shards=1, shuffle_rows=1), 0)
     read = [
         row["text"]
         for n in range(3)
@@ -130,17 +130,17 @@ def test_a_lane_without_shuffling_is_its_files_packed_in_order(corpus: Path) -> 
     ]
     stream = [token for text in read for token in [*text.encode(), SPECIAL.eos]]
     for number in range(len(stream) // 16):
-        assert lane.row(number).tokens_BL.tolist() == stream[number * 16 : number * 16 + 16]
-    # Past its end the lane begins again, without a seam.
+        assert shard.row(number).tokens_BL.tolist() == stream[number * 16 : number * 16 + 16]
+    # Past its end the shard begins again, without a seam.
     beyond = len(stream) // 16
-    assert lane.row(beyond).tokens_BL.tolist() == (stream + stream)[beyond * 16 : beyond * 16 + 16]
+    assert shard.row(beyond).tokens_BL.tolist() == (stream + stream)[beyond * 16 : beyond * 16 + 16]
 
 
 def test_windows_are_permuted_and_complete(corpus: Path) -> None:
-    plain = Lane(plan(corpus, num_lanes=1, shuffle_rows=1), 0)
-    mixed = Lane(plan(corpus, num_lanes=1, shuffle_rows=8), 0)
+    plain = StreamShard(plan(corpus, num_shards=1, shuffle_rows=1), 0)
+    mixed = StreamShard(plan(corpus, num_shards=1, shuffle_rows=8), 0)
     for window in range(4):
-        rows = [[lane.row(window * 8 + i).tokens_BL.tolist() for i in range(8)] for lane in (plain, mixed)]
+        rows = [[shard.row(window * 8 + i).tokens_BL.tolist() for i in range(8)] for shard in (plain, mixed)]
         assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])
 
 
@@ -174,22 +174,22 @@ def test_batches_carry_documents_padding_and_positions(corpus: Path) -> None:
 
 
 def test_streams_that_cannot_be_are_refused(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_lanes=4 is outside \[1, 3\], the files of .*; use 3 or fewer"):
-        plan(corpus, num_lanes=4)
+    with pytest.raises(ConfigError, match=r"num_shards=4 is outside \[1, 3\], the files of .*; use 3 or fewer"):
+        plan(corpus, num_shards=4)
     with pytest.raises(ConfigError, match="shuffle_rows=0 is empty; use 1"):
         plan(corpus, shuffle_rows=0)
     stream = plan(corpus)
     _, state = batches_of(stream, ONE, 0, 8)
     with pytest.raises(
-        DataError, match="the saved stream state has num_lanes=2, the run has 3; resume with num_lanes=2"
+        DataError, match="the saved stream state has num_shards=2, the run has 3; resume with num_shards=2"
     ):
-        StreamLoader(stream, lambda: ONE.step(0), state={**state, "num_lanes": 2})
+        StreamLoader(stream, lambda: ONE.step(0), state={**state, "num_shards": 2})
     other = plan(corpus, PackingRule(seq_len=16, mode="isolated", block_size=8))
     with pytest.raises(
         DataError, match="the saved stream state has block_size=4, the run has 8; resume with block_size=4"
     ):
         StreamLoader(other, lambda: ONE.step(0), state=state)
-    with pytest.raises(DataError, match=r"lane 0 stands at row \d+ and was asked for row 0; resume the stream"):
+    with pytest.raises(DataError, match=r"stream shard 0 stands at row \d+ and was asked for row 0; resume the stream"):
         batches_of(stream, ONE, 0, 1, state=state)
     for workers in (0, 1):
         with pytest.raises(DataError, match="asked for row 0"):
@@ -204,17 +204,17 @@ def test_a_stream_goes_on_where_it_stopped_at_the_very_end_of_its_files(tmp_path
         HubDataset(path=str(tmp_path / "a.jsonl")),
         tmp_path / "tokenizer",
         PackingRule(seq_len=8),
-        num_lanes=1,
+        num_shards=1,
         shuffle_rows=window,
     )
-    whole = Lane(stream, 0)
+    whole = StreamShard(stream, 0)
     rows = [whole.row(number).tokens_BL.tolist() for number in range(8)]
     for stop in range(7):
-        lane = Lane(stream, 0)
+        shard = StreamShard(stream, 0)
         for number in range(stop + 1):
-            lane.row(number)
-        state = json.loads(json.dumps(lane.state_before(stop + 1).as_dict()))
-        again = Lane(stream, 0, LaneState(**state))
+            shard.row(number)
+        state = json.loads(json.dumps(shard.state_before(stop + 1).as_dict()))
+        again = StreamShard(stream, 0, StreamShardState(**state))
         assert [again.row(number).tokens_BL.tolist() for number in range(stop + 1, 8)] == rows[stop + 1 :]
 
 
@@ -230,7 +230,7 @@ def test_other_kinds_of_dataset_stream_and_resume_too(corpus: Path, tmp_path: Pa
         for number in range(3):
             (path / f"{number}.txt").write_text("\n\n".join(f"document {i} of many" for i in range(number, 30, 3)))
     stream = plan_stream(HubDataset(path=str(path)), corpus / "tokenizer", RULE, shuffle_rows=2)
-    assert stream.num_lanes == 3
+    assert stream.num_shards == 3
     whole, _ = batches_of(stream, ONE, 0, 8)
     first, state = batches_of(stream, ONE, 0, 3)
     rest, _ = batches_of(stream, ONE, 18, 5, state=json.loads(json.dumps(state)), workers=1)
@@ -246,12 +246,12 @@ def test_a_stream_without_the_column_is_refused_before_it_is_read(corpus: Path) 
 def test_streams_without_text_are_refused_instead_of_read_for_ever(corpus: Path) -> None:
     for path in (corpus / "text").iterdir():
         path.write_text('{"text": " ", "keep": true}\n{"text": "x", "keep": false}\n')
-    with pytest.raises(DataError, match="lane 0 of .* holds no text; use fewer lanes or other data"):
+    with pytest.raises(DataError, match="stream shard 0 of .* holds no text; use fewer stream shards or other data"):
         batches_of(plan(corpus), ONE, 0, 1)
     for path in (corpus / "text").iterdir():
         path.write_text('{"text": 3, "keep": true}\n')
     with pytest.raises(
-        DataError, match=r"row 0, counted .* of lane 0 of .* holds no text but int in column text; mend"
+        DataError, match=r"row 0, counted .* of stream shard 0 of .* holds no text but int in column text; mend"
     ):
         batches_of(plan(corpus), ONE, 0, 1)
 
@@ -268,12 +268,12 @@ def test_a_state_knows_its_stream_wherever_that_lies(corpus: Path) -> None:
 
     batches_of(moved(), ONE, 12, 1, state=state)
     (corpus / "moved" / "2.jsonl").unlink()
-    with pytest.raises(DataError, match="the saved stream state has num_lanes=3, the run has 2"):
-        batches_of(moved(num_lanes=2), ONE, 12, 1, state=state)
+    with pytest.raises(DataError, match="the saved stream state has num_shards=3, the run has 2"):
+        batches_of(moved(num_shards=2), ONE, 12, 1, state=state)
     with pytest.raises(
         DataError, match="the saved stream state has num_files=3, the run has 2; resume with num_files=3"
     ):
-        batches_of(moved(num_lanes=2), ONE, 12, 1, state={**state, "num_lanes": 2})
+        batches_of(moved(num_shards=2), ONE, 12, 1, state={**state, "num_shards": 2})
 
 
 ABANDONED = """

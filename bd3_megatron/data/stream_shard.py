@@ -38,8 +38,8 @@ class StreamPlan:
     """The stream (streaming=True)."""
     tokenizer_folder: Path
     rule: PackingRule
-    num_lanes: int
-    """Stream shards; at most the stream's number of files. Rows of stream shard j are samples j, j + num_lanes, ..."""
+    num_shards: int
+    """Stream shards; at most the stream's number of files. Rows of stream shard j are samples j, j + num_shards, ..."""
     shuffle_rows: int = 256
     """Rows permuted together; 1: none."""
     seed: int = 1
@@ -50,7 +50,7 @@ class StreamPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaneState:
+class StreamShardState:
     """The position of a stream shard before a window of rows."""
 
     window: int = 0
@@ -130,25 +130,25 @@ class RowPacker:
         return row
 
 
-class Lane:
+class StreamShard:
     """Rows of one stream shard, asked for in increasing order."""
 
-    def __init__(self, plan: StreamPlan, lane: int, state: LaneState | None = None) -> None:
+    def __init__(self, plan: StreamPlan, shard: int, state: StreamShardState | None = None) -> None:
         """Open a stream shard where a state left it.
 
         Args:
             plan: the stream.
-            lane: in [0, plan.num_lanes).
+            shard: in [0, plan.num_shards).
             state: from `state_before`; None: the beginning.
         """
-        self._plan, self._lane = plan, lane
+        self._plan, self._shard = plan, shard
         self._tokenizer = load_tokenizer(plan.tokenizer_folder)
         self._rules = detokenizer(plan.detokenizer)
-        self._state = state or LaneState()
+        self._state = state or StreamShardState()
         self._rows: list[PackedArrays] = []
         self._packer = RowPacker(plan.rule, self._tokenizer.special)
         # The library deals files to its shards by number, so a stream shard has the same files in every process.
-        self._dataset = plan.dataset.open().shard(num_shards=plan.num_lanes, index=lane)
+        self._dataset = plan.dataset.open().shard(num_shards=plan.num_shards, index=shard)
         if self._state.stream is not None:
             self._dataset.load_state_dict(self._state.stream)
         self._documents = iter(self._dataset)
@@ -170,7 +170,7 @@ class Lane:
         window, place = divmod(number, size)
         if window < self._state.window:
             raise DataError(
-                f"lane {self._lane} stands at row {self._state.window * size} and was asked for row {number}; "
+                f"stream shard {self._shard} stands at row {self._state.window * size} and was asked for row {number}; "
                 "resume the stream from the state saved with the checkpoint."
             )
         # Windows that are passed over must be tokenised too: only the text tells where the next row begins.
@@ -178,19 +178,19 @@ class Lane:
             self._read_window(keep=self._window == window)
         if size == 1:
             return self._rows[0]
-        key = self._lane << _WINDOW_BITS | window
+        key = self._shard << _WINDOW_BITS | window
         # The permutation is a function of the window, so a resumed run shuffles as the first run did.
         return self._rows[int(permutation_index(self._plan.seed, Purpose.DATA_ORDER, key, size, place))]
 
-    def state_before(self, number: int) -> LaneState:
+    def state_before(self, number: int) -> StreamShardState:
         """State from which row `number` of the current or the next window can be read again."""
         return self._state if number < self._window * self._plan.shuffle_rows else self._current()
 
-    def _current(self) -> LaneState:
+    def _current(self) -> StreamShardState:
         if not self._has_read:
             return self._state
         held_back = self._packer.num_places
-        return LaneState(
+        return StreamShardState(
             window=self._window,
             epoch=self._epoch,
             # Held-back places always belong to the last document: rows are taken as soon as one is full.
@@ -240,19 +240,19 @@ class Lane:
                 yield cleaned.text
 
     def _where(self) -> str:
-        return f"row {self._num_rows - 1}, counted by this process, of lane {self._lane} of {self._plan.dataset.path}"
+        return f"row {self._num_rows - 1}, counted by this process, of stream shard {self._shard} of {self._plan.dataset.path}"
 
     def _begin_again(self) -> None:
         if not self._pass_may_be_empty:
             raise DataError(
-                f"lane {self._lane} of {self._plan.dataset.path} holds no text; use fewer lanes or other data."
+                f"stream shard {self._shard} of {self._plan.dataset.path} holds no text; use fewer stream shards or other data."
             )
         self._epoch += 1
         self._pass_may_be_empty = False
-        self._dataset = self._plan.dataset.open().shard(num_shards=self._plan.num_lanes, index=self._lane)
+        self._dataset = self._plan.dataset.open().shard(num_shards=self._plan.num_shards, index=self._shard)
         self._documents = iter(self._dataset)
 
 
-def lane_states(content: Mapping[str, Any]) -> dict[int, LaneState]:
+def shard_states(content: Mapping[str, Any]) -> dict[int, StreamShardState]:
     """States of stream shards from JSON, where keys are texts."""
-    return {int(lane): LaneState(**state) for lane, state in content.items()}
+    return {int(shard): StreamShardState(**state) for shard, state in content.items()}
