@@ -2,8 +2,8 @@
 
 Decides: two forwards that share no code but torch. `plain_logits` runs the plain model's own layers on plain tensors;
 `parallel_logits` works on the parallel tensors as megatron lays them out (q, k, v interleaved by group; gate over up;
-padded tables) under the house's rule of sight. If both agree on random tokens, the name table, the cuts and the written
-bytes are right. Costs: one layer, plus the embedding table; fp32.
+padded tables) under the package's own visibility rule. If both agree on random tokens, the name table, the cuts and the
+written bytes are right. Costs: one layer, plus the embedding table; fp32.
 Source of the parallel layout: megatron-core 0.16.1 transformer/attention.py (get_query_key_value_tensors), mlp.py.
 """
 

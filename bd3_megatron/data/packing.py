@@ -243,17 +243,17 @@ class PackedRows:
             place = np.arange(start, stop)
             within = place - places[first:last][of_place]
             length = np.diff(starts)[of_place]
-            room = length - within
-            is_text = room > 0
+            text_left = length - within
+            is_text = text_left > 0
             # behind the end token, up to the end of the block in which it stands
             filled = -(-(length + 1) // self.rule.fill) * self.rule.fill if row.is_fill_BL is not None else length + 1
-            is_fill = (room < 0) & (within < filled)
+            is_fill = (text_left < 0) & (within < filled)
             span = row.tokens_BL[offset:end]
             span[is_text] = self.shards.tokens(shard)[(starts[:-1][of_place] + within)[is_text]]
             if self.rule.append_eos:
-                span[(room == 0) | is_fill] = self.shards.special.eos
+                span[(text_left == 0) | is_fill] = self.shards.special.eos
             if row.is_padding_BL is not None:
-                row.is_padding_BL[offset:end] = (room <= -int(self.rule.append_eos)) & ~is_fill
+                row.is_padding_BL[offset:end] = (text_left <= -int(self.rule.append_eos)) & ~is_fill
             if row.is_fill_BL is not None:
                 row.is_fill_BL[offset:end] = is_fill
             if row.document_id_BL is not None and row.position_BL is not None:
@@ -287,7 +287,7 @@ class PackedRows:
         if found is None:
             ends = self.shards.document_ends(shard).astype(np.int64)
             lengths: Ints = np.diff(ends, prepend=0)
-            found = np.concatenate([[0], np.cumsum(self._room(lengths))]).astype(np.int64)
+            found = np.concatenate([[0], np.cumsum(self._num_places(lengths))]).astype(np.int64)
             # The oldest entry goes: the limit bounds memory where a corpus has many thousand shards.
             if len(self._places) >= _MAX_CACHED_SHARDS:
                 self._places.pop(next(iter(self._places)))
@@ -300,7 +300,7 @@ class PackedRows:
         ends = self.shards.document_ends(shard)[max(first - 1, 0) : last].astype(np.int64)
         return np.concatenate([[0], ends]) if first == 0 else ends
 
-    def _room(self, lengths: Ints) -> Ints:
+    def _num_places(self, lengths: Ints) -> Ints:
         step = self.rule.alignment
         return -(-(lengths + int(self.rule.append_eos)) // step) * step
 

@@ -30,7 +30,7 @@ from bd3_megatron.errors import DataError, WorkStopped
 from bd3_megatron.files import disk_errors, read_json, whole, write_json
 
 RECORD_FILE = "record.json"
-DISK_REMEDY = "make room or choose another --out, and run the same command again: finished parts are kept"
+DISK_REMEDY = "free some space or choose another --out, and run the same command again: finished parts are kept"
 # Characters inside the tokenizer at a time: enough to occupy its threads, little enough for memory.
 _BATCH_CHARACTERS = 1 << 20
 BAD_NAMED = 5

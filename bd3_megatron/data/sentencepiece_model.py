@@ -60,7 +60,7 @@ def train_sentencepiece(
         raise TokenizerError(f"model_type={model_type} is not known; use unigram or bpe.")
     if vocab_size <= _SMALLEST_VOCABULARY:
         raise TokenizerError(
-            f"vocab_size={vocab_size} leaves no room beside 256 bytes and 5 special tokens; use 262 or more."
+            f"vocab_size={vocab_size} holds nothing beside 256 bytes and 5 special tokens; use 262 or more."
         )
     model = io.BytesIO()
     try:
@@ -285,9 +285,9 @@ def _named_tokens(model: Any) -> dict[str, str | None]:
 def _prove_equal(content: bytes, tokenizer: FastTokenizer, where: str) -> None:
     import sentencepiece
 
-    judge = sentencepiece.SentencePieceProcessor(model_proto=content)
+    original = sentencepiece.SentencePieceProcessor(model_proto=content)
     for probe in _PROBES:
-        if judge.encode(probe) != tokenizer.encode(probe).tolist():
+        if original.encode(probe) != tokenizer.encode(probe).tolist():
             raise TokenizerError(
                 f"{where} cannot be turned into an equal tokenizer.json (they differ on {probe[:20]!r}); "
                 "train it with identity normalisation, no dummy prefix and no removal of white space."

@@ -146,7 +146,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(
         ((), "one source is read and none was given"),
         (("--text", text, "--builtin", "python-docs"), "--text and --builtin was given; use one of"),
         (("--text", text, "--tokenizer", "./none"), "tokenizer ./none does not exist"),
-        (("--text", text, "--tokenizer", "sentencepiece", "--vocab-size", 100), "vocab_size=100 leaves no room"),
+        (("--text", text, "--tokenizer", "sentencepiece", "--vocab-size", 100), "vocab_size=100 holds nothing"),
         (("--text", text, "--workers", 0), "num_workers=0 does no work"),
         (("--text", text, "--valid-fraction", 2), "valid_fraction=2.0 is outside"),
         (("--text", text, "--skip-bad", -1), "skip_bad=-1 is negative"),

@@ -150,7 +150,9 @@ def test_a_disk_that_fills_up_publishes_nothing_and_keeps_what_is_finished(
 ) -> None:
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() + "word " * 4000)  # the last part alone does not fit
-    limited(big, tmp_path / "out", 6000, r"failed \(File too large\); make room .* finished parts are kept", workers)
+    limited(
+        big, tmp_path / "out", 6000, r"failed \(File too large\); free some space .* finished parts are kept", workers
+    )
     assert not (tmp_path / "out").exists()
     records = list((tmp_path / ".out.partial" / "work" / "parts").glob("*/record.json"))
     assert len(records) > 3
@@ -352,7 +354,7 @@ def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_pat
         ({"valid_fraction": 0.9}, ConfigError, r"valid_fraction=0.9 is outside \[0, 0.5\]"),
         ({"sources": {}}, ConfigError, "no text was named"),
         ({"tokenizer": "./none"}, TokenizerError, "tokenizer ./none does not exist"),
-        ({"tokenizer": "sentencepiece", "vocab_size": 9}, TokenizerError, "vocab_size=9 leaves no room"),
+        ({"tokenizer": "sentencepiece", "vocab_size": 9}, TokenizerError, "vocab_size=9 holds nothing"),
         ({"detokenizer": "x"}, ConfigError, "detokenizer=x is not known"),
         ({"sources": {"train": TextFiles(paths=("gone.txt",))}}, DataError, "gone.txt does not exist"),
         (

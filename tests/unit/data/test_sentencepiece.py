@@ -114,7 +114,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_impossible_vocabularies_are_refused() -> None:
-    with pytest.raises(TokenizerError, match="vocab_size=261 leaves no room beside 256 bytes and 5 special tokens"):
+    with pytest.raises(TokenizerError, match="vocab_size=261 holds nothing beside 256 bytes and 5 special tokens"):
         train_sentencepiece([english(100, 1)], 261)
     with pytest.raises(
         TokenizerError, match="vocab_size=5000 cannot be trained on this text .* use a smaller --vocab-size"
