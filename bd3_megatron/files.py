@@ -265,7 +265,7 @@ def reason_of(error: OSError) -> str:
 
 def _cannot_write(path: Path, error: OSError) -> FileError:
     sentence = FileError(
-        f"{path} cannot be written ({reason_of(error)}); free some space, or name a place you may write to."
+        f"{path} cannot be written ({reason_of(error)}); free some space, or name a folder you may write to."
     )
     # callers that explain the same error in words of their own ask for its reason
     sentence.errno = error.errno

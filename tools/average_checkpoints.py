@@ -21,7 +21,9 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="average_checkpoints", description="Write the mean of several checkpoints as a checkpoint."
     )
-    parser.add_argument("places", type=Path, nargs="+", help="one run's folder (with --last or --best), or checkpoints")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", help="one run's folder (with --last or --best), or checkpoints"
+    )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--last", type=int, help="the newest so many")
     chosen.add_argument("--best", type=int, help="those with the lowest held-out loss in metrics.jsonl")
@@ -42,11 +44,11 @@ def work(parsed: argparse.Namespace) -> int:
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    paths = parsed.places
+    paths = parsed.sources
     if parsed.last is not None:
-        paths = last_checkpoints(parsed.places[0], parsed.last, warn=warn)
+        paths = last_checkpoints(parsed.sources[0], parsed.last, warn=warn)
     elif parsed.best is not None:
-        paths = best_checkpoints(parsed.places[0], parsed.best, warn=warn)
+        paths = best_checkpoints(parsed.sources[0], parsed.best, warn=warn)
     manifest = average(paths, parsed.out, raw=parsed.raw)
     kind = "averaged" if manifest.origin["weights"] == "ema" else "raw"
     print(f"{parsed.out}: mean of the {kind} weights of steps {manifest.origin['averaged_steps']}")

@@ -26,7 +26,7 @@ def build_parser() -> CommandParser:
         prog="convert_checkpoint", description="Write a checkpoint as a Hugging Face folder, and prove it."
     )
     parser.add_argument(
-        "place", type=Path, help="a run's folder, one checkpoint of it, or (with --layout) an exported folder"
+        "source", type=Path, help="a run's folder, one checkpoint of it, or (with --layout) an exported folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
@@ -60,7 +60,7 @@ def convert_own_folder(parsed: argparse.Namespace) -> list[str]:
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 
     report = convert_checkpoint(
-        parsed.place,
+        parsed.source,
         parsed.out,
         raw=parsed.raw,
         dtype=getattr(torch, TORCH_NAMES[parsed.dtype]),
@@ -85,13 +85,13 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
 
     dtype = getattr(torch, TORCH_NAMES[parsed.dtype])
     with scratch_folder(parsed.out) as between:
-        folder, lines = parsed.place, []
+        folder, lines = parsed.source, []
         if model_type_of(folder) != MODEL_TYPE:
             folder = between / "bd3"
             lines = convert_own_folder(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
         mask: MaskPlace | None = "moved" if parsed.remap_mask else "kept" if parsed.keep_mask else None
         remarks = export_layout(folder, parsed.out, parsed.layout, mask=mask, dtype=dtype)
-    return [f"{parsed.out}: {parsed.layout} layout of {parsed.place}", *lines, *remarks]
+    return [f"{parsed.out}: {parsed.layout} layout of {parsed.source}", *lines, *remarks]
 
 
 if __name__ == "__main__":

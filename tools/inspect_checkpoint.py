@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def build_parser() -> CommandParser:
     """The arguments of this tool."""
     parser = CommandParser(prog="inspect_checkpoint", description="Print what a checkpoint holds, or how two differ.")
-    parser.add_argument("place", type=Path, help="a run's folder, or one checkpoint of it")
+    parser.add_argument("source", type=Path, help="a run's folder, or one checkpoint of it")
     parser.add_argument(
         "--which", default="model", choices=("model", "ema", "exp_avg", "exp_avg_sq"), help="which tensors"
     )
@@ -46,10 +46,10 @@ def work(parsed: argparse.Namespace) -> int:
     from bd3_megatron.checkpoint.verify import verify
     from bd3_megatron.convert.from_checkpoint import find_checkpoint
 
-    place = parsed.place if (parsed.place / MANIFEST).is_file() else find_checkpoint(parsed.place)
+    path = parsed.source if (parsed.source / MANIFEST).is_file() else find_checkpoint(parsed.source)
     if parsed.verify:
-        verify(place)
-    reader = open_checkpoint(place)
+        verify(path)
+    reader = open_checkpoint(path)
     if parsed.against is not None:
         return print_differences(reader, open_checkpoint(find_checkpoint(parsed.against)), parsed.which)
     print_manifest(reader, verified=parsed.verify)

@@ -32,7 +32,7 @@ def describe_run(
         engine: between two steps.
         config: the run.
         step: optimizer updates done.
-        samples_consumed: place in the order of data.
+        samples_consumed: position in the order of data.
         train_state: the trainer's own; plain JSON.
         evaluation: how likelihood is measured; plain JSON.
     """

@@ -66,7 +66,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """A safetensors file, written tensor by tensor from where the tensors are, flushed to the disk.
 
     Args:
-        path: its place; the folder is made.
+        path: of the file; the folder is made.
         tensors: on the CPU.
         metadata: text beside them.
     """
@@ -83,7 +83,7 @@ def stream_safetensors(
     """A safetensors file whose tensors are made one at a time, in the order of `specs`.
 
     Args:
-        path: its place; the folder is made.
+        path: of the file; the folder is made.
         specs: dtype and shape of each tensor, known beforehand.
         produce: makes the tensor of a name, on the CPU, in that dtype and shape.
         metadata: text beside them.

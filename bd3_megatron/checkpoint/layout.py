@@ -54,7 +54,7 @@ class Manifest:
     step: int
     """Optimizer updates done."""
     samples_consumed: int
-    """Place in the order of data."""
+    """Position in the order of data."""
     grid: dict[str, int]
     """Sizes of the axes tp, pp, vpp, cp, dp."""
     zero_stage: int

@@ -129,9 +129,9 @@ def _is_same_layout(engine: ZeroEngine, path: Path, manifest: Manifest) -> bool:
         return False
     sidecar = read_sidecar(path, topology.rank)
     here = [[p.name, p.index, p.start, p.numel, p.offset] for p in owned_pieces(engine)]
-    place = (sidecar["tp_rank"], sidecar["pp_rank"]) == (topology.tp_rank, topology.pp_rank)
+    is_same_rank = (sidecar["tp_rank"], sidecar["pp_rank"]) == (topology.tp_rank, topology.pp_rank)
     shapes = {name: list(shape) for name, shape in shard_shapes(engine).items()}
-    return place and manifest.grid == topology.grid and sidecar["pieces"] == here and sidecar["shapes"] == shapes
+    return is_same_rank and manifest.grid == topology.grid and sidecar["pieces"] == here and sidecar["shapes"] == shapes
 
 
 def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:

@@ -260,11 +260,11 @@ def tensors(reader: CheckpointReader, which: str = "model") -> Iterator[tuple[st
         yield name, reader.tensor(name, which)
 
 
-def views_of_shard(whole: Tensor, partition: Partition, place: tuple[int, int]) -> list[Tensor]:
-    """Where tensor-parallel rank `place[0]` of `place[1]` belongs in the whole tensor: one view a stacked part."""
+def views_of_shard(whole: Tensor, partition: Partition, rank_of: tuple[int, int]) -> list[Tensor]:
+    """Where tensor-parallel rank `rank_of[0]` of `rank_of[1]` belongs in the whole tensor: one view a stacked part."""
     if partition.dim is None:
         return [whole]
-    rank, size = place
+    rank, size = rank_of
     parts = whole.chunk(partition.strides, dim=partition.dim)
     return [part.chunk(size, dim=partition.dim)[rank] for part in parts]
 

@@ -47,7 +47,7 @@ def save(
         engine: between two steps.
         checkpoints_dir: RUN_DIR/checkpoints, on a file system that all ranks see.
         step: optimizer updates done.
-        samples_consumed: place in the order of data.
+        samples_consumed: position in the order of data.
         config: the run; its checkpoint section says what is kept.
         train_state: what the trainer must remember; plain JSON.
         evaluation: how likelihood is measured; plain JSON. None: the defaults.

@@ -58,26 +58,28 @@ class ConversionReport:
     notes: tuple[str, ...]
 
 
-def find_checkpoint(place: Path, *, warn: Callable[[str], None] | None = None) -> Path:
+def find_checkpoint(run_or_checkpoint: Path, *, warn: Callable[[str], None] | None = None) -> Path:
     """The checkpoint a person means by naming a run's folder, its checkpoints folder, or one checkpoint.
 
     Raises:
         CheckpointError: there is none, or none that is complete.
     """
-    if (place / MANIFEST).is_file():
-        verify(place)
-        return place
-    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    if (run_or_checkpoint / MANIFEST).is_file():
+        verify(run_or_checkpoint)
+        return run_or_checkpoint
+    folder = run_or_checkpoint / "checkpoints" if (run_or_checkpoint / "checkpoints").is_dir() else run_or_checkpoint
     if not folder.is_dir():
-        raise CheckpointError(f"{place} does not exist; give a run's folder or one of its checkpoints.")
+        raise CheckpointError(f"{run_or_checkpoint} does not exist; give a run's folder or one of its checkpoints.")
     found = newest_valid(folder, warn=warn)
     if found is None:
-        raise CheckpointError(f"{place} holds no complete checkpoint; give a run's folder or one of its checkpoints.")
+        raise CheckpointError(
+            f"{run_or_checkpoint} holds no complete checkpoint; give a run's folder or one of its checkpoints."
+        )
     return found[0]
 
 
 def convert_checkpoint(
-    place: Path,
+    run_or_checkpoint: Path,
     out: Path,
     *,
     raw: bool = False,
@@ -88,9 +90,9 @@ def convert_checkpoint(
     """Write the folder of a checkpoint and prove it.
 
     Args:
-        place: run folder or checkpoint.
+        run_or_checkpoint: folder of a run, or one checkpoint.
         out: the folder to write; an older exported folder there is replaced.
-        raw: the trained weights in place of their average.
+        raw: the trained weights instead of their average.
         dtype: of the stored weights.
         licence: for the model card; a Hugging Face licence id.
         warn: told about checkpoints that were skipped.
@@ -98,7 +100,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError, ConversionError: see the module.
     """
-    path = find_checkpoint(place, warn=warn)
+    path = find_checkpoint(run_or_checkpoint, warn=warn)
     reader = open_checkpoint(path)
     manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
     which = "model" if raw or "ema" not in reader.kinds() else "ema"

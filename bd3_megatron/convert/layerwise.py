@@ -175,10 +175,8 @@ def _norm(x: Tensor, produce: Produce, name: str, model: ModelConfig) -> Tensor:
     return centred * scale * weight + produce(f"{name}.bias")
 
 
-def _attention(
-    u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig, place: tuple[Tensor, Tensor]
-) -> Tensor:
-    position_R, sees_RR = place
+def _attention(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig, rows: tuple[Tensor, Tensor]) -> Tensor:
+    position_R, sees_RR = rows
     share, width = model.num_heads // model.kv_heads, model.head_width
     fused = (u_BRD @ produce(prefix + "linear_qkv.weight").T).unflatten(-1, (model.kv_heads, share + 2, width))
     q, k, v = fused[..., :share, :], fused[..., share : share + 1, :], fused[..., share + 1 :, :]

@@ -172,14 +172,14 @@ class _StreamShards:
         """Own rows of a batch, and the states of their stream shards after it."""
         rows: NumberedRows = []
         states: dict[int, StreamShardState] = {}
-        for place, index in enumerate(index_B.tolist()):
+        for row, index in enumerate(index_B.tolist()):
             number, shard = divmod(index, self._plan.num_shards)
             if shard not in self._own:
                 continue
             # Opened at first use: a rank opens only the stream shards that its samples touch.
             if shard not in self._shards:
                 self._shards[shard] = StreamShard(self._plan, shard, self._states.get(shard))
-            rows.append((place, self._shards[shard].row(number)))
+            rows.append((row, self._shards[shard].row(number)))
             states[shard] = self._shards[shard].state_before(number + 1)
         return rows, states
 

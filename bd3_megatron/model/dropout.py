@@ -20,8 +20,8 @@ def seed_dropout(seed: int, step: int, topology: Topology) -> None:
     Args:
         seed: run.seed.
         step: updates made so far.
-        topology: this rank's place.
+        topology: this rank's coordinates in the grid.
     """
-    place = f"step {step} dp {topology.dp_rank} pp {topology.pp_rank}"
+    coordinates = f"step {step} dp {topology.dp_rank} pp {topology.pp_rank}"
     # megatron adds the tp rank and keeps 32 bits of what torch takes
-    model_parallel_cuda_manual_seed(generator_seed(seed, Purpose.DROPOUT, place) % 2**31)
+    model_parallel_cuda_manual_seed(generator_seed(seed, Purpose.DROPOUT, coordinates) % 2**31)

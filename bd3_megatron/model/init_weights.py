@@ -27,7 +27,7 @@ def init_weights(root: Root, model: ModelConfig, topology: Topology, *, seed: in
     Args:
         root: the rank's chunks.
         model: for the deviations.
-        topology: this rank's place.
+        topology: this rank's coordinates in the grid.
         seed: run.seed.
     """
     gated = model.style == "modern"

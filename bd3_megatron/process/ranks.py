@@ -32,8 +32,8 @@ def reserve_port() -> socket.socket:
 
 def rank_variables(rank: int, ranks: int, rendezvous: Mapping[str, str]) -> dict[str, str]:
     """What torch's env:// rendezvous reads in one rank."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    return {**{k: str(v) for k, v in place.items()}, **rendezvous}
+    coordinates = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {**{k: str(v) for k, v in coordinates.items()}, **rendezvous}
 
 
 def fork_ranks(

@@ -1,4 +1,4 @@
-"""A step that does not end: every rank writes where it stands, the one to blame is named, and the job fails.
+"""A step that does not end: every rank writes a report, the rank to blame is named, and the job fails.
 
 Decides: how long is too long (the larger of watch.hang_seconds and watch.hang_factor times the median step), and who is
 to blame. Evaluation and saving count as a step: hang_seconds must exceed both. Costs: a clock reading a step; nothing with
@@ -32,7 +32,7 @@ from bd3_megatron.process.status import write_status
 
 MEDIAN_STEPS = 101
 """Steps whose median says what is usual."""
-WORDS_SECONDS = 5.0
+REPORTS_SECONDS = 5.0
 """How long ranks wait for each other's reports before they name one."""
 LAST_RESORT_SECONDS = 30.0
 """After the limit, until faulthandler's timer ends a process whose interpreter answers no more."""
@@ -45,15 +45,15 @@ HUNG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Word:
-    """What a rank that waits too long says of itself."""
+class HangReport:
+    """Status report of a rank that waits too long."""
 
     rank: int
     node: str
     step: int
     collective: str
     """Name of the collective it waits in, or OUTSIDE."""
-    place: str
+    location: str
     """Where in the code: the innermost line of ours."""
 
 
@@ -123,28 +123,28 @@ class Watchdog:
     def _give_up(self, loop: int, waited: float) -> None:
         # whatever goes wrong here, the process must end: others wait for it
         try:
-            own = self._leave_word(loop)
-            words = self._words()
-            verdict = blamed(words, self._world_size)
+            own = self._write_report(loop)
+            reports = self._reports()
+            verdict = blamed(reports, self._world_size)
             sentence = (
                 f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
             )
             print(f"bd3: error: {sentence}; stacks of all ranks in {self._folder}", file=sys.stderr, flush=True)
             # all ranks read the same reports and reach one verdict: the lowest of them writes it
-            self._publish(sentence, is_author=own.rank == min(word.rank for word in words))
+            self._publish(sentence, is_author=own.rank == min(report.rank for report in reports))
         finally:
             os._exit(HUNG)
 
-    def _leave_word(self, loop: int) -> Word:
+    def _write_report(self, loop: int) -> HangReport:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank-{self._rank}.txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
         frame = sys._current_frames().get(loop)
-        collective, place = where(frame)
-        word = Word(rank=self._rank, node=self._node, step=self._step, collective=collective, place=place)
-        write_json(folder / f"rank-{self._rank}.json", asdict(word), indent=None)
-        return word
+        collective, location = where(frame)
+        report = HangReport(rank=self._rank, node=self._node, step=self._step, collective=collective, location=location)
+        write_json(folder / f"rank-{self._rank}.json", asdict(report), indent=None)
+        return report
 
     def _publish(self, sentence: str, *, is_author: bool) -> None:
         verdict = self._folder / "verdict.txt"
@@ -152,57 +152,57 @@ class Watchdog:
             write_status(self._run_dir, "hung", reason=sentence, step=self._step, exit_code=HUNG)
             write_text(verdict, f"{sentence}\n")
         # the first rank to end has the others killed, the author among them
-        deadline = time.monotonic() + WORDS_SECONDS
+        deadline = time.monotonic() + REPORTS_SECONDS
         while not verdict.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def _words(self) -> list[Word]:
+    def _reports(self) -> list[HangReport]:
         # limits follow each rank's own median, so the others may be a little later
-        deadline = time.monotonic() + max(WORDS_SECONDS, 0.1 * self.limit_seconds)
+        deadline = time.monotonic() + max(REPORTS_SECONDS, 0.1 * self.limit_seconds)
         while True:
             files = sorted(self._folder.glob("rank-*.json"))
             if len(files) == self._world_size or time.monotonic() > deadline:
-                return [Word(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+                return [HangReport(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
             time.sleep(0.1)
 
 
 def where(frame: FrameType | None) -> tuple[str, str]:
     """The collective, or the function that waits for a device, that a stack is in, and the innermost line of ours."""
-    collective, place = OUTSIDE, "unknown"
-    if frame is not None and any(w in linecache.getline(frame.f_code.co_filename, frame.f_lineno) for w in WAITS):
+    collective, location = OUTSIDE, "unknown"
+    if frame is not None and any(wait in linecache.getline(frame.f_code.co_filename, frame.f_lineno) for wait in WAITS):
         collective = frame.f_code.co_name
     ours = f"{os.sep}bd3_megatron{os.sep}"
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         if file.endswith(COLLECTIVE_FILE) and collective == OUTSIDE:
             collective = name
-        if place == "unknown" and ours in file:
+        if location == "unknown" and ours in file:
             short = file[file.rindex(ours) + 1 :]
-            place = f"{short}:{frame.f_lineno} in {name}"
+            location = f"{short}:{frame.f_lineno} in {name}"
         frame = frame.f_back
-    return collective, place
+    return collective, location
 
 
-def blamed(words: Sequence[Word], world_size: int) -> str:
+def blamed(reports: Sequence[HangReport], world_size: int) -> str:
     """Who is to blame, as a part of a sentence; pure.
 
     Args:
-        words: of the ranks that still could speak.
+        reports: of the ranks that could still write one.
         world_size: how many there should be.
     """
     # To blame, in this order: a rank without a report (stopped, or dead on a node that is), ranks outside of a
     # collective while others wait in one, ranks that wait in another collective than most.
-    silent = sorted(set(range(world_size)) - {w.rank for w in words})
-    waiting = [w.collective for w in words if w.collective != OUTSIDE]
+    silent = sorted(set(range(world_size)) - {r.rank for r in reports})
+    waiting = [r.collective for r in reports if r.collective != OUTSIDE]
     if silent:
         names = ", ".join(map(str, silent))
         rest = f" and the others wait in {_usual(waiting)}" if waiting else ""
         return f"rank {names} does not answer any more{rest}"
     usual = _usual(waiting) if waiting else OUTSIDE
-    outside = [w for w in words if w.collective == OUTSIDE and waiting]
-    blamed = outside or [w for w in words if w.collective != usual] or list(words)
-    told = "; ".join(f"rank {w.rank} (node {w.node}) is in {w.collective}, at {w.place}" for w in blamed)
-    others = f"; the others wait in {usual}" if len(blamed) < len(words) else ""
+    outside = [r for r in reports if r.collective == OUTSIDE and waiting]
+    blamed = outside or [r for r in reports if r.collective != usual] or list(reports)
+    told = "; ".join(f"rank {r.rank} (node {r.node}) is in {r.collective}, at {r.location}" for r in blamed)
+    others = f"; the others wait in {usual}" if len(blamed) < len(reports) else ""
     return told + others
 
 

@@ -115,7 +115,7 @@ class StepBatches:
         Args:
             rows: where clean rows come from.
             plan: of this attempt.
-            topology: this rank's place.
+            topology: this rank's coordinates in the grid.
             first_step: updates made so far.
             mask_id: of the tokenizer.
             num_workers: loader processes.

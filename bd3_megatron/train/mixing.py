@@ -4,7 +4,7 @@ Decides: stages are fixed in samples the moment they begin, and that history is 
 therefore counted as it was consumed, whatever batch size, weights or stage lengths a resumed run has: every source goes on
 where it was. Lengths in tokens do not depend on the batch size; lengths in steps end where the plan has that step. A
 stage whose weights equal those before it begins nothing.
-Refuses: histories with more sources than are named now. Sources are known by their place: new ones come last.
+Refuses: histories with more sources than are named now. Sources are known by their position in the list: new ones come last.
 """
 
 from __future__ import annotations

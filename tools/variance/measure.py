@@ -101,31 +101,31 @@ class NoiseVariance:
 
 def _train(options: argparse.Namespace) -> list[Path]:
     """One short run for each block size, in folders of their own, on one copy of the data."""
-    places: list[Path] = []
+    folders: list[Path] = []
     for size in options.block_size:
-        place = options.out / f"S{size}"
-        overrides = [f"run.dir={place}", f"diffusion.block_size={size}", f"train.steps={options.steps}", *options.set]
-        if places and (places[0] / "data").is_dir():
-            overrides.append(f"data.path={places[0] / 'data'}")
+        folder = options.out / f"S{size}"
+        overrides = [f"run.dir={folder}", f"diffusion.block_size={size}", f"train.steps={options.steps}", *options.set]
+        if folders and (folders[0] / "data").is_dir():
+            overrides.append(f"data.path={folders[0] / 'data'}")
         command = [sys.executable, "-m", "bd3_megatron.cli", "train", options.train, *overrides]
         code = subprocess.run(command).returncode
         if code:
             raise LaunchError(f"training at block_size={size} ended with exit code {code}; see its own words above.")
-        places.append(place)
-    return places
+        folders.append(folder)
+    return folders
 
 
-def open_subject(place: Path, batch_rows: int) -> Subject:
+def open_subject(folder: Path, batch_rows: int) -> Subject:
     """The newest checkpoint of a run with its held-out rows.
 
     Raises:
         CheckpointError: there is none.
         DataError: an autoregressive run, or no held-out rows.
     """
-    reader = open_checkpoint(find_checkpoint(place))
+    reader = open_checkpoint(find_checkpoint(folder))
     config, manifest = config_from_tree(reader.manifest.config), reader.manifest
     if not objective_of(config).has_noise or manifest.mask_id is None:
-        raise DataError(f"'{place}' is an autoregressive run, which draws no noise; give a block-diffusion run.")
+        raise DataError(f"'{folder}' is an autoregressive run, which draws no noise; give a block-diffusion run.")
     data = open_data(config)
     if data.valid is None:
         raise DataError(f"'{data_folder(config)}' holds no held-out rows; prepare it with a valid split.")

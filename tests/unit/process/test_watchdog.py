@@ -8,34 +8,34 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_megatron.config.schema import WatchConfig
-from bd3_megatron.process.watchdog import OUTSIDE, Watchdog, Word, blamed, where
+from bd3_megatron.process.watchdog import OUTSIDE, HangReport, Watchdog, blamed, where
 
 
-def word(rank: int, collective: str) -> Word:
-    return Word(rank=rank, node=f"n{rank}", step=4, collective=collective, place=f"file.py:{rank} in f")
+def report(rank: int, collective: str) -> HangReport:
+    return HangReport(rank=rank, node=f"n{rank}", step=4, collective=collective, location=f"file.py:{rank} in f")
 
 
 def test_a_rank_outside_of_a_collective_is_to_blame() -> None:
-    assert blamed([word(0, "all_reduce"), word(1, OUTSIDE), word(2, "all_reduce")], 3) == (
+    assert blamed([report(0, "all_reduce"), report(1, OUTSIDE), report(2, "all_reduce")], 3) == (
         "rank 1 (node n1) is in no collective, at file.py:1 in f; the others wait in all_reduce"
     )
 
 
 def test_a_rank_that_says_nothing_is_to_blame() -> None:
-    assert blamed([word(0, "all_reduce"), word(2, "all_reduce")], 3) == (
+    assert blamed([report(0, "all_reduce"), report(2, "all_reduce")], 3) == (
         "rank 1 does not answer any more and the others wait in all_reduce"
     )
-    assert blamed([word(0, OUTSIDE)], 2) == "rank 1 does not answer any more"
+    assert blamed([report(0, OUTSIDE)], 2) == "rank 1 does not answer any more"
 
 
 def test_a_rank_in_another_collective_is_to_blame() -> None:
-    assert blamed([word(0, "all_reduce"), word(1, "barrier"), word(2, "all_reduce")], 3) == (
+    assert blamed([report(0, "all_reduce"), report(1, "barrier"), report(2, "all_reduce")], 3) == (
         "rank 1 (node n1) is in barrier, at file.py:1 in f; the others wait in all_reduce"
     )
 
 
 def test_nobody_in_a_collective_is_everybody() -> None:
-    assert blamed([word(0, OUTSIDE), word(1, OUTSIDE)], 2) == (
+    assert blamed([report(0, OUTSIDE), report(1, OUTSIDE)], 2) == (
         "rank 0 (node n0) is in no collective, at file.py:0 in f; rank 1 (node n1) is in no collective, at file.py:1 in f"
     )
 
