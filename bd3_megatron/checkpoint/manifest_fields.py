@@ -54,6 +54,11 @@ def _is_configuration(value: Any) -> bool:
     return isinstance(value, dict) and "model" in value and all(isinstance(part, dict) for part in value.values())
 
 
+def _is_train_state(value: Any) -> bool:
+    # the trainer's own, but for the one number that exports rely on
+    return isinstance(value, dict) and (value.get("block_size") is None or is_count(value["block_size"], 1, MAX_ROWS))
+
+
 def _is_file_record(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"bytes", "sha256"}:
         return False
@@ -72,7 +77,7 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seeds": (_all_values(lambda v: is_count(v, -MAX_COUNT)), "whole numbers by name"),
     "vocab_size": (lambda v: is_count(v, 1, MAX_ROWS), "a whole number from 1 to 2**31"),
     "mask_id": (lambda v: v is None or is_count(v, 0, MAX_ROWS), "an id of the vocabulary or nothing"),
-    "train_state": (lambda v: isinstance(v, dict), "values by name"),
+    "train_state": (_is_train_state, "values by name, with a block_size from 1"),
     "engine": (_all_values(lambda v: v is None or (_is_number(v) and v >= 0)), "numbers from 0 by name"),
     "software": (_all_values(_is_text), "versions by name"),
     "evaluation": (lambda v: isinstance(v, dict), "values by name"),

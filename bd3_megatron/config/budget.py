@@ -6,7 +6,7 @@ a resumed run asks the same functions. Step n is the state after n optimizer upd
 
 from __future__ import annotations
 
-from bd3_megatron.config.schema import TrainConfig
+from bd3_megatron.config.schema import PhaseConfig, TrainConfig
 
 
 def batch_size_at(train: TrainConfig, step: int) -> int:
@@ -55,6 +55,14 @@ def steps_for_tokens(train: TrainConfig, seq_len: int, tokens: int, first_step: 
         else:
             low = middle + 1
     return low
+
+
+def phase_steps(train: TrainConfig, seq_len: int, phase: PhaseConfig, first_step: int) -> int | None:
+    """Updates of a phase of diffusion.phases that begins at state `first_step`; None: it is open, to the end of the run."""
+    if phase.tokens is None:
+        return phase.steps
+    # counted with the batch that runs: under a batch warm-up the same tokens are more updates
+    return steps_for_tokens(train, seq_len, phase.tokens, first_step)
 
 
 def total_steps(train: TrainConfig, seq_len: int) -> int:

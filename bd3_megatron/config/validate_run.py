@@ -5,8 +5,8 @@ All of it is arithmetic on the configuration of a run that begins at step 0. Tor
 
 from __future__ import annotations
 
-from bd3_megatron.config.budget import samples_before, steps_for_tokens, total_steps
-from bd3_megatron.config.schema import Config, PhaseConfig
+from bd3_megatron.config.budget import phase_steps, samples_before, total_steps
+from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def _check_phases(config: Config) -> None:
                 "it would never train; raise the budget, shorten the phases before it, or leave it out."
             )
         # an open phase, the last one, ends with the run
-        length = _length(config, phase, first)
+        length = phase_steps(config.train, config.data.seq_len, phase, first)
         first = steps if length is None else first + length
     # the learning-rate segment of the last phase would be left behind
     if phases and first < steps:
@@ -42,12 +42,6 @@ def _check_phases(config: Config) -> None:
             f"diffusion.phases end at step {first} and the run has {steps} steps ({_budget(config)}); lower the budget, or "
             "leave out the length of the last phase."
         )
-
-
-def _length(config: Config, phase: PhaseConfig, first_step: int) -> int | None:
-    if phase.tokens is None:
-        return phase.steps
-    return steps_for_tokens(config.train, config.data.seq_len, phase.tokens, first_step)
 
 
 def _check_stages(config: Config) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from bd3_megatron.checkpoint.layout import MANIFEST, Manifest
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.verify import newest_valid, verify
+from bd3_megatron.config.curriculum import curriculum_of
 from bd3_megatron.config.load import config_from_tree
-from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.model_card import model_card
@@ -239,7 +239,7 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
             model,
             vocab_size=manifest.vocab_size,
             seq_len=config.data.seq_len,
-            block_size=block_size_at(config, manifest.step),
+            block_size=trained_block_size(config, manifest),
             mask_id=manifest.mask_id,
             objective=config.diffusion.objective,
             special_ids=ids,
@@ -251,19 +251,18 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
     return described, notes
 
 
-def block_size_at(config: Config, step: int) -> int:
-    """Block size of the phase that led to the state after `step` updates."""
-    if not objective_of(config).has_noise:
-        return 1
-    phases = config.diffusion.phases
-    end = 0
-    for phase in phases:
-        tokens_per_step = config.data.seq_len * config.train.global_batch_size
-        length = phase.steps if phase.tokens is None else -(-phase.tokens // tokens_per_step)
-        end += length or 0
-        if length is None or step <= end:
-            return phase.block_size
-    return phases[-1].block_size if phases else config.diffusion.block_size
+def trained_block_size(config: Config, manifest: Manifest) -> int:
+    """Block size of the update that led to a checkpoint: what its train state says.
+
+    Args:
+        config: the run.
+        manifest: the checkpoint's.
+    """
+    recorded: int | None = manifest.train_state.get("block_size")
+    if recorded is not None:
+        return recorded
+    # checkpoints of older versions, and of state 0, do not say; the run's curriculum does
+    return curriculum_of(config, num_steps=max(1, manifest.step)).trained_block_size(manifest.step)
 
 
 def data_dir_of(config: Config, checkpoint: Path) -> Path | None:

@@ -20,10 +20,11 @@ from bd3_megatron.checkpoint.layout import Manifest, checkpoint_folders, step_na
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.checkpoint.whole import write_whole
 from bd3_megatron.config.load import to_tree
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.folder import model_type_of
 from bd3_megatron.convert.from_ar import MODEL_TYPES, ArSource, MaskInit, describe_as_bd3, read_ar_folder
-from bd3_megatron.convert.from_checkpoint import block_size_at, checked_difference
+from bd3_megatron.convert.from_checkpoint import checked_difference
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
@@ -165,7 +166,7 @@ def open_source(
         foreign,
         vocab_size=vocab_size,
         mask_id=mask_id,
-        block_size=block_size_at(config, 0),
+        block_size=block_sizes(config)[0],
         length=config.data.seq_len,
         objective=config.diffusion.objective,
     )

@@ -2,15 +2,13 @@
 
 Contract: step n is the state after n optimizer updates, and the update that leaves state n belongs to the phase that
 holds n: phases are half-open, [first, first + length).
-Refuses: phases without or with two lengths, an open phase before the last, phases that end before the run does, block
-sizes that do not divide the sequence.
+Refuses: an open phase before the last, phases that end before the run does, block sizes that do not divide the sequence.
 Source: BD3-LM (arXiv 2503.09573), two-phase training; LLaDA 2.0 (warm-up, stable, decay over block sizes).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,31 +56,22 @@ class Phase:
     """One phase of a curriculum.
 
     Raises:
-        ConfigError: two lengths, or a length or block size below 1.
+        ConfigError: a length or block size below 1.
     """
 
     block_size: int
     """Diffusion block S of the phase."""
     steps: int | None = None
-    """Length in optimizer steps."""
-    tokens: int | None = None
-    """Length in clean tokens, instead of steps; rounded up to whole steps."""
+    """Length in optimizer steps; None: open, to the end of the run."""
     interval: Interval = Interval()
     """Noise levels are drawn from it."""
     lr: LrSegment = LrSegment()
     """Learning-rate factor over the phase."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.tokens is not None:
-            raise ConfigError(f"A phase has steps={self.steps} and tokens={self.tokens}; give one of the two.")
-        for name, number in (("block_size", self.block_size), ("steps", self.steps), ("tokens", self.tokens)):
+        for name, number in (("block_size", self.block_size), ("steps", self.steps)):
             if number is not None and number < 1:
                 raise ConfigError(f"A phase has {name}={number}; use 1 or more.")
-
-    def num_steps(self, tokens_per_step: int) -> int | None:
-        """Length in steps; None for an open phase."""
-        # Rounded up: a phase given in tokens trains on at least so many.
-        return self.steps if self.tokens is None else -(-self.tokens // tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -118,8 +107,6 @@ class Curriculum:
     """Of the run; >= 1."""
     seq_len: int
     """L, clean tokens of a sample."""
-    global_batch_size: int
-    """Samples of a step; with seq_len it turns tokens into steps."""
 
     def __post_init__(self) -> None:
         if not self.phases or self.total_steps < 1:
@@ -176,68 +163,9 @@ class Curriculum:
             step=step - firsts[number],
         )
 
+    def trained_block_size(self, step: int) -> int:
+        """Block size of the update that led to state `step`; of state 0, which none led to, that of the first update."""
+        return self.phase_at(max(0, step - 1)).phase.block_size
+
     def _lengths(self) -> list[int | None]:
-        return [phase.num_steps(self.seq_len * self.global_batch_size) for phase in self.phases]
-
-
-def paper_two_phase(
-    seq_len: int,
-    block_size: int,
-    interval: Interval,
-    *,
-    first_steps: int = 850_000,
-    second_steps: int = 150_000,
-    warmup_steps: int = 2500,
-) -> tuple[Phase, ...]:
-    """The paper's recipe: masked diffusion over the whole length, then blocks under a clipped interval.
-
-    Args:
-        seq_len: L.
-        block_size: S of the second phase.
-        interval: of the second phase.
-        first_steps, second_steps: lengths; the defaults are the paper's.
-        warmup_steps: of each phase, since the second is a run of its own there.
-
-    Returns:
-        Two phases.
-    """
-    # In the paper the second phase is a run of its own, with its own warm-up.
-    lr = LrSegment(warmup_steps=warmup_steps)
-    return (
-        Phase(block_size=seq_len, steps=first_steps, lr=lr),
-        Phase(block_size=block_size, steps=second_steps, interval=interval, lr=lr),
-    )
-
-
-def llada2_wsd(
-    seq_len: int,
-    *,
-    warmup_phase_steps: int,
-    stable_steps: int,
-    decay_steps: int,
-    warmup_block_sizes: Sequence[int] = (1, 4, 32),
-    final_block_size: int = 32,
-) -> tuple[Phase, ...]:
-    """LLaDA 2.0's warm-up, stable, decay over block sizes: 1 -> 4 -> 32 -> L -> 32.
-
-    Args:
-        seq_len: L, the block size of the stable phase.
-        warmup_phase_steps: length of each warm-up phase.
-        stable_steps, decay_steps: lengths of the last two.
-        warmup_block_sizes: rising block sizes before the stable phase; size 1 trains at full masking.
-        final_block_size: block size the run ends with; the learning rate falls to 0 there.
-
-    Returns:
-        The phases.
-    """
-    warmup = [
-        # At block size 1 only t = 1 teaches: the block is the token itself.
-        Phase(block_size=size, steps=warmup_phase_steps, interval=Interval(1.0, 1.0) if size == 1 else Interval())
-        for size in warmup_block_sizes
-    ]
-    return (
-        *warmup,
-        Phase(block_size=seq_len, steps=stable_steps),
-        # The last phase ends at the block size that generation will use.
-        Phase(block_size=final_block_size, steps=decay_steps, lr=LrSegment(end=0.0)),
-    )
+        return [phase.steps for phase in self.phases]

@@ -63,7 +63,7 @@ def evaluate_on_grid(
         dataset: held-out rows of data.seq_len, cut by the convention, the same on every rank, not shuffled.
         config: evaluate and diffusion sections, and the micro-batch size.
         convention: of the run.
-        block_size: S of the current phase.
+        block_size: S that the weights were trained with.
 
     Returns:
         The same estimate on every rank.

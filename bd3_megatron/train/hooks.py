@@ -31,7 +31,10 @@ class StepInfo:
 
     step: int
     """Optimizer updates made."""
-    block_size: int
+    # at the seam of two phases they differ: what was learned is measured, what will be learned is searched
+    trained_block_size: int
+    """S of the update that led to the state, as exports have it; before the first update, S of that one."""
+    next_block_size: int
     """S of the next update (of the last one at the end of the run)."""
     is_searched: bool
     """A search may choose the noise interval of the next update."""
@@ -83,7 +86,7 @@ class Hooks:
                 self.data.valid,
                 self.config,
                 self.data.convention,
-                block_size=info.block_size,
+                block_size=info.trained_block_size,
             )
         if self.loggers is not None:
             self.loggers.write({"step": info.step, **estimate.metrics()})
@@ -93,10 +96,15 @@ class Hooks:
         if self.data.valid is None:
             return None
         # one noisy copy is what the search scores; the next step takes the training rows up again
-        self.engine.model.enter_phase(info.block_size, views=1)
+        self.engine.model.enter_phase(info.next_block_size, views=1)
         with self.timeline.span("evaluation"):
             choice = search_interval(
-                self.engine, self.topology, self.data.valid, self.config, block_size=info.block_size, step=info.step
+                self.engine,
+                self.topology,
+                self.data.valid,
+                self.config,
+                block_size=info.next_block_size,
+                step=info.step,
             )
         if self.loggers is not None:
             self.loggers.write({"step": info.step, **choice.metrics()})

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bd3_megatron.config.budget import batch_size_at, samples_before, steps_for_tokens
-from bd3_megatron.config.objective import objective_of
-from bd3_megatron.config.schema import Config, PhaseConfig
-from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, PhaseOfStep
+from bd3_megatron.config.curriculum import curriculum_of
+from bd3_megatron.config.schema import Config
+from bd3_megatron.diffusion.curriculum import Curriculum, PhaseOfStep
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.engine.lr_schedule import learning_rate
 
@@ -50,26 +50,7 @@ class RunPlan:
     @cached_property
     def curriculum(self) -> Curriculum:
         """The phases; one where the configuration names none."""
-        diffusion = self.config.diffusion
-        phases: list[Phase] = []
-        first = 0
-        for phase in diffusion.phases:
-            phases.append(self._phase(phase, first))
-            first += phases[-1].steps or 0
-        if not phases:
-            size = objective_of(self.config).block_size
-            phases = [Phase(block_size=size, interval=Interval(*diffusion.interval_at(size)))]
-        train = self.config.train
-        return Curriculum(tuple(phases), self.total_steps, self.config.data.seq_len, train.global_batch_size)
-
-    def _phase(self, phase: PhaseConfig, first_step: int) -> Phase:
-        interval = phase.interval or self.config.diffusion.interval_at(phase.block_size)
-        return Phase(
-            block_size=phase.block_size,
-            steps=phase.steps if phase.tokens is None else self._steps_for(phase.tokens, first_step),
-            interval=Interval(*interval),
-            lr=LrSegment(start=phase.lr_start, end=phase.lr_end, warmup_steps=phase.lr_warmup_steps),
-        )
+        return curriculum_of(self.config, num_steps=self.total_steps)
 
     def phase_at(self, step: int) -> PhaseOfStep:
         """The phase of the update that leaves state `step`."""

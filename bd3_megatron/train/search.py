@@ -64,7 +64,7 @@ def search_interval(
         topology: the grid.
         held_out: rows, the same on every rank.
         config: the run.
-        block_size: S of the current phase; the engine's rows must already be of it.
+        block_size: S of the next update; the engine's rows must already be of it.
         step: keys the noise.
     """
     intervals = candidates(block_size, config.diffusion.search_widths)

@@ -14,6 +14,8 @@ class TrainState:
     """Optimizer updates made."""
     samples_consumed: int = 0
     """Samples of the data order that are used up; skipped batches count."""
+    block_size: int | None = None
+    """Diffusion block S of the update that led to this state; None before the first, and in checkpoints of older versions."""
     intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Block size -> searched interval (beta, omega)."""
     skipped_steps: int = 0

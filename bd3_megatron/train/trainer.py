@@ -116,6 +116,7 @@ class Trainer:
         state.skipped_steps += not is_applied
         state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
         state.step += 1
+        state.block_size = outcome.phase.block_size
         state.samples_consumed += outcome.num_samples
         is_due = state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps
         if is_due or not is_applied:
@@ -157,9 +158,11 @@ class Trainer:
 
     def _info(self, *, stopping: bool = False) -> StepInfo:
         step = self.state.step
+        next_size = self.plan.phase_at(step).phase.block_size
         return StepInfo(
             step=step,
-            block_size=self.plan.phase_at(step).phase.block_size,
+            trained_block_size=self.state.block_size or next_size,
+            next_block_size=next_size,
             is_searched=self.plan.is_searched(step),
             is_last=step == self.plan.total_steps,
             is_stopping=stopping,
@@ -173,7 +176,7 @@ class Trainer:
         if self.hooks.searches(info):
             found = self.hooks.search(info)
             if found is not None:
-                self.state.intervals[info.block_size] = (found.beta, found.omega)
+                self.state.intervals[info.next_block_size] = (found.beta, found.omega)
         if self.hooks.saves(info):
             if self.batches is not None:
                 self.state.data = self.batches.data_state()

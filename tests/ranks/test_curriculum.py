@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bd3_megatron.checkpoint.layout import read_manifest, step_name
 from bd3_megatron.config.schema import Config
+from bd3_megatron.evaluate.offline import Work, evaluate_plain, model_convention, open_model, open_split
+from bd3_megatron.evaluate.perplexity import ScoreSettings
 from tests import tolerances
 from tests.ranks.train_runs import losses, record, train, train_config, write_data
 
@@ -24,13 +28,15 @@ STEPS = 6
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("curriculum")
     write_data(root / "data")
-    train(run(root, "one"))
+    # states at both seams and at the end are evaluated and kept
+    kept = {"evaluate": {"every_steps": 2, "draws": 1}, "checkpoint": {"every_steps": 2, "keep_last": 0}}
+    train(run(root, "one", **kept))
     return root
 
 
-def run(root: Path, name: str, **parallel: Any) -> Config:
+def run(root: Path, name: str, **sections: dict[str, Any]) -> Config:
     diffusion = {"block_size": 8, "phases": PHASES}
-    return train_config(root / "data", root / name, diffusion=diffusion, train={"steps": STEPS}, parallel=parallel)
+    return train_config(root / "data", root / name, diffusion=diffusion, train={"steps": STEPS}, **sections)
 
 
 def test_every_step_trains_in_its_phase(folder: Path) -> None:
@@ -46,5 +52,20 @@ def test_every_step_trains_in_its_phase(folder: Path) -> None:
 @pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=str)
 def test_a_curriculum_is_the_same_on_every_grid(folder: Path, parallel: dict[str, Any]) -> None:
     name = "-".join(parallel)
-    train(run(folder, name, **parallel))
+    train(run(folder, name, parallel=parallel))
     assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=tolerances.GRID_LOSSES_LATER)
+
+
+def test_a_state_is_saved_and_evaluated_at_the_block_size_it_was_trained_with(folder: Path) -> None:
+    in_loop = {line["step"]: line["eval/nll_nats_per_token"] for line in record(folder / "one", prefix="eval/")}
+    for step, size in ((2, 1), (4, 8), (6, 32)):
+        checkpoint = folder / "one" / "checkpoints" / step_name(step)
+        assert read_manifest(checkpoint).train_state["block_size"] == size
+        opened = open_model(checkpoint)
+        assert opened.config.block_size == size
+        convention = model_convention(opened.config)
+        rows = open_split(folder / "data", folder, opened.config, convention)
+        model = opened.load(device=torch.device("cpu"))
+        settings = ScoreSettings(convention=convention)
+        found = evaluate_plain(model, rows, settings, Work(), mask_id=opened.config.mask_token_id)
+        assert found.nll_nats_per_token == pytest.approx(in_loop[step], abs=tolerances.EVALUATION)

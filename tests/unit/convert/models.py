@@ -42,7 +42,14 @@ def run_config(run_dir: Path, *, model: dict[str, Any] | None = None, **sections
 
 
 def whole_checkpoint(
-    path: Path, config: Config, *, step: int = 3, vocab_size: int = VOCAB, seed: int = 1, common: float = 0.0
+    path: Path,
+    config: Config,
+    *,
+    step: int = 3,
+    vocab_size: int = VOCAB,
+    seed: int = 1,
+    common: float = 0.0,
+    train_state: dict[str, Any] | None = None,
 ) -> Path:
     """A checkpoint of random weights, made without any rank.
 
@@ -50,6 +57,7 @@ def whole_checkpoint(
         path: the checkpoint's folder.
         config: the run.
         step, vocab_size, seed: of the checkpoint.
+        train_state: as the trainer would have left it.
         common: added to every embedding, so that final states have a direction in common, as those of trained models do.
     """
     table, generator = NameTable(config.model, vocab_size), torch.Generator().manual_seed(seed)
@@ -73,7 +81,7 @@ def whole_checkpoint(
         seeds={"run": 1},
         vocab_size=vocab_size,
         mask_id=MASK if config.diffusion.objective == "block" else None,
-        train_state={},
+        train_state=train_state or {},
         software=software_versions(),
     )
     write_whole(path, manifest, shapes, produce)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.config.load import load_config
+from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_ar import ArSource, describe_as_bd3, read_ar_folder
-from bd3_megatron.convert.from_checkpoint import block_size_at, convert_checkpoint
+from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.sdar import SDAR_MASK_ID, export_layout
 from bd3_megatron.convert.start_run import refuse_other_shape, refuse_other_tokenizer, start_run
@@ -234,7 +235,7 @@ def test_a_shipped_config_describes_the_model_it_names(name: str, root: Path, tm
     rows = config.model.vocab_size or HUB[name]["vocab_size"] + 1
     foreign = read_ar_folder(tmp_path)
     described = describe_as_bd3(
-        foreign, vocab_size=rows, mask_id=rows - 1, block_size=block_size_at(config, 0), length=config.data.seq_len
+        foreign, vocab_size=rows, mask_id=rows - 1, block_size=block_sizes(config)[0], length=config.data.seq_len
     )
     refuse_other_shape(described, config)
 

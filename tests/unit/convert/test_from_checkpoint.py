@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bd3_megatron.checkpoint.layout import step_name
+from bd3_megatron.checkpoint.layout import read_manifest, step_name
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.checkpoint.save import save
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.convert.from_checkpoint import (
-    block_size_at,
     checked_difference,
     convert_checkpoint,
     find_checkpoint,
     prove,
     tokenizer_of,
+    trained_block_size,
 )
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.layerwise import parallel_logits, plain_logits, random_tokens
@@ -187,11 +187,26 @@ def test_averaged_weights_are_taken_unless_raw_ones_are_asked_for(tmp_path: Path
     assert torch.equal(read_folder(tmp_path / "hf")[1]["model.norm.weight"], raw)
 
 
-def test_the_block_size_is_that_of_the_phase_in_force(tmp_path: Path) -> None:
+def test_the_exported_block_size_is_that_of_the_update_that_led_to_the_checkpoint(tmp_path: Path) -> None:
     phases = [{"block_size": 32, "steps": 3}, {"block_size": 8, "tokens": 4 * 32 * 2}, {"block_size": 4}]
     config = run_config(tmp_path, diffusion={"phases": phases})
-    assert [block_size_at(config, step) for step in (0, 3, 4, 5, 6, 100)] == [32, 32, 8, 8, 4, 4]
-    assert block_size_at(run_config(tmp_path, diffusion={"objective": "ar"}), 5) == 1
+    manifest = read_manifest(whole_checkpoint(tmp_path / step_name(3), config))
+    at = [trained_block_size(config, replace(manifest, step=step)) for step in (0, 3, 4, 5, 6, 100)]
+    assert at == [32, 32, 8, 8, 4, 4]
+    ar = run_config(tmp_path, diffusion={"objective": "ar"})
+    assert trained_block_size(ar, replace(manifest, step=5)) == 1
+    # what the run wrote down goes before what its configuration lets expect
+    stated = whole_checkpoint(tmp_path / step_name(4), config, step=4, train_state={"block_size": 16})
+    convert_checkpoint(stated, tmp_path / "hf")
+    assert read_folder(tmp_path / "hf")[0].block_size == 16
+
+
+@pytest.mark.parametrize("wrong", [0, -4, 2.5, "8", True])
+def test_a_checkpoint_whose_block_size_is_none_is_refused(wrong: object, tmp_path: Path) -> None:
+    path = whole_checkpoint(tmp_path / step_name(3), run_config(tmp_path), train_state={"block_size": wrong})
+    with pytest.raises(CheckpointError, match=r"train_state=.* must be values by name, with a block_size from 1; use"):
+        convert_checkpoint(path, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

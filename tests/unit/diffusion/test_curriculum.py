@@ -1,18 +1,17 @@
-"""Phases are half-open and exact at their seams; tokens round up to steps; recipes are as published."""
+"""Phases are half-open and exact at their seams; a state belongs to the phase that led to it."""
 
 from __future__ import annotations
 
 import pytest
 
-from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase, llada2_wsd, paper_two_phase
-from bd3_megatron.diffusion.noise_level import Interval
+from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase
 from bd3_megatron.errors import ConfigError, RangeError
 
-SEQ_LEN, BATCH = 64, 8
+SEQ_LEN = 64
 
 
 def curriculum(*phases: Phase, total_steps: int = 30) -> Curriculum:
-    return Curriculum(phases, total_steps, SEQ_LEN, BATCH)
+    return Curriculum(phases, total_steps, SEQ_LEN)
 
 
 def test_every_step_belongs_to_exactly_one_phase_and_seams_are_exact() -> None:
@@ -39,12 +38,9 @@ def test_a_longer_run_agrees_with_a_shorter_one_where_both_are() -> None:
     assert all(short.phase_at(step) == long.phase_at(step) for step in range(20))
 
 
-def test_tokens_are_rounded_up_to_whole_steps() -> None:
-    per_step = SEQ_LEN * BATCH
-    c = curriculum(
-        Phase(block_size=1, tokens=3 * per_step), Phase(block_size=4, tokens=per_step + 1), Phase(block_size=8)
-    )
-    assert c.seams() == (0, 3, 5)
+def test_a_state_was_trained_by_the_update_that_led_to_it() -> None:
+    c = curriculum(Phase(block_size=64, steps=10), Phase(block_size=4, steps=5), Phase(block_size=16))
+    assert [c.trained_block_size(step) for step in (0, 1, 10, 11, 15, 16, 30)] == [64, 64, 64, 4, 4, 16, 16]
 
 
 def test_learning_rate_segments() -> None:
@@ -59,25 +55,7 @@ def test_learning_rate_segments() -> None:
     assert [round(cosine.factor(s, 4), 6) for s in range(4)] == [1.0, 0.882843, 0.6, 0.317157]
 
 
-def test_the_papers_recipe() -> None:
-    c = Curriculum(paper_two_phase(1024, 4, Interval(0.45, 0.95)), 1_000_000, 1024, 512)
-    before, after = c.phase_at(849_999).phase, c.phase_at(850_000).phase
-    assert (before.block_size, before.interval) == (1024, Interval())
-    assert (after.block_size, after.interval) == (4, Interval(0.45, 0.95))
-    assert c.phase_at(850_000).lr_factor == 1 / 2500
-
-
-def test_llada2s_recipe() -> None:
-    phases = llada2_wsd(4096, warmup_phase_steps=5, stable_steps=10, decay_steps=5)
-    c = Curriculum(phases, 30, 4096, 8)
-    assert [p.block_size for p in phases] == [1, 4, 32, 4096, 32] and c.seams() == (0, 5, 10, 15, 25)
-    assert phases[0].interval == Interval(1.0, 1.0) and phases[1].interval == Interval()
-    assert c.phase_at(24).lr_factor == 1.0 and c.phase_at(29).lr_factor == pytest.approx(0.2)
-
-
 def test_bad_curricula_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"A phase has steps=3 and tokens=4; give one of the two\."):
-        Phase(block_size=4, steps=3, tokens=4)
     with pytest.raises(ConfigError, match=r"A phase has steps=0; use 1 or more\."):
         Phase(block_size=4, steps=0)
     with pytest.raises(ConfigError, match=r"A phase has block_size=-1; use 1 or more\."):

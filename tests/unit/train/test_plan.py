@@ -10,7 +10,7 @@ import pytest
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.diffusion.curriculum import llada2_wsd, paper_two_phase
+from bd3_megatron.diffusion.curriculum import LrSegment, Phase
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.errors import ConfigError, GridError
 from bd3_megatron.train.plan import RunPlan
@@ -152,14 +152,23 @@ def test_a_curriculum_that_ends_before_the_run_is_refused() -> None:
 
 
 def test_the_shipped_curricula_are_the_recipes() -> None:
+    # the paper: masked diffusion over the whole length, then blocks under a clipped interval, each with its own warm-up
     paper = RunPlan(load_config(CONFIGS / "curriculum_paper_two_phase.yaml"))
-    recipe = paper_two_phase(128, 4, Interval(0.45, 0.95), first_steps=1700, second_steps=300, warmup_steps=50)
+    warm = LrSegment(warmup_steps=50)
     assert [(p.block_size, p.interval, p.lr) for p in paper.curriculum.phases] == [
-        (p.block_size, p.interval, p.lr) for p in recipe
+        (128, Interval(), warm),
+        (4, Interval(0.45, 0.95), warm),
     ]
     assert paper.curriculum.seams() == (0, 1700) and paper.phase_at(1999).num_steps == 300
+    # LLaDA 2.0: blocks grow to the whole length, stay, and end at the size that generation uses, at a rate of 0
     wsd = RunPlan(load_config(CONFIGS / "curriculum_llada2_wsd.yaml"))
-    assert wsd.curriculum.phases == llada2_wsd(128, warmup_phase_steps=200, stable_steps=1000, decay_steps=400)
+    assert wsd.curriculum.phases == (
+        Phase(block_size=1, steps=200, interval=Interval(1.0, 1.0)),
+        Phase(block_size=4, steps=200),
+        Phase(block_size=32, steps=200),
+        Phase(block_size=128, steps=1000),
+        Phase(block_size=32, steps=400, lr=LrSegment(end=0.0)),
+    )
     assert [wsd.is_searched(seam) for seam in wsd.curriculum.seams()] == [False, True, True, False, True]
 
 
