@@ -113,6 +113,14 @@ give_up() { # $1: why
     exit 1
 }
 
+takes_files() { # $1: a folder
+    # flushed, because a network file system may tell only then that the disk is full
+    dd if=/dev/zero of="$1/.probe" bs=64K count=16 conv=fsync status=none 2>/dev/null
+    local code=$?
+    rm -f "$1/.probe"
+    return "$code"
+}
+
 requeue() {
     if [ "$chained" = 1 ]; then
         say "the next job of the chain continues"
@@ -155,6 +163,11 @@ for final in $final_codes; do
     if [ "$failed_with" = "$final" ]; then
         give_up "${reason:-exit code $final, which another attempt would not change}"
     fi
+done
+
+# ranks cannot report on a full disk, and the count of attempts below could not be kept there either
+for folder in "$run_dir" "$job_folder"; do
+    takes_files "$folder" || give_up "$folder takes no more files (full, over quota or read-only); free space and submit again"
 done
 
 # attempts without progress: "<newest checkpoint after the last failed attempt> <failures there>"

@@ -125,6 +125,15 @@ def test_what_another_attempt_would_not_change_is_not_tried_again(slurm: Slurm) 
         assert f"gives up: {said}" in slurm.log(f"{job}_{task}")
 
 
+def test_a_full_disk_ends_the_job_and_says_what_to_do(slurm: Slurm, tmp_path: Path) -> None:
+    # the ranks of a full disk cannot say why they ended
+    job = slurm.train(*QUICK, profile=slurm.rank('ln -sf /dev/full "$run_dir/.probe"; exit 1'))
+    ended = slurm.wait(job)
+    assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
+    said = f"gives up: {tmp_path}/run takes no more files (full, over quota or read-only); free space and submit again"
+    assert said in slurm.log(job)
+
+
 def test_a_node_named_bad_is_left_out_of_the_next_attempt(slurm: Slurm, tmp_path: Path) -> None:
     profile = slurm.rank(
         'echo "$attempt $SLURMD_NODENAME" >> "$run_dir/nodes"\n'
