@@ -38,7 +38,9 @@ EXIT_CODES = (
     ExitCode("0", "finished, or stopped on request after saving", True),
     ExitCode("1", "a rank or node failed, hung, or met a programming error (the only case with a traceback)", True),
     ExitCode(
-        "2", "a mistake in the input (configuration, data, checkpoint, command line), or a disk that takes no more", False
+        "2",
+        "a mistake in the input (configuration, data, checkpoint, command line), or a disk that takes no more",
+        False,
     ),
     ExitCode("3", "a block sees what it must not, found by `bd3 doctor` or at the start of a run", False),
     ExitCode("4", "another launch holds the folder", False),

@@ -1,8 +1,9 @@
 """Broken and odd configurations by the thousand, drawn from a seed: each must be accepted, or refused in one sentence.
 
-A case is a configuration file, overrides and a cluster profile, damaged in one of several ways. It goes through what users
-run: loading, validation, the local launcher's plan, the SLURM launcher's dry run with the planner's prediction, the grid
-search, and stored configurations. `python -m tests.fuzz_configs SEED COUNT` prints what misbehaves.
+A case is a configuration file, overrides, a cluster profile or a recipe, damaged in one of several ways. It goes through
+what users run: loading, validation, the local launcher's plan, the SLURM launcher's dry run with the planner's prediction,
+the grid search, stored configurations, requests of prepared text. `python -m tests.fuzz_configs SEED COUNT` prints what
+misbehaves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bd3_megatron.config.ranges import Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.config.yaml_file import parse_yaml
+from bd3_megatron.data.recipe import Recipe, load_recipe
 from bd3_megatron.errors import SENTENCE_CHARACTERS, BD3Error
 from bd3_megatron.planner.machines import machine_of
 from bd3_megatron.planner.plans import rank_plans
@@ -55,6 +57,33 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+RECIPE_OF_ALL = b"""\
+about: every key
+sources:
+  train: {text: [a.txt, notes/], documents: line}
+  valid:
+    dataset: some/name
+    name: en
+    split: train[:10]
+    column: meta.body
+    filters:
+      - {column: lang, one_of: [en, de]}
+      - {column: score, at_least: 3, at_most: 9.5, matches: "^a+$", equals: 4}
+    streaming: true
+    data_files: "*.jsonl"
+    revision: main
+    rows_per_part: 100
+  more: {builtin: python-docs}
+tokenizer: sentencepiece
+vocab_size: 2048
+valid_fraction: 0.1
+detokenizer: ptb
+packing:
+  train: {append_eos: true, wrap_special: false}
+"""
+"""No shipped recipe has all keys."""
+
+
 class Hang(BaseException):
     """A case took too long; nothing that catches exceptions may swallow it."""
 
@@ -71,6 +100,7 @@ class Case:
     arguments: tuple[str, ...]
     stored: Any
     """A tree as a manifest holds it, damaged; None in cases of other kinds."""
+    recipe: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +119,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
     """Cases of a seed; case n does not depend on how many are asked for."""
     configs = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
     profiles = [path.read_bytes() for path in sorted((ROOT / "configs/cluster").glob("*.yaml"))]
+    recipes = [path.read_bytes() for path in sorted((ROOT / "configs/data").glob("*.yaml"))]
     fields = list(fields_of(Config, ""))
     for number in range(count):
         draw = random.Random(f"{seed}/{number}")
@@ -101,6 +132,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
             profile=draw.choice(profiles),
             arguments=(),
             stored=None,
+            recipe=RECIPE_OF_ALL if draw.random() < 0.5 else draw.choice(recipes),
         )
         yield KINDS[kind](draw, whole, fields)
 
@@ -183,28 +215,7 @@ def override_grid(draw: random.Random, case: Case, fields: Fields) -> Case:
 
 
 def override_noise(draw: random.Random, case: Case, fields: Fields) -> Case:
-    pieces = [
-        "model",
-        "run.dir",
-        ".",
-        "=",
-        "a",
-        "[",
-        "{",
-        "'",
-        '"',
-        "#",
-        "&x",
-        "!!",
-        "-",
-        "--",
-        " ",
-        "\n",
-        "é",
-        "x" * 500,
-        "1e9",
-        ":",
-    ]
+    pieces = ["model", "run.dir", "x" * 500, "1e9", *"a.=[{'\"#-:é \n", "&x", "!!", "--"]
     return dataclasses.replace(case, overrides=("".join(draw.choices(pieces, k=draw.randint(1, 12))),))
 
 
@@ -216,20 +227,14 @@ def damaged(draw: random.Random, content: bytes) -> bytes:
     odd = [
         b"\x00",
         b"\xff\xfe",
-        b"\t",
         b"\xef\xbb\xbf",
         b": ",
         b"- ",
-        b"[",
-        b"}",
-        b"'",
-        b'"',
-        b"#",
         b"&a ",
         b"*a",
         b"!!x ",
         b"|\n",
-        b"%",
+        *map(str.encode, "\t[}'\"#%"),
     ]
     inserted = content[:position] + draw.choice(odd) + content[position:]
     return draw.choice(
@@ -275,6 +280,19 @@ def with_odd_value(draw: random.Random, content: bytes) -> bytes:
     return content.replace(b"1", b"9" * 5000, 1)
 
 
+def damage_recipe(draw: random.Random, case: Case, fields: Fields) -> Case:
+    return dataclasses.replace(case, recipe=damaged(draw, case.recipe))
+
+
+def replace_in_recipe(draw: random.Random, case: Case, fields: Fields) -> Case:
+    return dataclasses.replace(case, recipe=with_odd_value(draw, case.recipe))
+
+
+def near_recipe(draw: random.Random, case: Case, fields: Fields) -> Case:
+    tree = {"about": "near", **legal_or_near(draw, Recipe)}
+    return dataclasses.replace(case, recipe=yaml.safe_dump(tree).encode())
+
+
 def damage_stored(draw: random.Random, case: Case, fields: Fields) -> Case:
     tree = to_tree(load_config(ROOT / "configs/debug_cpu.yaml"))
     put_somewhere(draw, tree, draw.choice(ODD))
@@ -308,6 +326,9 @@ KINDS: dict[str, Callable[[random.Random, Case, Fields], Case]] = {
     "replace_in_config": replace_in_config,
     "replace_in_profile": replace_in_profile,
     "damage_stored": damage_stored,
+    "damage_recipe": damage_recipe,
+    "replace_in_recipe": replace_in_recipe,
+    "near_recipe": near_recipe,
 }
 
 
@@ -320,6 +341,7 @@ def run_case(case: Case, folder: Path) -> Iterator[str]:
     """
     (folder / "config.yaml").write_bytes(case.config)
     (folder / "site.yaml").write_bytes(case.profile)
+    (folder / "recipe.yaml").write_bytes(case.recipe)
     before = sorted(str(path) for path in folder.rglob("*"))
     for answer in answers_of(case):
         try:
@@ -348,6 +370,8 @@ def answers_of(case: Case) -> tuple[Answer, ...]:
     """What a case goes through: all that reads what is damaged in it."""
     if case.kind.endswith("stored"):
         return (answer_stored,)
+    if case.kind.endswith("recipe"):
+        return (answer_recipe,)
     return (answer_slurm,) if case.kind.endswith("profile") else (answer_local, answer_slurm, answer_search)
 
 
@@ -378,6 +402,11 @@ def answer_search(case: Case, folder: Path) -> None:
 def answer_stored(case: Case, folder: Path) -> None:
     """What resuming does with a checkpoint's manifest."""
     validate(config_from_tree(case.stored))
+
+
+def answer_recipe(case: Case, folder: Path) -> None:
+    """What `tools/prepare_data.py --recipe` does before it reads any text."""
+    load_recipe(folder / "recipe.yaml").request(folder / "out")
 
 
 @contextlib.contextmanager

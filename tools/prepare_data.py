@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
-from bd3_megatron.errors import ConfigError
+from bd3_megatron.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from bd3_megatron.data.decontaminate import NgramRequest
@@ -136,12 +136,14 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
 
 def _filter(text: str) -> RowFilter:
     """A filter as recipes write it, with or without braces."""
+    from bd3_megatron.config.load import build_named
     from bd3_megatron.config.yaml_file import parse_yaml
     from bd3_megatron.data.row_filter import RowFilter
 
-    where = f"--filter {text[:80]!r}"
+    where = f"--filter {shown(text)}"
     stated = parse_yaml(text if text.lstrip().startswith("{") else "{" + text + "}", where)
-    return RowFilter.from_dict(stated, where)
+    made: RowFilter = build_named(RowFilter, stated, where)
+    return made
 
 
 def _evaluation_sets(arguments: argparse.Namespace) -> NgramRequest | None:

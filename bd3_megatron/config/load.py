@@ -130,6 +130,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = parse_yaml(text, said)
 
 
+def build_named(cls: type, tree: Any, source: str) -> Any:
+    """`build` of what was read from `source`, which begins every refusal.
+
+    Raises:
+        ConfigError: "SOURCE: unknown key ..."
+    """
+    try:
+        return build(cls, tree, where="")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
 def build(cls: type, tree: Any, where: str) -> Any:
     """An instance of dataclass `cls` from plain data: every key known, every value of its declared type and in its range.
 

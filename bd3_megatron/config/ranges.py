@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.errors import ConfigError, shown
+from bd3_megatron.errors import ConfigError, cut, shown
 
 LONGEST_PATH_BYTES = 4000
 """Linux takes 4096, and files are made below a folder that is named here."""
@@ -87,6 +87,25 @@ class Matches:
         """
         if not re.fullmatch(self.pattern, value):
             raise ConfigError(f"{where}={shown(value)} is not {self.form}; give one.")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression as Python reads it."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse a text that is none.
+
+        Raises:
+            ConfigError: "matches='(' is no regular expression (missing ), unterminated subpattern at position 0); mend it."
+        """
+        try:
+            re.compile(value)
+        # the two others: repetitions beyond 32 bits, brackets thousands deep
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"{where}={shown(value)} is no regular expression ({cut(str(error))}); mend it."
+            ) from error
 
 
 @dataclass(frozen=True)

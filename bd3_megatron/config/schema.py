@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from bd3_megatron.config.ranges import FilePath, Matches, Range
+from bd3_megatron.config.ranges import FilePath, Matches, Pattern, Range
 from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
+from bd3_megatron.errors import ConfigError, cut
 
 # ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
 MOST_STEPS = 10**9
@@ -21,6 +22,9 @@ Weight = Annotated[float, Range(0, 1e9)]
 NoiseLevel = Annotated[float, Range(MIN_T, 1)]
 Decay = Annotated[float, Range(0, 1, open_upper=True)]
 PathText = Annotated[str, FilePath()]
+NumPieces = Annotated[int, Range(2, 1e7)]
+# the bound of data/held_out.py: a part that is larger than the rest is a slip
+HeldOutShare = Annotated[float, Range(0, 0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +117,14 @@ class FilterConfig:
     """Least number, or least number of characters of a text."""
     at_most: Annotated[float, Range(-1e18, 1e18)] | None = None
     """Greatest number, or greatest number of characters of a text."""
-    matches: str | None = None
+    matches: Annotated[str, Pattern()] | None = None
     """Regular expression found anywhere in the text."""
+
+    def __post_init__(self) -> None:
+        if (self.equals, self.one_of, self.at_least, self.at_most, self.matches) == (None,) * 5:
+            raise ConfigError(
+                f"a filter on column {cut(self.column)} compares nothing; give equals, one_of, at_least, at_most or matches."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +162,9 @@ class DataConfig:
     """Text files or folders to prepare where path is null; `builtin:python-docs` is text every Python has."""
     tokenizer: PathText = "bytes"
     """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
-    tokenizer_vocab_size: Annotated[int, Range(2, 1e7)] = 2048
+    tokenizer_vocab_size: NumPieces = 2048
     """With a trained tokenizer: its number of pieces."""
-    # the bound of data/held_out.py: a part that is larger than the rest is a slip
-    valid_fraction: Annotated[float, Range(0, 0.5)] = 0.05
+    valid_fraction: HeldOutShare = 0.05
     """With `text`: share of documents held out for evaluation."""
     # of a single token nothing can be predicted
     seq_len: Annotated[int, Range(2, 1e8)]

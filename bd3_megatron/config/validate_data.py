@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bd3_megatron.config.schema import DataConfig, FilterConfig, StageConfig, StreamConfig
+from bd3_megatron.config.schema import DataConfig, StageConfig
 from bd3_megatron.errors import ConfigError
 
 
@@ -29,7 +29,6 @@ def check_data(data: DataConfig) -> None:
     if any(s.steps is not None for s in data.stages) and any(s.tokens is not None for s in data.stages):
         raise ConfigError("data.stages gives some lengths in steps and some in tokens; give all in one of them.")
     if data.stream is not None:
-        _check_stream(data.stream)
         # a stream has no end from which rows could be held out
         if data.path is None and not data.text:
             raise ConfigError(
@@ -50,12 +49,3 @@ def _check_stage(where: str, stage: StageConfig, *, is_last: bool) -> None:
         raise ConfigError(f"{where} gives both steps={stage.steps} and tokens={stage.tokens}; give one.")
     if stage.steps is None and stage.tokens is None and not is_last:
         raise ConfigError(f"{where} gives neither steps nor tokens and is not the last; give one.")
-
-
-def _check_stream(stream: StreamConfig) -> None:
-    for row_filter in stream.filters:
-        if row_filter == FilterConfig(column=row_filter.column):
-            raise ConfigError(
-                f"a filter of data.stream on {row_filter.column} compares nothing; "
-                "give equals, one_of, at_least, at_most or matches."
-            )

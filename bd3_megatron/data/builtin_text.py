@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from bd3_megatron.errors import ConfigError, DataError
+from bd3_megatron.errors import ConfigError, DataError, shown
 
 CORPORA = ("python-docs", "python-topics")
 # Tests, vendored packages and modules without English (encodings, lib2to3's grammars) are no prose.
@@ -33,7 +33,7 @@ def builtin_items(name: str) -> list[str]:
         DataError: this Python comes without its sources.
     """
     if name not in CORPORA:
-        raise ConfigError(f"built-in corpus {name} is not known; use {' or '.join(CORPORA)}.")
+        raise ConfigError(f"built-in corpus {shown(name)} is not known; use {' or '.join(CORPORA)}.")
     root = _library()
     if not (root / "pydoc_data" / "topics.py").is_file():
         raise DataError(f"{root} holds no pydoc_data/topics.py; install Python's standard library or give --text.")

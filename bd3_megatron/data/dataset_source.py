@@ -26,7 +26,7 @@ from bd3_megatron.data.dataset_open import (
 from bd3_megatron.data.row_filter import RowFilter, cell, columns_of
 from bd3_megatron.data.source import BadDocument, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
-from bd3_megatron.errors import BD3Error, ConfigError, DataError
+from bd3_megatron.errors import BD3Error, DataError
 
 # Wide tables would make the message longer than a terminal.
 _COLUMNS_SHOWN = 20
@@ -52,10 +52,6 @@ class HubDataset:
     rows_per_part: int = 1 << 16
     """Rows of a part: of web text some 300 MB, 100 seconds of one process."""
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.rows_per_part < 1:
-            raise ConfigError(f"rows_per_part={self.rows_per_part} is empty; use 1 or more.")
 
     def parts(self) -> list[Part]:
         self.check_columns()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from re import Pattern
 
-from bd3_megatron.errors import ConfigError, either
+from bd3_megatron.errors import ConfigError, either, shown
 
 Rule = tuple[str | Pattern[str], str]
 
@@ -112,7 +112,7 @@ def detokenizer(name: str) -> tuple[Rule, ...]:
     """
     tables = dict(_TABLES)
     if name not in tables:
-        raise ConfigError(f"detokenizer={name} is not known; use {either(detokenizer_names())}.")
+        raise ConfigError(f"detokenizer={shown(name)} is not known; use {either(detokenizer_names())}.")
     return tables[name]
 
 

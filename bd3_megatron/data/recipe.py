@@ -1,18 +1,21 @@
 """Recipes: a prepared folder described in a YAML file of configs/data/.
 
-Decides: the fields below; sources by split, each with exactly one of `text`, `builtin` or `dataset`; how special tokens
-are laid when the split is packed, which goes into its header and holds unless training says otherwise.
-Refuses: unknown keys (the nearest name is offered), missing or several sources, values of another type.
+Decides: the fields below with their types and ranges, checked as those of a configuration are; how special tokens are laid
+when a split is packed, which goes into its header and holds unless training says otherwise.
+Refuses: a split with none or several of text, builtin and dataset, options of another kind, packing of a split that is
+not made.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from bd3_megatron.config.load import build_named
+from bd3_megatron.config.ranges import Matches, Range
+from bd3_megatron.config.schema import HeldOutShare, NumPieces, PathText
 from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer
@@ -21,22 +24,86 @@ from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.source import Source
 from bd3_megatron.data.sources import BuiltinText
 from bd3_megatron.data.text_files import TextFiles
-from bd3_megatron.errors import ConfigError, cut, shown
+from bd3_megatron.errors import ConfigError, cut
 
-_DATASET_KEYS = (
-    "dataset",
-    "name",
-    "split",
-    "column",
-    "filters",
-    "streaming",
-    "data_files",
-    "revision",
-    "rows_per_part",
-)
-_SOURCE_KEYS = ("text", "documents", "builtin", *_DATASET_KEYS)
-_PACKING_KEYS = ("append_eos", "wrap_special")
-_KINDS = ("text", "builtin", "dataset")
+# a split becomes a folder of its name, beside the one of the tokenizer
+SplitName = Annotated[str, Matches(r"(?!tokenizer$)[\w-]{1,100}", "a split's name: letters, digits, _ and -")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """The text of one split: exactly one of text, builtin and dataset."""
+
+    text: tuple[PathText, ...] | None = None
+    """UTF-8 files, or folders of them; one path may stand without a list."""
+    documents: str = "paragraph"
+    """With text, where a document ends: paragraph, line or file."""
+    builtin: str | None = None
+    """Text every Python has: python-docs or python-topics."""
+    dataset: PathText | None = None
+    """File, folder or hub name."""
+    name: str | None = None
+    """With dataset and what follows: its configuration, where it has several."""
+    split: str = "train"
+    """Split, with slices such as train[:-1000]."""
+    column: str = "text"
+    """Column of the text; a dot leads into a nested one."""
+    filters: tuple[RowFilter, ...] = ()
+    """Rows to keep."""
+    streaming: bool = False
+    """Read without a local copy."""
+    data_files: str | None = None
+    """Pattern of files inside the dataset."""
+    revision: str | None = None
+    """Version on the hub."""
+    # a worker's memory holds the tokens of a part
+    rows_per_part: Annotated[int, Range(1, 1e9)] = 1 << 16
+    """Rows that one worker reads at a time."""
+
+    def source(self, split: str) -> Source:
+        """What reads this text.
+
+        Raises:
+            ConfigError: none or several kinds, or options of another kind than the one named.
+        """
+        kinds = [kind for kind in _OPTIONS if getattr(self, kind) is not None]
+        # With two kinds it would be the order of the code that decides which text is used.
+        if len(kinds) != 1:
+            raise ConfigError(f"source {split} names {len(kinds)} of {', '.join(_OPTIONS)}; name exactly one.")
+        [kind] = kinds
+        known = (kind, *_OPTIONS[kind])
+        for one in fields(self):
+            # An option that nothing heeds was meant to do something.
+            if one.name not in known and getattr(self, one.name) != one.default:
+                raise ConfigError(f"source {split} has {one.name}, which {kind} does not take; use {', '.join(known)}.")
+        if self.text is not None:
+            return TextFiles(paths=self.text, documents_are=self.documents)
+        if self.builtin is not None:
+            return BuiltinText(name=self.builtin)
+        options = {key: getattr(self, key) for key in _OPTIONS["dataset"]}
+        return HubDataset(path=str(self.dataset), **options)
+
+
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "text": ("documents",),
+    "builtin": (),
+    "dataset": ("name", "split", "column", "filters", "streaming", "data_files", "revision", "rows_per_part"),
+}
+"""The kinds of sources, and what each takes beside its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingSpec:
+    """How special tokens are laid in the rows of one split; null: as training says."""
+
+    append_eos: bool | None = None
+    """An end token after every document."""
+    wrap_special: bool | None = None
+    """Rows are BOS, text, EOS."""
+
+    def stated(self) -> dict[str, bool]:
+        """What the recipe says, without what it leaves open."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +112,18 @@ class Recipe:
 
     about: str
     """What it is, for people."""
-    sources: Mapping[str, Mapping[str, Any]]
-    """By split: text (list of files), builtin (name) or dataset (file, folder, hub name) with its options."""
-    tokenizer: str = "bytes"
-    vocab_size: int = 2048
-    valid_fraction: float = 0.0
+    sources: dict[SplitName, SourceSpec]
+    """Text by split."""
+    tokenizer: PathText = "bytes"
+    """bytes, sentencepiece, sentencepiece-bpe (trained on the text), a file, a folder or a hub name."""
+    vocab_size: NumPieces = 2048
+    """With a trained tokenizer: its number of pieces."""
+    valid_fraction: HeldOutShare = 0.0
+    """Share of train's documents held out, where no valid is given."""
     detokenizer: str = "none"
-    packing: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
-    """By split: append_eos and wrap_special."""
+    """Table of replacements that undoes a corpus's own spacing."""
+    packing: dict[SplitName, PackingSpec] = field(default_factory=dict)
+    """By split, where a split has rules of its own."""
 
     def request(self, out: Path, **changes: Any) -> PrepareRequest:
         """What to prepare.
@@ -62,12 +133,12 @@ class Recipe:
             changes: fields of PrepareRequest that override the recipe's.
         """
         stated: dict[str, Any] = {
-            "sources": {split: _source(split, spec) for split, spec in self.sources.items()},
+            "sources": {split: spec.source(split) for split, spec in self.sources.items()},
             "tokenizer": self.tokenizer,
             "vocab_size": self.vocab_size,
             "valid_fraction": self.valid_fraction,
             "detokenizer": self.detokenizer,
-            "packing": self.packing,
+            "packing": {split: spec.stated() for split, spec in self.packing.items()},
         }
         # The command line wins over the recipe.
         return PrepareRequest(out=out, **(stated | changes))
@@ -80,73 +151,29 @@ def load_recipe(path: Path) -> Recipe:
         ConfigError: see the module's refusals.
     """
     content = read_yaml(path, "recipe", "one of configs/data")
+    named = f"recipe '{cut(str(path))}'"
     if not isinstance(content, dict):
-        raise ConfigError(f"recipe {path} holds no keys; see configs/data for examples.")
-    _check_keys(content, [f.name for f in fields(Recipe)], str(path))
-    for key in ("about", "sources"):
-        if key not in content:
-            raise ConfigError(f"recipe {path} has no key {key}; add it.")
-    _check_types(content, path)
-    for split, rule in content.get("packing", {}).items():
-        _check_keys(rule, list(_PACKING_KEYS), f"packing.{split} of {path}")
-    recipe = Recipe(**content)
+        raise ConfigError(f"{named} holds no keys; see configs/data for examples.")
+    recipe: Recipe = build_named(Recipe, _with_lists(content), named)
     # Opened and thrown away: an unknown name or a bad source is refused when the recipe is read, not hours later.
     detokenizer(recipe.detokenizer)
-    # Built and thrown away, for the refusals of the source's own checks.
     for split, spec in recipe.sources.items():
-        _source(split, spec)
+        spec.source(split)
+    for split in recipe.packing:
+        # train's documents may give valid too
+        if split not in recipe.sources and not (split == "valid" and "train" in recipe.sources):
+            raise ConfigError(f"{named} has packing.{split}, and makes no split {split}; leave it out.")
     return recipe
 
 
-def _source(split: str, spec: Mapping[str, Any]) -> Source:
-    _check_keys(spec, list(_SOURCE_KEYS), f"source {split}")
-    kinds = [kind for kind in _KINDS if kind in spec]
-    # With two kinds it would be the order of the code that decides which text is used.
-    if len(kinds) != 1:
-        raise ConfigError(f"source {split} names {len(kinds)} of {', '.join(_KINDS)}; name exactly one.")
-    if kinds[0] == "text":
-        texts = spec["text"]
-        # A lone path is allowed; iterating over it would give its letters.
-        paths = (texts,) if isinstance(texts, str) else tuple(texts) if isinstance(texts, list) else ()
-        if not paths or not all(isinstance(path, str) for path in paths):
-            raise ConfigError(f"source {split} has text={shown(texts)}; give a path, or a list of paths.")
-        return TextFiles(paths=paths, documents_are=spec.get("documents", "paragraph"))
-    if kinds[0] == "builtin":
-        return BuiltinText(name=spec["builtin"])
-    options = {key: spec[key] for key in _DATASET_KEYS if key in spec and key not in ("dataset", "filters")}
-    filters = tuple(_row_filter(one, f"a filter of source {split}") for one in spec.get("filters", ()))
-    return HubDataset(path=spec["dataset"], filters=filters, **options)
-
-
-def _row_filter(spec: Any, where: str) -> RowFilter:
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"{where} holds {str(spec):.80}, not keys; use column and comparisons.")
-    return RowFilter.from_dict(spec, where)
-
-
-def _check_keys(content: Any, known: list[str], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{cut(where)} holds {shown(content)}, not keys; use {', '.join(known)}.")
-    for key in content:
-        if key not in known:
-            # Cut, since the search takes quadratic time and keys come from outside.
-            near = difflib.get_close_matches(key[:100], known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}."
-            raise ConfigError(f"{cut(where)} has an unknown key {cut(key)}; {hint}")
-
-
-def _check_types(content: Mapping[str, Any], path: Path) -> None:
-    expected: dict[str, tuple[type, ...]] = {
-        "about": (str,),
-        "sources": (dict,),
-        "tokenizer": (str,),
-        "vocab_size": (int,),
-        "valid_fraction": (int, float),
-        "detokenizer": (str,),
-        "packing": (dict,),
+def _with_lists(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's tree, a lone path in `text` as a list of one."""
+    sources = content.get("sources")
+    if not isinstance(sources, Mapping):
+        return dict(content)
+    # Iterating over a lone path would give its letters.
+    wrapped = {
+        split: spec | {"text": [spec["text"]]} if isinstance(spec, dict) and isinstance(spec.get("text"), str) else spec
+        for split, spec in sources.items()
     }
-    for key, value in content.items():
-        # True is an int in Python; no key at this level is a switch.
-        if not isinstance(value, expected[key]) or isinstance(value, bool):
-            wanted = " or ".join(kind.__name__ for kind in expected[key])
-            raise ConfigError(f"{key}={shown(value)} of recipe {cut(str(path))} is not {wanted}; mend it.")
+    return dict(content) | {"sources": wrapped}

@@ -1,63 +1,25 @@
 """Rows of tables: values by column name, nested ones too, and filters of one column and a few comparisons.
 
 Contract: filters are data, not code, and the same on the command line, in recipes and in configurations of streams.
-Refuses: filters that compare nothing, unknown keys, patterns that are no regular expression, values without an order.
+Refuses: values without an order; what no filter can be is refused by its fields (config/schema.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.config.schema import FilterConfig
-from bd3_megatron.errors import ConfigError, DataError, either
-
-# Data instead of expressions: a configuration may not run code, and it is compared when a run resumes.
-COMPARISONS = ("equals", "one_of", "at_least", "at_most", "matches")
+from bd3_megatron.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFilter(FilterConfig):
     """Keep rows whose column passes every comparison given."""
 
-    def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in COMPARISONS):
-            raise ConfigError(f"filter on {self.column} compares nothing; give {either(COMPARISONS)}.")
-        if self.matches is not None:
-            try:
-                # Compiled here so that a bad pattern is refused on the login node.
-                re.compile(self.matches)
-            except (re.error, TypeError) as error:
-                raise ConfigError(
-                    f"filter pattern {self.matches!r:.80} is no regular expression ({error}); mend it."
-                ) from error
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any], where: str) -> RowFilter:
-        """A filter from the keys people write.
-
-        Args:
-            values: column and comparisons.
-            where: the recipe's source or the option, for the error.
-
-        Raises:
-            ConfigError: no column, an unknown key, or a filter that cannot be.
-        """
-        known = [one.name for one in fields(RowFilter)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"{where} has an unknown key {str(key):.80}; use {', '.join(known)}.")
-        if not isinstance(values.get("column"), str):
-            raise ConfigError(f"{where} names no column; add it.")
-        for key in ("at_least", "at_most"):
-            value = values.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ConfigError(f"{where} has {key}={value!r:.80}, which is no number; give one.")
-        stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return RowFilter(**stated)
-
+    # Data instead of expressions: a configuration may not run code, and it is compared when a run resumes.
     def keeps(self, row: Mapping[str, Any]) -> bool:
         """Whether a row passes.
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from bd3_megatron.data.source import BadDocument, Documents, Part
 from bd3_megatron.data.text_reading import BOM, COMPRESSIONS, decode_text, is_compressed, open_unpacked, reading
-from bd3_megatron.errors import ConfigError, DataError, either
+from bd3_megatron.errors import ConfigError, DataError, either, shown
 from bd3_megatron.files import reason_of
 
 DOCUMENT_RULES = ("paragraph", "line", "file")
@@ -51,7 +51,7 @@ class TextFiles:
 
     def __post_init__(self) -> None:
         if self.documents_are not in DOCUMENT_RULES:
-            raise ConfigError(f"documents={self.documents_are} is not known; use {either(DOCUMENT_RULES)}.")
+            raise ConfigError(f"documents={shown(self.documents_are)} is not known; use {either(DOCUMENT_RULES)}.")
         if self.part_bytes is not None and self.part_bytes < 1:
             raise ConfigError(f"part_bytes={self.part_bytes} is empty; use 1 or more.")
 

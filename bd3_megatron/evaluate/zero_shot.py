@@ -15,10 +15,10 @@ from typing import Any
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.data.prepare import prepare
-from bd3_megatron.data.recipe import load_recipe
+from bd3_megatron.data.recipe import SourceSpec, load_recipe
 from bd3_megatron.data.source import Source
 from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles
-from bd3_megatron.errors import ConfigError, DataError, TokenizerError, either
+from bd3_megatron.errors import ConfigError, DataError, TokenizerError, cut, either
 from bd3_megatron.evaluate.perplexity import Estimate
 from bd3_megatron.evaluate.tables import NORMAL_95, Column
 
@@ -120,16 +120,18 @@ def prepare_set(recipe_path: Path, out: Path, *, tokenizer_folder: Path, local: 
     """
     # no held-out share: all of the scored split is scored, in rows with BOS and EOS where the recipe says so
     recipe = load_recipe(recipe_path)
+    if "valid" not in recipe.sources:
+        raise ConfigError(f"recipe '{cut(str(recipe_path))}' has no split valid, which is scored; add it.")
     request = recipe.request(out, tokenizer=str(tokenizer_folder), valid_fraction=0.0)
     source = request.sources["valid"] if local is None else _local_source(local, recipe.sources["valid"])
     request = recipe.request(out, tokenizer=str(tokenizer_folder), valid_fraction=0.0, sources={"valid": source})
     return prepare(request).folder
 
 
-def _local_source(local: Path, spec: Mapping[str, Any]) -> Source:
+def _local_source(local: Path, spec: SourceSpec) -> Source:
     if not local.exists():
         raise DataError(f"{local} does not exist; give the set's file or folder.")
     if local.is_file() and local.suffix in TEXT_SUFFIXES:
         return TextFiles(paths=(str(local),), documents_are="line")
-    split = spec.get("split", "train") if local.is_dir() else "train"
-    return HubDataset(path=str(local), split=split, column=spec.get("column", "text"))
+    split = spec.split if local.is_dir() else "train"
+    return HubDataset(path=str(local), split=split, column=spec.column)

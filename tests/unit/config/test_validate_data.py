@@ -68,7 +68,7 @@ def test_folders_of_all_stages_are_sources_in_the_order_of_their_names() -> None
         ({"stream": STREAM}, r"^data\.stream has neither data\.path nor data\.text, and tokenizer and held-out rows"),
         (
             {"path": "a", "stream": {"dataset": "a", "filters": [{"column": "c"}]}},
-            r"^a filter of data\.stream on c compares nothing; give equals, one_of, at_least, at_most or matches\.$",
+            r"^a filter on column c compares nothing; give equals, one_of, at_least, at_most or matches\.$",
         ),
         (
             {"path": "a", "stream": {"dataset": "a", "filters": [{"column": "c", "equals": [1]}]}},

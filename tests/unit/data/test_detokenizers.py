@@ -40,5 +40,5 @@ def test_ptb_numbers_that_share_their_spaces_are_all_replaced() -> None:
 
 def test_unknown_detokenizers_are_refused() -> None:
     assert "wikitext" in detokenizer_names()
-    with pytest.raises(ConfigError, match="detokenizer=brown is not known; use none, wikitext, ptb"):
+    with pytest.raises(ConfigError, match="detokenizer='brown' is not known; use none, wikitext, ptb"):
         detokenizer("brown")

@@ -355,7 +355,7 @@ def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_pat
         ({"sources": {}}, ConfigError, "no text was named"),
         ({"tokenizer": "./none"}, TokenizerError, "tokenizer ./none does not exist"),
         ({"tokenizer": "sentencepiece", "vocab_size": 9}, TokenizerError, "vocab_size=9 holds nothing"),
-        ({"detokenizer": "x"}, ConfigError, "detokenizer=x is not known"),
+        ({"detokenizer": "x"}, ConfigError, "detokenizer='x' is not known"),
         ({"sources": {"train": TextFiles(paths=("gone.txt",))}}, DataError, "gone.txt does not exist"),
         (
             {"sources": {"train": TextFiles(paths=(str(tmp_path / "white.txt"),))}},

@@ -33,16 +33,17 @@ def test_the_papers_corpora_are_laid_as_in_the_paper() -> None:
     by_name = {path.stem: load_recipe(path) for path in RECIPES}
     lm1b, owt = by_name["lm1b"], by_name["openwebtext"]
     assert lm1b.tokenizer == "bert-base-uncased" and lm1b.detokenizer == "lm1b"
-    assert lm1b.sources["valid"]["split"] == "test"
-    assert lm1b.packing["train"] == lm1b.packing["valid"] == {"append_eos": True, "wrap_special": True}
+    assert lm1b.sources["valid"].split == "test"
+    laid = {name: recipe.request(Path("out")).packing for name, recipe in by_name.items()}
+    assert laid["lm1b"]["train"] == laid["lm1b"]["valid"] == {"append_eos": True, "wrap_special": True}
     assert owt.tokenizer == "gpt2" and owt.detokenizer == "none"
-    assert (owt.sources["train"]["split"], owt.sources["valid"]["split"]) == ("train[:-100000]", "train[-100000:]")
-    assert owt.packing == {
+    assert (owt.sources["train"].split, owt.sources["valid"].split) == ("train[:-100000]", "train[-100000:]")
+    assert laid["openwebtext"] == {
         "train": {"append_eos": True, "wrap_special": False},
         "valid": {"append_eos": False, "wrap_special": False},
     }
     for name in ZERO_SHOT:
-        assert by_name[name].packing["valid"] == {"append_eos": False, "wrap_special": True}
+        assert laid[name]["valid"] == {"append_eos": False, "wrap_special": True}
         assert by_name[name].tokenizer == "gpt2"
 
 
@@ -68,33 +69,63 @@ def test_filters_travel_from_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("about: x\nsources: {}\ntokeniser: bytes", "has an unknown key tokeniser; did you mean tokenizer?"),
-        ("about: x\nsources: {}\nzzz: 1", "has an unknown key zzz; use about, sources"),
-        ("sources: {}", "has no key about; add it"),
-        ("about: x", "has no key sources; add it"),
+        (
+            "about: x\nsources: {}\ntokeniser: bytes",
+            r"^recipe '.*r\.yaml': unknown key tokeniser; did you mean tokenizer\?$",
+        ),
+        ("about: x\nsources: {}\nzzz: 1", "unknown key zzz; known keys are about, sources"),
+        ("sources: {}", "about is not set and has no default; add it"),
+        ("about: x", "sources is not set and has no default; add it"),
         ("- a", "holds no keys; see configs/data"),
         ("a: [", "is not valid YAML"),
-        ("about: x\nsources: {}\nvocab_size: many", "vocab_size='many' of recipe .* is not int; mend it"),
-        ("about: x\nsources: {}\nvalid_fraction: true", "valid_fraction=True of recipe .* is not int or float"),
-        ("about: x\nsources: {train: 3}", "source train holds 3, not keys; use text"),
-        ("about: x\nsources: {train: {text: 3}}", r"^source train has text=3; give a path, or a list of paths\.$"),
-        (f"about: x\nsources: {{}}\n{'z' * 500}: 1", r"has an unknown key z+\.\.\.z+; use about"),
+        ("about: x\nsources: {}\nvocab_size: many", "vocab_size='many' is not a whole number; give a whole number"),
+        ("about: x\nsources: {}\nvalid_fraction: true", "valid_fraction=True is not a number; give a number"),
+        ("about: x\nsources: {train: 3}", r"sources\.train=3 is not a section; give keys"),
+        ("about: x\nsources: {train: {text: 3}}", r"sources\.train\.text=3 is not a list; write it as"),
+        (f"about: x\nsources: {{}}\n{'z' * 500}: 1", r"unknown key z+\.\.\.z+; known keys are about"),
         ("about: x\nsources: {train: {}}", "source train names 0 of text, builtin, dataset; name exactly one"),
         ("about: x\nsources: {train: {text: a, builtin: b}}", "source train names 2 of text, builtin, dataset"),
-        ("about: x\nsources: {train: {text: a, colum: b}}", "unknown key colum; did you mean column?"),
+        (
+            "about: x\nsources: {train: {text: a, colum: b}}",
+            r"unknown key sources\.train\.colum; did you mean sources\.train\.column\?",
+        ),
         (
             "about: x\nsources: {train: {dataset: a, filters: [{equals: b}]}}",
-            "a filter of source train names no column",
+            r"sources\.train\.filters\[0\]\.column is not set and has no default",
         ),
         (
             "about: x\nsources: {train: {dataset: a, filters: [{column: b}]}}",
-            "filter on b compares nothing; give equals",
+            "filter on column b compares nothing; give equals",
         ),
         (
             "about: x\nsources: {}\npacking: {train: {append_bos: true}}",
-            "unknown key append_bos; did you mean append_eos?",
+            r"unknown key packing\.train\.append_bos; did you mean packing\.train\.append_eos\?",
         ),
-        ("about: x\nsources: {}\ndetokenizer: brown", "detokenizer=brown is not known"),
+        ("about: x\nsources: {}\ndetokenizer: brown", "detokenizer='brown' is not known"),
+        ("about: x\nsources: {}\nvocab_size: 1", r"vocab_size=1 is outside \[2, 1e7\]; give a whole number"),
+        ("about: x\nsources: {}\nvalid_fraction: 0.6", r"valid_fraction=0\.6 is outside \[0, 0\.5\]"),
+        (
+            "about: x\nsources: {train: {dataset: a, rows_per_part: 0}}",
+            r"sources\.train\.rows_per_part=0 is outside \[1, 1e9\]",
+        ),
+        (
+            "about: x\nsources: {train: {dataset: a, filters: [{column: b, matches: '('}]}}",
+            r"filters\[0\]\.matches='\(' is no regular expression",
+        ),
+        (
+            "about: x\nsources: {train: {dataset: a, filters: [{column: b, equals: [1]}]}}",
+            r"filters\[0\]\.equals=\[1\] is none of",
+        ),
+        (
+            "about: x\nsources: {train: {text: a, column: b}}",
+            "^source train has column, which text does not take; use text, documents",
+        ),
+        ("about: x\nsources: {../x: {text: a}}", "sources='../x' is not a split's name"),
+        ("about: x\nsources: {tokenizer: {text: a}}", "sources='tokenizer' is not a split's name"),
+        (
+            "about: x\nsources: {train: {text: a}}\npacking: {test: {append_eos: true}}",
+            r"packing\.test, and makes no split test",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(tmp_path: Path, content: str, sentence: str) -> None:

@@ -58,7 +58,7 @@ def test_the_builtin_corpus_is_english_and_repeats() -> None:
 def test_the_builtin_corpus_refuses_other_names_and_bare_installations(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="built-in corpus c-docs is not known; use python-docs or python-topics"):
+    with pytest.raises(ConfigError, match="built-in corpus 'c-docs' is not known; use python-docs or python-topics"):
         builtin_items("c-docs")
     from bd3_megatron.data import builtin_text
 

@@ -185,7 +185,7 @@ def test_files_that_are_not_there_are_refused_by_name(tmp_path: Path) -> None:
             all_documents(TextFiles(paths=(str(tmp_path / name),)))
     with pytest.raises(DataError, match=r"reading .*gone.txt failed \(No such file or directory\); check the file"):
         read_text(tmp_path / "gone.txt")
-    with pytest.raises(ConfigError, match="documents=word is not known; use paragraph, line or file"):
+    with pytest.raises(ConfigError, match="documents='word' is not known; use paragraph, line or file"):
         TextFiles(paths=("x",), documents_are="word")
     with pytest.raises(ConfigError, match="part_bytes=0 is empty"):
         TextFiles(paths=("x",), part_bytes=0)
