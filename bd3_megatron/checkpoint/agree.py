@@ -25,6 +25,7 @@ def gathered(value: Any) -> list[Any]:
     if is_alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
+    # Pickled and sent through the default group: these calls happen at saves and restarts, never inside a step.
     dist.all_gather_object(values, value)
     return values
 
@@ -33,6 +34,7 @@ def from_first(value: Any) -> Any:
     """Rank 0's value on every rank."""
     if is_alone():
         return value
+    # Only what rank 0 put into the box counts; the others receive into theirs.
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -40,4 +42,5 @@ def from_first(value: Any) -> Any:
 
 def first_failure(error: str | None) -> str | None:
     """The failure of the lowest failing rank, on every rank; None when none failed."""
+    # The lowest rank's text, not each rank's own: every rank must raise the same sentence.
     return next((text for text in gathered(error) if text is not None), None)

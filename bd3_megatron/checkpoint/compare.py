@@ -38,6 +38,7 @@ def facts(reader: CheckpointReader, which: str) -> Iterator[TensorFacts]:
     """Norms of every parameter, padding rows included."""
     for name in reader.names():
         tensor = reader.tensor(name, which)
+        # One NaN would make both numbers NaN; what is not finite is counted instead.
         finite = tensor.isfinite()
         kept = tensor[finite]
         largest = kept.abs().max().item() if kept.numel() else math.nan
@@ -51,8 +52,10 @@ def differences(first: CheckpointReader, second: CheckpointReader, which: str) -
         if name not in both or first.shape(name) != second.shape(name):
             continue
         one, other = first.tensor(name, which).double(), second.tensor(name, which).double()
+        # In float64: the difference of two nearly equal fp32 tensors is mostly rounding otherwise.
         gap = one - other
         norm = one.norm().item()
+        # A parameter that is all zeros has no scale to compare with: equal is 0, anything else is infinitely far.
         relative = gap.norm().item() / norm if norm else (0.0 if not gap.any() else math.inf)
         yield TensorDifference(name, gap.abs().max().item(), relative)
 

@@ -37,6 +37,7 @@ def describe_run(
         evaluation: how likelihood is measured; plain JSON.
     """
     topology, vocabulary = engine.model.topology, engine.model.vocabulary
+    # Not every optimizer of DeepSpeed has the attribute; bf16 and fp32 training does not scale the loss.
     loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1.0)
     return Manifest(
         step=step,
@@ -75,11 +76,13 @@ def software_versions() -> dict[str, str]:
 
 def source_commit() -> str | None:
     """The commit this package runs from: of the checkout, or as noted in a launcher's copy of one; None elsewhere."""
+    # A launcher copies the checkout without .git to its jobs and writes the commit beside the package.
     noted = Path(__file__).resolve().parents[2] / "COMMIT"
     root = noted.with_name(".git")
     try:
         if noted.is_file():
             return noted.read_text().strip() or None
+        # Read from git's files: compute nodes need not have git installed.
         head = (root / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
@@ -87,6 +90,7 @@ def source_commit() -> str | None:
         loose = root / name
         if loose.is_file():
             return loose.read_text().strip()
+        # git moves branch heads from their loose files into this one when it packs.
         packed = (root / "packed-refs").read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return None

@@ -22,6 +22,7 @@ from bd3_megatron.checkpoint.layout import FileRecord
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import stream
 
+# Bytes hashed at a time: far above the cost of a call, far below what a rank may spend on memory.
 READ_BYTES = 8 * 2**20
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 """safetensors' names; others are not written."""
@@ -40,6 +41,7 @@ class HashingFile:
     def write(self, data: Any) -> int:
         """Write a buffer."""
         view = memoryview(data).cast("B")
+        # Hashed before it is written: a disk that changes bytes is found when the file is verified.
         self._digest.update(view)
         self.bytes += view.nbytes
         self._file.write(view)
@@ -58,6 +60,7 @@ def write_torch(path: Path, state: Any) -> FileRecord:
     """torch.save, flushed to the disk."""
     with stream(path) as file:
         hashing = HashingFile(file)
+        # torch.save needs no more of a file than write() and flush().
         torch.save(state, hashing)  # type: ignore[arg-type]
     return hashing.record()
 
@@ -91,12 +94,15 @@ def stream_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in specs.items():
+        # Offsets follow from the specs, so the header is written before any tensor exists.
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
+    # The format wants the data aligned to 8 bytes; readers map them as they lie.
     text += b" " * (-len(text) % 8)
     with stream(path) as file:
         hashing = HashingFile(file)
+        # Source: the safetensors format, a little-endian header length, the header in JSON, then the data.
         hashing.write(struct.pack("<Q", len(text)) + text)
         for name, (dtype, shape) in specs.items():
             tensor = produce(name).detach().contiguous()
@@ -114,6 +120,7 @@ def record_of(path: Path) -> FileRecord:
     """Size and checksum of a file as it is on the disk."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
+        # In chunks: a rank's file may be larger than the host's free memory.
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
             size += len(chunk)
@@ -142,6 +149,7 @@ def tensor_bytes(values: Iterable[Any]) -> int:
     def walk(value: Any) -> None:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
+            # Keyed by address, so that views of one storage count once; empty tensors all have address 0.
             if value.numel():
                 seen[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, Mapping):

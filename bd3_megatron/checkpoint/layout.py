@@ -1,15 +1,9 @@
 """Where a checkpoint's files are and what its manifest says.
 
-    RUN_DIR/checkpoints/LATEST                       name of the newest published checkpoint, for people and tools
-    RUN_DIR/checkpoints/step_00000030/manifest.json  what this file's Manifest holds; manifest.sha256 guards it
-                                      rank_00003.json  which pieces of which parameters rank 3 wrote, in which files
-                                      deepspeed/*.pt   DeepSpeed's own sharded state
-                                      ema/*.safetensors  shards of the averaged weights, tensor for tensor beside it
-    RUN_DIR/checkpoints/step_00000030.universal/     the same state whole, parameter by parameter (see universal.py)
-
-Decides: a checkpoint is complete when its manifest is there and every file it names has the size and SHA-256 it says.
+Contract: RUN_DIR/checkpoints/step_00000030 holds manifest.json (`Manifest`, guarded by manifest.sha256), one sidecar a rank
+(rank_00003.json), and the files these name; beside it stand its universal form (universal.py) and the pointer LATEST.
+A checkpoint is complete when its manifest is there and every file it names has the size and SHA-256 it says.
 Refuses: paths in a manifest that leave the folder, manifests of a newer version, anything that is not plain JSON.
-A checkpoint of kind "whole" (imported or averaged weights) has weights/*.safetensors in place of deepspeed/ and ema/.
 """
 
 from __future__ import annotations
@@ -24,18 +18,26 @@ from typing import Any
 from bd3_megatron.checkpoint.manifest_fields import check_manifest
 from bd3_megatron.errors import CheckpointError
 
+# Raised when a reader of today would misread a file of tomorrow; older programs refuse new fields by name.
 VERSION = 1
+# For people and tools. Resuming does not trust it: it takes the newest folder that verifies.
 LATEST = "LATEST"
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+# DeepSpeed's own sharded state, *.pt: the tag that its save_checkpoint is given.
 STATE_DIR = "deepspeed"
+# Shards of the averaged weights, tensor for tensor as the fp32 partitions lie in deepspeed/.
 EMA_DIR = "ema"
+# In place of both in checkpoints of kind "whole" (imported or averaged weights).
 WEIGHTS_DIR = "weights"
 UNIVERSAL_SUFFIX = ".universal"
+# The older folder of a step that was saved twice, until the new one has its name; it is still a candidate.
 REPLACED_SUFFIX = ".replaced"
+# Starts unlike a step, so that nothing takes a folder that is being written for a checkpoint.
 TEMPORARY_PREFIX = ".tmp_"
 _PLAIN_NAME = re.compile(r"[\w.,=+@/-]{1,200}")
 """Names of files in manifests and indices: no control characters, no backslashes, nothing longer than disks take."""
+# Eight digits keep names in order of steps in a directory listing; longer runs get longer names.
 _STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 
@@ -108,6 +110,7 @@ def checkpoint_folders(checkpoints_dir: Path) -> list[Path]:
     if not checkpoints_dir.is_dir():
         return []
     found = [(step_of(p.name), p) for p in checkpoints_dir.iterdir() if p.is_dir()]
+    # False sorts before True, and the list is reversed: of one step the complete successor is tried first.
     known = [(step, not path.name.endswith(REPLACED_SUFFIX), path) for step, path in found if step is not None]
     return [path for _, _, path in sorted(known, reverse=True)]
 
@@ -130,6 +133,7 @@ def inside(folder: Path, name: str) -> Path:
             "do not use this checkpoint."
         )
     path = folder / pure
+    # A link inside the folder could point anywhere, whatever its name says.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}: '{name}' is a link out of the folder; do not use this checkpoint.")
     return path
@@ -137,6 +141,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as it is written."""
+    # Sorted keys: equal states give equal bytes, and so equal digests.
     return (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -148,6 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     content = _read(folder / MANIFEST)
     recorded = _read(folder / MANIFEST_DIGEST)
+    # Before the JSON is read: a torn write must not be reported as a syntax error.
     if recorded != (digest_bytes(content) + "\n").encode():
         raise CheckpointError(f"{folder / MANIFEST} does not match its checksum; use another checkpoint.")
     return parse_manifest(content, folder)
@@ -161,6 +167,7 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
     """
     try:
         tree = json.loads(content)
+    # A hostile file may nest deeper than Python's stack.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is not JSON ({error}); use another checkpoint.") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("version"), int):
@@ -169,11 +176,13 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder} has manifest version {tree['version']}, this program reads up to {VERSION}; use a newer bd3_megatron."
         )
+    # A field of a newer program may change what the others mean, so it is not dropped silently.
     unknown = sorted(set(tree) - {f.name for f in fields(Manifest)})
     if unknown:
         raise CheckpointError(
             f"{folder / MANIFEST} has the unknown field '{unknown[0]:.80}'; use a newer bd3_megatron, or another checkpoint."
         )
+    # Fields that were added later have defaults: checkpoints of older versions stay readable.
     tree = _defaults() | tree
     check_manifest(tree, folder / MANIFEST)
     manifest = Manifest(**{**tree, "files": {name: FileRecord(**record) for name, record in tree["files"].items()}})

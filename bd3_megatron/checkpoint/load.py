@@ -1,11 +1,8 @@
 """Put a checkpoint's state into an engine, on the grid that made it or on any other.
 
-Decides: on the same grid and ZeRO stage every rank copies its own pieces back, bit for bit. Otherwise the checkpoint goes
+Contract: on the same grid and ZeRO stage every rank copies its own pieces back, bit for bit. Otherwise the checkpoint goes
 through DeepSpeed's universal form (universal.py): each rank cuts its shards out of whole tensors. Both ways end in the
-same place, the owned flat fp32 tensors, their moments and their averages, from which the model's weights are published.
-DeepSpeed's own loaders are not used: they unpickle anything, take the gradient clip and every hyperparameter from the
-file (so that a changed one would be silently ignored), give ZeRO-3's second group the first one's weight decay, and know
-no tensor parallelism there.
+owned flat fp32 tensors, their moments and their averages, from which the model's weights are published.
 Refuses: a checkpoint of another model, by name and shape, before anything is changed.
 """
 
@@ -53,6 +50,9 @@ class ElementSource(Protocol):
         """The elements of one piece, fp32, on the CPU."""
 
 
+# DeepSpeed's own loaders are not used: they unpickle anything, take the gradient clip and every hyperparameter from the
+# file (a changed one would be silently ignored), give ZeRO-3's second group the first one's weight decay, and know no
+# tensor parallelism there.
 def load(engine: ZeroEngine, path: Path) -> Manifest:
     """Load weights, moments, averages and counters. Collective over all ranks.
 
@@ -67,12 +67,15 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
         CheckpointError: on every rank; another model, or a damaged file.
     """
     manifest = read_manifest(path)
+    # Before anything is changed: an engine that was half filled would train on without a sign.
     problem = agree.first_failure(_mismatch(engine, open_checkpoint(path)))
     if problem is not None:
         raise CheckpointError(problem)
+    # All or none: the universal form is made collectively, so one rank alone cannot take that way.
     same = agree.gathered(_is_same_layout(engine, path, manifest))
     if all(same):
         source: ElementSource = OwnFiles(path, engine)
+    # Such weights are stored whole already; no other form is needed.
     elif manifest.kind == "whole":
         source = WholeTensors(open_checkpoint(path), engine)
     else:
@@ -85,6 +88,7 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
     problem = agree.first_failure(problem)
     if problem is not None:
         raise CheckpointError(problem)
+    # The fp32 partitions are filled; the model's own bf16 or fp32 weights are still those of initialisation.
     engine.publish()
     return manifest
 
@@ -117,6 +121,7 @@ class WholeTensors:
 
     def elements(self, piece: Piece, kind: str) -> Tensor:
         """As ElementSource."""
+        # A universal form is whole over dp and tp; this rank's share is cut as at initialisation.
         partition = partition_of(piece.name, gated=self._gated)
         mine = shard(self._reader.tensor(piece.name, kind), partition, self._topology.tp_rank, self._topology.tp)
         return mine.flatten()[piece.offset : piece.offset + piece.numel]
@@ -128,8 +133,10 @@ def _is_same_layout(engine: ZeroEngine, path: Path, manifest: Manifest) -> bool:
     if manifest.kind == "whole" or manifest.world_size != topology.world_size or manifest.zero_stage != engine.stage:
         return False
     sidecar = read_sidecar(path, topology.rank)
+    # The sidecar holds what this rank wrote; equal lists mean that not one element has to move.
     here = [[p.name, p.index, p.start, p.numel, p.offset] for p in owned_pieces(engine)]
     is_same_rank = (sidecar["tp_rank"], sidecar["pp_rank"]) == (topology.tp_rank, topology.pp_rank)
+    # Pieces alone do not tell [2, 3] from [3, 2].
     shapes = {name: list(shape) for name, shape in shard_shapes(engine).items()}
     return is_same_rank and manifest.grid == topology.grid and sidecar["pieces"] == here and sidecar["shapes"] == shapes
 
@@ -138,6 +145,7 @@ def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:
     """Why the checkpoint is not this model's; None when it is."""
     gated, tp, there = engine.model.config.gated_linear_unit, engine.model.topology.tp, set(reader.names())
     for name, local in shard_shapes(engine).items():
+        # The other direction is allowed: a file may hold parameters that this rank's stage does not own.
         if name not in there:
             return f"{reader.folder} holds no parameter '{name}'; it is of another model: check the model section."
         expected = full_shape(local, partition_of(name, gated=gated), tp)
@@ -151,6 +159,7 @@ def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:
 
 def _fill(engine: ZeroEngine, manifest: Manifest, source: ElementSource, kinds: list[str]) -> None:
     has_moments = MOMENTS[0] in kinds
+    # Adam makes its moments at its first step; they must exist before they can be filled.
     if has_moments or adam_step(engine) > 0:
         make_moments(engine)
         set_adam_step(engine, int(manifest.engine.get("adam_step", 0)))
@@ -162,6 +171,7 @@ def _fill(engine: ZeroEngine, manifest: Manifest, source: ElementSource, kinds: 
                 target.zero_()
         for piece in owned_pieces(engine):
             for kind, target in flats[piece.index].items():
+                # An average that was not saved (whole weights, or EMA switched on later) starts at the weights.
                 origin = kind if kind in kinds else ("fp32" if kind == "ema" else None)
                 if origin is not None:
                     target[piece.start : piece.start + piece.numel].copy_(source.elements(piece, origin))

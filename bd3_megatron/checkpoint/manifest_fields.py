@@ -17,20 +17,25 @@ from bd3_megatron.errors import CheckpointError
 GRID_SIZES = ("tp", "pp", "vpp", "cp", "dp")
 MAX_COUNT = 2**53
 """Steps, samples, bytes and elements: what a float64 of a record still tells apart."""
+# Bounds far beyond any run, so that a hostile number cannot make a reader allocate or loop for long.
 MAX_RANKS = 2**20
 MAX_ROWS = 2**31
 MAX_TEXT = 4096
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+# No slash: a sidecar may not lead a reader out of the checkpoint's folder.
 _STATE_FILE = re.compile(r"\w[\w.-]*\.pt")
+# Global names as ParallelModel gives them; they become names of folders in the universal form.
 _PARAMETER = re.compile(r"(embedding|output_layer)\.[\w.]+|decoder\.(layers\.\d{1,6}\.)?[\w.]+")
 
 
 def is_count(value: Any, low: int = 0, high: int = MAX_COUNT) -> bool:
     """Whether it is a whole number in [low, high]; true and false are none."""
+    # isinstance would accept true, which Python counts as 1.
     return type(value) is int and low <= value <= high
 
 
 def _is_number(value: Any) -> bool:
+    # JSON as Python reads it may hold NaN and Infinity.
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_COUNT
 
 
@@ -130,6 +135,7 @@ def check_manifest(tree: Mapping[str, Any], path: Path) -> None:
     """
     _check_fields(tree, MANIFEST_FIELDS, path)
     grid, ranks = tree["grid"], tree["world_size"]
+    # vpp cuts a rank's own layers and adds no ranks.
     product = grid["tp"] * grid["pp"] * grid["cp"] * grid["dp"]
     if product != ranks:
         raise CheckpointError(

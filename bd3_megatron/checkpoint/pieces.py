@@ -1,8 +1,7 @@
 """Which elements of which parameter lie where in the flat fp32 tensors a rank owns.
 
-Decides: one description for ZeRO 1, 2 and 3 and for BF16_Optimizer: a piece is `numel` elements, from `start` of owned
+Contract: one description for ZeRO 1, 2 and 3 and for BF16_Optimizer: a piece is `numel` elements, from `start` of owned
 tensor `index`, holding elements `offset`, `offset + 1`, ... of the flattened tensor-parallel shard of parameter `name`.
-Optimizer moments and averaged weights lie exactly as the weights do, so the same pieces serve all of them.
 Knows DeepSpeed 0.19.8's names for it (runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py) and nothing
 of files.
 """
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
 
 
+# Adam's moments and averaged weights lie exactly as the weights do, so the same pieces serve all of them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -43,6 +43,7 @@ def owned_pieces(engine: ZeroEngine) -> list[Piece]:
 
 def shard_shapes(engine: ZeroEngine) -> dict[str, tuple[int, ...]]:
     """Shape of the tensor-parallel shard of every parameter of this rank's stage, by global name."""
+    # Under ZeRO 3 a parameter at rest is an empty tensor; ds_shape is its real shape.
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.model.root.named_parameters()}
 
 
@@ -55,8 +56,10 @@ def _partitioned_state(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[Pi
     """ZeRO 1 and 2: DeepSpeed links each parameter to the fragment this rank owns, or to none."""
     for name, parameter in named:
         mapping: Any = getattr(parameter, "_hp_mapping", None)
+        # All of it lies on other data-parallel ranks.
         if mapping is None:
             continue
+        # hp: the fp32 partition of this rank. lp: the parameter in the model's dtype.
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         yield Piece(name, int(mapping.param_group_index), int(here.start), int(here.numel), int(there.start))
 
@@ -68,6 +71,7 @@ def _partitioned_weights(engine: ZeroEngine, name_of: dict[int, str]) -> Iterato
     for index, group in enumerate(optimizer.fp16_groups):
         start = 0
         for parameter in group:
+            # ds_numel counts the piece with its padding, the same on every rank; only real elements are described.
             width = int(parameter.ds_tensor.ds_numel)
             offset = rank * width
             real = max(0, min(width, int(parameter.ds_numel) - offset))
@@ -78,6 +82,7 @@ def _partitioned_weights(engine: ZeroEngine, name_of: dict[int, str]) -> Iterato
 
 def flat_state(engine: ZeroEngine, index: int) -> dict[str, Tensor]:
     """The flat tensors of owned partition `index`: fp32, the moments once they exist, and the average where one is kept."""
+    # The optimizer is stepped on these tensors, so its state is keyed by them and not by the model's parameters.
     owned = engine.owned()[index]
     state = engine.optimizer.state.get(owned, {})
     flats = {"fp32": owned.detach()}
@@ -102,6 +107,7 @@ def adam_step(engine: ZeroEngine) -> int:
         state = engine.optimizer.state.get(owned, {})
         if "step" in state:
             return int(state["step"])
+    # Apex's fused Adam counts in its groups.
     return int(engine.optimizer.param_groups[0].get("step", 0))
 
 
@@ -110,6 +116,7 @@ def set_adam_step(engine: ZeroEngine, step: int) -> None:
     for group in engine.optimizer.param_groups:
         if "step" in group or not isinstance(engine.optimizer, torch.optim.AdamW):
             group["step"] = step
+    # Apex has no count by tensor.
     if not isinstance(engine.optimizer, torch.optim.AdamW):
         return
     for owned in engine.owned():

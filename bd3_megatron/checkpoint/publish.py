@@ -33,6 +33,7 @@ from bd3_megatron.checkpoint.verify import excess_files
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, remove_leftovers, write_bytes, write_text
 
+# Sidecars are looked for on a shared file system: short beside a write, long beside a directory look-up.
 PUBLISH_POLL_SECONDS = 0.02
 
 
@@ -57,14 +58,17 @@ def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> P
 def publish_files(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest of a folder whose files are all there, and put the folder in its place."""
     _remove_excess_files(temporary, manifest)
+    # The manifest comes after every file it names: a folder without one is not a checkpoint.
     content = manifest_bytes(manifest)
     write_bytes(temporary / MANIFEST, content)
     write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
     target = temporary.parent / step_name(manifest.step)
     aside = temporary.parent / f"{target.name}{REPLACED_SUFFIX}"
     if target.exists():
+        # Left by a process killed during an earlier replacement.
         discard(aside)
         move(target, aside)
+        # Made from the folder that was just moved aside.
         discard(target.with_name(target.name + UNIVERSAL_SUFFIX))
     move(temporary, target)
     discard(aside)
@@ -83,6 +87,8 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
     files: dict[str, FileRecord] = {}
     for rank in range(world_size):
         path = temporary / rank_name(rank)
+        # Files and not a collective: this runs in a background thread beside the steps' own collectives, and a rank
+        # that died is told by the deadline.
         while not path.is_file():
             if time.monotonic() > deadline:
                 raise CheckpointError(
@@ -90,11 +96,13 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
                 )
             time.sleep(PUBLISH_POLL_SECONDS)
         tree = json.loads(path.read_bytes())
+        # A rank that cannot write its tensors still writes the reason, so that nobody waits for the deadline.
         if tree.get("error"):
             raise CheckpointError(
                 f"rank {rank} could not write {temporary.name} ({tree['error']}); earlier ones are intact."
             )
         files |= {name: FileRecord(**record) for name, record in tree["files"].items()}
+        # A sidecar cannot hold its own checksum.
         files[rank_name(rank)] = record_of(path)
     return files
 
@@ -108,6 +116,7 @@ def _remove_excess_files(temporary: Path, manifest: Manifest) -> None:
 def sweep(folder: Path) -> None:
     """Remove what interrupted saves and deletions left behind."""
     for path in folder.iterdir():
+        # Only one save is in flight, and it has not begun: whatever is temporary was left.
         if path.is_dir() and path.name.startswith(TEMPORARY_PREFIX):
             shutil.rmtree(path)
     remove_leftovers(folder)
@@ -135,8 +144,11 @@ def delete_old(newest: Path, *, keep_last: int, keep_every_steps: int, finite_st
             discard(path)
     if keep_last == 0:
         return []
+    # Folders moved aside are candidates for resuming, but are not counted as kept.
     found = {step_of(path.name): path for path in folders if not path.name.endswith(REPLACED_SUFFIX)}
+    # Later steps, left by a run that went back to an earlier one, are not this save's to delete.
     older = sorted((step for step in found if step is not None and step <= current), reverse=True)
+    # Where the loss-spike guard would go back to.
     finite = next((step for step in older if finite_step is not None and step <= finite_step), None)
     gone = [s for s in older[keep_last:] if s != finite and not (keep_every_steps and s % keep_every_steps == 0)]
     for step in gone:

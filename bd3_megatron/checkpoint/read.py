@@ -1,8 +1,7 @@
 """Read a checkpoint in one process: no process group, no DeepSpeed, no megatron, parameter by parameter.
 
 Decides: a parameter is assembled from the pieces the ranks' sidecars name: data-parallel pieces by their offsets, then
-tensor-parallel shards by the one table of how parameters are cut (model/partition). A table tied across the pipeline is
-read from the first stage that has it. Files are opened by the restricted reader and memory-mapped.
+tensor-parallel shards by the one table of how parameters are cut (model/partition).
 Refuses: parameters with holes, sidecars that contradict each other, kinds of state that were not saved.
 Costs: the parameter asked for, and the mapped pages of what was read since the files were last let go (at most
 RELEASE_BYTES).
@@ -67,9 +66,11 @@ class ShardedReader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        # A gate makes the MLP's first matrix two stacked ones, which tensor parallelism cuts one by one.
         self._gated = manifest.config["model"].get("style", "modern") == "modern"
         self._state_file: dict[int, str] = {}
         self._stage: dict[int, int] = {}
+        # A kind can be read only if every rank saved it.
         self._kinds: set[str] = set(KIND_OF.values())
         self._stored: dict[str, _Stored] = {}
         for rank in range(manifest.world_size):
@@ -89,6 +90,7 @@ class ShardedReader:
         """Shape of the whole parameter, padding rows of the vocabulary included."""
         shape, partition = list(self._find(name).shape), partition_of(name, gated=self._gated)
         if partition.dim is not None:
+            # The sidecars hold the shape of one tensor-parallel shard.
             shape[partition.dim] *= self.manifest.grid["tp"]
         return tuple(shape)
 
@@ -136,10 +138,12 @@ class ShardedReader:
         stored = self._find(name)
         mine = [piece for piece in stored.pieces if piece.tp_rank == tp_rank]
         # a table tied across the pipeline is on two stages
+        # Its copies are equal, for their gradients are summed; the first stage's is read.
         first_stage = min((piece.pp_rank for piece in mine), default=0)
         pieces = sorted((p for p in mine if p.pp_rank == first_stage), key=lambda piece: piece.offset)
         filled, wanted = 0, math.prod(stored.shape)
         for piece in pieces:
+            # A hole or an overlap: a missing rank's elements would read as whatever memory held.
             if piece.offset != filled:
                 break
             filled += piece.numel
@@ -151,6 +155,7 @@ class ShardedReader:
 
     def _fill_shard(self, flat: Tensor, pieces: list[StoredPiece], kind: str) -> None:
         for piece in pieces:
+            # In parts, so that the pages of a large piece can be let go before its end.
             for start in range(0, piece.numel, READ_ELEMENTS):
                 end = min(start + READ_ELEMENTS, piece.numel)
                 flat[piece.offset + start : piece.offset + end] = self._elements(piece, kind, (start, end))
@@ -159,6 +164,7 @@ class ShardedReader:
         if self._read_bytes > RELEASE_BYTES:
             self.close()
         start, end = piece.start + part[0], piece.start + part[1]
+        # Four bytes an element: all state is stored in fp32.
         self._read_bytes += 4 * (end - start)
         if kind == "ema":
             return self._averages(piece.rank).get_slice(f"shard.{piece.index}")[start:end]
@@ -282,6 +288,7 @@ def flat_groups(state: Any, stage: int, kind: str) -> list[Tensor]:
         return [
             flat.detach() for flat in state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
         ]
+    # Source: DeepSpeed 0.19.8, the state_dict of stage_1_and_2.py and of stage3.py.
     moments = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
     return [moments[index][kind].detach() for index in sorted(moments)]
 
@@ -300,6 +307,7 @@ def read_sidecar(folder: Path, rank: int) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} is not a sidecar; use another checkpoint.")
     check_sidecar(tree, path)
+    # A copied or renamed sidecar would put one rank's elements in another's position.
     if tree["rank"] != rank:
         raise CheckpointError(f"{path} says that it is of rank {tree['rank']}; use another checkpoint.")
     return tree
@@ -318,7 +326,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def checked_kind(which: str, there: set[str], folder: Path) -> str:
-    """The file's word for what is asked for.
+    """The name in the files of the kind that is asked for.
 
     Raises:
         CheckpointError: it was not saved.
@@ -332,6 +340,7 @@ def checked_kind(which: str, there: set[str], folder: Path) -> str:
 
 def _depth(name: str) -> tuple[int, int, str]:
     parts = name.split(".")
+    # Order of depth, so that readers touch files front to back; layer 10 comes after layer 9.
     if parts[0] == "embedding":
         return (0, 0, name)
     if parts[:2] == ["decoder", "layers"]:

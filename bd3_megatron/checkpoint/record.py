@@ -1,8 +1,7 @@
 """What one rank has to write for one checkpoint, as copies that a background thread may take its time over.
 
 Decides: DeepSpeed's own save_checkpoint makes the state and names the files; a stand-in for its checkpoint engine keeps
-the state in place of writing it. Copies of GPU tensors go to pinned memory and are complete when this module returns, so
-the next step may change the originals at once. Synchronous saving keeps references instead and copies nothing.
+the state in place of writing it. Synchronous saving keeps references instead and copies nothing.
 Costs: one copy of this rank's state in host memory while an asynchronous save is in flight.
 """
 
@@ -40,6 +39,7 @@ class KeepingEngine:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Keep a file's content under the file's name."""
+        # DeepSpeed names one flat folder of files; where they go is decided here.
         self.kept[Path(path).name] = state_dict
 
     def commit(self, info: Any) -> bool:
@@ -100,6 +100,7 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
         folder: where the files will go.
         copied: copy every tensor to the host, so that training may go on.
     """
+    # Only for this call: whatever it raises, the engine gets its own back.
     keeping, real = KeepingEngine(), engine.engine.checkpoint_engine
     engine.engine.checkpoint_engine = keeping
     try:
@@ -111,11 +112,14 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
     averages: dict[str, Tensor] = {f"shard.{index}": shard.detach() for index, shard in enumerate(shards)}
     states = keeping.kept
     if copied:
+        # Copies are complete when this function returns, so the next step may change the originals at once.
         copies: dict[int, Tensor] = {}
         states, averages = _copy(states, copies), _copy(averages, copies)
         if engine.model.topology.device.type != "cpu":
+            # Copies to pinned memory are queued; the device must have done them before the next step's kernels.
             torch.accelerator.synchronize(engine.model.topology.device)
     else:
+        # The safetensors writer takes host memory; torch.save moves device tensors itself.
         averages = {name: tensor.cpu() for name, tensor in averages.items()}
     rank = engine.model.topology.rank
     return RankRecord(rank=rank, states=states, averages=averages, description=_description(engine, list(states)))
@@ -127,6 +131,7 @@ def _description(engine: ZeroEngine, files: list[str]) -> dict[str, Any]:
         "rank": topology.rank,
         "tp_rank": topology.tp_rank,
         "pp_rank": topology.pp_rank,
+        # DeepSpeed also writes a model file; elements are read from the optimizer's alone.
         "state_file": next(name for name in files if name.endswith("optim_states.pt")),
         "zero_stage": engine.stage,
         "kinds": ["fp32", *_moments_there(engine), *(["ema"] if engine.ema is not None else [])],
@@ -145,6 +150,7 @@ def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _copy_tensor(value, copies)
     if isinstance(value, dict):
+        # The class is kept: DeepSpeed's state holds ordered dictionaries.
         return type(value)((key, _copy(inner, copies)) for key, inner in value.items())
     if type(value) in (list, tuple):
         return type(value)(_copy(inner, copies) for inner in value)
@@ -157,10 +163,12 @@ def _copy_tensor(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
         return tensor.detach().cpu().clone()
     key = storage.data_ptr()
     if key not in copies:
+        # The whole storage as one flat tensor: parameters that are views of it keep their sharing in the copy.
         flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
         pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.device.type != "cpu")
         copies[key] = pinned.copy_(flat, non_blocking=True)
     host = copies[key]
+    # One storage read as two dtypes; rare and small, so it is copied again.
     if host.dtype != tensor.dtype:
         return tensor.detach().cpu().clone()
     return host.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

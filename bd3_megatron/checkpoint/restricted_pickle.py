@@ -35,6 +35,7 @@ class StaticLossScaler:
 StandIn = tuple[Callable[..., Any], str]
 """What takes the place of a pickled name."""
 
+# Every name that 0.19.8 pickles beside tensors and plain containers; a newer version's names are refused until listed.
 DEEPSPEED: tuple[StandIn, ...] = (
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
@@ -55,6 +56,7 @@ def open_pt(path: Path, *, stand_ins: Sequence[StandIn] = DEEPSPEED) -> Any:
     allowed: Any = list(stand_ins)
     _check_there(path)
     try:
+        # Only inside this call; the list is global to the process otherwise.
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -1,10 +1,8 @@
 """Save the whole state of a run so that a checkpoint is there completely or not at all.
 
-Decides: every rank writes its own files into a temporary folder and ends with a sidecar that lists them with checksums;
-rank 0, once all sidecars are there, writes the manifest, renames the folder into place and then points LATEST at it.
-Saver can do all of that behind the training (at most one save in flight); `save` does it at once. A save that fails
-anywhere (disk full, a file that cannot be written) fails on every rank with the same sentence and touches nothing that
-was published before. Retention runs after publishing only.
+Contract: every rank writes its own files into a temporary folder and ends with a sidecar that lists them with checksums;
+rank 0, once all sidecars are there, writes the manifest, renames the folder and then points LATEST at it. A save that
+fails anywhere fails on every rank with the same sentence and touches nothing that was published before.
 Costs: synchronous, the time of writing; asynchronous, one host copy of the rank's state.
 """
 
@@ -110,6 +108,7 @@ class Saver:
         A failure is told to `warn` and kept for `finish`; it does not stop the training. The newest checkpoint up to
         `finite_step` is not deleted, whatever the configuration says.
         """
+        # At most one save in flight: two would need two copies of the state in host memory.
         self._complete()
         manifest = describe_run(
             self._engine,
@@ -119,9 +118,11 @@ class Saver:
             train_state=train_state,
             evaluation=evaluation or {},
         )
+        # One name for all ranks: each writes its own files into the same folder.
         temporary = self._folder / f"{TEMPORARY_PREFIX}{step_name(step)}"
         if not self._agreed(lambda: _free_space(self._folder, temporary), only_first=True):
             return
+        # Before the space is checked, since only the collected state tells its size; nothing is written yet.
         record = record_rank(self._engine, temporary, copied=self._asynchronous)
         # ranks of one node share its disk, and so may all of them: the sum is what must fit
         needed = sum(agree.gathered(record.num_bytes()))
@@ -129,6 +130,7 @@ class Saver:
             return
 
         def work() -> None:
+            # Retention comes after publishing only: a failed save deletes nothing.
             published = _write_and_publish(temporary, record, manifest, self._timeout)
             if published is not None:
                 keep = config.checkpoint
@@ -144,8 +146,10 @@ class Saver:
             return
 
         def work_and_remember() -> None:
+            # No collective in the thread: the ranks agree on the failure when the main threads meet in _complete.
             self._failure = _attempt(work)
 
+        # A daemon: a process that is told to end does not wait for the disk; what it leaves is swept at the next save.
         self._thread = threading.Thread(target=work_and_remember, name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
@@ -191,6 +195,7 @@ def _attempt(action: Callable[[], object]) -> str | None:
 
 def _free_space(folder: Path, temporary: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # A killed save's folder may hold the very space that this one needs.
     sweep(folder)
     temporary.mkdir()
 

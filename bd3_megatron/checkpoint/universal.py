@@ -1,14 +1,8 @@
 """DeepSpeed's universal form of a checkpoint: every parameter whole, one folder each, readable from any grid.
 
-    step_N.universal/zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt, step.pt    DeepSpeed's layout
-    step_N.universal/ema/<name>/fp32.pt                                   the averaged weights, in a second pass
-    step_N.universal/zero/optimizer_state.pt, mp_rank_00_model_states.pt     what DeepSpeed's own loader asks for besides
-    step_N.universal/COMPLETE                                             digest of the manifest it was made from
-
-Decides: the form is written from our restricted, memory-mapped reader and not by DeepSpeed's ds_to_universal, which
-unpickles whatever it is given, reads a rank's whole file at once and leaves four small files a fragment; a test holds
-the two equal. All ranks convert together, each every n-th parameter, out of core. A finished form is kept beside the
-checkpoint and used again; one made from another manifest is made anew.
+Contract: under zero/, in DeepSpeed's layout, each parameter's folder holds fp32, moments and step, a .pt file each; ema/
+holds the averaged weights likewise. All ranks convert together, each every n-th parameter, out of core. A finished form is
+kept beside the checkpoint and used again; one made from another manifest is made anew.
 Source: DeepSpeed 0.19.8 deepspeed/checkpoint/ds_to_universal.py, universal_checkpoint.py.
 """
 
@@ -33,8 +27,10 @@ from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, write_text
 from bd3_megatron.model.partition import Partition, partition_of
 
+# Holds the digest of the manifest that the form was made from: a checkpoint saved again makes it stale.
 COMPLETE = "COMPLETE"
 ZERO_DIR = "zero"
+# DeepSpeed's layout has no averages; they get a tree of their own beside zero/.
 _EMA_DIR = "ema"
 
 
@@ -52,10 +48,12 @@ def universal_form(path: Path) -> Path:
     """
     target = path.with_name(path.name + UNIVERSAL_SUFFIX)
     source = digest_bytes((path / MANIFEST).read_bytes())
+    # Rank 0 decides for all: file systems may show a new file to one node later than to another.
     if agree.from_first(_made_from(target) == source):
         return target
     rank, size = agree.rank_and_size()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    # Each step ends on all ranks before the next begins: nobody writes into a folder that is being removed.
     _together(lambda: _renew(temporary) if rank == 0 else None)
     _together(lambda: _convert(path, temporary, rank=rank, size=size))
     _together(lambda: _publish(temporary, target, source) if rank == 0 else None)
@@ -98,9 +96,12 @@ def _renew(temporary: Path) -> None:
 
 
 def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
+    # Our restricted, memory-mapped reader and not ds_to_universal, which unpickles whatever it is given, reads a rank's
+    # whole file at once and leaves four small files a fragment; a test holds the two equal.
     reader = open_checkpoint(path)
     gated = reader.manifest.config["model"].get("style", "modern") == "modern"
     kinds = reader.kinds()
+    # Every size-th parameter: no rank needs another's result, and none waits before the end.
     for name in reader.names()[rank::size]:
         partition = partition_of(name, gated=gated)
         folder = out / ZERO_DIR / name
@@ -108,6 +109,7 @@ def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
             if kind in kinds:
                 write_torch(folder / f"{kind}.pt", _entry(reader.tensor(name, kind), partition))
         if MOMENTS[0] in kinds:
+            # DeepSpeed keeps Adam's count by parameter; ours is one number of the run.
             write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine.get("adam_step") or 0)))
         if "ema" in kinds:
             write_torch(out / _EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
@@ -120,6 +122,7 @@ def _entry(whole: Tensor, partition: Partition) -> dict[str, Any]:
     """DeepSpeed's record of one tensor: how it is to be cut again, and the tensor."""
     if partition.dim is None:
         return {"param": whole}
+    # Two stacked matrices, [gate; up]: each is cut by itself.
     if partition.strides == 2:
         return {"cat_dim": 0, "param_n_sub_params": 2, "param": whole}
     return {"cat_dim": partition.dim, "param": whole}
@@ -129,6 +132,7 @@ def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
     """What DeepSpeed's loader reads beside the parameters: hyperparameters of the groups, and one model file."""
     manifest = reader.manifest
     optim = config_from_tree(manifest.config).optim
+    # Only DeepSpeed's loader reads these; ours takes hyperparameters from the run's configuration.
     group = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.adam_eps}
     groups = [{**group, "weight_decay": optim.weight_decay, "name": "decayed"}]
     groups.append({**group, "weight_decay": 0.0, "name": "plain"})
@@ -137,6 +141,7 @@ def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
     write_torch(out / ZERO_DIR / "optimizer_state.pt", state)
     counters = {name: manifest.engine.get(name) or 0 for name in ("skipped_steps", "global_steps")}
     model = {"module": {}, "lr_scheduler": None, "ds_version": version, **counters, **universal_info(gated=gated)}
+    # Tensor parallelism is 1 here, because every tensor is whole.
     world = {"dp_world_size": manifest.grid["dp"] * manifest.grid["cp"], "mp_world_size": 1}
     write_torch(out / "mp_rank_00_model_states.pt", model | world)
 

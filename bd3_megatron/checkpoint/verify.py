@@ -34,6 +34,7 @@ def newest_valid(checkpoints_dir: Path, *, warn: Callable[[str], None] | None = 
         Its folder and manifest, the same on every rank; None when there is none.
     """
     rank, _ = agree.rank_and_size()
+    # Rank 0's listing, so that every rank makes the same collective calls in the same order.
     names = agree.from_first([path.name for path in checkpoint_folders(checkpoints_dir)])
     for name in names:
         path = checkpoints_dir / name
@@ -57,6 +58,7 @@ def problem_of(path: Path) -> str | None:
     problem = agree.first_failure(problem)
     if problem is not None or manifest is None:
         return problem
+    # File i is hashed by rank i mod world size: every byte is read once, over all ranks.
     mine = sorted(manifest.files)[rank::size]
     found = next((text for text in (_file_problem(path, manifest, name) for name in mine) if text is not None), None)
     return agree.first_failure(found)
@@ -78,6 +80,7 @@ def _file_problem(folder: Path, manifest: Manifest, name: str) -> str | None:
     expected, path = manifest.files[name], inside(folder, name)
     try:
         size = path.stat().st_size
+        # Size first: a torn file is the common case and costs no read.
         if size != expected.bytes:
             return f"{path} has {size} bytes in place of {expected.bytes}; it is torn, use another checkpoint."
         if record_of(path) != expected:

@@ -29,6 +29,7 @@ from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import whole, write_bytes, write_text
 from bd3_megatron.lease import held_output
 
+# A tensor larger than this gets a file of its own.
 WEIGHTS_FILE_BYTES = 4 * 2**30
 
 
@@ -60,6 +61,7 @@ def write_whole(
     with held_output(out):
         if out.exists():
             raise CheckpointError(f"{out} exists; name a new folder, or remove it first.")
+        # Four bytes an element: whole weights are stored in fp32.
         check_space(out.parent, 4 * sum(math.prod(shape) for shape in shapes.values()))
         return _write(out, manifest, shapes, produce, check)
 
@@ -77,6 +79,7 @@ def _write(
         content = manifest_bytes(complete)
         write_bytes(temporary / MANIFEST, content)
         write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")
+        # Before the folder has its name: weights that do not prove equal are never published.
         if check is not None:
             check(temporary)
     return complete
