@@ -36,3 +36,5 @@ PEAK_MEMORY = (
 HEAD_BF16_NLL = 1e-5  # nats; fp32 sums of exact products of bf16 inputs against fp64, logits of order 10
 HEAD_BF16_SUM = 2e-6  # of the largest; some hundred exact products added in fp32, against fp64
 HEAD_BF16_GRADIENT = 3 * 2**-9  # of the largest; logits' gradients, result and its scaling are each rounded to bf16
+ROWS_FP32 = 5e-7  # of the largest; norms, rotary turns and activations in fp32 against fp64: a few roundings of 2^-24
+ROWS_BF16 = 3 * 2**-9  # of the largest; the same in bf16: the result and up to two steps before it are rounded

@@ -185,7 +185,7 @@ class ModelChunk(MegatronModule):
         hidden = None if self.embedding is None else self._embed(self.embedding, batch.token_BP)
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
-        turn = rotary_turn(angles, self.config.params_dtype)
+        turn = rotary_turn(angles)
         # once a micro-batch, or never where whoever made the batch has done it already
         self.context.prepare(batch.visibility, batch.token_BP.device)
         ticket = self.context.ticket(batch.visibility)

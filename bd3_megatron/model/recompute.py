@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from bd3_megatron.model.activation import activate
 
 
 @dataclass(frozen=True)
@@ -67,39 +66,10 @@ class ThriftyMLP(MLP):
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
         """As megatron's, with (output, bias)."""
         inner, bias = self.linear_fc1(hidden_states)
+        active = partial(activate, gated=self.config.gated_linear_unit)
         if not (self.rebuild_activation and self.training):
-            return self.linear_fc2(self._activate(inner, bias))
-        active, release = rebuilt(self._activate, inner, bias)
-        output, output_bias = self.linear_fc2(active)
+            return self.linear_fc2(active(inner, bias))
+        rows, release = rebuilt(active, inner, bias)
+        output, output_bias = self.linear_fc2(rows)
         release(output)
         return output, output_bias
-
-    def _activate(self, inner: Tensor, bias: Tensor | None) -> Tensor:
-        if self.config.bias_activation_fusion:
-            return bias_swiglu_impl(inner, bias)
-        if bias is not None:
-            inner = inner + bias
-        if not self.config.gated_linear_unit:
-            return self.config.activation_func(inner)
-        return _SwiGlu.apply(inner)
-
-
-class _SwiGlu(torch.autograd.Function):
-    """silu(gate) * up of rows [gate; up]; keeps the rows alone and writes both gradients where they belong."""
-
-    @staticmethod
-    def forward(ctx: Any, inner: Tensor) -> Tensor:
-        ctx.save_for_backward(inner)
-        gate, up = inner.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        (inner,) = ctx.saved_tensors
-        gate, up = inner.chunk(2, dim=-1)
-        grad = torch.empty_like(inner)
-        d_gate, d_up = grad.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(upstream)
-        torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=d_gate)
-        return grad

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.model.activation import COMPILED, elementwise_kernel
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention, PairAttention
 from bd3_megatron.model.last_layer import LastLayer, QkvLinear
@@ -78,9 +79,9 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,
-        # gelu with tanh has no fused form in megatron that takes this exact function
-        bias_activation_fusion=on_gpu and gated,
-        bias_dropout_fusion=on_gpu,
+        # megatron's MLP is not asked: model/activation chooses the kernel
+        bias_activation_fusion=False,
+        bias_dropout_fusion=elementwise_kernel(topology.device) == COMPILED,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,

@@ -30,7 +30,7 @@ from bd3_megatron.process.stop import StopRequest
 from bd3_megatron.process.watchdog import Watchdog
 from bd3_megatron.train.backends import agreed_backends
 from bd3_megatron.train.dataset import RunData, prepare_and_open
-from bd3_megatron.train.doctor import diagnose_together
+from bd3_megatron.train.doctor import check_rows_together, diagnose_together
 from bd3_megatron.train.hooks import Hooks
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
 from bd3_megatron.train.plan import RunPlan
@@ -82,6 +82,7 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     say(f"attention: {why}")
     if config.watch.leak_check:
         say(diagnose_together(config, backends, topology, dtype))
+    say(f"rows: {check_rows_together(config, topology, dtype)}")
     engine = _engine(config, topology, data, backends, dtype)
     state = resume(engine, run_dir, config, data.tokenizer_identity(), say)
     plan = RunPlan(config, state.step, state.samples_consumed)

@@ -26,9 +26,10 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import LeakError
+from bd3_megatron.errors import BackendError, LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
+from bd3_megatron.model.row_kernels import check_row_kernels, row_kernels
 from bd3_megatron.model.visibility_check import AttentionCall, Violation, VisibilityCase, side, violations
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
@@ -105,6 +106,26 @@ def diagnose_together(config: Config, backends: Mapping[int, Backend], topology:
     failure = first_failure(failure)
     if failure is not None:
         raise LeakError(failure)
+    return said
+
+
+def check_rows_together(config: Config, topology: Topology, dtype: torch.dtype) -> str:
+    """Hold the kernels of norms, rotary turns and activations against their formulas, on every rank's device. Collective.
+
+    Returns:
+        One line that names the kernels.
+
+    Raises:
+        BackendError: on every rank, where one of them found a wrong kernel.
+    """
+    said, failure = "", None
+    try:
+        said = check_row_kernels(row_kernels(config.model, dtype=dtype, device=topology.device))
+    except BackendError as error:
+        failure = str(error)
+    failure = first_failure(failure)
+    if failure is not None:
+        raise BackendError(failure)
     return said
 
 
@@ -201,6 +222,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = training_dtype(config.train.precision, device)
     try:
         print(diagnose(config, choose_backends(config, dtype=dtype, device=device), dtype=dtype, device=device))
+        print(f"rows: {check_row_kernels(row_kernels(config.model, dtype=dtype, device=device))}")
     except LeakError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bd3_megatron.compat import megatron
-from bd3_megatron.model.recompute import Recompute, _SwiGlu, rebuilt
+from bd3_megatron.model.activation import activate
+from bd3_megatron.model.recompute import Recompute, rebuilt
 from tests import tolerances
 
 
@@ -36,7 +37,7 @@ def test_only_whole_layers_are_the_blocks_business() -> None:
 def test_the_gated_activation_is_torchs(dtype: torch.dtype) -> None:
     inner = torch.randn(5, 3, 14, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
     gate, up = inner.chunk(2, dim=-1)
-    found, expected = _SwiGlu.apply(inner), F.silu(gate) * up
+    found, expected = activate(inner, None, gated=True), F.silu(gate) * up
     grad, wanted = (torch.autograd.grad(out, inner, torch.ones_like(out))[0] for out in (found, expected))
     assert torch.equal(found, expected)
     tolerance = tolerances.FAST_PATH_FP64 if dtype == torch.float64 else tolerances.FAST_PATH_FP32

@@ -49,7 +49,7 @@ def test_turning_is_rotate_half_with_its_gradient(position_PB: torch.Tensor) -> 
     angles = rotary_angles(position_PB, 8, 10_000.0, dtype=torch.float64)
     first, second = heads.chunk(2, dim=-1)
     expected = heads * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
-    found = turned(heads, rotary_turn(angles, torch.float64))
+    found = turned(heads, rotary_turn(angles))
     assert torch.allclose(found, expected, rtol=0, atol=1e-14)
     upstream = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
     grad, wanted = (torch.autograd.grad(out, heads, upstream)[0] for out in (found, expected))

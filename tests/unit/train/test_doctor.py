@@ -94,11 +94,15 @@ def options(tmp_path: Path, config: Config, *overrides: str) -> argparse.Namespa
     return argparse.Namespace(config=tmp_path / "config.yaml", overrides=list(overrides))
 
 
-def test_the_command_answers_0_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_answers_0_and_names_the_kernels_on_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = case(data={"packing": "isolated"})
     assert doctor.run(options(tmp_path, config, "data.seq_len=16", "train.precision=fp32")) == 0
     said = capsys.readouterr().out
-    assert said == "no leak: block_size=4 by structured/cpu, over 16 positions, packed documents, float32\n"
+    leaks, rows = said.splitlines()
+    assert leaks == "no leak: block_size=4 by structured/cpu, over 16 positions, packed documents, float32"
+    assert rows.startswith("rows: RMSNorm by torch (written out), rotary turn by torch, SwiGLU by torch (written out)")
 
 
 def test_the_command_answers_3_with_a_table(
