@@ -30,6 +30,7 @@ def attention_request(
     config: Config, layout: PairLayout, *, dtype: torch.dtype, device: torch.device
 ) -> AttentionRequest:
     """What a layer will ask of attention in one phase of a run, per rank."""
+    # Tensor parallelism deals heads to ranks, so a kernel sees 1/tp of them.
     tp = config.parallel.tp
     return AttentionRequest(
         device_type=device.type,
@@ -39,6 +40,7 @@ def attention_request(
         num_heads=config.model.num_heads // tp,
         num_kv_heads=config.model.kv_heads // tp,
         head_dim=config.model.head_width,
+        # Structured attention refuses packed documents on CUDA.
         documents=config.data.packing == "isolated",
     )
 
@@ -54,7 +56,9 @@ def choose_backends(config: Config, *, dtype: torch.dtype, device: torch.device)
         BackendError: the backend asked for cannot serve.
     """
     chosen = {}
+    # One choice a block size, in the curriculum's order: phases of one size share it.
     for size in dict.fromkeys(block_sizes(config)):
+        # Every cp rank has as much to compute, so the rows of rank 0 stand for all.
         layout = phase_layout(config, size, views=config.diffusion.views, cp_rank=0)
         chosen[size] = choose(config.attention.backend, attention_request(config, layout, dtype=dtype, device=device))
     return chosen

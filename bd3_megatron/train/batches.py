@@ -34,6 +34,7 @@ class Noise:
 
     seed: int
     mask_id: int
+    # Levels are stratified over these samples, which keeps the variance of a step's loss low.
     group_size: int
     """Samples that share noise strata: the global batch."""
     block_size: int
@@ -41,6 +42,7 @@ class Noise:
 
     def of_view(self, view: int) -> Noise:
         """The noise of one of several noisy copies; that of view 0 is the noise of a run without views."""
+        # View 0 keeps the run's seed: switching views on changes nothing about the first copy.
         return self if view == 0 else replace(self, seed=generator_seed(self.seed, Purpose.VIEW, f"view {view}"))
 
     def corrupt(self, clean: CleanBatch, config: DiffusionConfig) -> NoisyBatch:
@@ -88,6 +90,7 @@ class MicroBatch:
 def make_micro_batch(clean: CleanBatch, noise: Noise, config: DiffusionConfig, layout: PairLayout) -> MicroBatch:
     """The micro-batch of some sequences in the phase that `layout` is of."""
     copies = layout.objective.copies(lambda view: noise.of_view(view).corrupt(clean, config))
+    # Counted on whole sequences, before the rows are cut: every rank of a replica gets the same number.
     rows = loss_rows(clean, copies, layout)
     return MicroBatch(
         pair_rows(clean, copies, rows, layout),
@@ -124,8 +127,10 @@ class StepBatches:
         self._plan, self._topology, self._mask_id = plan, topology, mask_id
         self._reading = rows.read(
             plan,
+            # A function and not an iterator: every process of a stream's loader walks the indices by itself.
             lambda: self._indices(first_step),
             workers=num_workers,
+            # Pinned memory is copied to a GPU while kernels run; on CPU it would only cost the page locking.
             pin=topology.device.type == "cuda",
             saved=saved,
         )
@@ -142,6 +147,7 @@ class StepBatches:
 
     def _indices(self, first_step: int) -> Iterator[torch.Tensor]:
         for step in range(first_step, self._plan.total_steps):
+            # The plan knows each step's batch size, which grows during a batch warm-up.
             yield from self._share(step).step(self._plan.samples_before(step))
 
     def _share(self, step: int) -> BatchShare:
@@ -164,6 +170,7 @@ class StepBatches:
         noise = Noise(
             seed=config.run.seed,
             mask_id=self._mask_id,
+            # The final batch size also while the batch still grows: strata are over sample ids, not over steps.
             group_size=config.train.global_batch_size,
             block_size=layout.block_size,
             interval=interval,

@@ -40,6 +40,7 @@ from bd3_megatron.train.throughput import measure_cpu_peak_tflops
 from bd3_megatron.train.timeline import Timeline, device_event_factory
 from bd3_megatron.train.trainer import Trainer
 
+# Long enough to average over the scheduler's switches, short beside the start of a run.
 CPU_PEAK_SECONDS = 0.5
 
 
@@ -49,6 +50,7 @@ def meet(config: Config, *, rank: int, world_size: int, local_rank: int) -> Topo
     Raises:
         BD3Error: whatever cannot run, as one sentence.
     """
+    # Before a process group exists: a refusal here costs a second, in a collective it costs the time-out.
     validate(config, world_size=world_size)
     # what only the curriculum's arithmetic can refute, before a process group exists
     RunPlan(config).phase_at(0)
@@ -70,7 +72,9 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     """
     rank, world_size, device = topology.rank, topology.world_size, topology.device
     run_dir = Path(config.run.dir)
+    # Every rank would say the same.
     say = announce if rank == 0 else _silent
+    # Devices, sums and the folder are tried before data is read and a model is built.
     if config.watch.preflight:
         preflight(config, topology, say)
     data = prepare_and_open(config, rank=rank, say=say)
@@ -78,18 +82,22 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     config = replace_field(config, "parallel.dp", topology.dp)
     config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
     dtype = training_dtype(config.train.precision, device)
+    # Before the model: its layers are made for the backends of all phases.
     backends, why = agreed_backends(config, topology, dtype)
     say(f"attention: {why}")
     if config.watch.leak_check:
         say(diagnose_together(config, backends, topology, dtype))
     say(f"rows: {check_rows_together(config, topology, dtype)}")
     engine = _engine(config, topology, data, backends, dtype)
+    # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.tokenizer_identity(), say)
     plan = RunPlan(config, state.step, state.samples_consumed)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        # Only now: a launch that was refused leaves the file of the attempt before.
         dump_config(config, run_dir / "config.yaml")
     stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
+    # After the slow part of the start: until here a signal ends the process, and nothing is lost by it.
     stop.install()
     loggers = _loggers(config, plan, state) if rank == 0 else None
     timeline = Timeline(event_factory=device_event_factory())
@@ -137,16 +145,19 @@ def device_peak(config: Config, topology: Topology) -> PeakTflops:
     """Peak of one device: given, from the table, or on CPU measured by all ranks at once. Collective."""
     given = config.throughput.peak_tflops
     if topology.device.type == "cuda" or given is not None:
+        # The peak of the dtype that the products run in, which is not always the one asked for.
         precision = "bf16" if training_dtype(config.train.precision, topology.device) == torch.bfloat16 else "fp32"
         return peak_of(device_name(topology.device), precision, given_tflops=given)
     measured = torch.tensor(measure_cpu_peak_tflops(CPU_PEAK_SECONDS, dist.barrier), dtype=torch.float64)
     dist.all_reduce(measured)
+    # The mean: ranks share one memory bus, and a rank measured alone would promise too much.
     mean = float(measured) / topology.world_size
     return PeakTflops(mean, "CPU matrix product measured at start by all ranks at once")
 
 
 def _loggers(config: Config, plan: RunPlan, state: TrainState) -> Loggers:
     run_dir = Path(config.run.dir)
+    # Drawn from the operating system and not from the run's seed: two runs of one seed are two runs.
     state.wandb_id = state.wandb_id or secrets.token_hex(4)
     record = Record(run_dir / "metrics.jsonl", resumed_step=state.step)
     console = Console(plan.total_steps, state.step)

@@ -74,6 +74,7 @@ class ShardRows:
         Raises:
             ConfigError: sources were taken away.
         """
+        # The stages that began are taken from the checkpoint, so that a changed configuration does not recount them.
         stages = mixture_stages(self.data, plan, saved)
         source = self.dataset.mixed(Mixture(stages))
         batches = BatchLoader(source, indices(), num_workers=workers, pin_memory=pin)
@@ -151,6 +152,7 @@ def prepare_text(config: Config, say: Callable[[str], None]) -> None:
         vocab_size=data.tokenizer_vocab_size,
         valid_fraction=data.valid_fraction,
     )
+    # An existing folder of the same request is kept: a restarted job does not tokenise again.
     made = prepare(request, say=say)
     if not made.was_there:
         say(f"prepared {made.num_tokens['train']:,} training tokens in {made.folder}")
@@ -177,6 +179,7 @@ def open_data(config: Config) -> RunData:
         check_held_out(valid.sources[0].shards, trained)
     else:
         refuse_without_held_out(config, f"'{cut(str(folder))}' has no split valid")
+    # Larger is allowed: rows beyond the tokenizer's ids are never looked up, and padding to a round size is common.
     given = config.model.vocab_size
     if given is not None and given < shards.vocab_size:
         raise TokenizerError(
@@ -272,5 +275,6 @@ def prepare_and_open(config: Config, *, rank: int, say: Callable[[str], None]) -
     """Rank 0 prepares, all wait, all open. Collective."""
     if rank == 0:
         prepare_text(config, say)
+    # The folder appears whole, but only after rank 0 is done; nobody may look before.
     dist.barrier()
     return open_data(config)

@@ -73,12 +73,15 @@ def diagnose(
     checked: list[str] = []
     tables: list[str] = []
     for size in dict.fromkeys(block_sizes(config)):
+        # Training runs all views; evaluation and the interval search run one.
         for views in sorted({config.diffusion.views, 1}, reverse=True):
             for cp_rank in range(config.parallel.cp) if shared is None else (shared.cp_rank,):
                 layout = phase_layout(config, size, views=views, cp_rank=cp_rank)
+                # The model's own objects, so that what is proved is what runs.
                 context = AttentionContext(layout, backends)
                 request = attention_request(config, layout, dtype=dtype, device=device)
                 if device.type == "cpu":
+                    # Two and not one: with isolated documents each sequence has its own borders.
                     request = replace(request, batch=min(request.batch, _CPU_BATCH))
                 found = examine_layout(context, request, None if shared is None else shared.cp_group)
                 tables += [_table(found, context.backend, size)] if found else []
@@ -103,6 +106,7 @@ def diagnose_together(config: Config, backends: Mapping[int, Backend], topology:
         said = diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared)
     except LeakError as error:
         failure = str(error)
+    # A rank that raised alone would leave the others in the next collective.
     failure = first_failure(failure)
     if failure is not None:
         raise LeakError(failure)
@@ -142,6 +146,7 @@ def examine_layout(
     Returns:
         Violations; empty when visibility is right.
     """
+    # All that the layer's attention reads of megatron's configuration; no weights exist.
     heads = SimpleNamespace(kv_channels=request.head_dim)
     core = CoreAttention(heads, 1, pg_collection=SimpleNamespace(cp=cp_group), context=context)
     # with one sequence a call, documents and a single document take turns
@@ -169,8 +174,10 @@ def _problems(
     noisy = whole if is_shared and layout.noisy_rows else layout.noisy_rows
     clean = whole if is_shared and layout.clean_rows else layout.clean_rows
     noisy_streams = [(view, noisy) for view in range(layout.views)] if noisy else []
+    # Views share one clean copy, which is numbered behind them.
     keys = side([*noisy_streams, (layout.views, layout.clean_key_rows)], layout.block_size, documents_BL, device)
     streams = {"pair": [*noisy_streams, (layout.views, clean)]}
+    # The last layer computes only rows that carry loss: noisy queries, clean keys.
     if noisy and layout.clean_key_rows:
         streams["loss"] = noisy_streams
     for name, rows in streams.items():
@@ -197,6 +204,7 @@ def _own(layout: PairLayout, num_rows: int, *, is_shared: bool) -> Tensor:
         return torch.arange(num_rows)
     rows = torch.arange(layout.num_rows)
     stream = rows // max(1, layout.num_noisy // layout.views) if layout.num_noisy else torch.zeros_like(rows)
+    # Row number in the whole of all ranks: stream by stream, position by position.
     own = stream.clamp_max(layout.views) * layout.length + layout.position_P
     return own[own < num_rows]
 

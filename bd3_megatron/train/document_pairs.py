@@ -33,13 +33,16 @@ def step_pairs(
         topology: the grid.
         block_size: S in use.
     """
+    # Elsewhere the pairs follow from the length alone.
     if config.data.packing != "isolated":
         return None
     block = shape_of(config, block_size=block_size).block
+    # Lists on the host, read once a batch; the backends' tables walk the same ones.
     rows = [ids_L for batch in micro_batches for ids_L in batch.visibility.document_layouts or ()]
     mine = mean_pairs([attended_pairs(config.data.seq_len, block, _lengths(ids_L)) for ids_L in rows])
     sums = torch.tensor([mine.noisy, mine.clean, mine.dead_rows, mine.dead_pairs], dtype=torch.float64)
     sums = sums.to(topology.device)
+    # Over dp alone: the ranks of tp, pp and cp hold the same samples and have counted the same pairs.
     dist.all_reduce(sums, group=topology.groups.dp)
     noisy, clean, dead_rows, dead_pairs = (sums / topology.dp).tolist()
     return Pairs(noisy=noisy, clean=clean, dead_rows=dead_rows, dead_pairs=dead_pairs)

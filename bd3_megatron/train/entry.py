@@ -39,6 +39,7 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int
     trainer = None
     try:
         trainer = build_trainer(config, topology)
+        # Only an attempt with a step left to make is recorded as running from that step.
         if began is not None and trainer.state.step < trainer.plan.total_steps:
             record_steps(run_dir, began, step=trainer.state.step)
         reason = trainer.run()
@@ -51,6 +52,8 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> int
     if lease is not None:
         _conclude(trainer, reason)
         lease.release()
+    # Only a rank that ended well leaves its process group; after an error the launcher ends the others, and waiting for
+    # them here would hang.
     leave()
     return 0
 
@@ -72,6 +75,7 @@ def _take_folder(config: Config, topology: Topology) -> tuple[Lease | None, RunS
             began = begin_attempt(run_dir)
         except BD3Error as error:
             refusal = [error]
+    # The error itself travels, so that every rank exits with its code.
     dist.broadcast_object_list(refusal, src=0, device=topology.device)
     if refusal[0] is not None:
         raise refusal[0]

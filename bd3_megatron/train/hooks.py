@@ -65,6 +65,7 @@ class Hooks:
         """Whether a search for the noise interval is due."""
         diffusion = self.config.diffusion
         return (
+            # After the last update there is no batch left that a new interval could serve.
             not info.is_last
             and _is_due(info.step, diffusion.search_every_steps)
             and info.is_searched
@@ -79,6 +80,7 @@ class Hooks:
         """Held-out perplexity with the averaged weights, written as a record of the current step. Collective."""
         if self.data.valid is None:
             return
+        # Between two steps: counted as a pause, not in the throughput.
         with self.timeline.span("evaluation"):
             estimate = evaluate_on_grid(
                 self.engine,
@@ -115,6 +117,7 @@ class Hooks:
         with self.timeline.span("checkpoint"):
             self.saver.save(
                 step=state.step,
+                # The data order goes on behind the spike; everything else is the checkpoint's.
                 samples_consumed=state.samples_consumed,
                 config=self.config,
                 train_state=state.to_json(),
@@ -125,6 +128,7 @@ class Hooks:
     def finite_checkpoint(self, state: TrainState) -> Path | None:
         """The newest checkpoint whose weights gave a finite loss; None where none is left. Waits for a save. Collective."""
         self.saver.finish()
+        # Not verified here: the name only goes into the sentence that ends the run.
         there = checkpoint_folders(Path(self.config.run.dir) / "checkpoints")
         return next((path for path in there if (step_of(path.name) or 0) <= state.finite_step), None)
 
@@ -140,6 +144,7 @@ class Hooks:
         """
         self.saver.finish()
         found = newest_valid(Path(self.config.run.dir) / "checkpoints")
+        # A second time from the same checkpoint, the run could circle.
         if found is None or found[1].step == state.rolled_back_to:
             return None
         loaded = TrainState.from_json(load(self.engine, found[0]).train_state)
@@ -152,6 +157,7 @@ class Hooks:
             wandb_id=state.wandb_id,
         )
         if self.loggers is not None:
+            # Steps that will be made again must stand in the record once.
             self.loggers.cut(after.step)
             self.loggers.write(
                 {

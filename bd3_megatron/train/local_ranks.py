@@ -39,16 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         config = load_config(options.config, options.overrides)
+        # One sentence from the parent instead of one from each rank.
         validate(config, world_size=options.ranks)
     except BD3Error as error:
         print(f"bd3: error: {error}", file=sys.stderr)
         return error.exit_code
     drop_known_warnings()
+    # Held until the ranks have bound theirs: two launches on one machine do not take the same.
     port = reserve_port()
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
     on_death = partial(record_death, Path(config.run.dir), launched=time.time())
+    # CUDA cannot be used in a process forked from one that has initialised it; forks are for CPU, where they save the
+    # import of torch in every rank.
     if options.gpu:
         return spawn_ranks(partial(_command_of, options), options.ranks, rendezvous, on_death)
+    # Imported late: the parent of spawned ranks needs neither torch nor megatron.
     from bd3_megatron.train.entry import run_rank
 
     return fork_ranks(lambda rank: run_rank(config, rank, options.ranks, rank), options.ranks, rendezvous, on_death)
@@ -74,6 +79,7 @@ def _command_of(options: argparse.Namespace, rank: int, report: int) -> list[str
 
 
 def _be_one_rank(options: argparse.Namespace) -> NoReturn:
+    # A killed launcher must not leave ranks that hold the GPUs.
     die_with_parent(options.parent)
 
     def run() -> int:

@@ -66,6 +66,7 @@ def cut_record(path: Path, step: int) -> None:
     Of step 0, which a run that starts anew evaluates once more, only the events stay.
     """
     kept = []
+    # The last element is empty, or a line that a killed process did not finish.
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             record = json.loads(line)
@@ -91,6 +92,7 @@ class Console:
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
+            # A log file gets a line every ten seconds; a terminal is redrawn.
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
 
@@ -125,6 +127,7 @@ class WandbMirror:
     """Weights & Biases, online or offline, one run id across restarts."""
 
     def __init__(self, config: Config, run_id: str, *, attempt: str) -> None:
+        # Optional, and slow to import: only runs that ask for it pay.
         import wandb
 
         folder = Path(config.run.dir)
@@ -134,6 +137,7 @@ class WandbMirror:
             name=folder.name,
             group=run_id,
             tags=[attempt],
+            # A restarted run goes on in its own history.
             resume="allow",
             mode=config.log.wandb,
             dir=str(folder),
@@ -152,6 +156,7 @@ class TensorBoardMirror:
     """TensorBoard event files under run.dir/tensorboard."""
 
     def __init__(self, folder: Path) -> None:
+        # Needs the optional package tensorboard.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), flush_secs=5)
@@ -174,6 +179,7 @@ class Loggers:
 
     def write(self, record: Values) -> None:
         """To the record first, then to whatever still mirrors it."""
+        # The record is the truth: it has the line before any mirror can fail.
         self._record.write(record)
         self.console.write(record)
         for name, mirror in list(self._mirrors.items()):

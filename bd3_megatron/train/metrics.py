@@ -60,15 +60,19 @@ def reduce_step(
         num_samples: of the step over all ranks.
         token_count, masked_count: of this data-parallel rank's samples.
     """
+    # One table for everything, so that a log line costs one all-reduce.
     table = torch.zeros(num_samples + 2 * NUM_BINS + 2, dtype=torch.float64, device=topology.device)
+    # Tensor-parallel ranks have computed the same sums; one of them adds them.
     if logs and topology.tp_rank == 0:
         table[:num_samples] = _in_sample_order(logs, topology, num_samples)
         table[num_samples : num_samples + 2 * NUM_BINS] = torch.stack([log.bins for log in logs]).sum(0).flatten()
+    # Counts are of whole sequences: one rank of a replica states them.
     if topology.tp_rank == 0 and topology.cp_rank == 0 and topology.is_first_stage:
         table[-2], table[-1] = token_count, masked_count
     dist.all_reduce(table)
     here = table.cpu()
     return StepSums(
+        # One sample after another: the order of this sum does not depend on the grid.
         weighted_nll_nats=sum(here[:num_samples].tolist()),
         token_count=int(here[-2]),
         masked_count=int(here[-1]),

@@ -1,9 +1,8 @@
 """Which mixture holds from which sample on: the configured stages, and what a run has already been through.
 
-Decides: stages are fixed in samples the moment they begin, and that history is saved with the run. What was consumed is
-therefore counted as it was consumed, whatever batch size, weights or stage lengths a resumed run has: every source goes on
-where it was. Lengths in tokens do not depend on the batch size; lengths in steps end where the plan has that step. A
-stage whose weights equal those before it begins nothing.
+Contract: stages are fixed in samples the moment they begin, and that history is saved with the run. What was consumed is
+counted as it was consumed, whatever batch size, weights or stage lengths a resumed run has: every source goes on where it
+was. A stage whose weights equal those before it begins nothing.
 Refuses: histories with more sources than are named now. Sources are known by their position in the list: new ones come last.
 """
 
@@ -34,10 +33,13 @@ def mixture_stages(data: DataConfig, plan: RunPlan, saved: Mapping[str, Any] | N
     consumed = plan.origin_samples
     planned = _planned(data, plan)
     num_sources = len(planned[0][1])
+    # A stage that was to begin exactly here has not taken a sample yet, so today's configuration decides it.
     begun = [s for s in _read(saved, num_sources) if s.start < consumed]
+    # What the configuration of today wants at this sample.
     current = [weights for start, weights in planned if start <= consumed][-1]
     if not begun:
         begun = [Stage(start=0, weights=current)]
+    # Weights that were changed on resuming begin a stage here; counts of the sources carry over.
     stages = begun if begun[-1].weights == current else [*begun, Stage(start=consumed, weights=current)]
     for start, weights in planned:
         if start > consumed and weights != stages[-1].weights:
@@ -58,6 +60,7 @@ def _planned(data: DataConfig, plan: RunPlan) -> list[tuple[int, Weights]]:
     planned: list[tuple[int, Weights]] = []
     first_step = first_sample = 0
     for stage in data.mixtures:
+        # Lengths in steps end where the plan has that step; lengths in tokens do not depend on the batch size.
         start = plan.samples_before(max(first_step, plan.origin_step)) if first_step else first_sample
         planned.append((start, tuple(stage.mixture.get(folder, 0.0) for folder in folders)))
         first_step += stage.steps or 0
@@ -75,6 +78,7 @@ def _read(saved: Mapping[str, Any] | None, num_sources: int) -> list[Stage]:
                 "order, with weight 0 for those no longer wanted."
             )
     return [
+        # Sources that were added since had weight 0 before.
         Stage(start=s["start"], weights=(*map(float, s["weights"]), *[0.0] * (num_sources - len(s["weights"]))))
         for s in stages
     ]

@@ -40,6 +40,7 @@ class RunPlan:
         train = self.config.train
         if train.steps is not None:
             return train.steps
+        # Tokens that a resumed run has seen are paid, with whatever batch size it saw them.
         left = (train.tokens or 0) - self.origin_samples * self.config.data.seq_len
         return max(1, self.origin_step + self._steps_for(left, self.origin_step))
 
@@ -77,6 +78,7 @@ class RunPlan:
 
     def lr(self, step: int) -> float:
         """Learning rate of that update."""
+        # A phase may scale the rate; the schedule itself runs over the whole run.
         return learning_rate(self.config.optim, step, self.total_steps) * self.phase_at(step).lr_factor
 
     def batch_size(self, step: int) -> int:
@@ -86,4 +88,5 @@ class RunPlan:
     def samples_before(self, step: int) -> int:
         """Samples consumed by all updates before state `step`, which is not before the origin."""
         train = self.config.train
+        # Relative to the origin: samples consumed before it are a fact, not a function of today's configuration.
         return self.origin_samples + samples_before(train, step) - samples_before(train, self.origin_step)

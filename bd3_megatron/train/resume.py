@@ -23,6 +23,7 @@ from bd3_megatron.train.state import TrainState
 
 UNCOMPARED = ("run.overridden", "run.reinterpret")
 """What a launch says about itself."""
+# The grid, saving, logging and evaluation: a run may be moved to other machines without naming it.
 FREE_SECTIONS = ("parallel", "checkpoint", "evaluate", "log", "throughput", "watch", "attention")
 FREE_KEYS = (
     "run.dir",
@@ -40,6 +41,7 @@ FREE_KEYS = (
 MEANING_SECTIONS = ("model", "tokenizer")
 """Shapes, or what stored weights and token ids stand for."""
 MEANING_KEYS = ("diffusion.objective",)
+# They need to be named like any other learning setting, but give no stored number another meaning.
 LEARNING_KEYS = ("model.dropout", "model.init_std")
 """Of the model section, what changes how it learns but not what its weights are."""
 VALUE_CHARACTERS = 60
@@ -92,9 +94,11 @@ def resume(
         ConfigError: settings differ that may not, or were not named on the command line.
     """
     folder = run_dir / "checkpoints"
+    # Verified before it is chosen: a torn newest checkpoint falls back to the one before it.
     found = newest_valid(folder, warn=say)
     if found is None:
         damaged = len(checkpoint_folders(folder))
+        # Starting anew here would overwrite a run that may only need a file restored.
         if damaged:
             raise CheckpointError(
                 f"all {damaged} checkpoints in '{folder}' are damaged; restore one, or remove the folder to start anew."
@@ -106,6 +110,7 @@ def resume(
     # checkpoints of older versions do not know their tokenizer
     known = dict(tokenizer) if state.tokenizer is None else state.tokenizer
     changed = changes(config_from_tree(manifest.config), config, tokenizer=(known, tokenizer))
+    # Before any weight is touched.
     refuse_changes(changed, config)
     load(engine, path)
     state.tokenizer = dict(tokenizer)
@@ -139,6 +144,7 @@ def refuse_changes(changed: list[Change], config: Config) -> None:
     Raises:
         ConfigError: lists every one of them with both values.
     """
+    # From the command line only: left in a file, it would allow every later change too.
     reinterprets = config.run.reinterpret and "run.reinterpret" in config.run.overridden
     other = [] if reinterprets else [change for change in changed if change.is_meaning]
     if other:

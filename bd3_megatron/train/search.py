@@ -1,9 +1,8 @@
 """The interval search on the training grid: held-out rows, averaged weights, one set of forward passes for all candidates.
 
-Decides: which rows (the first search_batches x global_batch_size held-out ones, or all where there are fewer, whatever
-the grid; micro-batches that fill up a round are run and not counted) and which noise (keyed by the step, so a search can
-be repeated), and how moments meet: block losses are summed over cp on the last stage, scored there, gathered over dp and
-merged, and the choice is sent to all ranks.
+Decides: which rows (the first search_batches x global_batch_size held-out ones, or all where there are fewer), which noise
+(keyed by the step, so a search can be repeated), and how moments meet: block losses are summed over cp on the last stage,
+scored there, gathered over dp and merged, and the choice is sent to all ranks.
 Costs: a forward pass of those rows a search (twice at block size 1, for full masking): 100 batches every 5,000 steps are
 below 1 % of training.
 """
@@ -70,7 +69,9 @@ def search_interval(
     intervals = candidates(block_size, config.diffusion.search_widths)
     moments = Moments.none(len(intervals))
     num_rows = min(config.diffusion.search_batches * config.train.global_batch_size, held_out.num_rows)
+    # Rounded up, so that the pipeline is full; rows that only fill up a round are run and not counted.
     num_rounds = -(-num_rows // (topology.pp * topology.dp * config.train.micro_batch_size))
+    # The weights that are evaluated and exported are those whose variance counts.
     with engine.averaged_weights():
         for drawn_from in passes(intervals):
             for first in range(0, num_rounds, ROUNDS_PER_CALL):
@@ -90,6 +91,7 @@ def _micro_batches(
     topology, size = engine.model.topology, config.train.micro_batch_size
     made = []
     for number in range(rounds.start * topology.pp, rounds.stop * topology.pp):
+        # Row numbers do not depend on the grid, only who computes them does.
         start = (number * topology.dp + topology.dp_rank) * size
         clean = held_out.batch_for(torch.arange(start, start + size))
         made.append((clean, _corrupt(clean, config, engine, drawn_from, step=step)))
@@ -112,6 +114,7 @@ def _score(
     # stages before the last have no logs
     for log, (clean, noisy) in zip(logs, batches, strict=False):
         loss_BK = log.weighted_nll_BK / layout.block_size
+        # Each context-parallel rank has the loss of its own rows of every block.
         dist.all_reduce(loss_BK, group=topology.groups.cp)
         is_asked_B1 = (clean.index_B < num_rows)[:, None]
         moments = moments.merge(_moments(loss_BK.cpu(), noisy, is_asked_B1, config, intervals, drawn_from))
@@ -119,6 +122,7 @@ def _score(
 
 
 def _corrupt(clean: CleanBatch, config: Config, engine: ZeroEngine, drawn_from: Interval, *, step: int) -> NoisyBatch:
+    # Not the training noise: an interval chosen on the noise of a step would fit that noise.
     seed = generator_seed(config.run.seed, Purpose.SEARCH, f"step {step}")
     t_BK = noise_levels(
         seed,
@@ -170,6 +174,7 @@ def _merged_over_ranks(moments: Moments, topology: Topology) -> Moments:
         parts = [torch.empty_like(packed) for _ in range(topology.dp)]
         dist.all_gather(parts, packed, group=topology.groups.dp)
         whole = Moments.none(packed.shape[1], topology.device)
+        # In rank order on every rank: merging moments rounds, and all must come to one choice.
         for part in parts:
             whole = whole.merge(Moments.unpack(part))
         packed = whole.pack()

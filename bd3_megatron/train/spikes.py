@@ -13,7 +13,9 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+# Steps. The median of these follows a falling loss and is not moved by a few spikes.
 WINDOW = 64
+# Below this the first steps' steep fall would decide what is usual.
 MIN_HISTORY = 16
 
 

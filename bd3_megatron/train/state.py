@@ -42,5 +42,6 @@ class TrainState:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> TrainState:
         """The state that `to_json` wrote (JSON turns integer keys into text)."""
+        # JSON turns integer keys into text and tuples into lists.
         intervals = {int(size): (pair[0], pair[1]) for size, pair in tree.get("intervals", {}).items()}
         return cls(**{**tree, "intervals": intervals})

@@ -76,8 +76,10 @@ class TrainingStep:
         step, phase = state.step, plan.phase_at(state.step).phase
         interval, lr, num_samples = plan.interval(step, state.intervals), plan.lr(step), plan.batch_size(step)
         self.timeline.start_step(step + 1)
+        # Rows and visibility of this step's block size, before its batch is cut by them.
         self.engine.model.enter_phase(phase.block_size)
         if self.config.model.dropout > 0:
+            # By the step and not by what ran before, so that a resumed run drops the same elements.
             seed_dropout(self.config.run.seed, step, self.topology)
         with self.timeline.span("data_wait"):
             batch = batches.next(step, self.engine.model.layout, interval)
@@ -94,6 +96,7 @@ class TrainingStep:
                 loss_scale=self.topology.shard_size / tokens,
                 lr=lr,
                 span=self.timeline.span,
+                # Without a guard there is no reduction and no host read between backward and update.
                 veto=None if veto is None else is_vetoed,
             )
         self.timeline.end_step()
@@ -109,9 +112,11 @@ class TrainingStep:
 
     def _global_count(self, batch: StepBatch) -> float | Tensor:
         """Tokens of the whole step in the mean: by arithmetic, or summed over dp where samples differ."""
+        # Without padding every sample has as many tokens as any other; no collective is needed.
         if self.config.data.packing == "wrap":
             return batch.token_count * self.topology.dp
         # the sum stays on the device, so that the host does not wait for it
+        # float64: exact up to 2^53 tokens.
         count = torch.tensor([batch.token_count], dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(count, group=self.topology.groups.dp)
         return count[0]

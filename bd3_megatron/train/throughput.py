@@ -1,19 +1,10 @@
-"""How fast a run is: the three figures, the peaks they are measured against, and what a CPU's peak is.
+"""How fast a run is: data tokens a second, and three ratios to the device's peak.
 
-Primary metric: *data* tokens a second and device (L of a sample counts L, whatever rows were run). Beside it always
-three ratios to the device's peak, because each alone can be made to look good. With T the seconds of a step, G its
-sequences, n devices and p the peak of one device in FLOP/s:
-
-    MFU       convention FLOPs x G / (T n p)   all rows (2 L), allowed pairs, logits of the noisy half; backward = 2 forward.
-                                               Comparable with Megatron's; equals its count for the AR baseline
-    MFU-min   MIN FLOPs x G / (T n p)          only what the loss can see, at the schedule's expected masked fraction:
-                                               credits no row that could have been skipped
-    HFU       executed FLOPs x G / (T n p)     what ran: attention 3.5 forwards, tiles, recomputation, padded vocabulary
-
-MFU - MFU-min is work credited though nobody needs it; HFU - MFU-min is work done though nobody needs it. A stack that
-skips dead work can show MFU above HFU. The FLOP formulas stand in cost/flops.
-Refuses to guess: a device that is not in the table by its exact name has no peak, hence no ratio, and a sentence says
-how to give one. On CPU the peak is measured (`measure_cpu_peak_tflops`) and is called measured.
+Contract: T the seconds of a step, G its sequences, n devices, p the peak of one device in FLOP/s, ratio = FLOPs x G / (T n p).
+A ratio alone can be made to look good, so all three are given: MFU of convention FLOPs, MFU-min of what the loss can see,
+HFU of what was executed. The FLOP formulas stand in cost/flops.
+Refuses to guess: a device that is not in the table by its exact name has no peak, hence no ratio, and a sentence says how
+to give one. On CPU the peak is measured (`measure_cpu_peak_tflops`) and is called measured.
 """
 
 from __future__ import annotations
@@ -37,8 +28,7 @@ def measure_cpu_peak_tflops(
 ) -> float:
     """This rank's share of the machine's matrix-product rate, measured while all ranks do the same.
 
-    The mean over the whole time, not the best round: a lucky round is one in which another rank waited. Ranks should
-    average their results; threads are those the training uses.
+    Ranks should average their results; threads are those the training uses.
 
     Args:
         seconds: how long to multiply.
@@ -54,10 +44,12 @@ def measure_cpu_peak_tflops(
     out = left @ right
     barrier()
     start, rounds = clock(), 0
+    # The whole time and not the best round: a lucky round is one in which another rank waited.
     while clock() - start < seconds:
         torch.mm(left, right, out=out)
         rounds += 1
     elapsed = clock() - start
+    # A square product of edge m costs 2 m^3 FLOPs.
     return max(rounds, 1) * 2 * CPU_MATRIX**3 / elapsed / TERA
 
 
@@ -125,6 +117,7 @@ def figures(
         pairs=pairs,
         execution=execution,
     )
+    # Data tokens: L of a sample counts L, whatever rows were run for it.
     tokens = n * config.data.seq_len / step_seconds
     per_device = 1 / (step_seconds * devices * TERA)
     peak = peak_tflops.tflops
@@ -132,8 +125,14 @@ def figures(
         data_tokens_per_second=tokens,
         data_tokens_per_second_per_device=tokens / devices,
         model_tflops_per_second=flops.convention * per_device,
+        # All rows (2 L), allowed pairs, logits of the noisy half, backward = 2 forward: comparable with Megatron's
+        # count, and equal to it for the autoregressive baseline.
         mfu=None if peak is None else flops.convention * per_device / peak,
+        # Only what the loss can see, at the schedule's expected masked fraction: no row is credited that could have
+        # been skipped. MFU - MFU-min is credit for work that nobody needs.
         mfu_min=None if peak is None else flops.minimum * per_device / peak,
+        # What ran: attention 3.5 forwards, tiles, recomputation, padded vocabulary. A stack that skips dead work can
+        # show MFU above HFU.
         hfu=None if peak is None else flops.executed * per_device / peak,
         mfu_reason=peak_tflops.source if peak is None else None,
     )

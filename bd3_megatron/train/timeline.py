@@ -1,13 +1,9 @@
 """Where the time of a step goes, without stopping the device to ask.
 
-Decides: time is a chain of marks. Entering and leaving a span sets a mark; what lies between two marks belongs to the
-innermost span that is open, and to "other" where none is. So the split adds up to the step by construction, nested spans
-(a collective inside the forward) are taken out of their surroundings, and nothing is counted twice. On a device a mark is
-a timing event on the current stream, read once the device has passed it; on CPU it is a clock reading. A gap of the
-stream while the host waits (for data, for a neighbour stage) falls between the marks around that wait: it is seen where
-it costs, and not seen where it was hidden.
-Costs one event or clock reading a mark (about a microsecond), no host sync; events are used again.
+Contract: time is a chain of marks. Entering and leaving a span sets a mark; what lies between two marks belongs to the
+innermost span that is open, and to "other" where none is. So the split adds up to the step by construction.
 Time between steps (checkpoint, evaluation) is kept apart: it is not part of any step, but of goodput.
+Costs one event or clock reading a mark (about a microsecond), no host sync; events are used again.
 Knows nothing of devices: an `event_factory` makes events, None means the clock.
 """
 
@@ -104,6 +100,7 @@ class Timeline:
         self, *, event_factory: Callable[[], Event] | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._make = event_factory if event_factory is not None else _clock_marks(clock)
+        # Events that were read: making one costs a driver call, using one again does not.
         self._free: list[Event] = []
         self._open: list[str] = []
         self._current = _Chain(None)
@@ -132,6 +129,8 @@ class Timeline:
         if kind not in KINDS and kind.removeprefix("communication_") not in AXES:
             raise ValueError(f"span {kind!r} is not one of {', '.join(KINDS)} or communication_tp, _pp, _cp, _dp")
         self._open.append(kind)
+        # A nested span (a collective inside the forward) takes its time out of the span around it: nothing is counted
+        # twice.
         self._mark(kind)
         try:
             yield
@@ -147,6 +146,8 @@ class Timeline:
 
     def _mark(self, owner: str) -> None:
         event = self._free.pop() if self._free else self._make()
+        # On a device a timing event on the current stream. A gap of the stream while the host waits falls between the
+        # marks around that wait: it is seen where it costs, and not seen where it was hidden.
         event.record()
         self._current.marks.append(event)
         self._current.kinds.append(owner)
@@ -163,6 +164,7 @@ class Timeline:
         self._collect()
 
     def _collect(self) -> None:
+        # query() never waits: a chain that the device has not passed yet is read at a later call.
         while self._pending and self._pending[0].marks[-1].query():
             chain = self._pending.pop(0)
             self._done.append(_split(chain))
@@ -173,6 +175,7 @@ class Timeline:
 def _split(chain: _Chain) -> StepSplit:
     by_kind: dict[str, float] = defaultdict(float)
     for owner, start, end in zip(chain.kinds, chain.marks, chain.marks[1:], strict=False):
+        # torch's events give milliseconds.
         by_kind[owner] += start.elapsed_time(end) / 1e3
     return StepSplit(chain.step, sum(by_kind.values()), MappingProxyType(dict(by_kind)))
 

@@ -71,8 +71,10 @@ class Trainer:
         self._record_start()
         if self.state.step >= self.plan.total_steps:
             return self._end("finished")
+        # A resumed run has evaluated this state before it stopped.
         if self.state.step == 0 and self.hooks.evaluates(self._info()):
             self.hooks.evaluate(self._info())
+        # Around the loop only: the first evaluation compiles kernels and would look like a hang.
         with self.watchdog.watching(self.state.step):
             reason = self._loop()
         return self._end(reason)
@@ -83,10 +85,12 @@ class Trainer:
         while self.state.step < self.plan.total_steps:
             vetoed = self._step(self.batches)
             self.watchdog.step_done(self.state.step)
+            # After every step, on all ranks alike: a signal reaches them at different times.
             reason = self.stop.agreed(self.topology.device)
             if vetoed and self.config.train.spike_action == "rollback" and self._roll_back():
                 self.batches = self._batches()
                 continue
+            # Also on the way out: the last state is saved before the run stops.
             self._between_steps(stopping=reason is not None)
             self.watchdog.alive(self.state.step)
             if reason is not None and self.state.step < self.plan.total_steps:
@@ -117,8 +121,10 @@ class Trainer:
         state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
         state.step += 1
         state.block_size = outcome.phase.block_size
+        # Also of an update that was left out: its batch is not met again.
         state.samples_consumed += outcome.num_samples
         is_due = state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps
+        # An update that was left out stands in the record whatever the log interval is.
         if is_due or not is_applied:
             self._record_step(outcome)
         if self.loggers is not None:
@@ -153,6 +159,7 @@ class Trainer:
         # the loss is global, so every rank comes to the same answer
         if is_spike(loss, self.state.recent_losses, self.config.train.spike_factor):
             return True
+        # Only normal losses: a plateau of spikes must not become the measure.
         remember(self.state.recent_losses, loss)
         return False
 
@@ -176,6 +183,7 @@ class Trainer:
         if self.hooks.searches(info):
             found = self.hooks.search(info)
             if found is not None:
+                # Before the save below, so that a resumed run draws from the interval that this one would have.
                 self.state.intervals[info.next_block_size] = (found.beta, found.omega)
         if self.hooks.saves(info):
             if self.batches is not None:
@@ -188,6 +196,7 @@ class Trainer:
         if after is None:
             return False
         self.state = after
+        # The plan counts on from here: samples behind the spike are consumed, steps are not.
         self.plan = replace(self.plan, origin_step=after.step, origin_samples=after.samples_consumed)
         return True
 
@@ -256,6 +265,7 @@ class Trainer:
 
     def _end(self, reason: str) -> str:
         """Say how the run ended, in status.json too, by which a batch script decides whether to go on."""
+        # The last save may be in flight; the status says finished only when it is published.
         self.hooks.saver.finish()
         if self.loggers is not None:
             write_status(
