@@ -1,10 +1,8 @@
 """Our configuration as DeepSpeed's JSON.
 
-Decides: gradients accumulate and travel in fp32 (bf16 weights: BF16_Optimizer by grad_accum_dtype, whose fp32 buffer is
-filled outside of engine.backward only with immediate_grad_update; the default would send bf16). ZeRO-1 runs unmanaged:
-the pipeline schedule works on the raw module and engine.step() is the boundary (DeepSpeed #8184, #8203, #8225, so
-deepspeed >= 0.19.8). Stages 2 and 3 cut gradients during the backward, so there the engine manages each micro-batch.
-Stage 0 is taken as 1: DeepSpeed's own stage 0 counts tied copies twice in the norm.
+Decides: gradients accumulate and travel in fp32; ZeRO-1 runs unmanaged: the pipeline schedule works on the raw module and
+engine.step() is the boundary (DeepSpeed #8184, #8203, #8225, so deepspeed >= 0.19.8). Stages 2 and 3 cut gradients during
+the backward, so there the engine manages each micro-batch.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ BUCKET_ELEMENTS = 50_000_000
 
 def effective_stage(config: Config) -> int:
     """The ZeRO stage that runs."""
+    # Stage 0 is taken as 1: DeepSpeed's own stage 0 counts tied copies twice in the norm.
     return max(1, config.parallel.zero_stage)
 
 
@@ -39,6 +38,7 @@ def deepspeed_config(
     bucket = min(BUCKET_ELEMENTS, max(1, num_parameters))
     zero: dict[str, Any] = {
         "stage": stage,
+        # Stage 1 is reduced outside of DeepSpeed's backward hooks, see overlapped_reduction.
         "overlap_comm": stage > 1 and dtype == torch.bfloat16,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -47,6 +47,7 @@ def deepspeed_config(
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
+            # Nothing is kept gathered: small parameters too lie as shards, so that every piece is described alike.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 2 * bucket,
         }
@@ -58,13 +59,17 @@ def deepspeed_config(
         "managed_gradient_accumulation": stage > 1,
         "gradient_clipping": config.optim.clip_grad_norm,
         "zero_optimization": zero,
+        # torch's AdamW also on the host: DeepSpeed's own would be compiled at the first start.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
+        # Never: the record is ours.
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
     if dtype == torch.bfloat16:
+        # BF16_Optimizer's fp32 buffer is filled outside of engine.backward only with immediate_grad_update.
         tree["bf16"] = {"enabled": True, "immediate_grad_update": stage == 1}
+        # The default would accumulate and send bf16.
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
     return tree

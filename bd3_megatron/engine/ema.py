@@ -29,6 +29,7 @@ class Ema:
     def __init__(self, owned: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
+        # The average starts at the initial weights; the warm-up of the decay makes it forget them soon.
         self.shards = [tensor.detach().clone().float() for tensor in owned]
 
     @torch.no_grad()
@@ -36,12 +37,14 @@ class Ema:
         """Take in the parameters after an update."""
         self.num_updates += 1
         keep = warmed_up_decay(self.decay, self.num_updates)
+        # One kernel for all shards: average += (1 - keep) * (weight - average).
         torch._foreach_lerp_(self.shards, [tensor.detach().float() for tensor in owned], 1.0 - keep)
 
     @torch.no_grad()
     def swap(self, owned: Sequence[Tensor]) -> None:
         """Exchange averages and parameters in place; called twice it does nothing."""
         for shard, tensor in zip(self.shards, owned, strict=True):
+            # Exchanged tensor by tensor: one shard's copy at a time, not a second set of weights.
             held = tensor.detach().clone()
             tensor.data.copy_(shard)
             shard.copy_(held)

@@ -1,10 +1,8 @@
 """What megatron's own DDP wrapper would do to gradients between the last backward and the optimizer.
 
-Three sums, each over one named group: norm weights under sequence parallelism (each tp rank saw its own rows), q and k
-norm weights under tensor parallelism (each tp rank saw its own heads), and a tied table's two copies (first and last
-stage). The data-parallel mean is taken elsewhere: in overlapped_reduction, or by DeepSpeed. With ZeRO 2 and 3, gradients
-leave during the backward, so the first two sums become hooks on the parameters; tied copies need pp > 1, which those
-stages do not run with.
+Three sums, each over one named group: norm weights under sequence parallelism, q and k norm weights under tensor
+parallelism, and a tied table's two copies (first and last stage). The data-parallel mean is taken elsewhere: in
+overlapped_reduction, or by DeepSpeed.
 """
 
 from __future__ import annotations
@@ -31,7 +29,9 @@ def needs_tensor_sum(name: str, parameter: nn.Parameter, topology: Topology) -> 
     """True for replicated parameters of which every tensor-parallel rank has a partial gradient."""
     if topology.tp == 1:
         return False
+    # Each tp rank normed its own heads with the same weight.
     per_head = ".q_layernorm." in name or ".k_layernorm." in name
+    # Under sequence parallelism each tp rank saw its own rows only (the mark is set in model/norms).
     return per_head or bool(getattr(parameter, "sequence_parallel", False))
 
 
@@ -40,6 +40,7 @@ def finish_gradients(root: Root, topology: Topology) -> None:
     partial = _partial_over_tp(root, topology)
     grads = [grad for grad in map(local_grad, partial) if grad is not None]
     if grads:
+        # One collective for all of them: the norms are many and tiny.
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=topology.groups.tp)
         for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -63,6 +64,7 @@ def _tied_copy(root: Root, topology: Topology) -> nn.Parameter | None:
         return None
     if not (topology.is_first_stage or topology.is_last_stage):
         return None
+    # On the last stage too: its copy has the table's global name.
     return dict(root.named_parameters())[EMBEDDING]
 
 
@@ -83,4 +85,6 @@ def hook_partial_gradients(root: Root, topology: Topology) -> None:
 
     for name, parameter in root.named_parameters():
         if needs_tensor_sum(name, parameter, topology):
+            # Before DeepSpeed's own hooks, which cut the gradient at once. Tied copies need pp > 1, which these stages
+            # do not run with.
             parameter.register_hook(summed)

@@ -21,6 +21,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         total_steps: of the run; cosine and wsd end there.
     """
     if step < config.warmup_steps:
+        # n + 1 and not n: the official code's first update is made at rate 0 and learns nothing.
         return config.lr * (step + 1) / config.warmup_steps
     return config.lr * _after_warmup(config, step, total_steps)
 
@@ -31,9 +32,11 @@ def _after_warmup(config: OptimConfig, step: int, total_steps: int) -> float:
         done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     if config.schedule == "wsd":
+        # The decay ends with the run: a longer budget moves it and leaves the stable part alone.
         decay_steps = max(1, round(config.decay_fraction * total_steps))
         left = (total_steps - step) / decay_steps
         return floor + (1 - floor) * min(1.0, max(0.0, left))
     if config.schedule == "inverse_sqrt":
+        # Continues the warm-up's last rate without a jump.
         return math.sqrt(max(1, config.warmup_steps) / max(1, step + 1))
     return 1.0

@@ -1,15 +1,9 @@
 """Data-parallel gradients that leave in buckets while the last backward of a step still runs (ZeRO 1, bf16 weights).
 
-DeepSpeed's BF16_Optimizer keeps one flat fp32 buffer of gradients a parameter group and sums it over the data-parallel
-ranks after the last backward, all at once. Here the buffer is cut into buckets, last parameters first, and a bucket's
-all-reduce starts, in place and without waiting, when the last of its parameters has seen as many gradients as the step
-has micro-batches. `finish` starts what is left, waits, and divides: the time inside it is the part nothing hid.
-Decides: buckets start in one fixed order on every rank, whatever order gradients come in, because ranks that started two
-sums in different orders would add the wrong ones. Gradients that are first summed over another axis (norms under
-sequence parallelism, q and k norms, a tied table in a pipeline) are late: their buckets start in `finish`.
+Contract: DeepSpeed's BF16_Optimizer keeps one flat fp32 buffer of gradients a parameter group. Here it is cut into
+buckets, last parameters first; a bucket's all-reduce starts, in place, when the last of its parameters has seen as many
+gradients as the step has micro-batches. `finish` starts what is left, waits, and divides.
 Refuses: a parameter with more gradients than micro-batches, whose bucket would have left too early (an internal error).
-Costs: no memory and no copy; the same bytes as DeepSpeed's own sum, and bit for bit the same result on two ranks (gloo
-and NCCL may add three or more ranks in another order when buckets are cut differently).
 Not there: fp32 weights and offloaded optimizers, where DeepSpeed's own reduction at the end stays in place.
 """
 
@@ -59,6 +53,8 @@ class OverlappedReduction:
 
     def __post_init__(self) -> None:
         self.buckets = []
+        # Late: gradients that are first summed over another axis (norms under sequence parallelism, q and k norms, a
+        # tied table in a pipeline); their buckets start in finish.
         late, held = set(self.late), self.optimizer
         groups = zip(held.bf16_groups, held.fp32_groups_gradients, held.fp32_groups_gradients_flat, strict=True)
         for parameters, grads, flat in groups:
@@ -74,6 +70,7 @@ class OverlappedReduction:
         members: list[nn.Parameter] = []
         for number in reversed(range(len(parameters))):
             parameter = parameters[number]
+            # DeepSpeed aligns parameters in the flat buffer: offsets are read, not added up.
             start = grads[number].storage_offset() - flat.storage_offset()
             stop = stop if stop is not None else start + grads[number].numel()
             members.append(parameter)
@@ -98,6 +95,8 @@ class OverlappedReduction:
         if seen != self._expected:
             return
         self._bucket_of[parameter].waiting -= 1
+        # In one fixed order on every rank, whatever order gradients come in: ranks that started two sums in different
+        # orders would add the wrong ones.
         while self._next < len(self.buckets) and self._may_start(self.buckets[self._next]):
             self._start()
 
@@ -107,6 +106,8 @@ class OverlappedReduction:
 
     def _start(self) -> None:
         flat = self.buckets[self._next].flat
+        # In place and without waiting: no memory, no copy, the same bytes as DeepSpeed's own sum. On two ranks the
+        # result is equal bit for bit; with more, differently cut buckets may be added in another order.
         self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))
         self._next += 1
 
@@ -123,6 +124,7 @@ class OverlappedReduction:
         """
         while self._next < len(self.buckets):
             self._start()
+        # The time in here is the part of the communication that nothing hid.
         for work in self._works:
             work.wait()
         self._works = []
@@ -132,6 +134,7 @@ class OverlappedReduction:
                 f"a parameter saw {most} gradients in a step of {self._expected} micro-batches, so its sum over the "
                 "data-parallel ranks may have left too early; set parallel.overlap_grad_reduce=false"
             )
+        # The mean over the group, as DeepSpeed takes it; the loss scale counts on it.
         share = 1.0 / dist.get_world_size(self.group)
         for bucket in self.buckets:
             bucket.flat.mul_(share)

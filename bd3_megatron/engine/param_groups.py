@@ -17,6 +17,7 @@ def param_groups(root: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for _, parameter in root.named_parameters():
+        # By dimension and not by name: every norm and bias is a vector, every matrix and table is not.
         (decayed if parameter.dim() > 1 else plain).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},

@@ -60,9 +60,11 @@ class Pipeline:
         def forward_step(iterator: Iterator[PairBatch], chunk: ModelChunk) -> tuple[Any, Callable[..., Any]]:
             batch = next(iterator)
             with span("forward"):
+                # Interleaved stages walk the same list of micro-batches, each chunk with an iterator of its own.
                 return chunk(batch), lambda output: self._loss(batch, output, loss_scale)
 
         iterators = [iter(batches) for _ in self.model.chunks]
+        # Waiting for a neighbour stage is inside, too: what the schedule does between forwards is its own.
         with span("backward"):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,

@@ -2,9 +2,7 @@
 
 Decides: which of two paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks, gradients are summed over
 the data-parallel ranks (during the last backward where `overlapped_reduction` can), and `engine.step()` clips, steps and
-gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients
-as they appear. The loss is a sum; it is scaled by shard_size / tokens because DeepSpeed averages over dp x cp ranks.
-Keeps its own counters: DeepSpeed's do not advance when the schedule runs outside of it.
+gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients as they appear.
 """
 
 from __future__ import annotations
@@ -68,8 +66,10 @@ class ZeroEngine:
         topology, root = model.topology, model.root
         self.optimizer = _adamw(param_groups(root, config.optim.weight_decay), config.optim, topology.device)
         if self.stage > 1:
+            # Hooks must be on the parameters before DeepSpeed adds its own.
             hook_partial_gradients(root, topology)
         else:
+            # megatron's schedule calls this after the last backward; its own default wants megatron's DDP wrapper.
             model.config.finalize_model_grads_func = lambda *_, **__: finish_gradients(root, topology)
         deepspeed = deepspeed_compat.load_deepspeed()
         if self.stage == 3:
@@ -79,6 +79,7 @@ class ZeroEngine:
                     deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.tied_weight())
         size = sum(p.numel() for p in root.parameters())
         self.engine: Any = deepspeed.initialize(
+            # Under ZeRO 1 DeepSpeed never runs the model; it needs its parameters and their global names.
             model=root if self.stage == 1 else _OneChunk(model),
             optimizer=self.optimizer,
             config=deepspeed_config(config, num_micro_batches=num_micro_batches, dtype=dtype, num_parameters=size),
@@ -93,6 +94,7 @@ class ZeroEngine:
         flat_fp32 = hasattr(optimizer, "fp32_groups_gradients_flat")
         if not (config.parallel.overlap_grad_reduce and flat_fp32 and topology.shard_size > 1):
             return None
+        # Else DeepSpeed would sum the same gradients again in engine.step.
         self.engine.enable_backward_allreduce = False
         late = late_parameters(self.model.root, topology)
         # enough buckets that the first leave early, however small the model
@@ -102,6 +104,7 @@ class ZeroEngine:
     def owned(self) -> list[Tensor]:
         """The fp32 partitions this rank owns, as DeepSpeed's optimizer of the current mode names them."""
         optimizer = self.engine.optimizer
+        # Each of DeepSpeed's optimizers has another name for them: stage_1_and_2, BF16_Optimizer, stage3.
         for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
             owned = getattr(optimizer, name, None)
             if owned is not None:
@@ -126,6 +129,7 @@ class ZeroEngine:
             span: names the kind of work in progress, for whoever measures time.
             veto: asked, with the logs, between the last backward and the update (ZeRO 1); the same answer on every rank.
         """
+        # Written into the optimizer at every step: DeepSpeed has no scheduler of ours, and a resumed run no history.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.root.train()
@@ -143,8 +147,10 @@ class ZeroEngine:
                 self.engine.step()
         else:
             logs = self._managed(batches, loss_scale, span)
+        # False where the gradient norm was not finite; DeepSpeed decides that on all ranks alike.
         applied = bool(self.engine.was_step_applied())
         if applied and self.ema is not None:
+            # After the update, on the shards: no collective.
             self.ema.update(self.owned())
         return StepResult(logs, float(self.engine.get_global_grad_norm()), applied)
 
@@ -153,6 +159,7 @@ class ZeroEngine:
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
         for parameter in self.model.root.parameters():
+            # The buffers outside of .grad that DeepSpeed accumulates into, as grads.local_grad finds them.
             for name in ("_hp_grad", "grad_accum"):
                 grad = getattr(parameter, name, None)
                 if grad is not None:
@@ -162,10 +169,12 @@ class ZeroEngine:
     def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[LossSums]:
         logs = []
         for number, batch in enumerate(batches):
+            # Told each time: DeepSpeed's own count of micro-batches would be wrong in a step of another batch size.
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             with span("forward"):
                 weighted_sum, nll_R = self.engine(batch)
             with span("backward"):
+                # The scale is ours: DeepSpeed's would divide by the number of micro-batches once more.
                 self.engine.backward(scaled_loss(weighted_sum, loss_scale), scale_wrt_gas=False)
             with span("optimizer"):
                 self.engine.step()
@@ -207,6 +216,7 @@ class ZeroEngine:
         optimizer = self.engine.optimizer
         with torch.no_grad():
             if self.stage < 3:
+                # The gather that ends every step of ZeRO 1 and 2, without a step.
                 optimizer.update_lp_params()
                 return
             for index, partition in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -238,6 +248,7 @@ class _OneChunk(nn.Module):
 
 def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.adam_eps}
+    # Named in the configuration, it must be there; with auto it is used where it is installed.
     apex_adam = optional.require("apex") if optim.name == "apex" else None
     if optim.name == "auto" and device.type == "cuda":
         apex_adam = optional.find("apex")

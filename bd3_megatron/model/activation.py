@@ -36,6 +36,7 @@ def activate(inner: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
         if compiled:
             return bias_swiglu_impl(inner, bias)
         return _SwiGlu.apply(inner if bias is None else inner + bias)
+    # megatron's kernel has no form without it.
     assert bias is not None, "the paper's MLP has a bias"
     return bias_gelu_impl(inner, bias) if compiled else F.gelu(inner + bias, approximate="tanh")
 
@@ -45,6 +46,7 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inner: Tensor) -> Tensor:
+        # autograd's own graph would also keep silu(gate), as wide as the MLP.
         ctx.save_for_backward(inner)
         gate, up = inner.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
@@ -56,6 +58,7 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = inner.chunk(2, dim=-1)
         grad = torch.empty_like(inner)
         d_gate, d_up = grad.chunk(2, dim=-1)
+        # Into the halves of one tensor: the two gradients need no concatenation.
         torch.ops.aten.silu.out(gate, out=d_up).mul_(upstream)
         torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=d_gate)
         return grad

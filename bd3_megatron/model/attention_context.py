@@ -44,6 +44,7 @@ class AttentionContext:
 
     def ticket(self, visibility: Visibility) -> Tensor:
         """What stands for a micro-batch's visibility on its way through the layers: int64 [] on the host."""
+        # Held weakly: when the batch goes, its visibility and tables go, and the number may be used again.
         self._visible[id(visibility)] = visibility
         return torch.tensor(id(visibility))
 
@@ -73,6 +74,7 @@ def layout_function(
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
 
+    # A phase's rows are asked for at every step.
     @functools.cache
     def layout_of(block_size: int, views: int) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide

@@ -1,9 +1,7 @@
 """The parallel model: own embedding and head around megatron's TransformerBlock, one object per model chunk.
 
 Decides: composition instead of subclassing GPTModel (whose private pre- and post-processing would have to be
-overridden); every stage builds its own rotary angles; the head sees loss rows only. A tied table on a last stage that
-is not the first is a copy: equal at start by its name, kept equal by summing both gradients (engine/grads), counted
-once in norms by `ds_pipe_replicated` (DeepSpeed's mark for it).
+overridden); every stage builds its own rotary angles; the head sees loss rows only.
 Knows nothing about optimizers, schedules or where batches come from.
 """
 
@@ -110,8 +108,10 @@ class ModelChunk(MegatronModule):
         skip_dead_rows: bool,
     ) -> None:
         super().__init__(config=config)
+        # Read by megatron's pipeline schedules.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = topology.holds(chunk)
+        # megatron numbers virtual stages only where there are several.
         self.vp_stage = chunk if topology.vpp > 1 else None
         self.context = context
         self.shape = model
@@ -120,6 +120,8 @@ class ModelChunk(MegatronModule):
         local_rows = rows // topology.tp
         group = topology.groups.tp if topology.tp > 1 else None
         self.vocab_shard = VocabShard(topology.tp_rank * local_rows, vocabulary.size, vocabulary.mask_id, group)
+        # On a last stage that is not the first a tied table is a copy: equal at start by its name, kept equal by
+        # summing both gradients (engine/grads).
         tied_copy = self.post_process and model.tie_embeddings and not self.pre_process
         self.embedding: _Embedding | None = None
         self.output_layer: Head | None = None
@@ -131,6 +133,7 @@ class ModelChunk(MegatronModule):
                 local_rows, model.hidden_size, config.params_dtype, own_weight=own, bias=model.style == "paper"
             )
         if tied_copy and self.output_layer is not None and self.output_layer.weight is not None:
+            # DeepSpeed's mark for such a copy, which its gradient norm then counts once.
             self.output_layer.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
         self.tied_copy = tied_copy
         self.decoder = TransformerBlock(
@@ -158,6 +161,7 @@ class ModelChunk(MegatronModule):
     def _take_last_layer(self) -> None:
         """Run the last layer and the final norm here instead of in the block, for the rows that carry loss only."""
         self.last_layer, self.last_norm = self.decoder.layers[-1], self.decoder.final_layernorm
+        # megatron's block would run it for all rows, and the final norm behind it.
         del self.decoder.layers[-1]
         self.decoder.num_layers_per_pipeline_rank -= 1
         self.decoder.final_layernorm = None
@@ -166,6 +170,7 @@ class ModelChunk(MegatronModule):
         return VocabParallelEmbedding(
             rows,
             self.shape.hidden_size,
+            # Overwritten by init_weights, which draws by global name.
             init_method=nn.init.zeros_,
             reduce_scatter_embeddings=self.config.sequence_parallel,
             config=self.config,
@@ -183,6 +188,7 @@ class ModelChunk(MegatronModule):
             Hidden states [P / tp under sequence parallelism, B, D] for the next stage, or on the last chunk the loss.
         """
         hidden = None if self.embedding is None else self._embed(self.embedding, batch.token_BP)
+        # Positions in bf16 would be wrong from 256 on.
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
         turn = rotary_turn(angles)
@@ -194,6 +200,7 @@ class ModelChunk(MegatronModule):
             return hidden
         rows_RD = self._rows_at_loss(hidden, turn, ticket, batch)
         if not self.config.sequence_parallel:
+            # Identity forwards; backwards it sums the ranks' partial gradients of the hidden states.
             rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
         return self.output_layer(rows_RD, batch, self.vocab_shard, self.tied_weight())
 
@@ -227,6 +234,7 @@ class ModelChunk(MegatronModule):
             return local.replace("last_norm", "decoder.final_layernorm", 1)
         parts = local.split(".")
         if parts[:2] == ["decoder", "layers"]:
+            # layer_number counts from 1 over the whole model.
             parts[2] = str(self.decoder.layers[int(parts[2])].layer_number - 1)
         return ".".join(parts)
 
@@ -259,6 +267,7 @@ class Root(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Copy parameters by global name; every name must be there."""
+        # In place: DeepSpeed holds views of these parameters.
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(state_dict[name])

@@ -70,6 +70,7 @@ class ParallelModel:
         recompute = Recompute(config.train.recompute, config.train.recompute_layers)
         self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
+        # megatron deals equal shares by itself, and takes uneven ones only as a layout.
         if topology.pp > 1 and len(set(layers)) > 1:
             self.config.pipeline_model_parallel_layout = _megatron_layout(layers, topology.pp)
         chunks = [
@@ -87,8 +88,10 @@ class ParallelModel:
             for chunk in range(topology.vpp)
         ]
         self.root = Root(chunks)
+        # Drawn on the CPU whatever the device, for CPU and GPU generators give different numbers.
         init_weights(self.root, config.model, topology, seed=config.run.seed)
         self.root.to(topology.device)
+        # megatron's tracker must hold a state before the first forward, dropout or not.
         seed_dropout(config.run.seed, 0, topology)
 
     @property
@@ -120,5 +123,6 @@ def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerL
 def vocabulary_of(config: Config, *, size: int, mask_id: int | None) -> Vocabulary:
     """The model's ids: those of the data, or more when model.vocab_size asks for a larger table."""
     given = config.model.vocab_size
+    # Without noise no id is the mask, and every id may be predicted.
     known = Vocabulary(size, mask_id if objective_of(config).has_noise else None)
     return known if given is None else replace(known, size=given)

@@ -47,6 +47,7 @@ class PairAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
             query, key = turned(query, rotary_pos_emb), turned(key, rotary_pos_emb)
+        # Selective recomputation: the backward attends again instead of keeping what attention made.
         if self.checkpoint_core_attention and self.training:
             mixed = checkpoint(self.core_attention, False, query, key, value, attention_mask)
         else:
@@ -72,6 +73,7 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.context = context
         self.cp_group = pg_collection.cp
+        # Scores are scaled by the head's width, as in the plain model.
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
@@ -124,6 +126,7 @@ class CoreAttention(nn.Module):
         q, k, v = (_cut(rows, split, views) for rows in (query, key, value))
         clean = None
         if self.context.layout.num_clean:
+            # Noisy keys never leave their rank: a noisy row sees only its own block of them.
             k_clean, v_clean = gather_clean(k[-1], v[-1], self.cp_group)
             clean = Stream(q[-1], k_clean, v_clean)
         if not split:

@@ -22,6 +22,7 @@ def seed_dropout(seed: int, step: int, topology: Topology) -> None:
         step: updates made so far.
         topology: this rank's coordinates in the grid.
     """
+    # By replica and stage: replicas must drop different channels, and stages are different layers.
     coordinates = f"step {step} dp {topology.dp_rank} pp {topology.pp_rank}"
     # megatron adds the tp rank and keeps 32 bits of what torch takes
     model_parallel_cuda_manual_seed(generator_seed(seed, Purpose.DROPOUT, coordinates) % 2**31)

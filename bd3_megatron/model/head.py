@@ -98,6 +98,7 @@ class _WeightedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # The NLL of each row, the second output, carries no gradient.
         scale = upstream[0]
         hidden, weight, bias = ctx.saved_tensors
         d_bias = None if bias is None else bias * scale
@@ -149,6 +150,7 @@ def _logits(
     logits = _product(hidden_RD, weight_VD.t(), wide)
     if bias_V is not None:
         logits += bias_V.to(wide)
+    # Padding rows of the table exist to make it divisible; they have no token.
     first_padding = max(0, shard.vocab_size - shard.start)
     if first_padding < weight_VD.shape[0]:
         logits[:, first_padding:] = float("-inf")
@@ -160,6 +162,7 @@ def _logits(
 def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> Tensor:
     """Turn logits into probabilities over all ranks' ids; returns the NLL of the targets [R]."""
     # a rank whose ids are all padding has only -inf; a finite floor keeps -inf - (-inf) out
+    # The largest logit is taken out before exp, over all ranks' ids, or large logits would overflow.
     peak = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
     if shard.group is not None:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=shard.group)
@@ -167,6 +170,7 @@ def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabS
     target_logit = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
     total = logits.exp_().sum(1)
     if shard.group is not None:
+        # One collective for both sums: only the rank that holds the target has its logit, others add 0.
         both = torch.stack([total, target_logit])
         dist.all_reduce(both, group=shard.group)
         total, target_logit = both

@@ -33,9 +33,11 @@ def init_weights(root: Root, model: ModelConfig, topology: Topology, *, seed: in
     gated = model.style == "modern"
     for name, parameter in root.named_parameters():
         partition = partition_of(name, gated=gated)
+        # DeepSpeed reads these marks: replicated parameters enter the gradient norm once, cut ones piece by piece.
         parameter.tensor_model_parallel = partition.dim is not None  # type: ignore[attr-defined]
         parameter.partition_dim = -1 if partition.dim is None else partition.dim  # type: ignore[attr-defined]
         parameter.partition_stride = partition.strides  # type: ignore[attr-defined]
+        # The whole tensor is drawn and then cut: pieces drawn by each rank would depend on the grid.
         whole = initial_value(name, full_shape(tuple(parameter.shape), partition, topology.tp), model, seed=seed)
         with torch.no_grad():
             parameter.copy_(shard(whole, partition, topology.tp_rank, topology.tp))
@@ -49,6 +51,8 @@ def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, *, seed
         return torch.ones(shape)
     deviation = model.init_std
     if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
+        # Each layer adds two such projections to the residual stream; this keeps its variance from growing with depth
+        # (GPT-2).
         deviation /= math.sqrt(2 * model.num_layers)
     generator = torch.Generator().manual_seed(generator_seed(seed, Purpose.INIT, name))
     return torch.empty(shape).normal_(0.0, deviation, generator=generator)

@@ -1,9 +1,7 @@
 """The last layer, computing only what the loss can see.
 
 Every row must give keys and values there, but only rows that carry loss go on: their queries, output projection, MLP and
-final norm are computed, gathered as [R, D] before the first of them. Exact: the rows left out reach nothing. Attention
-itself keeps the shape of the stream (queries of other rows are zeros), since backends know static rows; that is one
-layer's share of pairs.
+final norm are computed, gathered as [R, D] before the first of them. Exact: the rows left out reach nothing.
 Not done under sequence parallelism, where rows are spread over ranks and gathering them would cost what it saves: there
 the layer runs whole, as megatron's own.
 """
@@ -41,6 +39,7 @@ class QkvLinear(ColumnParallelLinear):
         width, share = self.config.kv_channels, self.config.num_attention_heads // self.config.num_query_groups
         grouped = self.weight.unflatten(0, (-1, share + 2, width))
         q_weight, k_weight, v_weight = (part.flatten(0, 2) for part in grouped.split([share, 1, 1], dim=1))
+        # What megatron's column-parallel forward does first: its backward sums over tp.
         u_PBD = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         query_R = F.linear(u_PBD.flatten(0, 1).index_select(0, row_R), q_weight).unflatten(-1, (-1, width))
         key, value = F.linear(u_PBD, torch.cat([k_weight, v_weight])).unflatten(-1, (2, -1, width)).unbind(2)
@@ -105,6 +104,8 @@ class LastLayer(TransformerLayer):
     def _attend(self, core: Any, query_R: Tensor, key: Tensor, value: Tensor, ticket: Tensor, row_R: Tensor) -> Tensor:
         """Attention of the loss rows: [R, N H]."""
         rows, batch = core.context.layout.num_loss_rows, key.shape[1]
+        # Attention keeps the shape of the stream, zeros for the other queries, since backends know static rows; that is
+        # one layer's share of pairs.
         query = query_R.new_zeros(rows * batch, *query_R.shape[1:]).index_copy(0, row_R, query_R)
         query = query.unflatten(0, (rows, batch))
         if self.self_attention.checkpoint_core_attention and self.training:

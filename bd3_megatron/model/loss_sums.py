@@ -35,11 +35,13 @@ def loss_sums(batch: PairBatch, nll_R: Tensor) -> LossSums:
         batch: what the last stage computed.
         nll_R: float [R] NLL of its loss rows, nats.
     """
+    # In fp64, so that the sums do not depend on how rows are dealt to ranks and micro-batches beyond its last digits.
     nll_R = nll_R.double()
     sample_R = batch.loss_row_R % batch.batch_size
     weighted = torch.zeros(batch.batch_size * batch.num_blocks, dtype=torch.float64, device=nll_R.device)
     weighted.index_add_(0, sample_R * batch.num_blocks + batch.block_R, nll_R * batch.weight_R)
     bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=nll_R.device)
+    # t = 1 belongs to the last bin.
     bin_R = (batch.level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
     bins[0].index_add_(0, bin_R, nll_R)
     bins[1].index_add_(0, bin_R, torch.ones_like(nll_R))

@@ -33,6 +33,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.layer_norm_eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each tp rank sees only its rows: engine/grads sums the gradients of what is marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on `device`; the visibility stays on the host."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            # Overlaps with the steps before only from pinned memory; elsewhere it is a plain copy.
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -79,6 +82,7 @@ def pair_rows(
     """As `pair_batch`, where `loss_rows` has been asked already."""
     tokens_BL = clean.tokens_BL
     is_loss_PB = layout.loss_rows([one.has_loss_BL for one in streams]).t()
+    # On the host: on a device nonzero would wait for it.
     rows = is_loss_PB.flatten().nonzero()[:, 0]
 
     def at_loss_rows(value_BL: Sequence[Tensor]) -> Tensor:

@@ -32,10 +32,12 @@ def partition_of(name: str, *, gated: bool) -> Partition:
         name: global parameter name.
         gated: the MLP's first matrix holds [gate; up] (SwiGLU).
     """
+    # Column-parallel: output rows are dealt to ranks, q, k and v by whole groups of heads.
     if name in (EMBEDDING, HEAD_WEIGHT, HEAD_BIAS) or ".linear_qkv." in name:
         return Partition(0)
     if ".linear_fc1." in name:
         return Partition(0, 2 if gated else 1)
+    # Row-parallel: their inputs are what the column-parallel matrices before them made on the same rank.
     if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
         return Partition(1)
     return Partition(None)

@@ -1,11 +1,8 @@
 """What is computed again in the backward pass instead of being kept: nothing, cheap parts, or whole layers.
 
-Decides: it applies to the first layers of every chunk (a chunk is a pipeline stage, or one of its virtual stages), as
-megatron's method "block" counts them: as many as memory asks for, and no forward pass more.
-full: whole layers, by megatron's block; a trimmed last layer does it itself.
-selective: the outputs of both norms, the core attention and the MLP's activation. What stays is what matrix products and
-the attention's backward read: a layer's input, q, k, v, the attention's output, the MLP's inner rows.
-Flags are set on each layer, because megatron's configuration knows one answer for all of them.
+Decides: it applies to the first layers of every chunk, as megatron's method "block" counts them. full: whole layers, by
+megatron's block; a trimmed last layer does it itself. selective: the outputs of both norms, the core attention and the
+MLP's activation; what stays is what matrix products and the attention's backward read.
 Exact to the bit, dropout included: what is computed again restores the random state through megatron's tracker.
 """
 
@@ -42,6 +39,7 @@ class Recompute:
         """
         if self.kind != "full":
             return {}
+        # As many layers as memory asks for, and no forward pass more.
         layers = num_layers if self.layers is None else self.layers
         return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 
@@ -61,6 +59,7 @@ def rebuilt(function: Callable[..., Tensor], *args: Tensor | None) -> tuple[Tens
 class ThriftyMLP(MLP):
     """megatron's MLP, which can compute its activation again in the backward instead of keeping it."""
 
+    # Set on each layer: megatron's configuration knows one answer for all of them.
     rebuild_activation: bool = False
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:

@@ -29,8 +29,10 @@ def rotary_angles(position_PB: Tensor, head_dim: int, base: float, *, dtype: tor
     Returns:
         [P, 1 or B, 1, H] angles (not cosines), each frequency twice.
     """
+    # Frequencies are rounded to the table's dtype, as the exported model rounds them.
     exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=position_PB.device) / head_dim
     frequency = (1.0 / base**exponent).to(torch.float64)
+    # In fp64 and reduced to one turn before rounding: a position far out keeps the seven digits that one near 0 has.
     angle = torch.remainder(position_PB.to(torch.float64).unsqueeze(-1) * frequency, 2 * math.pi).to(dtype)
     doubled = torch.cat([angle, angle], dim=-1)
     return doubled[:, None, None, :] if position_PB.dim() == 1 else doubled[:, :, None, :]

@@ -26,6 +26,7 @@ from bd3_megatron.model.rotary import rotary_angles, rotary_turn, turned, turnin
 ROW_TOLERANCES = MappingProxyType(
     {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 )
+# Few rows: a wrong kernel is wrong on the first one, and the widths are the run's own.
 _ROWS, _BATCH = 24, 2
 _ROPE_BASE = 10_000.0
 
@@ -95,6 +96,7 @@ class _Draw:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
+        # On the CPU and in fp64: the same numbers on every machine, rounded to the run's dtype.
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
@@ -128,6 +130,7 @@ def _row_kernels(model: ModelConfig, draw: _Draw) -> Iterator[RowKernel]:
         lambda x: _rotate_half(x, rotary_angles(positions, head_dim, _ROPE_BASE, dtype=torch.float64)),
         (heads,),
     )
+    # Elementwise: its width decides nothing.
     inner = draw(_ROWS, _BATCH, 32)
     if modern:
         yield RowKernel(

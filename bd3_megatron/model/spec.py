@@ -64,6 +64,7 @@ def transformer_config(
         ffn_hidden_size=model.ffn_width,
         gated_linear_unit=gated,
         activation_func=F.silu if gated else _gelu_tanh,
+        # megatron would bias attention as well; the projections there are classes of ours without one.
         add_bias_linear=not gated,
         normalization="RMSNorm" if gated else "LayerNorm",
         layernorm_epsilon=model.layer_norm_eps,
@@ -78,14 +79,17 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not on_gpu,
+        # init_weights draws every parameter by its global name, independent of the grid.
         perform_initialization=False,
         # megatron's MLP is not asked: model/activation chooses the kernel
         bias_activation_fusion=False,
         bias_dropout_fusion=elementwise_kernel(topology.device) == COMPILED,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        # Apex's fused kernel would add gradients to main_grad, which only megatron's DDP wrapper has.
         gradient_accumulation_fusion=False,
         enable_autocast=False,
+        # The loss is a sum: megatron must not divide it by the number of micro-batches.
         calculate_per_token_loss=True,
         # with overlapped p2p a stage would free an output that gloo is still sending: seen as wrong losses, not an error
         deallocate_pipeline_outputs=not interleaved,

@@ -31,6 +31,7 @@ def turn_heads(heads: Tensor, turn: Tensor, sign: int) -> Tensor:
     out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     # the second half of a row's sines has no sign turned, and its cosines are those of the first half
     cosine, sine = turn[..., width // 2 :].unbind(0)
+    # Heads of one program: they share a row's cosines and sines, which are read once.
     tile = min(triton.next_power_of_2(count), _MOST_HEADS)
     _turn_rows[rows * batch, triton.cdiv(count, tile)](
         heads,
