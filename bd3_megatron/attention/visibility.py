@@ -213,7 +213,7 @@ def num_rows(rows: Rows) -> int:
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table made on the host, on `device`; the host does not wait for the device."""
+    """A tensor made on the host, on `device`; the host does not wait for the device."""
     if device.type == "cpu":
         return table
     # from pageable memory the copy would first let the device finish all that it was given

@@ -95,6 +95,38 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**31 - 1)
 
 
+def use_device(device: torch.device) -> None:
+    """Make a rank's GPU the current one of this thread; nothing on CPU."""
+    # a new thread begins with device 0, and what it pins or allocates there would be another rank's memory
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+class HostCopy:
+    """Numbers on their way from a device to the host; nobody waits until they are read.
+
+    Args:
+        values: on the device; may be overwritten as soon as this returns.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._event: torch.Event | None = None
+        if values.device.type == "cpu":
+            self._values = values.clone()
+            return
+        self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        # read after this point of the stream: `.item()` would wait for everything that was queued behind it as well
+        self._event = torch.Event(device=values.device)
+        self._event.record()
+
+    def read(self) -> torch.Tensor:
+        """The numbers, on the host; waits until the device has passed the copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
+
+
 def occupied_fraction(device: torch.device) -> float:
     """Part of a GPU's memory that is in use, by whomever, 0 to 1; on CPU 0, for memory there is shared by design."""
     if device.type != "cuda":

@@ -35,10 +35,6 @@ class CleanBatch:
         """The batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> CleanBatch:
-        """The batch in page-locked memory, from which copies to a GPU overlap with its work."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
     def rows(self, start: int, stop: int) -> CleanBatch:
         """Rows [start, stop) as views."""
         return self._map(lambda tensor: tensor[start:stop])

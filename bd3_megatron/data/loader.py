@@ -190,7 +190,6 @@ class BatchLoader:
         *,
         num_workers: int = 0,
         prefetch: int = 4,
-        pin_memory: bool = False,
     ) -> None:
         """Prepare to iterate; processes start with the iteration.
 
@@ -199,7 +198,6 @@ class BatchLoader:
             indices: int64 [B] tensors, finite or endless; with processes they are taken ahead of the batches.
             num_workers: loader processes; 0 reads in this process.
             prefetch: bundles of some 64 rows each process keeps ready.
-            pin_memory: put batches in page-locked memory (needs a GPU).
 
         Raises:
             ConfigError: a negative number of processes.
@@ -207,15 +205,14 @@ class BatchLoader:
         if num_workers < 0:
             raise ConfigError(f"num_workers={num_workers} is negative; use 0 or more loader processes.")
         self._source, self._indices, self._num_workers = source, indices, num_workers
-        self._prefetch, self._pin = prefetch, pin_memory
+        self._prefetch = prefetch
 
     def __iter__(self) -> Iterator[CleanBatch]:
         # The same source serves both paths, so the number of loader processes, ranks and restarts cannot show in the
         # data.
         if self._num_workers == 0:
             for index_B in self._indices:
-                batch = self._source.batch_for(index_B)
-                yield batch.pin_memory() if self._pin else batch
+                yield self._source.batch_for(index_B)
             return
         try:
             yield from self._read_ahead()
@@ -235,7 +232,6 @@ class BatchLoader:
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch,
-            pin_memory=self._pin,
             # Forked processes inherit the open dataset at no cost; they must never touch a GPU, whose context does not
             # survive a fork.
             multiprocessing_context="fork",

@@ -98,7 +98,6 @@ class StreamLoader:
         *,
         num_workers: int = 0,
         prefetch: int = 8,
-        pin_memory: bool = False,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare to iterate.
@@ -108,14 +107,13 @@ class StreamLoader:
             indices: gives int64 [B] tensors, increasing, the same at every call; every process calls it.
             num_workers: loader processes; 0 tokenises in this process.
             prefetch: batches each process keeps ready.
-            pin_memory: put batches in page-locked memory (needs a GPU).
             state: from `state_dict`, merged over ranks; None: the stream's beginning.
 
         Raises:
             DataError: the state belongs to another plan.
         """
         self._plan, self._indices = plan, indices
-        self._num_workers, self._prefetch, self._pin = num_workers, prefetch, pin_memory
+        self._num_workers, self._prefetch = num_workers, prefetch
         # The identity is stored with the state, so that a resume under another plan is refused and not silently
         # different.
         self._identity = _identity(plan)
@@ -125,8 +123,7 @@ class StreamLoader:
         # Workers return rows in their own order; the row number restores the order of the batch.
         work = self._read_here() if self._num_workers == 0 else self._read_ahead()
         for index_B, rows in work:
-            batch = batch_of(_stack([arrays for _, arrays in sorted(rows, key=lambda row: row[0])]), index_B)
-            yield batch.pin_memory() if self._pin else batch
+            yield batch_of(_stack([arrays for _, arrays in sorted(rows, key=lambda row: row[0])]), index_B)
 
     def state_dict(self) -> dict[str, Any]:
         """Positions of this rank's stream shards after the last batch that was yielded; JSON."""

@@ -38,9 +38,11 @@ class AttentionContext:
 
     def prepare(self, visibility: Visibility, device: torch.device) -> None:
         """Make the tables of every call that layers will make, and send them to `device` without waiting for it."""
-        self.backend.prepare(visibility, device)
+        # the visibility's phase, which need not be the one in force: a step is made while the one before it runs
+        backend = self.backends[visibility.block_size]
+        backend.prepare(visibility, device)
         if visibility.noisy_rows and visibility.clean_key_rows:
-            self.backend.prepare(visibility.without_clean_queries, device)
+            backend.prepare(visibility.without_clean_queries, device)
 
     def ticket(self, visibility: Visibility) -> Tensor:
         """What stands for a micro-batch's visibility on its way through the layers: int64 [] on the host."""

@@ -110,7 +110,11 @@ class ParallelModel:
             block_size: S from now on.
             views: noisy copies; None: as many as training has.
         """
-        self.context.layout = self._layout_of(block_size, self._views if views is None else views)
+        self.context.layout = self.layout_at(block_size, views=views)
+
+    def layout_at(self, block_size: int, *, views: int | None = None) -> PairLayout:
+        """The rows of a phase; `views` as in `enter_phase`."""
+        return self._layout_of(block_size, self._views if views is None else views)
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.attention.visibility import Visibility, on_device
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import LossRows
@@ -48,12 +48,9 @@ class PairBatch:
         return self.token_BP.shape[0]
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same batch on `device`; the visibility stays on the host."""
+        """The same batch on its way to `device`, which nobody waits for; the visibility stays on the host."""
         moved: dict[str, Any] = {
-            # Overlaps with the steps before only from pinned memory; elsewhere it is a plain copy.
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: on_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 

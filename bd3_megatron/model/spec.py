@@ -96,6 +96,8 @@ def transformer_config(
         # interleaved stages with pp=2 send both ways to one peer; batched p2p pairs those up wrongly (Megatron-LM #750)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # a device synchronisation after every exchange, for a fault of old torch versions (model_parallel_config.py)
+        batch_p2p_sync=False,
         **(recompute or Recompute()).block_settings(model.num_layers),
     )
 

@@ -2,11 +2,12 @@
 
 Decides: everything is a function of (seed, samples consumed), so resuming needs one integer and no rank waits for
 another. (Streams and mixtures remember a little more, see `dataset`.) Clean rows are read ahead by the loader's processes;
-noise is drawn here, on the CPU.
+noise is drawn on the CPU, one step ahead, by a thread of this process.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bd3_megatron.attention.select import Prepare
+from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.compat.device import use_device
 from bd3_megatron.config.schema import DiffusionConfig
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.sampler import BatchShare
@@ -99,6 +103,58 @@ def make_micro_batch(clean: CleanBatch, noise: Noise, config: DiffusionConfig, l
     )
 
 
+def no_tables(visibility: Visibility, device: torch.device) -> None:
+    """Leaves the tables to whoever first needs them."""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What a step's micro-batches are a function of, beside their clean rows."""
+
+    step: int
+    layout: PairLayout
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class _ReadStep:
+    """A step's clean rows, and what must be remembered of the data once they are used up."""
+
+    clean: list[CleanBatch]
+    data_state: dict[str, Any]
+
+
+class _Ahead(threading.Thread):
+    """Reads and draws the next step while the present one runs; the result, or what went wrong, is taken once."""
+
+    def __init__(self, batches: StepBatches, drawing: _Drawing) -> None:
+        # a daemon, so that a rank that fails does not wait for rows that nobody will read
+        super().__init__(name="next step", daemon=True)
+        self.drawing = drawing
+        self._batches = batches
+        self._read: _ReadStep | None = None
+        self._drawn: StepBatch | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._read = self._batches.read(self.drawing.step)
+            self._drawn = self._batches.draw(self._read, self.drawing)
+        # whatever it is, the training thread raises it where the batch is asked for
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> tuple[_ReadStep, StepBatch]:
+        """Wait for the end."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        if self._read is None or self._drawn is None:
+            raise RuntimeError("the thread that draws the next step ended without a result")
+        return self._read, self._drawn
+
+
 class StepBatches:
     """Iterates over this rank's part of the steps from `first_step` on."""
 
@@ -112,6 +168,7 @@ class StepBatches:
         mask_id: int,
         num_workers: int,
         saved: DataState | None = None,
+        prepare: Prepare = no_tables,
     ) -> None:
         """Begin to read.
 
@@ -123,21 +180,22 @@ class StepBatches:
             mask_id: of the tokenizer.
             num_workers: loader processes.
             saved: `data_state` of the run so far; None: it has none.
+            prepare: makes the tables of every micro-batch, which then travel with it.
         """
-        self._plan, self._topology, self._mask_id = plan, topology, mask_id
+        self._plan, self._topology, self._mask_id, self._prepare = plan, topology, mask_id, prepare
         self._reading = rows.read(
             plan,
             # A function and not an iterator: every process of a stream's loader walks the indices by itself.
             lambda: self._indices(first_step),
             workers=num_workers,
-            # Pinned memory is copied to a GPU while kernels run; on CPU it would only cost the page locking.
-            pin=topology.device.type == "cuda",
             saved=saved,
         )
+        self._used = self._reading.state()
+        self._ahead: _Ahead | None = None
 
     def data_state(self) -> dict[str, Any]:
         """What must be remembered of the data after the last step that was asked for. Collective over dp with a stream."""
-        mine = self._reading.state()
+        mine = self._used
         # Of the state only the positions of the stream shards differ between ranks.
         if "shards" not in mine or self._topology.dp == 1:
             return mine
@@ -166,21 +224,45 @@ class StepBatches:
             layout: this rank's rows in the step's phase.
             interval: noise interval in force.
         """
-        config = self._plan.config
+        drawing = _Drawing(step, layout, interval)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            read = self.read(step)
+            drawn = self.draw(read, drawing)
+        else:
+            read, drawn = ahead.result()
+            # a search between the steps may have moved the interval: the rows stay, their noise is drawn anew
+            drawn = drawn if ahead.drawing == drawing else self.draw(read, drawing)
+        self._used = read.data_state
+        return drawn
+
+    def draw_ahead(self, step: int, layout: PairLayout, interval: Interval) -> None:
+        """Begin with the step after the last one asked for, under the assumption that its arguments will be these."""
+        if step < self._plan.total_steps:
+            self._ahead = _Ahead(self, _Drawing(step, layout, interval))
+
+    def read(self, step: int) -> _ReadStep:
+        """The clean rows of the next step."""
+        clean = [next(self._reading.batches) for _ in range(self._share(step).num_micro_batches)]
+        return _ReadStep(clean, self._reading.state())
+
+    def draw(self, read: _ReadStep, drawing: _Drawing) -> StepBatch:
+        """The micro-batches of some clean rows, on their way to the training device."""
+        config, device = self._plan.config, self._topology.device
+        use_device(device)
         noise = Noise(
             seed=config.run.seed,
             mask_id=self._mask_id,
             # The final batch size also while the batch still grows: strata are over sample ids, not over steps.
             group_size=config.train.global_batch_size,
-            block_size=layout.block_size,
-            interval=interval,
+            block_size=drawing.layout.block_size,
+            interval=drawing.interval,
         )
-        made = [
-            make_micro_batch(next(self._reading.batches), noise, config.diffusion, layout)
-            for _ in range(self._share(step).num_micro_batches)
-        ]
+        made = [make_micro_batch(clean, noise, config.diffusion, drawing.layout) for clean in read.clean]
+        for one in made:
+            self._prepare(one.pair.visibility, device)
         return StepBatch(
-            [one.pair.to(self._topology.device) for one in made],
+            [one.pair.to(device) for one in made],
             token_count=sum(one.token_count for one in made),
             masked_count=sum(one.masked_count for one in made),
         )

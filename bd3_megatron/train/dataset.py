@@ -57,7 +57,7 @@ class RowReading:
 class TrainingRows(Protocol):
     """Where training rows come from."""
 
-    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, saved: DataState | None) -> RowReading:
         """Read the rows with these indices, from where the plan and the saved state say the run stands."""
 
 
@@ -68,7 +68,7 @@ class ShardRows:
     dataset: TokenDataset
     data: DataConfig
 
-    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, saved: DataState | None) -> RowReading:
         """As TrainingRows; the mixture's stages are remembered.
 
         Raises:
@@ -77,7 +77,7 @@ class ShardRows:
         # The stages that began are taken from the checkpoint, so that a changed configuration does not recount them.
         stages = mixture_stages(self.data, plan, saved)
         source = self.dataset.mixed(Mixture(stages))
-        batches = BatchLoader(source, indices(), num_workers=workers, pin_memory=pin)
+        batches = BatchLoader(source, indices(), num_workers=workers)
         return RowReading(iter(batches), lambda: stages_state(stages))
 
 
@@ -87,7 +87,7 @@ class StreamRows:
 
     stream: StreamPlan
 
-    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, saved: DataState | None) -> RowReading:
         """As TrainingRows; the position of every stream shard is remembered.
 
         Raises:
@@ -100,7 +100,7 @@ class StreamRows:
                 f"data.stream is set and the checkpoint's {plan.origin_samples:,} samples were not read from a stream; "
                 "take up its weights in a new run with tools/start_run.py, or go on with prepared data."
             )
-        loader = StreamLoader(self.stream, indices, num_workers=workers, pin_memory=pin, state=positions)
+        loader = StreamLoader(self.stream, indices, num_workers=workers, state=positions)
         return RowReading(iter(loader), loader.state_dict)
 
 

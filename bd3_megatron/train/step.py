@@ -83,6 +83,7 @@ class TrainingStep:
             seed_dropout(self.config.run.seed, step, self.topology)
         with self.timeline.span("data_wait"):
             batch = batches.next(step, self.engine.model.layout, interval)
+            self._draw_ahead(step + 1, plan, state, batches)
             tokens = self._global_count(batch)
 
         def is_vetoed(logs: list[LossSums]) -> bool:
@@ -110,14 +111,19 @@ class TrainingStep:
             topology=self.topology,
         )
 
+    def _draw_ahead(self, step: int, plan: RunPlan, state: TrainState, batches: StepBatches) -> None:
+        """Let the next step be made while this one runs."""
+        if step < plan.total_steps:
+            size = plan.phase_at(step).phase.block_size
+            batches.draw_ahead(step, self.engine.model.layout_at(size), plan.interval(step, state.intervals))
+
     def _global_count(self, batch: StepBatch) -> float | Tensor:
         """Tokens of the whole step in the mean: by arithmetic, or summed over dp where samples differ."""
         # Without padding every sample has as many tokens as any other; no collective is needed.
         if self.config.data.packing == "wrap":
             return batch.token_count * self.topology.dp
-        # the sum stays on the device, so that the host does not wait for it
-        # float64: exact up to 2^53 tokens.
-        count = torch.tensor([batch.token_count], dtype=torch.float64, device=self.topology.device)
+        # Filled on the device, and the sum stays there, so that the host does not wait for it; exact up to 2^53 tokens.
+        count = torch.full((1,), batch.token_count, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(count, group=self.topology.groups.dp)
         return count[0]
 

@@ -83,10 +83,11 @@ class Trainer:
         self.batches = self._batches()
         # asked anew: going back to a checkpoint uses up samples, and so shortens a budget of tokens
         while self.state.step < self.plan.total_steps:
+            self.stop.ask(self.topology.device)
             vetoed = self._step(self.batches)
             self.watchdog.step_done(self.state.step)
             # After every step, on all ranks alike: a signal reaches them at different times.
-            reason = self.stop.agreed(self.topology.device)
+            reason = self.stop.agreed()
             if vetoed and self.config.train.spike_action == "rollback" and self._roll_back():
                 self.batches = self._batches()
                 continue
@@ -106,6 +107,7 @@ class Trainer:
             mask_id=self.data.special.mask,
             num_workers=self.config.data.num_workers,
             saved=self.state.data,
+            prepare=self.engine.model.context.prepare,
         )
 
     def _step(self, batches: StepBatches) -> bool:

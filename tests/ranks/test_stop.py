@@ -16,10 +16,12 @@ def test_one_rank_asked_is_all_ranks_told() -> None:
     def on_rank(topology: Topology) -> list[str | None]:
         stop = StopRequest()
         stop.install()
-        found = [stop.agreed(torch.device("cpu"))]
+        stop.ask(torch.device("cpu"))
+        found = [stop.agreed()]
         if topology.rank == 1:
             signal.raise_signal(signal.SIGUSR1)
-        found.append(stop.agreed(torch.device("cpu")))
+        stop.ask(torch.device("cpu"))
+        found.append(stop.agreed())
         return found
 
     assert run_ranks(on_rank, ParallelConfig(dp=3)) == [[None, "signal"]] * 3

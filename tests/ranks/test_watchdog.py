@@ -34,7 +34,7 @@ def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(tmp_pat
             for step in range(1, 4):
                 if step == 3 and topology.rank == 1:
                     threading.Event().wait()
-                StopRequest().agreed(topology.device)
+                StopRequest().ask(topology.device)
                 watchdog.step_done(step)
 
     with pytest.raises(AssertionError, match="rank"):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
@@ -92,8 +91,8 @@ def train(config: Config, *, stop_after: int | None = None) -> list[dict[str, An
         if stop_after is not None:
             step_of, agreed = trainer.state, trainer.stop.agreed
 
-            def stop(device: torch.device) -> str | None:
-                return "file" if step_of.step >= stop_after else agreed(device)
+            def stop() -> str | None:
+                return "file" if step_of.step >= stop_after else agreed()
 
             trainer.stop.agreed = stop  # type: ignore[method-assign]
         reason = trainer.run()

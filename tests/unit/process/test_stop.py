@@ -34,8 +34,14 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def answered(stop: StopRequest) -> str | None:
+    """What all ranks were told before a step, and read after it."""
+    stop.ask(CPU)
+    return stop.agreed()
+
+
 def test_nobody_asked(alone: None) -> None:
-    assert StopRequest().agreed(CPU) is None
+    assert answered(StopRequest()) is None
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -43,19 +49,29 @@ def test_a_signal_is_remembered_until_the_step_ends(alone: None, handlers: None,
     stop = StopRequest()
     stop.install()
     signal.raise_signal(number)
-    assert stop.agreed(CPU) == stop.agreed(CPU) == "signal"
+    assert answered(stop) == answered(stop) == "signal"
+
+
+def test_what_comes_during_a_step_is_acted_upon_after_the_next_one(alone: None, handlers: None) -> None:
+    stop = StopRequest()
+    stop.install()
+    assert stop.agreed() is None
+    stop.ask(CPU)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.agreed() is None
+    assert answered(stop) == "signal"
 
 
 def test_a_file_stops_the_run(alone: None, tmp_path: Path) -> None:
     stop = StopRequest(stop_file=tmp_path / "stop")
-    assert stop.agreed(CPU) is None
+    assert answered(stop) is None
     (tmp_path / "stop").touch()
-    assert stop.agreed(CPU) == "file"
+    assert answered(stop) == "file"
 
 
 def test_a_deadline_stops_the_run(alone: None) -> None:
-    assert StopRequest(deadline=1.0).agreed(CPU) == "deadline"
-    assert StopRequest(deadline=1e12).agreed(CPU) is None
+    assert answered(StopRequest(deadline=1.0)) == "deadline"
+    assert answered(StopRequest(deadline=1e12)) is None
 
 
 def told_twice(seconds_apart: float) -> int:

@@ -38,9 +38,9 @@ class SourceRows:
 
     source: BatchSource
 
-    def read(self, plan: RunPlan, indices: Indices, *, workers: int, pin: bool, saved: DataState | None) -> RowReading:
+    def read(self, plan: RunPlan, indices: Indices, *, workers: int, saved: DataState | None) -> RowReading:
         """As train.dataset.TrainingRows."""
-        return RowReading(iter(BatchLoader(self.source, indices(), num_workers=workers, pin_memory=pin)), dict)
+        return RowReading(iter(BatchLoader(self.source, indices(), num_workers=workers)), dict)
 
 
 def rows_by_place(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.objective import NextToken
+from bd3_megatron.errors import DataError
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
-from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
+from bd3_megatron.train.batches import Noise, StepBatch, StepBatches, make_micro_batch
 from bd3_megatron.train.plan import RunPlan
 from tests.unit.cost.cases import case
 from tests.unit.parallel.places import place
@@ -78,6 +81,61 @@ def test_loader_processes_change_nothing() -> None:
         batch = batches.next(1, layout, Interval())
         made.append([rows_by_place(micro, torch.tensor([n]), layout) for n, micro in enumerate(batch.micro_batches)])
     assert made[0] == made[1]
+
+
+def everything(batch: StepBatch) -> Any:
+    """All that is in a step's micro-batches."""
+    tensors = [
+        {name: value.tolist() for name, value in vars(one).items() if isinstance(value, torch.Tensor)}
+        for one in batch.micro_batches
+    ]
+    documents = [one.visibility.document_layouts for one in batch.micro_batches]
+    return tensors, documents, batch.token_count, batch.masked_count
+
+
+@pytest.mark.parametrize(("dp", "size"), SPLITS)
+def test_a_step_drawn_ahead_is_the_step(dp: int, size: int) -> None:
+    """Bit for bit, by a thread of its own, and anew where a search or a new phase proved the assumption wrong."""
+    config = case(train={"micro_batch_size": size})
+    plan, layouts = RunPlan(config), [layout_of(config, 4), layout_of(config, 8)]
+    drawers: list[str] = []
+
+    def remember(visibility: Visibility, device: torch.device) -> None:
+        drawers.append(threading.current_thread().name)
+
+    def steps(*, assumed: list[tuple[int, float]] | None) -> list[Any]:
+        topology = place(dp=dp, dp_rank=dp - 1)
+        batches = StepBatches(
+            SourceRows(Samples()), plan, topology, first_step=0, mask_id=MASK_ID, num_workers=0, prepare=remember
+        )
+        found = []
+        for step, (layout, beta) in enumerate([(0, 0.2), (0, 0.2), (1, 0.2), (1, 0.4)]):
+            if assumed is not None and step:
+                batches.draw_ahead(step, layouts[assumed[step][0]], Interval(assumed[step][1], 0.9))
+            found.append(everything(batches.next(step, layouts[layout], Interval(beta, 0.9))))
+        return found
+
+    assert steps(assumed=[(0, 0.2), (0, 0.2), (0, 0.2), (1, 0.2)]) == steps(assumed=None)
+    own = threading.current_thread().name
+    micro = 8 // (dp * size)
+    # step 1 was assumed rightly; steps 2 and 3 were drawn a second time, here
+    expected = [own, "next step", "next step", own, "next step", own, *[own] * 4]
+    assert drawers == [name for name in expected for _ in range(micro)]
+
+
+def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for() -> None:
+    class Broken(Samples):
+        def batch_for(self, index_B: torch.Tensor) -> Any:
+            if int(index_B[0]) >= 8:
+                raise DataError("row 8 cannot be read")
+            return super().batch_for(index_B)
+
+    config = case()
+    batches = StepBatches(SourceRows(Broken()), RunPlan(config), place(), first_step=0, mask_id=MASK_ID, num_workers=0)
+    batches.next(0, layout_of(config, 4), Interval())
+    batches.draw_ahead(1, layout_of(config, 4), Interval())
+    with pytest.raises(DataError, match="row 8 cannot be read"):
+        batches.next(1, layout_of(config, 4), Interval())
 
 
 def test_a_resumed_run_goes_on_with_the_same_batches() -> None:
