@@ -42,6 +42,7 @@ def best_checkpoints(run_dir: Path, count: int, *, warn: Callable[[str], None] |
     """
     losses = evaluated_losses(run_dir / "metrics.jsonl")
     evaluated = [(losses.get(read_manifest(path).step), path) for path in complete_checkpoints(run_dir, warn=warn)]
+    # By loss, then by name: equal losses give the same choice on every machine.
     ranked = sorted((loss, str(path)) for loss, path in evaluated if loss is not None)
     return _first([Path(path) for _, path in ranked], count, run_dir)
 
@@ -67,6 +68,7 @@ def evaluated_losses(metrics: Path) -> dict[int, float]:
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get(LOSS), int | float):
+            # A step evaluated twice (after a resume) counts with its later value.
             losses[int(record["step"])] = float(record[LOSS])
     return losses
 
@@ -84,8 +86,10 @@ def average(paths: Sequence[Path], out: Path, *, raw: bool = False) -> Manifest:
     """
     if len(paths) < 2:
         raise CheckpointError(f"{len(paths)} checkpoint is nothing to average; name two or more.")
+    # Every byte is checked: a mean hides one damaged checkpoint.
     manifests = [verify(path) for path in paths]
     readers = [open_checkpoint(path) for path in paths]
+    # All or none: a mean of averages and of trained weights is neither.
     which = "model" if raw or any("ema" not in reader.kinds() for reader in readers) else "ema"
     shapes = {name: readers[0].shape(name) for name in readers[0].names()}
     for reader in readers[1:]:
@@ -93,14 +97,17 @@ def average(paths: Sequence[Path], out: Path, *, raw: bool = False) -> Manifest:
             raise CheckpointError(
                 f"{reader.folder} and {readers[0].folder} are of different models; average one run's."
             )
+    # The mean stands for the latest state: step, configuration and ids are taken from there.
     newest = max(manifests, key=lambda manifest: manifest.step)
     origin = {"averaged_steps": [manifest.step for manifest in manifests], "weights": which}
     single = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
+    # Written whole by one process; no optimizer state of a mean exists.
     described = replace(newest, grid=single, zero_stage=1, world_size=1, engine={}, origin=origin, files={})
     return write_whole(out, described, shapes, lambda name: _mean(readers, name, which))
 
 
 def _mean(readers: Sequence[CheckpointReader], name: str, which: str) -> Tensor:
+    # In float64: the sum of k fp32 tensors would lose up to log2(k) bits.
     total = readers[0].tensor(name, which).double()
     for reader in readers[1:]:
         total += reader.tensor(name, which)

@@ -53,6 +53,7 @@ def published(out: Path, *, model_type: str) -> Iterator[Path]:
         FileError, LaunchError: it cannot be written.
         FolderHeldError: another process is writing it.
     """
+    # One name for the lease and for the rename, however the folder was named.
     out = Path(os.path.abspath(out))
     with held_output(out):
         _check_replaceable(out, model_type)
@@ -65,10 +66,12 @@ def _check_replaceable(out: Path, model_type: str) -> None:
     if out.is_file():
         raise ConversionError(f"out={out} is a file; give a folder that does not exist yet.")
     there = sorted(out.iterdir()) if out.is_dir() else []
+    # Of another kind: somebody's own model, perhaps the source itself.
     if there and model_type_of(out) != model_type:
         raise ConversionError(
             f"out={out} holds something that is not a {model_type} folder; give a new folder, or empty this one first."
         )
+    # One file of a person's among ours is enough to refuse.
     excess = next((path.name for path in there if not _is_written(path)), None)
     if excess is not None:
         raise ConversionError(
@@ -88,5 +91,6 @@ def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> li
     """Copy the plain files of one folder that are wanted; returns their names, sorted."""
     names = sorted(path.name for path in source.iterdir() if path.is_file() and wanted(path))
     for name in names:
+        # The content only: modes and times of a cache folder are not the export's.
         shutil.copyfile(source / name, target / name)
     return names

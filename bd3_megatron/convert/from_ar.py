@@ -24,6 +24,7 @@ from bd3_megatron.rng import Purpose, generator_seed
 from bd3_megatron.sampling.folder import read_export_json
 
 MaskInit = Literal["mean", "noise", "keep"]
+# Qwen2.5 folders say qwen2.
 MODEL_TYPES = ("qwen3", "qwen2", "llama", "sdar")
 BLOCK_DIFFUSION_TYPES = ("sdar",)
 EMBED_TOKENS = "model.embed_tokens.weight"
@@ -62,6 +63,7 @@ def read_ar_folder(folder: Path) -> ArFolder:
     model_type = str(tree.get("model_type"))
     if model_type not in MODEL_TYPES:
         raise ConversionError(f"{folder} holds model_type={model_type!r}; this reads {', '.join(MODEL_TYPES)}.")
+    # Before anything is read of the weights: what is refused here would change logits silently.
     _refuse_what_we_lack(tree, folder)
     heads, hidden = int(tree["num_attention_heads"]), int(tree["hidden_size"])
     eos = tree.get("eos_token_id")
@@ -74,10 +76,13 @@ def read_ar_folder(folder: Path) -> ArFolder:
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_key_value_heads": int(tree.get("num_key_value_heads") or heads),
+            # Llama's older configurations leave it out.
             "head_dim": int(tree.get("head_dim") or hidden // heads),
             "intermediate_size": int(tree["intermediate_size"]),
+            # Not a field of these configurations: the class has the norms or has not.
             "qk_norm": model_type in ("qwen3", "sdar"),
             "tie_word_embeddings": bool(tree.get("tie_word_embeddings", False)),
+            # The default of all these classes.
             "layer_norm_eps": float(tree.get("rms_norm_eps", 1e-6)),
             "rope_theta": _rope_theta(tree, folder),
         },
@@ -85,6 +90,7 @@ def read_ar_folder(folder: Path) -> ArFolder:
         max_length=int(tree.get("max_position_embeddings", 2048)),
         ids={
             "bos_token_id": tree.get("bos_token_id"),
+            # Llama 3 lists several; the first ends a text.
             "eos_token_id": eos[0] if isinstance(eos, list) else eos,
             "pad_token_id": tree.get("pad_token_id"),
         },
@@ -104,6 +110,7 @@ def _refuse_what_we_lack(tree: dict[str, Any], folder: Path) -> None:
             raise ConversionError(
                 f"{folder} has {field}={tree[field]!r}: {what} cannot be expressed; use another model."
             )
+    # Newer configurations name the attention of each layer.
     windows = [kind for kind in tree.get("layer_types") or [] if kind != "full_attention"]
     if windows:
         raise ConversionError(
@@ -114,6 +121,7 @@ def _refuse_what_we_lack(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _rope_theta(tree: dict[str, Any], folder: Path) -> float:
+    # transformers 5.x says rope_parameters, 4.5x rope_scaling beside rope_theta.
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
@@ -183,6 +191,7 @@ class ArSource:
         if name not in (EMBED_TOKENS, LM_HEAD):
             return self._folder.tensor(name)
         if self._last[0] != name:
+            # Let go before the next is made: two tables of a large vocabulary need not fit.
             self._last = ("", torch.empty(0))
             self._last = (name, self._resized(self._folder.tensor(name), name))
         return self._last[1]
@@ -196,6 +205,7 @@ class ArSource:
         kept = []
         for name in self._folder.names():
             if name.endswith("_proj.bias"):
+                # Qwen2.5 has biases on q, k and v; zero ones change nothing and are left out.
                 if self._folder.tensor(name).count_nonzero():
                     raise ConversionError(
                         f"{self._source.folder}: {name} is not zero; attention here has no biases, as in Qwen3 and Llama "
@@ -205,21 +215,25 @@ class ArSource:
             # written by some exporters although tied, or recomputed from the configuration
             if (name == LM_HEAD and tied) or name.endswith("rotary_emb.inv_freq"):
                 continue
+            # Everything else must be a parameter of the plain model; checked_shapes refuses what is not.
             kept.append(name)
         return kept
 
     def _resized(self, rows_VD: Tensor, name: str) -> Tensor:
         """The table with V rows: those of the source, the mean where it has none, and one for the mask."""
         wanted, mask_id = self._config.vocab_size, self._config.mask_token_id
+        # The source's vocab_size may be smaller than its table, which is padded.
         trained = min(rows_VD.shape[0], wanted, self._source.vocab_size)
         table = torch.empty(wanted, rows_VD.shape[1], dtype=rows_VD.dtype)
         table[:trained] = rows_VD[:trained]
         mean_D = rows_VD[: self._source.vocab_size].float().mean(0)
+        # Rows without a token get the mean: their logits are ordinary, not extreme.
         table[trained:] = mean_D.to(table.dtype)
         if mask_id is None or self._mask_init == "keep":
             return table
         row_D = mean_D
         if self._mask_init == "noise":
+            # Keyed by the table's name: input and output row differ, and the import can be repeated.
             generator = torch.Generator().manual_seed(generator_seed(self._seed, Purpose.INIT, f"mask row of {name}"))
             spread_D = rows_VD[: self._source.vocab_size].float().std(0)
             row_D = mean_D + spread_D * torch.randn(mean_D.shape, generator=generator)

@@ -65,6 +65,7 @@ def find_checkpoint(run_or_checkpoint: Path, *, warn: Callable[[str], None] | No
         CheckpointError: there is none, or none that is complete.
     """
     if (run_or_checkpoint / MANIFEST).is_file():
+        # Named by hand, it is checked like one that was searched for.
         verify(run_or_checkpoint)
         return run_or_checkpoint
     folder = run_or_checkpoint / "checkpoints" if (run_or_checkpoint / "checkpoints").is_dir() else run_or_checkpoint
@@ -104,8 +105,10 @@ def convert_checkpoint(
     reader = open_checkpoint(path)
     manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
     which = "model" if raw or "ema" not in reader.kinds() else "ema"
+    # Streamed: a parameter at a time, whatever the size of the model.
     source = CheckpointSource(reader, NameTable(config.model, manifest.vocab_size), which)
     data_dir = data_dir_of(config, path)
+    # From the manifest alone where the data is gone; what is not known becomes a remark.
     described, notes = describe_model(config, manifest, data_dir)
     if which == "model" and not raw and not manifest.origin:
         notes.append("the checkpoint keeps no average; its trained weights were taken")
@@ -120,6 +123,7 @@ def convert_checkpoint(
     proof: list[float] = []
 
     def check(folder: Path) -> None:
+        # The proof reads every tensor once more; the last one read for writing need not stay.
         source.release()
         proof.append(prove(reader, which, config, FolderSource(folder), described, dtype=dtype))
 
@@ -162,6 +166,7 @@ def prove(
     """
     span = proof_span(described.objective, described.block_size)
     vocab_size = described.vocab_size
+    # Random ids reach every row of the tables alike; text would leave rare rows unproved.
     noisy_BL = random_tokens(vocab_size, NUM_BLOCKS * span)
     clean_BL = (
         random_tokens(vocab_size, NUM_BLOCKS * span, seed=2) if objective_named(described.objective).has_noise else None
@@ -188,6 +193,7 @@ def checked_difference(expected: Tensor, found: Tensor, what: str) -> float:
     """
     difference = (expected - found).abs().max().item()
     allowed = PROOF_TOLERANCE * max(1.0, expected.abs().max().item())
+    # Written this way round, so that a NaN is refused.
     if not difference <= allowed:
         raise ConversionError(
             f"logits of {what} differ by {difference:.3g}, more than {allowed:.3g}; do not use the result."
@@ -208,6 +214,7 @@ def tokenizer_of(data_dir: Path | None, manifest: Manifest) -> Path | None:
     folder = None if data_dir is None else data_dir / "tokenizer"
     if folder is None or not folder.is_dir():
         return None
+    # The fingerprint decides and not the path: data may be prepared again in the same folder.
     recorded = manifest.train_state.get("tokenizer")
     if isinstance(recorded, dict) and (folder / META_FILE).is_file():
         check_same_tokenizer(
@@ -267,6 +274,7 @@ def trained_block_size(config: Config, manifest: Manifest) -> int:
 
 def data_dir_of(config: Config, checkpoint: Path) -> Path | None:
     """The prepared data, as the run names it or beside the run."""
+    # Paths of another machine are common; the run's own folder is looked into as well.
     named = [config.data.path, *config.data.mixed_folders]
     near = [checkpoint.parent.parent / "data", Path(config.run.dir) / "data"]
     return next((p for p in [*(Path(n) for n in named if n is not None), *near] if (p / "train").is_dir()), None)

@@ -33,6 +33,7 @@ def read_folder(path: Path | str) -> tuple[BD3Config, dict[str, Tensor]]:
     config = read_config(folder)
     state = read_weights(folder)
     if config.tie_word_embeddings:
+        # Some writers store the tied table twice; the embedding's is the one that counts.
         state.pop("lm_head.weight", None)
     checked_shapes(StateSource(state), config)
     return config, state

@@ -73,6 +73,7 @@ def import_official(source: Path, out: Path, options: ImportOptions | None = Non
     """
     options = options or ImportOptions()
     read = read_source(Path(source), raw=options.raw)
+    # In float64: w (1 + scale) and diag(gate) W are rounded once, when they are stored.
     plain = fold({name: tensor.double() for name, tensor in read.state.items()})
     tokenizer_dir = options.tokenizer_dir or read.tokenizer_dir
     config = imported_config(read, options, _tokenizer_ids(tokenizer_dir))
@@ -105,11 +106,14 @@ def imported_config(read: OfficialSource, options: ImportOptions, ids: dict[str,
     Raises:
         ConversionError: block size, length or heads are unknown, contradict each other, or the mask id is no row.
     """
+    # Shapes are read off the tensors; a configuration that contradicts them is not asked.
     table = read.state["backbone.vocab_embed.embedding"]
     vocab_size, hidden_size = table.shape
     seq_len = _known("seq_len", options.seq_len, read.seq_len, "--seq-len")
     block_size = _known("block_size", options.block_size, 1 if read.is_causal else read.block_size, "--block-size")
     check_multiple("seq_len", seq_len, "block_size", block_size, kind=ConversionError)
+    # What the caller says, then the tokenizer, then the source, else the last row: the official rule for tokenizers
+    # without a mask.
     mask_id = next((m for m in (options.mask_id, ids.get("mask_id"), read.mask_id) if m is not None), vocab_size - 1)
     if not 0 <= mask_id < vocab_size:
         raise ConversionError(f"mask_id={mask_id} is not a row of the table; use 0 to {vocab_size - 1}.")
@@ -144,6 +148,7 @@ def _known(name: str, said: int | None, read: int | None, flag: str) -> int:
 def _head_dim(read: OfficialSource, hidden_size: int) -> int:
     """Width of a head: twice the stored rotary frequencies, else from the number of heads."""
     frequencies = read.state.get("backbone.rotary_emb.inv_freq")
+    # The stored table is the only thing in a bare checkpoint that tells the number of heads.
     head_dim = 2 * len(frequencies) if frequencies is not None else hidden_size // (read.num_heads or hidden_size)
     if head_dim < 2 or hidden_size % head_dim != 0:
         raise ConversionError(
@@ -173,6 +178,7 @@ def export_official(folder: Path, out: Path) -> ImportReport:
         write_safetensors(staging / "model.safetensors", official, {"format": "pt"})
         copied = copy_files(Path(folder), staging, is_tokenizer_file)
     notes = ["place configuration_bd3lm.py and modeling_bd3lm.py of the official repository beside the weights"]
+    # Its own rule is the last row, where the tokenizer names no mask.
     if config.mask_token_id != config.vocab_size - 1:
         notes.append(f"mask token id {config.mask_token_id} is not the last row: the official class asks its tokenizer")
     if not copied:
@@ -191,6 +197,7 @@ def check_exportable(config: BD3Config) -> None:
         "qk_norm": False,
         "num_key_value_heads": config.num_attention_heads,
         "intermediate_size": OFFICIAL_MLP_RATIO * config.hidden_size,
+        # The official class knows no other width.
         "head_dim": config.hidden_size // config.num_attention_heads,
         "rope_theta": OFFICIAL_ROPE_THETA,
         "layer_norm_eps": OFFICIAL_LAYER_NORM_EPS,
@@ -213,8 +220,10 @@ def official_config_json(config: BD3Config, official: dict[str, Tensor]) -> dict
         "pad_token_id": config.pad_token_id,
     }
     return {
+        # Its forward needs the modulation; unfold writes it as constants.
         "adaln": True,
         "architectures": ["BD3LM"],
+        # torch's own attention: flex attention wants a compiler where the folder is loaded.
         "attn_backend": "sdpa",
         "auto_map": {
             "AutoConfig": "configuration_bd3lm.BD3LMConfig",
@@ -231,6 +240,7 @@ def official_config_json(config: BD3Config, official: dict[str, Tensor]) -> dict
         "n_blocks": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
         "return_dict": False,
+        # The official defaults; the searched interval matters for training only.
         "sampling_eps_max": 0.999,
         "sampling_eps_min": 0.001,
         "time_conditioning": False,

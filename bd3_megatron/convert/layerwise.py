@@ -28,7 +28,9 @@ from bd3_megatron.rng import Purpose, uniform
 
 _SEED = 1
 _NUM_SEQUENCES = 2
+# The least with a block before and one behind: every branch of the visibility rule is met.
 NUM_BLOCKS = 3
+# Keeps the proof's attention small; weights do not depend on the block size.
 LONGEST_SPAN = 16
 
 TABLE_ROWS = 8192
@@ -79,6 +81,7 @@ def final_states(
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
         return grouped_attention(q_BQNH, k_BRGH.transpose(1, 2), v_BRGH.transpose(1, 2), sees_BRR)
 
+    # In parts: the whole of a large vocabulary in fp32 would be the largest tensor of the proof.
     x_BRD = _looked_up(partial(source.rows, EMBED_TOKENS), source.shape(EMBED_TOKENS)[0], ids_BR)
     for index in range(shape.num_hidden_layers):
         layer = _loaded(partial(Layer, shape, index), source, f"model.layers.{index}.")
@@ -114,10 +117,12 @@ def _scored(rows: RowReader, num_rows: int, x_BLD: Tensor) -> Tensor:
 
 
 def _loaded(make: Callable[[], nn.Module], source: PlainSource, prefix: str) -> nn.Module:
+    # No memory and no random draw for weights that are replaced at once.
     with torch.device("meta"):
         module = make()
     state = {name: source.tensor(prefix + name).float() for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
+    # No dropout in a proof.
     return module.eval()
 
 
@@ -154,6 +159,7 @@ def parallel_logits(
     sees_RR = sees(
         q_is_noisy=is_noisy_R[:, None], q_block=block_R[:, None], k_is_noisy=is_noisy_R[None], k_block=block_R[None]
     )
+    # Rounded as a written folder's weights are, or the comparison would measure the rounding.
     x_BRD = produce(EMBEDDING)[ids_BR].to(rounded_to).float()
     for layer in range(model.num_layers):
         prefix = f"decoder.layers.{layer}."
@@ -179,12 +185,14 @@ def _attention(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig,
     position_R, sees_RR = rows
     share, width = model.num_heads // model.kv_heads, model.head_width
     fused = (u_BRD @ produce(prefix + "linear_qkv.weight").T).unflatten(-1, (model.kv_heads, share + 2, width))
+    # megatron's order of rows: group after group, queries, then the key, then the value.
     q, k, v = fused[..., :share, :], fused[..., share : share + 1, :], fused[..., share + 1 :, :]
     if model.qk_norm:
         q = _norm(q, produce, prefix + "q_layernorm", model)
         k = _norm(k, produce, prefix + "k_layernorm", model)
     q, k = _rotate(q, position_R, model.rope_base), _rotate(k, position_R, model.rope_base)
     scores = torch.einsum("bqgsh,bkgoh->bgsqk", q, k) / width**0.5
+    # Written out, without a fused kernel: the proof must not share one with what it proves.
     weights = scores.masked_fill(~sees_RR, float("-inf")).softmax(-1)
     mixed = torch.einsum("bgsqk,bkgoh->bqgsh", weights, v).flatten(-3)
     return mixed @ produce(prefix + "linear_proj.weight").T
@@ -203,6 +211,7 @@ def _rotate(x: Tensor, position_R: Tensor, base: float) -> Tensor:
 def _mlp(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig) -> Tensor:
     up = u_BRD @ produce(prefix + "linear_fc1.weight").T
     if model.style == "modern":
+        # Gate over up, as megatron stacks them.
         gate, value = up.chunk(2, dim=-1)
         return (F.silu(gate) * value) @ produce(prefix + "linear_fc2.weight").T
     inner = F.gelu(up + produce(prefix + "linear_fc1.bias"), approximate="tanh")

@@ -63,6 +63,7 @@ def lint_folder(folder: Path, engine: Engine) -> list[LintRemark]:
 
 def _architecture(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
     name, model_type = (config.get("architectures") or ["none"])[0], config.get("model_type")
+    # Both: SGLang chooses the class by architecture, transformers the configuration by model_type.
     if name not in BLOCK_DIFFUSION or model_type != BLOCK_DIFFUSION[name]:
         yield LintRemark(
             True,
@@ -110,6 +111,7 @@ def _blocks(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
 
 
 def _meaning(config: dict[str, Any], engine: Engine) -> Iterator[LintRemark]:
+    # What these engines compute whatever a folder says; a field that is absent means the same.
     expected = {"logit_alignment": "none", "prefix_attention": "block_causal", "block_grid": "absolute"}
     for field, wanted in expected.items():
         given = config.get(field, wanted)
@@ -129,6 +131,7 @@ def _unused_rows(folder: Path, config: dict[str, Any], weights: FolderSource) ->
         return
     zeros, rows = 0, weights.shape(LM_HEAD)[0]
     for start in range(0, rows, TABLE_ROWS):
+        # Read in parts, for a table may be larger than memory.
         zeros += int((weights.rows(LM_HEAD, start, min(start + TABLE_ROWS, rows)) == 0).all(dim=1).sum())
     if zeros:
         yield LintRemark(
@@ -178,6 +181,7 @@ def _tied_tables(config: dict[str, Any], weights: FolderSource) -> Iterator[Lint
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Iterator[LintRemark]:
     path = folder / "tokenizer.json"
     if not path.is_file():
+        # A slow tokenizer's files may serve; none at all cannot.
         others = any(is_tokenizer_file(p) and p.name.startswith("tokenizer") for p in folder.iterdir() if p.is_file())
         yield LintRemark(not others, "the folder has no tokenizer.json; copy the tokenizer's files into it.")
         return
@@ -200,6 +204,7 @@ def _tokenizer_ids(path: Path) -> dict[int, bool]:
     """Every id of a tokenizer.json, and whether it is an added token's."""
     tree = json.loads(path.read_text(encoding="utf-8"))
     pieces = tree["model"]["vocab"]
+    # Unigram vocabularies are lists, in which a piece's position is its id.
     ids = range(len(pieces)) if isinstance(pieces, list) else pieces.values()
     return {int(i): False for i in ids} | {int(token["id"]): True for token in tree.get("added_tokens", [])}
 
@@ -231,6 +236,7 @@ def _remote_code(folder: Path, config: dict[str, Any]) -> Iterator[LintRemark]:
         if not path.is_file():
             missing.add(name)
             continue
+        # transformers fetches exactly the files that relative imports name, one level after the other.
         imported = re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         waiting |= {f"{module}.py" for module in imported} - seen
     for name in sorted(missing):

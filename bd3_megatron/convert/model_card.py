@@ -81,12 +81,15 @@ def model_card(
         run_dir: whose metrics.jsonl holds evaluations.
     """
     block = objective_named(described.objective).has_noise
+    # Clean tokens: rows of the noisy copies are not counted.
     tokens = manifest.samples_consumed * config.data.seq_len
     return _CARD.format(
+        # Never guessed: a wrong licence is worse than an unknown one.
         licence=licence,
         title=Path(config.run.dir).name or "model",
         kind="Block-diffusion" if block else "Autoregressive",
         parameters=num_parameters / 1e6,
+        # Averaged and raw weights differ in quality; readers must know which they have.
         weights=weights,
         step=manifest.step,
         layers=described.num_hidden_layers,
@@ -108,6 +111,7 @@ def model_card(
 
 def _data_names(config: Config) -> str:
     stream = config.data.stream
+    # Names only: a folder's path tells about the machine it was on.
     named = [*config.data.mixed_folders] if stream is None else [stream.dataset]
     named = named or [name for name in (config.data.path, *config.data.text) if name]
     return ", ".join(Path(name).name for name in named) or "unknown"
@@ -134,6 +138,7 @@ def _perplexity(metrics: Path, step: int) -> str:
             and record.get("eval/perplexity") is not None
             and int(record.get("step", 0)) <= step
         ):
+            # Records are in order of steps, so the last that fits is the nearest.
             best = record
     if best is None:
         return "not measured"

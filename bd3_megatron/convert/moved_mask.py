@@ -36,6 +36,7 @@ def move_mask(folder: Path, old: int, new: int) -> bool:
     model = tree.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = [token for token in tree.get("added_tokens") or [] if token.get("id") == old]
+    # An id that another token has already would make two texts one.
     if not isinstance(vocabulary, dict) or not added or new in vocabulary.values():
         return False
     text = added[0]["content"]
@@ -44,6 +45,7 @@ def move_mask(folder: Path, old: int, new: int) -> bool:
     vocabulary[text] = new
     write_json(path, tree)
     _rename_key(folder / "tokenizer_config.json", "added_tokens_decoder", str(old), str(new))
+    # The older format's file says it once more.
     _set_value(folder / "added_tokens.json", text, new)
     # its checksum and its ids are of the tokenizer that trained the model
     (folder / "bd3_tokenizer.json").unlink(missing_ok=True)

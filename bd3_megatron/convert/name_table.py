@@ -1,9 +1,8 @@
 """The one table between megatron's parameter names and the plain model's, used in both directions.
 
-Decides: how a fused tensor splits. megatron keeps q, k, v interleaved by key/value group, [G, (N/G + 2), H] rows, and
-the SwiGLU matrices stacked [gate; up]; the plain model (named as Qwen3 names them) keeps them apart. Every key is mapped
-or the translation is refused; nothing is dropped. Padding rows of the vocabulary are cut on the way out and are zero on
-the way in. Tensors are whole here (tensor-parallel pieces are joined before).
+Decides: how a fused tensor splits; the plain model (named as Qwen3 names them) keeps q, k, v, gate and up apart. Every key
+is mapped or the translation is refused; nothing is dropped.
+Tensors are whole here (tensor-parallel pieces are joined before).
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ _ONE_TO_ONE = {
     "pre_mlp_layernorm.bias": "post_attention_layernorm.bias",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.linear_fc2.bias": "mlp.down_proj.bias",
+    # Only the paper's style has it, whose first matrix has no gate.
     "mlp.linear_fc1.bias": "mlp.up_proj.bias",
 }
 _QKV = "self_attention.linear_qkv.weight"
@@ -79,6 +79,7 @@ class NameTable:
             ConversionError: a name outside the table.
         """
         if name in _OUTER:
+            # Padding rows of the vocabulary are cut on the way out and are zero on the way in.
             rows = whole[: self.vocab_size] if name in _VOCABULARY else whole
             return {_OUTER[name]: rows}
         layer, short = _split_name(name)
@@ -86,6 +87,7 @@ class NameTable:
         if short == _QKV:
             return {prefix + k: v for k, v in self._split_qkv(whole).items()}
         if short == _FC1 and self.model.style == "modern":
+            # megatron stacks the SwiGLU matrices, gate first.
             gate, up = whole.chunk(2)
             return {f"{prefix}mlp.gate_proj.weight": gate, f"{prefix}mlp.up_proj.weight": up}
         if short == _FC1:
@@ -132,6 +134,7 @@ class NameTable:
             return self._pad(parts[0])
         if len(parts) == 3:
             return self._join_qkv(*parts)
+        # Gate, then up.
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _pad(self, rows: Tensor) -> Tensor:
@@ -141,6 +144,7 @@ class NameTable:
     def _split_qkv(self, whole: Tensor) -> dict[str, Tensor]:
         model = self.model
         share = model.num_heads // model.kv_heads
+        # megatron interleaves q, k, v by key/value group: [G, N/G + 2, H] rows.
         grouped = whole.view(model.kv_heads, share + 2, model.head_width, -1)
         q, k, v = grouped.split([share, 1, 1], dim=1)
         names = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -155,6 +159,7 @@ class NameTable:
 
 
 def _split_name(name: str) -> tuple[str, str]:
+    # decoder, layers, number, the rest.
     parts = name.split(".", 3)
     if len(parts) < 4 or parts[:2] != ["decoder", "layers"]:
         raise ConversionError(f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py.")

@@ -1,10 +1,8 @@
 """Official BD3-LM weights <-> the plain model: folding of the constant adaLN, and its exact reverse.
 
-With time conditioning off (every published model) the official network feeds sigma = 0 to its conditioning MLP, so the
-modulation of each layer is one constant vector and folds into the neighbouring weights:
-    norm.weight = w (1 + scale), norm.bias = shift, o_proj = diag(gate) W_o, down_proj = diag(gate) W_2, bias = gate b_2.
-`fold` is pure and differentiable, so gradients and optimizer trajectories of the official parameters can be taken
-through it. `unfold` writes a plain pre-norm model as constant adaLN; fold(unfold(plain)) is bit-equal to plain.
+Contract: with time conditioning off (every published model) the official network feeds sigma = 0 to its conditioning MLP,
+so the modulation of each layer is one constant vector and folds into the neighbouring weights. `unfold` writes a plain
+pre-norm model as constant adaLN; fold(unfold(plain)) is bit-equal to plain.
 Decides the key table in both directions; every key is mapped or declared ignored, an unknown one is refused.
 Source: kuleshov-group/bd3lms models/dit.py (DDiTBlock, DDitFinalLayer, TimestepEmbedder).
 """
@@ -79,6 +77,7 @@ def check_official_keys(state: Mapping[str, Tensor]) -> None:
     expected = {*SHARED_TOP.values(), *(f"backbone.output_layer.{key}" for key in FINAL_KEYS), *CONDITION_KEYS}
     for i in range(num_layers(state)):
         expected |= {f"backbone.blocks.{i}.{key}" for key in LAYER_KEYS}
+    # Models built with adaln: false have neither modulation nor conditioning MLP.
     if not any("adaLN_modulation" in name for name in state):
         expected = {name for name in expected if "adaLN" not in name and name not in CONDITION_KEYS}
     missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected - IGNORED_KEYS)
@@ -96,11 +95,14 @@ def condition_vector(state: Mapping[str, Tensor]) -> Tensor:
     """
     first = state["backbone.sigma_map.mlp.0.weight"]
     half = first.shape[1] // 2
+    # The official embedding puts cosines first; cos 0 = 1 and sin 0 = 0.
     sinusoid = torch.cat([first.new_ones(half), first.new_zeros(first.shape[1] - half)])
     hidden = F.silu(F.linear(sinusoid, first, state["backbone.sigma_map.mlp.0.bias"]))
     return F.silu(F.linear(hidden, state["backbone.sigma_map.mlp.2.weight"], state["backbone.sigma_map.mlp.2.bias"]))
 
 
+# Pure and differentiable, so that gradients and optimizer trajectories of the official parameters can be taken through
+# it.
 def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official state -> plain state, exactly, as a pure differentiable function.
 
@@ -123,6 +125,7 @@ def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         plain.update(_fold_layer(state, f"backbone.blocks.{i}.", f"model.layers.{i}.", condition))
     weight = state["backbone.output_layer.norm_final.weight"]
     shift, scale = _modulation(state, "backbone.output_layer.", condition, (0.0, 0.0), weight)
+    # Modulated norm: (x w) (1 + scale) + shift.
     plain["model.norm.weight"] = weight * (1 + scale)
     plain["model.norm.bias"] = shift
     return plain
@@ -144,6 +147,7 @@ def _modulation(
 
 def _fold_layer(state: Mapping[str, Tensor], theirs: str, ours: str, condition: Tensor | None) -> dict[str, Tensor]:
     norm1, norm2 = state[f"{theirs}norm1.weight"], state[f"{theirs}norm2.weight"]
+    # No shift, no scale, gates open; in the order in which the official layer cuts its vector.
     neutral = (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(state, theirs, condition, neutral, norm1)
     query, key, value = state[f"{theirs}attn_qkv.weight"].chunk(3)
@@ -153,6 +157,7 @@ def _fold_layer(state: Mapping[str, Tensor], theirs: str, ours: str, condition: 
         "self_attn.q_proj.weight": query,
         "self_attn.k_proj.weight": key,
         "self_attn.v_proj.weight": value,
+        # The gate multiplies the branch's output, so it scales the rows of its last matrix, diag(gate) W.
         "self_attn.o_proj.weight": gate1[:, None] * state[f"{theirs}attn_out.weight"],
         "post_attention_layernorm.weight": norm2 * (1 + scale2),
         "post_attention_layernorm.bias": shift2,
@@ -179,6 +184,7 @@ def unfold(plain: Mapping[str, Tensor], *, head_dim: int, condition_width: int =
         ConversionError: a parameter that the official model has no place for, or one that is missing.
     """
     if "model.embed_tokens.weight" in plain:
+        # The official model is never tied; an untied model's own head wins.
         plain = {"lm_head.weight": plain["model.embed_tokens.weight"], **plain}
     layers = len([name for name in plain if name.endswith("self_attn.q_proj.weight")])
     _check_plain_keys(plain, layers)
@@ -186,6 +192,7 @@ def unfold(plain: Mapping[str, Tensor], *, head_dim: int, condition_width: int =
     zeros, width = embedding.new_zeros, embedding.shape[1]
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=embedding.device)
     official = {
+        # Buffers of the official state dict, which its loader demands.
         "sampling_eps_min": torch.tensor(1e-3),
         "sampling_eps_max": torch.tensor(0.999),
         "backbone.rotary_emb.inv_freq": 1.0 / (OFFICIAL_ROPE_THETA ** (even / head_dim)),
@@ -217,6 +224,7 @@ def _unfold_layer(layer: Mapping[str, Tensor], condition_width: int) -> dict[str
         "mlp.2.weight": layer["mlp.down_proj.weight"],
         "mlp.2.bias": layer["mlp.down_proj.bias"],
         "adaLN_modulation.weight": shift1.new_zeros(6 * shift1.shape[0], condition_width),
+        # Zero weight and constant bias: the same modulation whatever the conditioning vector is.
         "adaLN_modulation.bias": torch.cat([shift1, zero, one, shift2, zero, one]),
     }
     return official | {theirs: layer[ours] for ours, theirs in SHARED_LAYER.items()}
@@ -239,6 +247,7 @@ def _check_plain_keys(plain: Mapping[str, Tensor], layers: int) -> None:
             f"plain state lacks {missing[:3]} and has {unknown[:3]}, for which the official model has no place; "
             "only style=paper without q/k norm can be exported to official keys."
         )
+    # Grouped queries show in the rows of the key projection.
     widths = {name: plain[name].shape[0] for name in present if name.endswith(("q_proj.weight", "k_proj.weight"))}
     if len(set(widths.values())) > 1:
         raise ConversionError(

@@ -73,6 +73,7 @@ def _read_hf_folder(folder: Path, *, raw: bool) -> OfficialSource:
     _check_time_conditioning(described.get("time_conditioning"))
     notes = ["--raw has no effect: a Hugging Face folder holds one set of weights"] if raw else []
     seq_len = _as_int(described.get("model_length"))
+    # Without the clean half the model is MDLM: one block over the whole length.
     has_clean_half = bool(described.get("cross_attn", model_type == "bd3lm"))
     has_tokenizer = any((folder / mark).is_file() for mark in TOKENIZER_MARKS)
     return OfficialSource(
@@ -91,6 +92,7 @@ def _read_hf_folder(folder: Path, *, raw: bool) -> OfficialSource:
 
 
 def _hf_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
+    # safetensors first: nothing in it can be executed.
     if (folder / "model.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
         return read_safetensors(folder / "model.safetensors")
     content, skipped = read_foreign(folder / "pytorch_model.bin")
@@ -110,6 +112,7 @@ def _read_lightning(path: Path, *, raw: bool) -> OfficialSource:
         state = _with_moving_average(state, content.get("ema"), path)
         notes.append("took the moving average of the weights (EMA)")
     hyper = content.get("hyper_parameters")
+    # Lightning may have saved none, or an object that was not loaded.
     hyper = hyper if isinstance(hyper, dict) else {}
     if not hyper:
         notes.append("no hyper_parameters inside: time conditioning is taken to be off")
@@ -138,6 +141,7 @@ def _with_moving_average(state: dict[str, Tensor], ema: Any, path: Path) -> dict
     shadows = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadows, list):
         raise ConversionError(f"{path} holds no moving average (EMA); pass --raw to take the trained weights.")
+    # Buffers have no average; shapes are compared, since the list holds no names.
     names = [name for name in state if name not in IGNORED_KEYS]
     shapes = [tuple(state[name].shape) for name in names]
     if shapes != [tuple(shadow.shape) if isinstance(shadow, Tensor) else None for shadow in shadows]:
@@ -152,6 +156,7 @@ def _from_configuration(config: Mapping[str, Any]) -> OfficialSource:
     """What the official configuration tree says; the weights are filled in by the caller."""
     algo, model = config.get("algo") or {}, config.get("model") or {}
     _check_time_conditioning(algo.get("time_conditioning"))
+    # The official default.
     parameterization = algo.get("parameterization", "subs")
     if parameterization not in ("subs", "ar"):
         raise ConversionError(
@@ -195,4 +200,5 @@ def _check_time_conditioning(value: Any) -> None:
 
 
 def _as_int(value: Any) -> int | None:
+    # Python counts True as 1.
     return value if isinstance(value, int) and not isinstance(value, bool) else None

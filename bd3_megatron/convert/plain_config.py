@@ -33,6 +33,7 @@ def plain_config(
         evaluation: how likelihood is measured, as the manifest has it; None: unknown.
     """
     return BD3Config(
+        # Without padding rows: they belong to the grid and not to the model.
         vocab_size=vocab_size,
         style=model.style,
         num_hidden_layers=model.num_layers,

@@ -95,6 +95,7 @@ class CheckpointSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """As PlainSource: the split of a fused tensor is taken of its shape alone."""
         parallel = self._parallel_name[name]
+        # Shapes without bytes: a conversion checks all of them before it reads the first tensor.
         with torch.device("meta"):
             whole = torch.empty(self.reader.shape(parallel))
         return tuple(self._table.to_plain(parallel, whole)[name].shape)
@@ -113,6 +114,7 @@ class CheckpointSource:
 
     def release(self) -> None:
         """Let go of the tensor last asked for."""
+        # Let go first: two fused tensors need not fit beside each other.
         self._last = ("", {})
 
 
@@ -165,11 +167,13 @@ def _index(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(opened.keys(), single)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # An index from elsewhere may name any path.
         files = {str(name): inside(folder, str(file)) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error}); copy the folder again, completely.") from None
     for path in sorted(set(files.values())):
         with open_safetensors(path) as opened:
+            # Found now and not after an hour of writing.
             absent = {name for name, file in files.items() if file == path} - set(opened.keys())
         if absent:
             raise CheckpointError(

@@ -39,6 +39,7 @@ ExportLayout = Literal["sdar", "qwen3"]
 MaskPlace = Literal["moved", "kept"]
 SDAR_MASK_ID = 151669
 """SGLang and LMDeploy take it from their own source, whatever the folder says."""
+# Rows of the published SDAR models; the mask's row lies beyond Qwen3's own tokens.
 SDAR_VOCAB_SIZE = 151936
 CONFIGURATION_FILE = "configuration_sdar.py"
 
@@ -77,6 +78,7 @@ def export_layout(
             stream_weights(staging, shapes, source.tensor, dtype=dtype)
             copied = copy_files(folder, staging, is_tokenizer_file)
         return [] if copied else [NO_TOKENIZER]
+    # The source's configuration stays as it is: the tables below need both.
     target = copy.copy(config)
     target.mask_token_id, target.vocab_size = _mask_and_rows(config, mask)
     # rows of the output table that are silent are rows of the input table too: the two cannot be one
@@ -86,6 +88,7 @@ def export_layout(
     with published(out, model_type=layout) as staging:
         _write_descriptions(staging, target, layout, dtype)
         stream_weights(staging, shapes, tables.tensor, dtype=dtype)
+        # On the written, rounded weights, before the folder has its name.
         mass = check_silent(FolderSource(staging), target, tables.probed, tables.silent_ids)
         copied = copy_files(folder, staging, is_tokenizer_file)
         moved = target.mask_token_id == config.mask_token_id or _move(staging, config, target)
@@ -117,6 +120,7 @@ class SdarTables:
         if name not in (EMBED_TOKENS, LM_HEAD):
             return self._source.tensor(name)
         rows_VD = self._source.tensor(EMBED_TOKENS if self._config.tie_word_embeddings else name)
+        # Rows beyond the source's are of no token; in the input table they are never looked up.
         table_VD = rows_VD.new_zeros(self._target.vocab_size, rows_VD.shape[1])
         table_VD[: len(rows_VD)] = rows_VD
         if name == LM_HEAD:
@@ -151,6 +155,7 @@ def layout_config(config: BD3Config, layout: ExportLayout, *, dtype: torch.dtype
         "hidden_act": "silu",
         "rms_norm_eps": config.layer_norm_eps,
         "rope_theta": config.rope_theta,
+        # Spelt out, for readers whose own default is another.
         "rope_scaling": None,
         "max_position_embeddings": config.max_position_embeddings,
         "attention_bias": False,
@@ -167,6 +172,7 @@ def layout_config(config: BD3Config, layout: ExportLayout, *, dtype: torch.dtype
         "use_cache": layout == "qwen3",
         "torch_dtype": DTYPE_NAMES[dtype],
     }
+    # Qwen3 has no fields of ours, and its readers refuse or ignore unknown ones.
     if layout == "qwen3":
         return described
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
@@ -184,6 +190,7 @@ def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]
     }
     described: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
     if layout == "sdar":
+        # The model's own distribution; transformers' defaults would cut it.
         described |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return described
 
@@ -213,6 +220,7 @@ def _mask_and_rows(config: BD3Config, mask: MaskPlace | None) -> tuple[int | Non
             f"mask_token_id={config.mask_token_id}, but SGLang and LMDeploy assume {SDAR_MASK_ID} for SDAR; give "
             "--remap-mask to move the row there, or --keep-mask for JetEngine and SDAR's own script, which take any id."
         )
+    # Overwriting it would take a token of the model's away.
     if config.vocab_size > SDAR_MASK_ID:
         raise ConversionError(
             f"row {SDAR_MASK_ID} of the vocabulary ({config.vocab_size} rows) belongs to a token of its own; the mask "

@@ -54,6 +54,7 @@ def probe(source: PlainSource, config: BD3Config) -> Probe:
     length = max(NUM_TOKENS, 2 * span) // span * span
     place_BL = torch.arange(_NUM_SEQUENCES * length).view(_NUM_SEQUENCES, length)
     ids = torch.tensor([i for i in range(config.vocab_size) if i != mask_id])
+    # Beginning from random ids; after each round the model's own samples take their places.
     clean_BL = ids[(uniform(_SEED, Purpose.EVALUATE, place_BL) * len(ids)).long()]
     states, noisy_BL = [], clean_BL
     for number in range(_ROUNDS):
@@ -65,6 +66,7 @@ def probe(source: PlainSource, config: BD3Config) -> Probe:
         states.append(x_BLD[is_masked_BL])
         if number < _ROUNDS - 1:
             logits_NV = head_logits(source, config, states[-1][None])[0]
+            # The mask is never sampled (SUBS).
             logits_NV[:, mask_id] = -math.inf
             chance_N = uniform(_SEED, Purpose.SAMPLE, place_BL[is_masked_BL], number)
             clean_BL = clean_BL.masked_scatter(is_masked_BL, _sampled(logits_NV, chance_N))
@@ -98,6 +100,7 @@ def silent_row(states_ND: Tensor) -> Tensor:
             "no row of the output table keeps unused ids silent: a final state of the probe has "
             f"{share:.3g} of the mean's length along the mean, {LEAST_SHARE} is needed; is the model trained?"
         )
+    # Scaled so that the weakest state of the probe still gives -SILENCE.
     return -SILENCE / weakest * mean_D
 
 
@@ -127,6 +130,7 @@ def check_silent(source: PlainSource, config: BD3Config, probed: Probe, silent_i
         logits = x_ND @ source.rows("lm_head.weight", start, end).float().T
         for is_silent, total in sums.items():
             chosen = logits[:, silent_V[start:end] == is_silent]
+            # Log sums, part by part of the table: exp of the logits themselves may overflow.
             sums[is_silent] = torch.logaddexp(total, chosen.logsumexp(-1)) if chosen.shape[1] else total
     mass_N = (sums[True] - torch.logaddexp(sums[True], sums[False])).exp()
     largest = float(mass_N.max())

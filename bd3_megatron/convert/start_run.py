@@ -88,9 +88,11 @@ def start_run(
         ConversionError, CheckpointError: see the module.
         TokenizerError: the folder's tokenizer is not the data's, or its special ids collide.
     """
+    # First, because it is the mistake that no shape check finds.
     if tokenizer is not None:
         refuse_other_tokenizer(folder, tokenizer)
     checkpoints = Path(config.run.dir) / "checkpoints"
+    # Beside later steps, step 0 would never be resumed from.
     if checkpoint_folders(checkpoints):
         raise ConversionError(f"{checkpoints} holds checkpoints already; name a new run.dir, or remove them first.")
     described, source, origin = open_source(folder, config, vocab_size=vocab_size, mask_id=mask_id, mask_init=mask_init)
@@ -154,6 +156,7 @@ def open_source(
     """Configuration and tensors of a folder as the run will have them, and where they came from."""
     if check_source(folder) == MODEL_TYPE:
         described = read_config(folder)
+        # Our own folders are taken as they are: their rows, the mask's among them, are trained.
         if (described.vocab_size, described.mask_token_id) != (vocab_size, mask_id):
             raise ConversionError(
                 f"{folder} has {described.vocab_size} ids and mask {described.mask_token_id}, the run's data has {vocab_size} "
@@ -170,6 +173,7 @@ def open_source(
         length=config.data.seq_len,
         objective=config.diffusion.objective,
     )
+    # A model that was trained with this mask has a row worth keeping.
     keep = foreign.mask_id is not None and foreign.mask_id == mask_id
     source = ArSource(foreign, described, mask_init="keep" if keep else mask_init, seed=config.run.seed)
     return (
@@ -193,6 +197,7 @@ def refuse_other_shape(described: BD3Config, config: Config) -> None:
     for theirs, ours in MODEL_FIELDS.items():
         wanted, given = getattr(described, theirs), getattr(config.model, ours)
         if wanted != given:
+            # Every key at once: the section can be mended in one go.
             wrong.append(f"model.{KEYS.get(ours, ours)}={wanted} (is {given})")
     if wrong:
         raise ConversionError(f"the model section does not describe the source; set {', '.join(wrong)}.")
@@ -201,6 +206,7 @@ def refuse_other_shape(described: BD3Config, config: Config) -> None:
 def _parallel_shapes(table: NameTable, plain: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name in table.parallel_names():
+        # Shapes are joined by the same code as the tensors.
         with torch.device("meta"):
             parts = {key: torch.empty(plain[key]) for key in table.plain_names(name)}
         shapes[name] = tuple(table.to_parallel(name, parts).shape)
@@ -219,6 +225,7 @@ def _manifest(config: Config, vocab_size: int, mask_id: int | None, origin: dict
         seeds={"run": config.run.seed},
         vocab_size=vocab_size,
         mask_id=mask_id,
+        # A run at step 0 has done nothing: the trainer's defaults hold.
         train_state={},
         software=software_versions(),
         origin=origin,
@@ -233,6 +240,7 @@ def _prove(path: Path, config: Config, source: PlainSource, described: BD3Config
         if objective_named(described.objective).has_noise
         else None
     )
+    # Of the source as it was read, not of the checkpoint: a wrong name table would agree with itself.
     there = plain_logits(source, described, noisy_BL, clean_BL, span=span)
     reader = open_checkpoint(path)
     here = parallel_logits(reader.tensor, config.model, noisy_BL, clean_BL, span=span, vocab_size=described.vocab_size)

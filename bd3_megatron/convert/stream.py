@@ -17,7 +17,9 @@ from bd3_megatron.checkpoint.files import stream_safetensors
 from bd3_megatron.convert.plain_source import INDEX, SINGLE
 from bd3_megatron.files import write_json
 
+# Files that object stores and hubs take; one tensor larger than this gets its own.
 SHARD_BYTES = 8 * 2**30
+# transformers asks for this mark of the framework that wrote a file.
 METADATA = {"format": "pt"}
 
 
@@ -47,6 +49,7 @@ def stream_weights(
             filled = 0
         shards[-1][name] = (dtype, shape)
         filled, total = filled + size, total + size
+    # One file needs no index, and loaders look for this name first.
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

@@ -91,6 +91,7 @@ def stream_folder(
     """
     if dtype not in DTYPE_NAMES:
         raise ConversionError(f"dtype={dtype} cannot be exported; use {', '.join(DTYPE_NAMES.values())}.")
+    # Before the first byte: a mask that is another special token cannot be seen in the weights.
     check_ids(config, "the model")
     shapes = checked_shapes(source, config)
     with published(Path(out), model_type=MODEL_TYPE) as staging:
@@ -101,6 +102,7 @@ def stream_folder(
         if card is not None:
             write_text(staging / "README.md", card)
         copied = [] if tokenizer_dir is None else copy_files(Path(tokenizer_dir), staging, is_tokenizer_file)
+        # Before the rename: what does not prove equal is never seen under its name.
         if check is not None:
             check(staging)
     return copied
@@ -135,6 +137,7 @@ def is_tokenizer_file(path: Path) -> bool:
 
 def expected_shapes(config: BD3Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored parameter of a configuration, in the model's order."""
+    # The model's own parameters, without memory: the list cannot differ from what loads it.
     with torch.device("meta"):
         model = PlainBD3(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -166,12 +169,14 @@ def checked_shapes(source: PlainSource, config: BD3Config) -> dict[str, tuple[in
 
 def config_json(config: BD3Config, dtype: torch.dtype) -> dict[str, object]:
     """Content of config.json. The dtype goes under the key that both transformers 4.5x and 5.x read."""
+    # Only our own fields: transformers' configurations carry dozens of defaults of its version.
     described = {name: value for name, value in vars(config).items() if name in CONFIG_FIELDS}
     return {
         "architectures": ["BD3ForCausalLM" if not objective_named(config.objective).has_noise else "BD3ForMaskedLM"],
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
         **dict(sorted(described.items())),
+        # Read by 4.5x and 5.x alike; 5.x alone would say dtype.
         "torch_dtype": DTYPE_NAMES[dtype],
     }
 

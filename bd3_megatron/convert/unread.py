@@ -19,6 +19,7 @@ PLAIN_BUILTINS = (bool, bytes, dict, float, frozenset, int, list, str, tuple)
 """Types that only build a value; configurations name them as the types of their fields."""
 DATA_MODULES = frozenset({"argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "typing"})
 """Modules of Python whose objects stand in configurations; a stand-in keeps what they hold."""
+# Configurations nest a handful of levels; a hostile file may refer to itself.
 MAX_DEPTH = 16
 
 
@@ -54,6 +55,7 @@ def read_foreign(path: Path) -> tuple[Any, list[str]]:
     Raises:
         CheckpointError: missing, not in zip format, damaged, or made to run code.
     """
+    # Listed from the file's instructions, before any of them is carried out.
     names = unlisted_names(path)
     plain = {f"builtins.{kind.__name__}": kind for kind in PLAIN_BUILTINS}
     harmful = [name for name in names if name not in plain and _is_code_of_python(name)]
@@ -90,6 +92,7 @@ def plain_value(node: Any, depth: int = MAX_DEPTH) -> Any:
         state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
         if not isinstance(state, dict):
             return None
+        # omegaconf keeps a container's content under the one name and a value under the other.
         inner = state.get("_content", state.get("_val"))
         return plain_value(inner, depth - 1)
     if isinstance(node, dict):
