@@ -249,8 +249,9 @@ def last_layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssu
     # the cut of the stacked weight into queries and the rest is a copy
     weights = shape.hidden * (q + kv) * b
     return {
-        "input": rows * shape.hidden * b,
-        "norms": (rows + scored) * shape.hidden * b,
+        "input": rows / _row_cut(config) * shape.hidden * b,
+        "norms": (rows / _row_cut(config) + scored) * shape.hidden * b,
+        # normed rows are whole on every rank, under sequence parallelism too
         "normed": (rows + scored) * shape.hidden * b,
         "qk_norms": scored * q * b + rows * FP32 * shape.heads / tp if shape.qk_norm else 0.0,
         "qkv": (scored * shape.hidden + stream * q + rows * 1.5 * kv) * b + weights,
@@ -363,12 +364,13 @@ def _head(config: Config, shape: Shape, engine: EngineAssumptions) -> _Head:
     chunk_rows = min(max(1, engine.head_chunk_bytes // (FP32 * vocab)), scored)
     chunk = chunk_rows * vocab * (FP32 + low)
     rows = pipeline_rows(config, shape) * mbs
-    normed = scored if last_layer_is_trimmed(config) else rows / _row_cut(config)
+    trimmed = last_layer_is_trimmed(config)
+    normed = scored if trimmed else rows / _row_cut(config)
     # its output is gone once the scored rows are picked from it
     final_norm = normed * shape.hidden * engine.element_bytes
-    # masked rows and their gradient; under sequence parallelism all rows are gathered first
+    # masked rows and their gradient; under sequence parallelism an untrimmed last layer's rows are all gathered first
     gathered = 2 * scored * shape.hidden * engine.element_bytes
-    gathered += rows * shape.hidden * engine.element_bytes if config.parallel.sequence_parallel else 0
+    gathered += rows * shape.hidden * engine.element_bytes if config.parallel.sequence_parallel and not trimmed else 0
     # fp32 from forward to backward; on CPU a low-precision table is widened beside it
     weight_gradient = vocab * shape.hidden * (FP32 + (FP32 if low and not engine.fused else 0))
     return _Head(chunk, final_norm + gathered + weight_gradient, final_norm + gathered)

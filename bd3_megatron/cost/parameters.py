@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.shape import Shape, layers_per_stage, shape_of
+from bd3_megatron.cost.shape import Shape, last_layer_is_trimmed, layers_per_stage, shape_of
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,18 @@ def parameters_per_rank(config: Config, stage: int) -> int:
 def copied_per_rank(config: Config, stage: int) -> int:
     """Numbers of stage `stage` that every tensor-parallel rank holds whole: norms, biases of row-parallel matrices."""
     return _counted(config, stage, lambda p: p.count if p.cut is None else 0)
+
+
+def summed_over_tp(config: Config, stage: int) -> int:
+    """Of these, the numbers whose gradients tensor-parallel ranks add up under sequence parallelism: each saw its rows only."""
+    copied = copied_per_rank(config, stage)
+    if stage != config.parallel.pp - 1 or not last_layer_is_trimmed(config):
+        return copied
+    # in a trimmed last layer every rank holds the rows that carry loss, from the attention's output on
+    shape = shape_of(config)
+    behind = ("post_attention_layernorm.", "mlp.")
+    whole = [p for p in layer_parameters(shape, 0) if p.cut is None and any(name in p.name for name in behind)]
+    return copied - sum(p.count for p in [*whole, *_norm("model.norm", shape)])
 
 
 def _counted(config: Config, stage: int, count: Callable[[Parameter], int]) -> int:

@@ -237,7 +237,7 @@ def head_in_layers(config: Config) -> float:
 
 def last_layer_is_trimmed(config: Config) -> bool:
     """True where the last layer computes only rows that carry loss, beyond everybody's keys and values."""
-    return config.train.skip_dead_rows and not config.parallel.sequence_parallel
+    return config.train.skip_dead_rows
 
 
 def scored_rows(config: Config, shape: Shape, masked_fraction: float) -> float:

@@ -13,7 +13,7 @@ from enum import Enum
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
-from bd3_megatron.cost.parameters import copied_per_rank, parameters_per_rank
+from bd3_megatron.cost.parameters import parameters_per_rank, summed_over_tp
 from bd3_megatron.cost.shape import (
     Shape,
     expected_masked_fraction,
@@ -203,21 +203,45 @@ def _tensor_parallel(at: _Stage) -> list[Transfer]:
 
 def _sequence_parallel(at: _Stage) -> list[Transfer]:
     # 6 all-gathers and 4 reduce-scatters a layer instead: a column-parallel backward gathers its input again. Norms
-    # and row-parallel biases see a part of the rows, so their gradients are summed once a step.
-    config, layers = at.config, at.layers * at.micro
-    forward = 2 * (layers + _again(at, "full")[0] * at.micro)
+    # and row-parallel biases see a part of the rows, so their gradients are summed once a step. A trimmed last layer
+    # gathers its normed rows once and keeps them; behind it, all-reduces of scored rows.
+    config = at.config
+    trimmed = int(at.last and last_layer_is_trimmed(config))
+    layers, short = (at.layers - trimmed) * at.micro, trimmed * at.micro
+    covered, covered_short = _again(at, "full")
+    forward = 2 * (layers + (covered - covered_short) * at.micro)
+    # selective recomputation gathers anew with the norm
+    gathered_short = short + _again(at, "full", "selective")[1] * at.micro
     lines = [
-        _line(at, "tp", Collective.ALL_GATHER, "rows before attention and MLP", forward, at.rows_bytes),
+        _line(
+            at, "tp", Collective.ALL_GATHER, "rows before attention and MLP", forward + gathered_short, at.rows_bytes
+        ),
         _line(at, "tp", Collective.REDUCE_SCATTER, "outputs of attention and MLP", forward, at.rows_bytes),
         _line(at, "tp", Collective.ALL_GATHER, "rows again and output gradients", 4 * layers, at.rows_bytes),
-        _line(at, "tp", Collective.REDUCE_SCATTER, "gradients of attention and MLP inputs", 2 * layers, at.rows_bytes),
+        _line(
+            at,
+            "tp",
+            Collective.REDUCE_SCATTER,
+            "gradients of attention and MLP inputs",
+            2 * layers + short,
+            at.rows_bytes,
+        ),
+        _line(
+            at,
+            "tp",
+            Collective.ALL_REDUCE,
+            "scored rows into the last layer and its outputs",
+            3 * (short + covered_short * at.micro),
+            at.scored_bytes,
+        ),
+        _line(at, "tp", Collective.ALL_REDUCE, "gradients of its MLP input", short, at.scored_bytes),
         _line(
             at,
             "tp",
             Collective.ALL_REDUCE,
             "gradients of norms and row biases",
             1,
-            FP32 * copied_per_rank(config, at.index),
+            FP32 * summed_over_tp(config, at.index),
         ),
     ]
     if at.first:
@@ -234,7 +258,7 @@ def _head(at: _Stage) -> list[Transfer]:
         _line(at, "tp", Collective.ALL_REDUCE, "largest logit", at.micro, at.scored * FP32),
         _line(at, "tp", Collective.ALL_REDUCE, "sum of exponentials and target logit", at.micro, 2 * at.scored * FP32),
     ]
-    if at.config.parallel.sequence_parallel:
+    if at.config.parallel.sequence_parallel and not last_layer_is_trimmed(at.config):
         lines.append(_line(at, "tp", Collective.ALL_GATHER, "rows before the head", at.micro, at.rows_bytes))
         lines.append(
             _line(at, "tp", Collective.REDUCE_SCATTER, "gradients of rows before the head", at.micro, at.rows_bytes)

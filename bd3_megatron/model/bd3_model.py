@@ -91,7 +91,7 @@ class ModelChunk(MegatronModule):
         chunk: virtual stage of this rank (0 without interleaving).
         num_layers: of this chunk.
         recompute: what this chunk's first layers compute again in the backward.
-        skip_dead_rows: the last layer computes only rows that carry loss (not under sequence parallelism).
+        skip_dead_rows: the last layer computes only rows that carry loss.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ModelChunk(MegatronModule):
                 qk_norm=model.qk_norm,
                 context=context,
                 num_layers=num_layers,
-                holds_last=self.post_process,
+                trims_last=self.post_process and skip_dead_rows,
                 tp_group=self.tp_group,
             ),
             pre_process=self.pre_process,
@@ -155,7 +155,7 @@ class ModelChunk(MegatronModule):
             set_recompute(layer, recompute.kind if recompute.covers(index) else "none")
         self.last_layer: LastLayer | None = None
         self.last_norm: nn.Module | None = None
-        if self.post_process and skip_dead_rows and not config.sequence_parallel:
+        if self.post_process and skip_dead_rows:
             self._take_last_layer()
 
     def _take_last_layer(self) -> None:
@@ -165,6 +165,9 @@ class ModelChunk(MegatronModule):
         del self.decoder.layers[-1]
         self.decoder.num_layers_per_pipeline_rank -= 1
         self.decoder.final_layernorm = None
+        # it norms the same rows on every tensor-parallel rank: its gradients are whole
+        for parameter in self.last_norm.parameters():
+            parameter.sequence_parallel = False  # type: ignore[union-attr]
 
     def _table(self, rows: int) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -199,7 +202,7 @@ class ModelChunk(MegatronModule):
         if self.output_layer is None:
             return hidden
         rows_RD = self._rows_at_loss(hidden, turn, ticket, batch)
-        if not self.config.sequence_parallel:
+        if self.last_layer is not None or not self.config.sequence_parallel:
             # Identity forwards; backwards it sums the ranks' partial gradients of the hidden states.
             rows_RD = copy_to_tensor_model_parallel_region(rows_RD, group=self.tp_group)
         return self.output_layer(rows_RD, batch, self.vocab_shard, self.tied_weight())

@@ -119,7 +119,7 @@ def block_submodules(
     qk_norm: bool,
     context: AttentionContext,
     num_layers: int,
-    holds_last: bool,
+    trims_last: bool,
     tp_group: dist.ProcessGroup,
 ) -> TransformerBlockSubmodules:
     """The module specs of a chunk's layers and of the final norm.
@@ -129,7 +129,7 @@ def block_submodules(
         qk_norm: norms on queries and keys.
         context: shared by the core attentions.
         num_layers: of the chunk.
-        holds_last: the chunk's last layer is the model's last.
+        trims_last: the chunk's last layer is the model's last, and computes only rows that carry loss.
         tp_group: tensor-parallel ranks, for the MLP.
     """
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
@@ -152,6 +152,6 @@ def block_submodules(
         mlp_bda=get_bias_dropout_add,
     )
     layers = [ModuleSpec(module=TransformerLayer, submodules=parts)] * num_layers
-    if holds_last:
+    if trims_last:
         layers[-1] = ModuleSpec(module=LastLayer, submodules=parts)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,10 +37,16 @@ def test_tensor_parallelism_moves_four_all_reduces_a_layer() -> None:
 
 def test_sequence_parallelism_gathers_and_scatters() -> None:
     config = _grid({"tp": 2, "sequence_parallel": True})
-    norms = 7 * 32 * 4
     scored = 32 * 0.25
-    by_hand = 8 * (3 * 10 * ROWS + 2 * ROWS + 2 * ROWS + 3 * scored * 4) + norms
+    # the last layer gathers its normed rows and scatters their gradients; the rest of it is of scored rows, as the head's
+    # gradients are. Its second norm and the final one saw whole rows, so their gradients are not summed.
+    last = 2 * ROWS + 4 * scored * 32 * 4 + scored * 32 * 4
+    by_hand = 8 * (2 * 10 * ROWS + last + 2 * ROWS + 3 * scored * 4) + 5 * 32 * 4
     assert bytes_by_axis(config, engine=FP32, masked_fraction=0.25)["tp"] == by_hand
+    untrimmed = replace(config, train=replace(config.train, skip_dead_rows=False))
+    rows = 64 * 32 * 4
+    by_hand = 8 * (3 * 10 * rows + 2 * rows + 2 * rows + 3 * scored * 4) + 7 * 32 * 4
+    assert bytes_by_axis(untrimmed, engine=FP32, masked_fraction=0.25)["tp"] == by_hand
 
 
 def test_full_recomputation_repeats_the_forwards_collectives() -> None:
