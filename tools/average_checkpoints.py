@@ -39,17 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Average, and say of which steps."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.convert.average import average, best_checkpoints, last_checkpoints
 
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
+    # Named one by one: taken as they are, in any order.
     paths = parsed.sources
     if parsed.last is not None:
         paths = last_checkpoints(parsed.sources[0], parsed.last, warn=warn)
     elif parsed.best is not None:
         paths = best_checkpoints(parsed.sources[0], parsed.best, warn=warn)
     manifest = average(paths, parsed.out, raw=parsed.raw)
+    # The moving averages where every checkpoint has one, see convert/average.
     kind = "averaged" if manifest.origin["weights"] == "ema" else "raw"
     print(f"{parsed.out}: mean of the {kind} weights of steps {manifest.origin['averaged_steps']}")
     return 0

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
 
+# Short for people; the names are resolved late, when torch is there.
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -65,6 +66,7 @@ def convert_own_folder(parsed: argparse.Namespace) -> list[str]:
         raw=parsed.raw,
         dtype=getattr(torch, TORCH_NAMES[parsed.dtype]),
         licence=parsed.license,
+        # To stderr: what is printed on stdout is the report.
         warn=lambda text: print(text, file=sys.stderr),
     )
     return [
@@ -84,11 +86,14 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
     from bd3_megatron.sampling.folder import MODEL_TYPE
 
     dtype = getattr(torch, TORCH_NAMES[parsed.dtype])
+    # Beside --out and so on its disk: the folder between is as large as the result.
     with scratch_folder(parsed.out) as between:
         folder, lines = parsed.source, []
         if model_type_of(folder) != MODEL_TYPE:
             folder = between / "bd3"
+            # The first line names the folder between, which is gone afterwards.
             lines = convert_own_folder(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
+        # None lets the layout refuse where the two ids differ: neither choice is a default.
         mask: MaskPlace | None = "moved" if parsed.remap_mask else "kept" if parsed.keep_mask else None
         remarks = export_layout(folder, parsed.out, parsed.layout, mask=mask, dtype=dtype)
     return [f"{parsed.out}: {parsed.layout} layout of {parsed.source}", *lines, *remarks]

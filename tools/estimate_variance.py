@@ -4,9 +4,7 @@
     python -m tools.estimate_variance runs/mine
     python -m tools.estimate_variance --train configs/debug_cpu.yaml --block-size 4 16 --steps 400 --out runs/variance
 
-Every candidate of the interval search is scored from draws of its own, all with the same rows and the same uniform numbers,
-so that differences between candidates are not those of luck; the search itself, which scores all candidates from one set of
-passes, sees other rows. With --train a short run is made for each block size first, through `bd3 train`.
+With --train a short run is made for each block size first, through `bd3 train`.
 Losses are nats per token of one block, variances over data and noise; a gradient's variance is the trace of its covariance
 over batches of --batch-rows rows. Masks are not resampled. The plain model in fp32 on the CPU, averaged weights.
 Refuses: autoregressive runs, which draw no noise, and runs without held-out rows.
@@ -58,7 +56,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
     parser.add_argument("--plots", type=Path, default=None, help="where the plots go (default: beside the note)")
     parser.add_argument("--no-note", action="store_true", help="print only; leave tools/bench/results alone")
+    # For tests: where the note goes.
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    # Read by the note's line on hardware.
     parser.set_defaults(device="cpu")
     return parser
 

@@ -34,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Export, and say what was written."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.convert.import_official import export_official
 
     report = export_official(parsed.folder, parsed.out)
     print(f"{report.out}: {report.num_parameters / 1e6:.2f} M parameters, fp32")
+    # What the official class needs beside the weights is not ours to write; the notes say it.
     for note in report.notes:
         print(f"  {note}")
     return 0

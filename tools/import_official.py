@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Import, and say what was written."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.convert.import_official import ImportOptions, import_official
 
+    # What is not given is asked of the source; nothing is guessed.
     options = ImportOptions(
         block_size=parsed.block_size,
         seq_len=parsed.seq_len,

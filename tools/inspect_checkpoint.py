@@ -46,7 +46,9 @@ def work(parsed: argparse.Namespace) -> int:
     from bd3_megatron.checkpoint.verify import verify
     from bd3_megatron.convert.from_checkpoint import find_checkpoint
 
+    # A folder with a manifest is read as it is, damaged or not: finding out is what the tool is for.
     path = parsed.source if (parsed.source / MANIFEST).is_file() else find_checkpoint(parsed.source)
+    # Reads every byte; left out by default, since a checkpoint may be terabytes.
     if parsed.verify:
         verify(path)
     reader = open_checkpoint(path)
@@ -79,6 +81,7 @@ def print_tensors(reader: CheckpointReader, which: str, *, norms: bool) -> None:
     """Every parameter, with norms where asked for."""
     from bd3_megatron.checkpoint.compare import facts
 
+    # Shapes come from the sidecars: no tensor is read.
     if not norms:
         for name in reader.names():
             print(f"  {name}  {list(reader.shape(name))}")
@@ -97,6 +100,7 @@ def print_differences(first: CheckpointReader, second: CheckpointReader, which: 
     unmatched = only_in_one(first, second)
     for name in unmatched:
         print(f"  only in one, or of another shape: {name}")
+    # Equal means equal to the bit.
     apart = [difference for difference in differences(first, second, which) if difference.largest != 0.0]
     for difference in apart:
         print(f"  {difference.name}  differs by at most {difference.largest:.3e}, relatively {difference.relative:.3e}")
@@ -106,6 +110,7 @@ def print_differences(first: CheckpointReader, second: CheckpointReader, which: 
         if apart or unmatched
         else f"all {count} tensors ({which}) are equal"
     )
+    # As diff does; manifests may differ between equal weights.
     return 1 if apart or unmatched else 0
 
 

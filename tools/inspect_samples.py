@@ -17,12 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import DataError
 
+# Letters only: digits and punctuation are right by chance.
 _WORD = re.compile(r"[^\W\d_]+")
+# Tokens decoded at a time; at the border of two a word may be cut, once in a million tokens.
 CHUNK_TOKENS = 1_000_000
 
 
@@ -72,6 +75,7 @@ def work(options: argparse.Namespace) -> int:
     except UnicodeDecodeError as error:
         raise DataError(f"'{options.samples}' is no UTF-8 text (byte {error.start}); give a text file.") from error
     sampled, known = folded_words(text), training_words(options.data)
+    # Every occurrence counts, so that a rare invented word weighs little.
     share = sum(word in known for word in sampled) / len(sampled) if sampled else None
     print(json.dumps({"num_words": len(sampled), "share_in_training_text": share}))
     return 0

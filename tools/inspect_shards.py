@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -56,6 +57,7 @@ def print_split(shards: ShardFolder) -> None:
     import numpy as np
 
     header = shards.header
+    # As int64: numpy turns the stored uint64 beside a 0 into float64.
     lengths = np.concatenate(
         [np.diff(shards.document_ends(s).astype(np.int64), prepend=0) for s in range(shards.num_shards)]
     )
@@ -85,9 +87,11 @@ def show_samples(shards: ShardFolder, count: int, characters: int) -> None:
     if count < 1 or not folder.is_dir():
         return
     tokenizer = load_tokenizer(folder)
+    # Decoded by another tokenizer the samples would look like damaged data.
     check_same_tokenizer((shards.tokenizer_fingerprint, shards.where), (tokenizer.fingerprint, str(folder)))
     start = 0
     for number, end in enumerate(shards.document_ends(0)[:count].tolist()):
+        # No more tokens than characters are wanted: a long document is not decoded whole.
         text = tokenizer.decode(shards.tokens(0)[start : min(end, start + characters)])
         print(f"  document {number}: {text[:characters]!r}")
         start = end
@@ -107,6 +111,7 @@ def work(options: argparse.Namespace) -> int:
         print_split(shards)
         show_samples(shards, options.samples, options.characters)
         if options.verify:
+            # The generator raises at the first shard that is not sound.
             sound = sum(1 for _ in shards.verify())
             print(f"  verified     {sound} shards are sound")
     return 0

@@ -35,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Print every answer, and what follows."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.convert.lint import has_errors, lint_folder
 
     answers = lint_folder(parsed.folder, parsed.engine)
     for answer in answers:
         print(f"{'wrong' if answer.is_error else 'note '}  {answer.sentence}")
+    # Remarks alone are settings to give; they do not fail a pipeline.
     if has_errors(answers):
         print(f"{parsed.engine} would serve {parsed.folder} wrongly; change what is said above first")
         return 1

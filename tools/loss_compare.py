@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -42,6 +43,7 @@ def loss_gaps(runs: dict[str, dict[int, float]]) -> list[tuple[str, int, float, 
     Raises:
         DataError: the runs have no step in common.
     """
+    # Runs may log at other steps or end earlier; a step that only one has says nothing.
     common = sorted(set.intersection(*(set(run) for run in runs.values())))
     if not common:
         raise DataError(f"the runs {', '.join(runs)} have no logged step in common; log the same steps in both.")
@@ -71,6 +73,7 @@ def build_parser() -> CommandParser:
 
 def work(options: argparse.Namespace) -> int:
     """Print the table; 0 when all are within the tolerance, 1 when not."""
+    # Written this way round, so that a NaN is refused.
     if not options.tolerance >= 0:
         raise UsageError(f"--tolerance {options.tolerance:g} is no distance; give nats per token, 0 or more.")
     runs = {name: losses(Path(name)) for name in options.runs}
@@ -82,6 +85,7 @@ def work(options: argparse.Namespace) -> int:
         series = [Series(name, sorted(run.items()), stroke(i)) for i, (name, run) in enumerate(runs.items())]
         chart = line_chart("Training loss", "step", "nats per token", series, from_zero=True, legend=True)
         write_text(options.svg, chart.file())
+    # The largest gap decides: a mean would hide a spike.
     return int(max(row[2] for row in rows) > options.tolerance)
 
 

@@ -56,6 +56,7 @@ from launch.cluster import load_cluster
 
 PROFILES = Path(__file__).resolve().parents[1] / "configs" / "cluster"
 PLAN_HEADINGS = ("", "plan", "GiB", "step s", "tokens/s", "tokens/s/device", "MFU", "days", "against the best")
+# Beyond any machine.
 MOST_DEVICES = 1_000_000
 
 
@@ -125,6 +126,7 @@ def work(options: argparse.Namespace) -> int:
 
 def _is_override(word: str) -> bool:
     name = word.partition("=")[0]
+    # A run's folder may hold = or a dot, but an override's key has a dot and no slash.
     return "=" in word and "." in name and "/" not in name
 
 
@@ -142,12 +144,14 @@ def answer_of(options: argparse.Namespace) -> Answer:
     if options.top < 1:
         raise UsageError(f"--top {options.top} is below 1; give the number of plans to print.")
     config = load_config(options.config, options.overrides)
+    # The table's size decides memory; it is read from the data where the configuration leaves it out.
     config = replace_field(config, "model.vocab_size", vocabulary_size(config))
     tokens = options.tokens
     if tokens is None:
         tokens = float(
             samples_before(config.train, total_steps(config.train, config.data.seq_len)) * config.data.seq_len
         )
+    # Written this way round, so that a NaN is refused.
     if not (tokens > 0 and math.isfinite(tokens)):
         raise UsageError(f"--tokens {tokens:g} is no amount of training; give a positive number.")
     machine = machine_for(options, "fp32" if config.train.precision == "fp32" else "bf16")
@@ -155,6 +159,7 @@ def answer_of(options: argparse.Namespace) -> Answer:
     try:
         configured: Plan | str = plan_of(on_devices(config, options.gpus), machine, constants)
     except ConfigError as error:
+        # The configured grid may be illegal on N devices; that is a part of the answer and no error.
         configured = str(error)
     return Answer(
         config=config,
@@ -184,11 +189,13 @@ def machine_for(options: argparse.Namespace, precision: str) -> Machine:
     gpu = options.gpu or profile.planner_gpu
     if gpu is None:
         raise ConfigError(f"cluster profile '{path}' names no planner_gpu; give --gpu ({known}).")
+    # Bandwidths measured on one device must not be used for another.
     if profile.planner_gpu is not None and full_name(gpu) != full_name(profile.planner_gpu):
         raise ConfigError(
             f"--gpu {gpu} is not the planner_gpu={profile.planner_gpu} of '{path}', whose numbers are that device's; "
             "leave --gpu out, or name another profile."
         )
+    # A site's node size stands in the launch part of the profile already.
     given: ClusterFile = profile.planner
     if given.gpus_per_node is None and profile.gpus_per_node:
         given = replace(given, gpus_per_node=profile.gpus_per_node)
@@ -196,6 +203,7 @@ def machine_for(options: argparse.Namespace, precision: str) -> Machine:
 
 
 def _known_peak(gpu: str, precision: str) -> float | None:
+    # None for a device without a peak by name: the plan then has no MFU.
     peak = PEAKS.get(device_name_of(gpu))
     return None if peak is None else peak.of(precision)
 
@@ -239,6 +247,7 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
     if best is None:
         lines += ["nothing fits; the smallest plans are:", ""]
     chosen = list(found.fitting[:top]) or list(found.too_large[:top])
+    # Shown once: in front, unless it is among the plans listed anyway.
     own = [] if isinstance(answer.configured, str) or any(map(answer.is_configured, chosen)) else [answer.configured]
     lines += _table([*own, *chosen], answer)
     if isinstance(answer.configured, str):
@@ -251,6 +260,7 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
         f"Parts of {'the best' if best is not None else 'the smallest'}:",
         *(f"  {line}" for line in _parts(chosen[0], answer.machine)),
     ]
+    # A reader's own favourite is likely among them, with the reason why it is slower.
     others = [plan for plan in best_by_grid(found) if plan not in chosen]
     if others:
         lines += ["", "Why the other grids lose (the best plan of each):", "", *_table(others, answer)]
@@ -338,6 +348,7 @@ def write_weak_scaling(options: argparse.Namespace) -> int:
     ]
     title, unit = f"weak scaling, simulated ({machine.name})", "tokens/s/device, % of the smallest"
     chart = line_chart(title, "devices", unit, series, log_x=True, from_zero=True, legend=True)
+    # The name says it: these numbers were not measured.
     stem = f"weak_scaling_simulated_{machine.name}"
     write_text(folder / f"{stem}.md", scaling_markdown(points, machine, constants))
     write_text(folder / f"{stem}.svg", chart.file())

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -107,9 +108,11 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
         "valid_fraction": arguments.valid_fraction,
         "detokenizer": arguments.detokenizer,
     }
+    # Only what was given: a recipe's own settings stay otherwise.
     changes = {key: value for key, value in chosen.items() if value is not None}
     changes |= {"dedup": arguments.dedup, "decontaminate": _evaluation_sets(arguments)}
     out = Path(arguments.out)
+    # Silently ignoring a filter would train on rows that somebody wanted out.
     if arguments.filter and not arguments.dataset:
         raise ConfigError("--filter is about rows of --dataset; a recipe states filters of its own.")
     if arguments.recipe:
@@ -141,6 +144,7 @@ def _filter(text: str) -> RowFilter:
     from bd3_megatron.data.row_filter import RowFilter
 
     where = f"--filter {shown(text)}"
+    # Braces are optional, because a shell would make people quote them.
     stated = parse_yaml(text if text.lstrip().startswith("{") else "{" + text + "}", where)
     made: RowFilter = build_named(RowFilter, stated, where)
     return made
@@ -164,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(options: argparse.Namespace) -> int:
     """Prepare, and say how much there is."""
+    # Parallelism is by processes here; the library's threads would compete with them for the same cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from bd3_megatron.data.prepare import prepare
 
@@ -171,6 +176,7 @@ def work(options: argparse.Namespace) -> int:
         request_of(options),
         num_workers=options.workers,
         skip_bad=options.skip_bad,
+        # In a log file a bar is noise.
         show_progress=not options.quiet and sys.stderr.isatty(),
         say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
@@ -178,6 +184,7 @@ def work(options: argparse.Namespace) -> int:
         f"{split} {made.num_tokens[split]:,} tokens in {made.num_documents[split]:,} documents"
         for split in made.num_tokens
     )
+    # The same request on a finished folder does nothing, so scripts may call this every time.
     state = "was prepared before" if made.was_there else "prepared"
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(made.left_out.items()))
     print(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -30,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(options: argparse.Namespace) -> int:
     """Write the page."""
+    # Reads only, and tolerates a last line that is still being written.
     runs = read_runs([Path(folder) for folder in options.run])
     results = [one for path in options.results for one in read_results(Path(path))]
+    # The clock is handed in: rendering itself reads none.
     write_text(Path(options.out), render_page(runs, now=time.time(), title=options.title, results=results))
     print(f"wrote {options.out}")
     return 0

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -53,6 +54,7 @@ def work(options: argparse.Namespace) -> int:
     compared = compare_runs(runs)
     print({"text": as_text, "markdown": throughput_markdown, "json": as_json}[options.format](compared))
     if options.plots is not None:
+        # To stderr, so that the table can be piped.
         for path in write_plots(runs, compared, Path(options.plots)):
             print(f"wrote {path}", file=sys.stderr)
     return 0
@@ -99,6 +101,7 @@ def _number(value: float | None, form: str) -> str:
 def _split_line(row: RunSummary) -> str | None:
     if not row.time_split:
         return None
+    # The largest first: it is what to look at.
     shares = sorted(row.time_split.items(), key=lambda item: -item[1])
     return f"{row.run}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares)
 
@@ -138,6 +141,7 @@ def write_plots(runs: Sequence[RunRecord], compared: RunComparison, folder: Path
     splits = {row.run: row.time_split for row in compared.rows if row.time_split}
     if splits:
         charts["time_split.svg"] = stacked_bars("where the time of a step goes", splits)
+    # One number of devices is no curve.
     if len({row.devices for row in compared.rows}) > 1:
         charts["scaling.svg"] = _over_devices(compared)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +153,7 @@ def write_plots(runs: Sequence[RunRecord], compared: RunComparison, folder: Path
 def _over_steps(runs: Sequence[RunRecord]) -> Chart:
     key = "throughput/data_tokens_per_second"
     series = [
+        # Per device, so that runs of different size can be compared.
         Series(run.name, [(float(step), rate / run.devices) for step, rate in run.series(key).items()], stroke(number))
         for number, run in enumerate(runs)
     ]
@@ -159,6 +164,7 @@ def _over_devices(compared: RunComparison) -> Chart:
     models: dict[str, list[tuple[float, float]]] = {}
     for row in compared.rows:
         if row.data_tokens_per_second_per_device:
+            # Scaling is of one model; runs of others get a line of their own.
             models.setdefault(row.model, []).append((float(row.devices), row.data_tokens_per_second_per_device))
     series = [Series(model, sorted(points), stroke(number)) for number, (model, points) in enumerate(models.items())]
     return line_chart("scaling", "devices", "data tokens/s/device", series, log_x=True, from_zero=True, legend=True)

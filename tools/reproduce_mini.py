@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
@@ -74,8 +75,10 @@ def size_of(options: argparse.Namespace) -> MiniSize:
     return dataclasses.replace(
         size,
         steps=steps,
+        # The phases keep their shares of the budget.
         branch_step=steps * size.branch_step // size.steps,
         seeds=tuple(options.seeds) if options.seeds else size.seeds,
+        # In the order of the table, whatever order was typed.
         variants=tuple(name for name in VARIANTS if name in chosen),
         num_sequences=options.num_sequences or size.num_sequences,
     )
@@ -87,6 +90,7 @@ def reproduce(options: argparse.Namespace, size: MiniSize, out: Path) -> None:
     Raises:
         BD3Error: text that cannot be read, a run that failed.
     """
+    # Late: torch and the rest are not needed to print --help.
     import yaml
 
     from bd3_megatron.data.prepare import PrepareRequest, prepare
@@ -94,10 +98,12 @@ def reproduce(options: argparse.Namespace, size: MiniSize, out: Path) -> None:
     from tools.mini.runs import Runner, mini_runs
 
     source = text_source(options.text)
+    # Bytes: every model sees the same alphabet and no tokenizer has to be trained or explained.
     prepare(PrepareRequest(out=out / "data", sources={"train": source}, tokenizer="bytes", valid_fraction=0.05))
     config = out / "config.yaml"
     write_text(config, yaml.safe_dump(base_tree(size, data=str(out / "data")), sort_keys=False))
     jobs = mini_runs(size, out)
+    # Finished runs are skipped, so that the command can be repeated after an interruption.
     Runner(size, config, options.jobs, progress).run(jobs)
     sections = measured(size, jobs, out, options.jobs)
     markdown = sections_as_markdown(sections)
@@ -115,8 +121,10 @@ def measured(size: MiniSize, jobs: Sequence[Any], out: Path, at_once: int) -> li
     from tools.mini.verdicts import verdicts
 
     held_out = out / "data" / "valid"
+    # In the split's own order: the same sequences for every model.
     dataset = TokenDataset.open(held_out, seq_len=MINI_SEQ_LEN, shuffle=False)
     found, scores, by_interval = {}, {}, []
+    # One model of each block size that draws noise levels: AR draws none, and S = 1 masks everything.
     with_variances = ("s4", "s8", "s16", TRUNK)
     for job, one in zip(
         jobs, measure_all(jobs, held_out, size, at_once=at_once, with_variances=with_variances), strict=True
@@ -168,7 +176,9 @@ def _what(size: MiniSize, dataset: Any) -> str:
 def _row(name: str, found: dict[Any, Any], jobs: Sequence[Any], size: MiniSize) -> tuple[str, ...]:
     each = [found[name, seed] for seed in size.seeds]
     nll = mean(one.nll_nats_per_token for one in each)
+    # Noise is independent between seeds, so its errors add in squares.
     noise = math.sqrt(sum(one.stderr_noise**2 for one in each)) / len(each)
+    # The text is the same for every seed: averaging over seeds does not make this error smaller.
     text = mean(one.stderr_text or 0.0 for one in each)
     folder = next(job.folder for job in jobs if job.variant.name == name)
     return (
@@ -194,6 +204,7 @@ def _frontier(size: MiniSize, jobs: Sequence[Any], out: Path) -> ResultSection:
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
     from tools.mini.measure import frontiers
 
+    # Of another seed where there are several: a scorer should not be the model that wrote the text.
     scorer = next(job for job in jobs if job.variant.name == "ar" and job.seed == size.seeds[-1])
     convert_checkpoint(scorer.folder, out / "scorer")
     sampled = [j for j in jobs if j.seed == size.seeds[0] and j.variant.name in ("ar", "s4", "s8", "s16", TRUNK)]
@@ -201,6 +212,7 @@ def _frontier(size: MiniSize, jobs: Sequence[Any], out: Path) -> ResultSection:
     series = tuple(
         ResultSeries(
             name=label,
+            # Perplexity alone can be made small by repeating one word; entropy shows it.
             points=tuple((p["entropy_nats"], p["perplexity"]) for p in found),
             labels=tuple(f"T={p['temperature']:g}" for p in found),
         )

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Prepare the data, write step 0 and say how to go on."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.config.load import load_config
     from bd3_megatron.config.objective import objective_of
     from bd3_megatron.config.validate import validate
@@ -49,10 +50,13 @@ def work(parsed: argparse.Namespace) -> int:
 
     config = load_config(parsed.config, parsed.overrides)
     validate(config)
+    # Before the text is tokenised, which may take hours.
     check_source(parsed.folder)
+    # The data's header decides V, the mask id and the tokenizer that the weights must fit.
     prepare_text(config, print)
     header = read_header(data_folder(config) / "train")
     mask_id = header.special_ids.mask if objective_of(config).has_noise else None
+    # A larger table than the tokenizer's is the configuration's choice.
     size = config.model.vocab_size or header.vocab_size
     report = start_run(
         parsed.folder,

@@ -28,6 +28,7 @@ from bd3_megatron.errors import BackendError
 from tools.bench import harness
 from tools.bench.harness import Note
 
+# What the others are divided by, unless --against names another.
 NAIVE = "dense mask"
 
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_attention(options: argparse.Namespace) -> Iterator[Note]:
     """Check every backend, then time those that are right."""
     rows: list[list[object]] = []
+    # A dictionary as an ordered set: the same refusal at every shape is said once.
     left_out: dict[str, None] = {}
     for length in options.length:
         for block_size in options.block_size:
@@ -94,6 +96,7 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
     errors: dict[str, str] = {NAIVE: "-"}
     left_out: list[str] = []
     for label, attend, refusal in backends(request):
+        # The reference is what the others are compared with; its speed is of no interest.
         if label == "dense":
             continue
         error, reason = (None, refusal) if refusal is not None else check(attend, request)
@@ -105,6 +108,7 @@ def time_shape(request: AttentionRequest, options: argparse.Namespace) -> tuple[
     served = {label.partition("/")[0] for label in candidates}
     # A kernel of another device is no news where the backend serves with one of its own.
     left_out = [line for line in left_out if line.split()[3].partition("/")[0] not in served]
+    # All candidates in turns, so that a busy neighbour slows all of them alike.
     seconds = harness.interleave(candidates, repeats=options.repeats, device=request.device_type)
     against = options.against or NAIVE
     rows: list[list[object]] = []
@@ -129,6 +133,7 @@ def dense_mask_form(
     noisy: Stream, clean: Stream, visibility: Visibility, request: AttentionRequest
 ) -> Callable[[], object]:
     """SDPA over the 2L rows, which it is given side by side, with the whole mask as a boolean tensor."""
+    # Made outside of what is timed: code that ships this form builds it once a run.
     mask = visibility.pair_mask(request.device_type)[:, None]
     pairs = [(noisy.q_BLNH, clean.q_BLNH), (noisy.k_BLGH, clean.k_BLGH), (noisy.v_BLGH, clean.v_BLGH)]
     q, k, v = (torch.cat([t.detach() for t in pair], dim=1).requires_grad_(request.needs_grad) for pair in pairs)
@@ -159,6 +164,7 @@ def ours(
 
 
 def _backward(outs: list[Tensor], inputs: list[Tensor], request: AttentionRequest) -> object:
+    # The outputs themselves as gradients: no further random numbers, and no zero that a kernel could skip.
     return torch.autograd.grad(outs, inputs, [out.detach() for out in outs]) if request.needs_grad else outs
 
 

@@ -47,6 +47,7 @@ from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, part
 from tools.bench import harness
 from tools.bench.harness import REPOSITORY, Note
 
+# The least grid that exercises cuts along rows and columns, and a pipeline's two stages.
 TP, PP = 2, 2
 CHECKPOINT_STEP = 1000
 MEMORY_POLL_SECONDS = 0.05
@@ -64,6 +65,7 @@ def measure_conversion(options: argparse.Namespace) -> Iterator[Note]:
         folder = Path(scratch)
         began = time.perf_counter()
         path = write_random_checkpoint(folder / "checkpoints", config, vocab_size=options.vocab)
+        # Said apart: writing the checkpoint is not what is measured.
         made = time.perf_counter() - began
         shapes = whole_shapes(config, options.vocab)
         largest = max(math.prod(shape) for shape in shapes.values()) * 4 / 2**30
@@ -71,6 +73,7 @@ def measure_conversion(options: argparse.Namespace) -> Iterator[Note]:
         rows, worst = [], 0.0
         for dtype in ("fp32", "bf16"):
             seconds, peak = timed_conversion(path, folder / dtype, dtype)
+            # The memory promise must hold in both precisions.
             worst = max(worst, peak)
             rows.append([dtype, f"{seconds:.1f}", f"{peak:.2f}", f"{peak - largest:.2f}"])
     body = harness.table(["stored as", "seconds", "peak memory, GiB", "beyond the largest tensor, GiB"], rows)
@@ -150,12 +153,15 @@ def _write_rank(folder: Path, rank: int, config: Config, shapes: dict[str, tuple
     pp_rank, tp_rank = divmod(rank, TP)
     names = [name for name in shapes if _stage_of(name, config) == pp_rank]
     local = {name: _local_shape(name, shapes[name], gated=config.model.style == "modern") for name in names}
+    # Decayed and plain, the optimizer's two groups.
     groups = [[n for n in names if len(local[n]) > 1], [n for n in names if len(local[n]) == 1]]
     state_file = f"zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
     written = {}
     flats = [_random_flat(group, local, seed=2 * rank + index) for index, group in enumerate(groups)]
+    # Without moments: the conversion does not read them, and they would triple the disk.
     state = {"single_partition_of_fp32_groups": flats, "base_optimizer_state": {"state": {}}}
     written[f"{STATE_DIR}/{state_file}"] = write_torch(folder / STATE_DIR / state_file, {"optimizer_state_dict": state})
+    # In place, after the weights are on the disk: one copy in memory, and averages that differ from the weights.
     averages = {f"shard.{index}": flat.mul_(0.5) for index, flat in enumerate(flats)}
     written[ema_name(rank)] = write_safetensors(folder / ema_name(rank), averages, {})
     description = {

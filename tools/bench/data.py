@@ -5,8 +5,6 @@
     python -m tools.bench.data --loader                       tokens/s from shards, by packing, length and processes
     python -m tools.bench.data --gpt2 FOLDER --text FILE      ids against transformers' own tokenizer, one by one
 
-Decides: preparation is timed by the wall clock of whole commands, as a user waits for them, starting processes included;
-memory is the proportional set size (Pss) summed over the command's processes, polled 20 times a second.
 Refuses: nothing; a broken promise (bytes that differ, ids that differ) ends with exit code 1.
 """
 
@@ -32,6 +30,7 @@ from bd3_megatron.errors import UsageError
 from tools.bench import harness
 from tools.bench.harness import REPOSITORY, Note
 
+# Memory is polled 20 times a second.
 _POLL_SECONDS = 0.05
 
 
@@ -70,6 +69,7 @@ def bench_prepare(options: argparse.Namespace, folder: Path) -> Note:
     for workers in (1, options.workers):
         out = folder / f"out{workers}"
         seconds[workers], memory = timed(command(corpus, out, workers, options.tokenizer, options.vocab_size))
+        # Two bytes a token: the vocabulary is below 65,536.
         tokens = sum(path.stat().st_size for path in out.glob("*/*.bin")) // 2
         rate = tokens / seconds[workers] / 1e6
         rows.append([workers, f"{seconds[workers]:.1f}", f"{rate:.2f}", f"{memory / 1e6:.0f}"])
@@ -88,12 +88,14 @@ def bench_kills(options: argparse.Namespace, folder: Path) -> Note:
     seconds, _ = timed(command(corpus, calm, options.workers, options.tokenizer, options.vocab_size))
     chosen = random.Random(options.seed)
     hits, moments = 0, []
+    # Only kills that hit a run at work count; one that came too late is drawn again.
     while hits < options.kills:
         process = subprocess.Popen(
             command(corpus, disturbed, options.workers, options.tokenizer, options.vocab_size),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        # Over the length of an undisturbed run, so that every part of it is hit.
         moment = chosen.uniform(0.0, seconds)
         try:
             process.wait(timeout=moment)
@@ -152,6 +154,7 @@ def reading_rate(dataset: TokenDataset, micro_batch: int, workers: int, seconds:
     """Tokens a second of wall time, after the first batch."""
     share = BatchShare(global_batch_size=micro_batch, micro_batch_size=micro_batch)
     batches = iter(BatchLoader(dataset, share.steps(0), num_workers=workers))
+    # Processes start and files are opened before the clock does.
     next(batches)
     tokens, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
@@ -194,6 +197,7 @@ def timed(arguments: list[str]) -> tuple[float, int]:
         CalledProcessError: it failed.
     """
     started, peak = time.perf_counter(), 0
+    # The whole command by the wall clock, as a user waits for it, starting processes included.
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, sum(proportional_bytes(pid) for pid in family(process.pid)))
@@ -218,6 +222,7 @@ def proportional_bytes(pid: int) -> int:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
+    # Pss: pages that processes share would be counted several times by the resident size.
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 

@@ -96,6 +96,7 @@ def shown_arguments(given: Sequence[str]) -> list[str]:
     """Arguments as a note shows them: not where the note goes, and of a folder on this machine its name only."""
     kept = list(given)
     if "--results" in kept:
+        # A folder of a test would not run again elsewhere.
         at = kept.index("--results")
         kept = [*kept[:at], *kept[at + 2 :]]
     return [Path(word).name if word.startswith(("/", "~")) else word for word in kept]
@@ -127,6 +128,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, repeats: int, 
 
 def speedup(seconds: Mapping[str, Sequence[float]], name: str, *, against: str) -> float:
     """Median over rounds of how many times faster `name` was than `against`."""
+    # The ratio of each round, then the median: a slow round slows both sides of its ratio.
     return statistics.median(base / own for base, own in zip(seconds[against], seconds[name], strict=True))
 
 
@@ -146,6 +148,7 @@ def machine(device: str) -> str:
     parts = [_cpu_name(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     if device == "cuda":
         parts.append(f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})")
+    # A reader must know whether the machine was busy.
     load = f"load {os.getloadavg()[0]:.1f}"
     return ", ".join([*parts, load, f"torch {torch.__version__}", f"python {platform.python_version()}"])
 
@@ -159,12 +162,14 @@ def write_note(command: str, note: Note, options: argparse.Namespace) -> None:
         return
     module = command.split()[2]
     path = options.results / f"{module.rpartition('.')[2]}.md"
+    # Appended: notes are a diary, and older results stay.
     before = path.read_text("utf-8") if path.exists() else f"# {module}: dated results\n"
     write_text(path, f"{before}\n{text}")
 
 
 def _now(device: str) -> float:
     if device == "cuda":
+        # Kernels are only queued; without this the clock would measure the queueing.
         torch.cuda.synchronize()
         return time.perf_counter()
     # a neighbour's time does not count, which on shared cores is most of the noise

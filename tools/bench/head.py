@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.command import CommandParser
@@ -55,6 +56,7 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
+        # One storage, however many views are made of it.
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -69,6 +71,7 @@ def forms(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Tensor]],
     """Both forms as closures over one problem, and the table whose gradient they make."""
     generator = torch.Generator().manual_seed(0)
     rows, hidden, vocab = options.rows, options.hidden, options.vocab
+    # The pair's rows: 2 L, of which half are noisy and half of those masked.
     x_all = torch.randn(4 * rows, hidden, generator=generator).requires_grad_()
     weight = (0.02 * torch.randn(vocab, hidden, generator=generator)).requires_grad_()
     target = torch.randint(0, vocab - 1, (rows,), generator=generator)
@@ -85,6 +88,7 @@ def forms(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Tensor]],
 
     def naive() -> Tensor:
         x_all.grad = weight.grad = None
+        # Every row of the pair, as code does that ships the plain form.
         logits = (x_all @ weight.t())[: 2 * rows].index_fill(1, torch.tensor([vocab - 1]), float("-inf"))
         log_probs = F.log_softmax(logits, dim=-1)
         loss = -(log_probs[masked].gather(1, target[:, None])[:, 0] * row_weight).sum()
@@ -98,6 +102,7 @@ def peak_beyond_weight_gradient(run: Callable[[], Tensor], weight: Tensor) -> in
     """Largest sum of live bytes made while `run` runs, less the table's gradient."""
     with LiveBytes() as live:
         run()
+    # The table's fp32 gradient is there in both forms.
     return live.peak - weight.numel() * 4
 
 

@@ -68,10 +68,13 @@ class OfficialForm:
             logits_1SV[..., self._mask_id] = -torch.inf
             probability_1SV = logits_1SV.double().softmax(dim=-1)
             uniform_1SV = torch.rand(probability_1SV.shape, dtype=torch.float64, generator=self._generator)
+            # Gumbel-max in its exponential form, float64 over block and vocabulary as there.
             candidate_1S = (probability_1SV / (1e-10 - (uniform_1SV + 1e-10).log())).argmax(dim=-1)
             masked = (ids_1S[0] == self._mask_id).nonzero()[:, 0]
+            # First hitting: which position is unmasked next is uniform over the masked ones.
             chosen = masked[torch.randint(len(masked), (1,), generator=self._generator)]
             ids_1S[0, chosen] = candidate_1S[0, chosen]
+        # A finished block is committed by a forward of its own.
         self._forward(ids_1S, store=True)
         return ids_1S
 
@@ -83,14 +86,17 @@ class OfficialForm:
             attention, heads = layer.self_attn, (1, -1, self._shape.num_attention_heads, self._shape.head_dim)
             fresh_1RE = self._projected(layer, x_1RD)
             kept = self._cache[layer.index]
+            # The cache is cloned by every forward, and holds unrotated rows.
             all_1TE = fresh_1RE if kept is None else torch.cat([kept.clone(), fresh_1RE], dim=1)
             if store:
                 self._cache[layer.index] = all_1TE
+            # Made once a forward for all rows, those of the cache too.
             if rotary is None:
                 position_1T = torch.arange(all_1TE.shape[1])[None]
                 rotary = rotary_table(
                     position_1T, head_dim=self._shape.head_dim, theta=self._shape.rope_theta, dtype=x_1RD.dtype
                 )
+            # All rows are queries, of which only the block's are kept below: its cost is kept on purpose.
             queries, keys, values = (part.reshape(heads) for part in all_1TE.chunk(3, dim=-1))
             mixed = F.scaled_dot_product_attention(
                 rotary.rotate(queries).transpose(1, 2), rotary.rotate(keys).transpose(1, 2), values.transpose(1, 2)

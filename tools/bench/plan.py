@@ -2,13 +2,9 @@
 
     python -m tools.bench.plan [--cases wide dp2 ...] [--steps 8 --repeats 6]
 
-Every case is trained by the trainer itself on forked ranks, in rounds that take turns. Neighbours on a shared machine
-only ever add time, and single steps of one run differ by a third, so a case's time is the fastest tenth of all its steps;
-how far the median lies above it stands beside it, and where that is much the machine was busy. The planner is calibrated
-on the two cases that are marked, as `tools/plan.py --calibrate` would be on their folders, and predicts the rest unseen.
-Memory is never fitted: predicted bytes of the fullest rank beside the most bytes of CPU tensors alive at once in a whole step
-(weights, gradients, optimizer, average, activations), counted by the allocator's own reports.
-Refuses more ranks than cores: there the clock would measure the machine's scheduler.
+Every case is trained by the trainer itself on forked ranks, in rounds that take turns. The planner is calibrated on the two
+cases that are marked, as `tools/plan.py --calibrate` would be on their folders, and predicts the rest unseen. Memory is
+never fitted. Refuses more ranks than cores: there the clock would measure the machine's scheduler.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from typing import Any
 
 import torch
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.command import CommandParser
@@ -51,6 +48,7 @@ from tools.bench.harness import MIB, Note
 from tools.bench.runs import on_ranks, prepare_bytes, trained
 from tools.plan import observation
 
+# Ids of the model; the 256 bytes of the data are padded to it.
 VOCABULARY = 2048
 TIME_ERROR, MEMORY_ERROR = 0.15, 0.10
 """Within these of the measurement a prediction is good enough to choose a grid by."""
@@ -115,6 +113,7 @@ def planner_case_config(case: PlannerCase, data: Path, run_dir: Path, *, steps: 
         "diffusion": {"block_size": 16},
         "parallel": {"dp": 1},
         "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2},
+        # Nothing between the steps that could disturb the clock.
         "checkpoint": {"every_steps": 0},
         "log": {"every_steps": 1},
         "watch": {"preflight": False, "leak_check": False},
@@ -164,6 +163,7 @@ def whole_step_peak(config: Config, rank: int) -> int:
 
     Everything the trainer builds is counted; the first step makes Adam's state, the second is like all others.
     """
+    # Counted from here: everything the trainer builds (weights, gradients, optimizer, average, activations).
     topology = meet(config, rank=rank, world_size=config.parallel.world_size(), local_rank=rank)
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
@@ -178,6 +178,7 @@ def whole_step_peak(config: Config, rank: int) -> int:
         )
         since_ns = 0
         for step in range(COUNTED_STEPS):
+            # The last step's beginning: what was alive only during the start does not count.
             since_ns = time.time_ns()
             trainer.training_step.run(trainer.plan, replace(trainer.state, step=step), batches)
     return peak_tensor_bytes(profile, since_ns)
@@ -210,6 +211,7 @@ def measure_cases(names: Sequence[str], folder: Path, *, steps: int, rounds: int
 def _peak_of(name: str, data: Path, folder: Path) -> int:
     """Of the fullest rank, the least of `COUNTS`."""
     counts = [_count(name, data, folder / f"{name.replace(' ', '_')}_memory_{number}") for number in range(COUNTS)]
+    # A count can only be too large, so the least of a rank is nearest; the fullest rank decides.
     return max(min(of_rank) for of_rank in zip(*counts, strict=True))
 
 
@@ -230,6 +232,8 @@ def _seconds(run: RunRecord) -> float:
 def _summary(runs: Sequence[RunRecord], peak: int) -> CaseMeasurement:
     starts = [attempt.start for run in runs for attempt in run.attempts]
     tflops = max(float(start["throughput/peak_tflops"]) for start in starts if start is not None)
+    # Neighbours on a shared machine only ever add time, and single steps of one run differ by a third: the fastest
+    # tenth is the machine's own.
     tenth, median = _quantiles(runs, "time/step_seconds")
     seen = replace(
         observation(runs[0]), step_seconds=tenth, optimizer_seconds=_quantiles(runs, "time/optimizer_seconds")[0]
@@ -245,6 +249,7 @@ def _quantiles(runs: Sequence[RunRecord], key: str) -> tuple[float, float]:
 
 def host_machine(measured: Sequence[CaseMeasurement]) -> Machine:
     """This host as the planner sees it: its cores, and the largest peak that the runs measured."""
+    # The largest of all rounds, for the same reason.
     tflops = max(m.peak_tflops for m in measured)
     cluster = ClusterFile(peak_tflops=tflops, cores=os.cpu_count())
     return machine_of("cpu", peak_tflops=tflops, cluster=cluster)
@@ -257,6 +262,7 @@ def predict(config: Config, machine: Machine, constants: Constants) -> tuple[Ste
 
 def compare_predictions(measured: Mapping[str, CaseMeasurement]) -> str:
     """The note: predictions beside measurements, how many are near enough, and what was fitted."""
+    # What calibrates is left out of the errors below: it was fitted.
     known = [m for name, m in measured.items() if CASES[name].calibrates]
     machine = host_machine(list(measured.values()))
     constants = calibrate([m.run for m in known], machine)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.command import CommandParser
@@ -45,14 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_noise(options: argparse.Namespace) -> Iterator[Note]:
     """Draws and the step, interleaved."""
+    # The step's batch; noise is drawn for --rows, a whole batch's worth.
     options.batch = options.step_rows
     step, _, label = shipped_step(make_problem(options), options.vocab, "auto")
     seconds = harness.interleave(draws(options) | {STEP_ROW: step}, repeats=options.repeats, device=options.device)
+    # In proportion: forward and backward are linear in the rows, and a full batch would take minutes.
     seconds[STEP_ROW] = [s * options.rows / options.step_rows for s in seconds[STEP_ROW]]
     rows = [(name, harness.milliseconds(s), share(s, seconds[STEP_ROW])) for name, s in seconds.items()]
     table = harness.table((f"[{options.rows}, {options.length}]", "ms", "of a step"), rows)
     times = f"{options.rows} / {options.step_rows}"
     note = f"attention {label}; the step was timed at {options.step_rows} rows and taken {times} times."
+    # The other way round: how fast a device must be before noise on the CPU is in its way.
     limit = TARGET * options.rows * options.length / statistics.median(seconds[TOTAL])
     note += (
         f" Noise stays below {100 * TARGET:g} % of a step on devices that make fewer than {limit:,.0f} data tokens/s."
@@ -93,6 +97,8 @@ def draws(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
         TOTAL: lambda: make_micro_batch(clean, noise, diffusion, layout),
     }
     if options.device == "cuda":
+        # For comparison only: training draws on the CPU, so that the number of loss rows is known without asking the
+        # device.
         there = CleanBatch(tokens_BL=tokens_BL.cuda(), index_B=clean.index_B)
         found["levels and masks, drawn on the GPU"] = lambda: noise.corrupt(there, diffusion)
     return found

@@ -1,4 +1,4 @@
-"""Whole training runs inside a benchmark: ranks forked from this process, their words in a log, their record read back."""
+"""Whole training runs inside a benchmark: ranks forked from this process, their output in a log, their record read back."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def on_ranks(work: Callable[[int], int], ranks: int, log: Path, *, threads: int)
     Raises:
         LaunchError: a rank failed; the log's end is shown.
     """
+    # Held until the ranks have ended.
     port = reserve_port()
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
 
     def quietly(rank: int) -> int:
+        # In the rank, after the fork: the parent's thread pool does not exist here.
         torch.set_num_threads(threads)
         with log.open("a") as file:
+            # File descriptors and not sys.stdout: libraries in C print too.
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         return work(rank)

@@ -32,6 +32,7 @@ from tools.bench import harness
 from tools.bench.harness import Note
 from tools.bench.official_form import OfficialForm
 
+# GPT-2's context, and a text that fills most of it: the cache matters most at its end.
 LENGTH, CONTEXT = 1024, 960
 TOLERANCE = 2e-4  # fp32 logits of order 1 after 12 layers, sums in another order
 OURS, THEIRS = "sampler", "official form"
@@ -85,6 +86,7 @@ def new_model(options: argparse.Namespace, block_size: int, *, length: int = LEN
 
 def packed(model: PlainBD3) -> PlainBD3:
     """The same weights as the sampler holds them on this device."""
+    # Packing changes the model in place; the comparison needs the plain one as well.
     own = copy.deepcopy(model)
     pack_linear_layers(own, is_tied=False)
     return own
@@ -123,6 +125,7 @@ def against_official(options: argparse.Namespace) -> str:
         events = decoder.run([asked])
         official = OfficialForm(model, mask_id_of(model), torch.Generator().manual_seed(size))
         first = next(events).tokens
+        # Both begin behind the same context.
         official.prefill(torch.tensor([[*asked.ids, *first]]))
         errors = logit_errors(model, own, official, [*asked.ids, *first])
         forwards_before = decoder.counts.denoising
@@ -133,6 +136,7 @@ def against_official(options: argparse.Namespace) -> str:
         for name in (OURS, THEIRS):
             ratio = harness.speedup(seconds, name, against=THEIRS)
             a_token = [second / size for second in seconds[name]]
+            # The official form needs one forward a token and one more a block to commit it.
             own_forwards = f"{forwards:.3f}" if name == OURS else f"{(size + 1) / size:.3f}"
             rows.append(
                 [size, name, harness.milliseconds(a_token), own_forwards, f"{ratio:.2f}x", f"{errors[name]:.1e}"]
@@ -155,6 +159,7 @@ def logit_errors(model: PlainBD3, own: PlainBD3, official: OfficialForm, context
         OURS: (own(whole)[:, -size:] - plain_1SV).abs().max().item(),
         THEIRS: (official.logits(block) - plain_1SV).abs().max().item(),
     }
+    # Before anything is timed: a wrong decoder's speed means nothing.
     if max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"logits differ from the plain model's by {errors}, more than {TOLERANCE}.")
     return errors
@@ -173,8 +178,10 @@ def throughput(options: argparse.Namespace) -> str:
                 timed_run(decoder, [request(model, CONTEXT - 512, 512, key) for key in range(batch)])
                 for _ in range(options.repeats + 1)
             ]
+            # The first run compiles and records.
             median = statistics.median(seconds[1:])
             tokens = batch * (512 - size)
+            # Every forward reads all weights once; a decoder cannot be faster than that.
             bound = (512 - size) * read_bytes / bandwidth / median
             cache_mib = f"{decoder.counts.cache_bytes / 2**20:.0f}"
             rows.append([size, batch, f"{tokens / median:.0f}", f"{bound:.1%}", cache_mib])
@@ -202,6 +209,7 @@ def long_text(options: argparse.Namespace) -> str:
         start, count, early_kib = time.perf_counter(), 0, 0
         for event in decoder.run([request(model, 1, options.long, 1)]):
             count += len(event.tokens)
+            # After the first hundredth everything that is made once is made.
             if early_kib == 0 and count >= options.long // 100:
                 early_kib = peak_kib()
         seconds = time.perf_counter() - start

@@ -4,12 +4,9 @@
     python -m tools.bench.scaling --axis tp --ranks 1 2
     python -m tools.bench.scaling --device cuda --layers 24 --hidden 2048 --heads 16 --length 2048 --vocab 32000
 
-Every case is a short run of the trainer itself, data and optimizer included; cases take turns, and a case's time is the
-median over its rounds of the run's median step. weak: every rank brings `--batch` sequences; strong: all cases share one
-global batch, that of the largest. Efficiency is tokens a second and device against the smallest case; on CPU ranks beyond
-the cores are no devices. Shares are rank 0's time between entering a collective of an axis and having its result, waiting
-for slower ranks included; a collective is waited for on the spot, so nothing is credited to overlap. They come from one
-run more of each case, whose step time is not used.
+weak: every rank brings `--batch` sequences; strong: all cases share one global batch, that of the largest. Efficiency is
+tokens a second and device against the smallest case. Shares are rank 0's time between entering a collective of an axis and
+having its result, waiting for slower ranks included.
 Refuses more ranks than GPUs. Knows nothing of several machines: there `bd3 status` compares whole runs.
 """
 
@@ -31,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.command import CommandParser
@@ -87,6 +85,7 @@ def cases(ranks: Sequence[int], batch: int) -> list[ScalingCase]:
 
 def scaling_case_config(options: argparse.Namespace, case: ScalingCase, data: Path, run_dir: Path) -> Config:
     """The run of a case."""
+    # Every case is a short run of the trainer itself, data and optimizer included.
     config = config_from_tree(
         {
             "run": {"dir": str(run_dir)},
@@ -139,6 +138,7 @@ def communication_timed(timeline: Timeline, names: Mapping[str, str]) -> Iterato
             axis = names.get(group.group_name)
             with contextlib.nullcontext() if axis is None else timeline.span(f"communication_{axis}"):
                 work = call(group, *args, **kwargs)
+                # Waited for on the spot, so that nothing is credited to overlap.
                 if work is not None:
                     wait(work)
             return work
@@ -146,6 +146,7 @@ def communication_timed(timeline: Timeline, names: Mapping[str, str]) -> Iterato
         return collective
 
     def waited(work: Work, *args: Any) -> Any:
+        # Nothing was waited for, so there is no span.
         if work.is_completed():
             return wait(work, *args)
         with timeline.span("communication_pp"):
@@ -177,15 +178,18 @@ def run_cases(options: argparse.Namespace, folder: Path) -> dict[ScalingCase, Se
     data, chosen = folder / "data", cases(options.ranks, options.batch)
     prepare_bytes(data, options.vocab)
     runs: dict[ScalingCase, list[RunRecord]] = {case: [] for case in chosen}
+    # Cases take turns, so that a busy neighbour slows all of them alike.
     for number in range(options.repeats):
         for case in chosen:
             config = scaling_case_config(options, case, data, folder / f"{case.name}_{number}")
             runs[case].append(trained(config, folder / "log", threads=options.threads))
     seen = {}
     for case in chosen:
+        # Shares come from one run more of each case: waiting on the spot would change the step's time.
         config = scaling_case_config(options, case, data, folder / f"{case.name}_observed")
         work = partial(run_observed, config)
         observed = trained(config, folder / "log", threads=options.threads, work=work)
+        # The median over rounds of the run's median step.
         seconds = statistics.median(run.typical("time/step_seconds") or 0.0 for run in runs[case])
         seen[case] = Seen(case.global_batch * options.length / seconds, shares(observed))
     return seen
@@ -208,6 +212,7 @@ def efficiencies(seen: Mapping[ScalingCase, Seen], devices: int | None) -> dict[
     found = {}
     for case, figures in seen.items():
         first = min((other for other in seen if other.kind == case.kind), key=lambda other: other.ranks)
+        # On CPU ranks beyond the cores are no devices.
         counts = [n if devices is None else min(n, devices) for n in (case.ranks, first.ranks)]
         found[case] = figures.tokens_per_second / seen[first].tokens_per_second * counts[1] / counts[0]
     return found

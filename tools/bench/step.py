@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.attention.request import AttentionRequest
@@ -46,6 +47,7 @@ from bd3_megatron.train.batches import Noise
 from tools.bench import harness
 from tools.bench.harness import Note
 
+# Relative: two ways to add in fp32, and the roundings of a whole model in bf16.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -89,6 +91,7 @@ def make_problem(options: argparse.Namespace) -> StepCase:
         seed=1, mask_id=options.vocab - 1, group_size=options.batch, block_size=options.block, interval=Interval()
     )
     device = rank_device(0) if options.device == "cuda" else torch.device("cpu")
+    # As each device trains.
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     return StepCase(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
 
@@ -97,6 +100,7 @@ def shipped_step(problem: StepCase, vocab: int, backend: str) -> tuple[Callable[
     """(one forward and backward of the shipped path, its model, its attention backend)."""
     config = problem.config
     if not dist.is_initialized():
+        # megatron wants a process group, also for one rank.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     topology = join(config.parallel, rank=0, world_size=1, device=problem.device)
     request = AttentionRequest(
@@ -116,6 +120,7 @@ def shipped_step(problem: StepCase, vocab: int, backend: str) -> tuple[Callable[
     batch = pair_batch(problem.clean, [problem.noisy], model.layout).to(problem.device)
 
     def step() -> Tensor:
+        # Both sides make their gradients anew, as after an optimizer step.
         model.root.zero_grad(set_to_none=True)
         weighted_sum = model.chunks[0](batch)[0]
         loss = weighted_sum / problem.tokens
@@ -129,6 +134,7 @@ def naive_step(
     problem: StepCase, vocab: int, model: ParallelModel, attention: str
 ) -> tuple[Callable[[], Tensor], nn.Module]:
     """One forward and backward of the form most code ships, with the shipped model's weights."""
+    # The same weights under plain names: the comparison is of forms, not of models.
     plain = plain_twin(problem.config, vocab, model).to(problem.device, problem.dtype)
     length, block = problem.config.data.seq_len, problem.config.diffusion.block_size
     attend = naive_attention(attention, length, block, problem.device)
@@ -139,6 +145,7 @@ def naive_step(
 
     def step() -> Tensor:
         plain.zero_grad(set_to_none=True)
+        # All 2 L rows pass every layer and get logits, of which the noisy half's are kept.
         logits = plain.lm_head(run_layers(plain.model, ids, position, attend))[:, :length].float()
         logits = logits.index_fill(-1, torch.tensor([vocab - 1], device=problem.device), float("-inf"))
         log_probs = F.log_softmax(logits, dim=-1)
@@ -171,6 +178,7 @@ def naive_attention(
         return own | past
 
     table = create_block_mask(rule, None, None, 2 * length, 2 * length, device=device.type)
+    # Static shapes: the form at its best.
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend_flex(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -208,6 +216,7 @@ def check_equal(
         for plain_name, grad in table.to_plain(name, parameter.grad).items():
             reference = grads[plain_name].float()
             worst = max(worst, float((grad.float() - reference).abs().max() / reference.abs().max()))
+    # Before anything is timed.
     if loss_error > LOSS_TOLERANCE[problem.dtype]:
         raise RangeError(f"the two sides disagree: loss {float(ours)} against {float(theirs)}; nothing was timed.")
     return f"loss differs by {loss_error:.1e} (relative), the worst gradient by {worst:.1e} of its largest element"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.command import CommandParser
@@ -40,6 +41,7 @@ def marks_of_steps(timeline: Timeline, micro_batches: int, steps: int = STEPS_TI
         with timeline.span("optimizer"):
             pass
         timeline.end_step()
+    # Reading the marks is part of the cost.
     timeline.finished()
 
 
@@ -71,6 +73,7 @@ def measure_marks(options: argparse.Namespace) -> Iterator[Note]:
 
     candidates = {"step": step, "marks": lambda: marks_of_steps(timeline, options.micro_batches)}
     seconds = harness.interleave(candidates, repeats=options.repeats, device=options.device)
+    # Two a span around data, schedule and optimizer, one at each end, two a forward.
     count = 8 + 2 * options.micro_batches
     shares = [m / STEPS_TIMED / s for m, s in zip(seconds["marks"], seconds["step"], strict=True)]
     each = statistics.median(seconds["marks"]) / STEPS_TIMED

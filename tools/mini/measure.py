@@ -34,9 +34,11 @@ from bd3_megatron.sampling.text import folder_tokenizer
 from tools.mini.runs import MiniRun
 from tools.mini.variants import MINI_SEQ_LEN, MiniSize
 
+# 2^4 masks a block can be enumerated; 2^8 would cost 256 forwards a block.
 MAX_EXACT = 4
 INTERVALS = ((1e-3, 0.5), (0.3, 0.8), (0.5, 1.0), (1e-3, 1.0))
 """Of the paper's variance table."""
+# Noise of its own: not that of training, nor of the search.
 VARIANCE_SEED = 7
 HOST = torch.device("cpu")
 
@@ -64,6 +66,7 @@ def measure_all(
         with_variances: variants whose first seed is measured by interval too.
     """
     wanted = [job.variant.name in with_variances and job.seed == size.seeds[0] for job in jobs]
+    # torch's threads do not survive a fork.
     context = get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(_measure, jobs, [held_out] * len(jobs), [size] * len(jobs), wanted)
@@ -92,6 +95,7 @@ def interval_variances(job: MiniRun, dataset: TokenDataset, num_sequences: int) 
     index_B = torch.arange(min(num_sequences, dataset.num_rows))
     found = []
     for beta, omega in INTERVALS:
+        # Every interval with the same rows and uniform numbers: differences are not those of luck.
         losses = [
             _block_losses(model, dataset, part, Interval(beta, omega), config.mask_token_id)
             for part in index_B.split(32)
@@ -143,6 +147,7 @@ def frontiers(
     points = {}
     for job in jobs:
         model, config = load_model(job.folder, device=HOST)
+        # The miniature's checkpoints know no BOS; texts begin with the tokenizer's.
         special = None if tokenizer is None else tokenizer.bos_token_id
         config.bos_token_id = special if config.bos_token_id is None else config.bos_token_id
         points[job.variant.label] = frontier(

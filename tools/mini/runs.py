@@ -45,6 +45,7 @@ class MiniRun:
 
 def mini_runs(size: MiniSize, out: Path) -> list[MiniRun]:
     """Every model of the miniature, trunks first."""
+    # Trunks first: every branch waits for one.
     names = sorted(size.variants, key=lambda name: (name != TRUNK, list(VARIANTS).index(name)))
     return [MiniRun(VARIANTS[name], seed, out / f"seed{seed}" / name) for name in names for seed in size.seeds]
 
@@ -69,6 +70,7 @@ class Runner:
         done = len(jobs) - len(waiting)
         try:
             while waiting or self._running:
+                # Any job that may start, not the first in the list: a branch must not hold up the others.
                 ready = next((job for job in waiting if self._may_start(job, jobs)), None)
                 if ready is not None and len(self._running) < self.at_once:
                     waiting.remove(ready)
@@ -80,6 +82,7 @@ class Runner:
                 time.sleep(RUN_POLL_SECONDS)
         finally:
             for _, process in self._running.values():
+                # After a failure or Ctrl-C: a run takes this as a request to save and stop.
                 process.terminate()
 
     def _trunk(self, job: MiniRun, jobs: Sequence[MiniRun]) -> MiniRun:
@@ -94,6 +97,7 @@ class Runner:
             _branch(self._trunk(job, jobs).folder, job.folder, self.size.branch_step)
         named = overrides(job.variant, self.size, seed=job.seed, run_dir=str(job.folder))
         command = [sys.executable, "-m", "bd3_megatron.cli", "train", str(self.config), *named]
+        # Appended: a restarted run keeps the log of the attempt before.
         with open(job.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=_environment())
         self._running[job.folder] = (job, process)
@@ -104,6 +108,7 @@ class Runner:
             if process.poll() is None:
                 continue
             del self._running[folder]
+            # Exit code 0 alone may mean that it was asked to stop.
             if process.returncode or not job.is_finished:
                 words = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise RunFailed(
@@ -126,4 +131,5 @@ def _branch(trunk: Path, folder: Path, step: int) -> None:
 def _environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    # One core a run; the checkout is importable, installed or not.
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

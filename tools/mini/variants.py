@@ -2,10 +2,8 @@
 
 Decides the two-phase recipe at small scale: masked diffusion over the whole sequence (S = L) first, then blocks of S from
 the same weights, optimizer state and data order. The first phase is the same for every S, so it is trained once a seed
-and branched: the branch's folder begins with a copy of the trunk's checkpoint. The trunk itself, trained to the end, is
-the MDLM of the comparison. The AR model trains from scratch on the same tokens.
-Learning rate: warm-up, constant, linear decay over the end of the budget, the same for all; the trunk's checkpoint lies
-before the decay.
+and branched. The trunk itself, trained to the end, is the MDLM of the comparison. The AR model trains from scratch on the
+same tokens.
 """
 
 from __future__ import annotations
@@ -111,6 +109,8 @@ def base_tree(size: MiniSize, *, data: str) -> dict[str, Any]:
             "micro_batch_size": size.global_batch_size,
         },
         "optim": {
+            # The same for all: warm-up, constant, linear decay over the end of the budget. The trunk's checkpoint lies
+            # before the decay.
             "lr": 2e-3,
             "schedule": "wsd",
             "warmup_steps": min(100, size.steps // 20),
@@ -119,6 +119,7 @@ def base_tree(size: MiniSize, *, data: str) -> dict[str, Any]:
             "weight_decay": 0.01,
             "ema_decay": 0.995,
         },
+        # One lies exactly where the branches begin, and all are kept.
         "checkpoint": {"every_steps": size.branch_step, "keep_last": 0},
         "evaluate": {"every_steps": max(1, size.steps // 10), "num_sequences": 64, "draws": 2},
         "log": {"every_steps": max(1, size.steps // 100)},
@@ -134,10 +135,12 @@ def overrides(variant: Variant, size: MiniSize, *, seed: int, run_dir: str) -> l
         return [*named, "diffusion.objective=ar"]
     if not variant.is_branch:
         return named
+    # The first phase repeats the trunk's: a branch finds itself at its end when it starts.
     second = {"block_size": variant.block_size}
     phases = f"[{{block_size: {MINI_SEQ_LEN}, steps: {size.branch_step}}}, {_flow(second, variant.interval)}]"
     named += [f"diffusion.block_size={variant.block_size}", f"diffusion.phases={phases}"]
     if variant.interval is None:
+        # Four searches in the second phase: the interval follows the model.
         every = max(1, (size.steps - size.branch_step) // 4)
         named += [f"diffusion.search_every_steps={every}", "diffusion.search_batches=8"]
     return named

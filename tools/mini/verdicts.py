@@ -16,6 +16,7 @@ import torch
 
 from bd3_megatron.evaluate.perplexity import SequenceScores, paired_difference
 
+# Some 95 % for one claim; the requirement that every seed agrees is on top.
 ERRORS_NEEDED = 2.0
 EQUAL_NATS = 0.03
 """Models are equal when they differ by no more than this per token, and are known that well (3 % in perplexity)."""
@@ -59,9 +60,11 @@ class ClaimVerdict:
         """reproduced, not reproduced, or undecided."""
         size, limit = self.difference_nats, ERRORS_NEEDED * self.stderr_nats
         if self.claim.is_equal:
+            # Surely further apart than equal models may be.
             if abs(size) - limit > EQUAL_NATS:
                 return "not reproduced"
             return "reproduced" if max(abs(size), limit) <= EQUAL_NATS else "undecided"
+        # One seed that points the other way leaves it undecided.
         if size > limit and min(self.by_seed) > 0:
             return "reproduced"
         return "not reproduced (the other way round)" if size < -limit else "undecided"
@@ -92,6 +95,7 @@ def _verdict(claim: Claim, scores: Mapping[tuple[str, int], SequenceScores], see
     by_seed = [paired_difference(scores[claim.worse, seed], scores[claim.better, seed])[0] for seed in seeds]
     better, worse = (_mean([scores[name, seed] for seed in seeds]) for name in (claim.better, claim.worse))
     mean, error = paired_difference(worse, better)
+    # Between seeds; the error over sequences does not know that training itself is random.
     spread = torch.tensor(by_seed).std().item() / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
     return ClaimVerdict(claim, mean, math.hypot(error or 0.0, spread), tuple(by_seed))
 

@@ -32,6 +32,7 @@ from bd3_megatron.report.chart import Chart, Series, line_chart, stroke
 from bd3_megatron.train.dataset import open_data
 from tools.bench import harness
 
+# The search must not choose by the very noise that it is then scored on.
 SCORE_SEED, SEARCH_SEED = 1, 2
 LINEAR = "loglinear"
 OTHER_SCHEDULES = ("cosine", "square", "sqrt", "log")
@@ -105,6 +106,7 @@ def _train(options: argparse.Namespace) -> list[Path]:
     for size in options.block_size:
         folder = options.out / f"S{size}"
         overrides = [f"run.dir={folder}", f"diffusion.block_size={size}", f"train.steps={options.steps}", *options.set]
+        # One copy of the data: the second run reads what the first prepared.
         if folders and (folders[0] / "data").is_dir():
             overrides.append(f"data.path={folders[0] / 'data'}")
         command = [sys.executable, "-m", "bd3_megatron.cli", "train", options.train, *overrides]
@@ -146,6 +148,7 @@ def open_subject(folder: Path, batch_rows: int) -> Subject:
 
 def variances_of(subject: Subject, *, batches: int, gradient_batches: int) -> list[NoiseVariance]:
     """Every candidate interval under the linear schedule, then the other schedules over the full interval."""
+    # Every candidate is scored from draws of its own, with the same rows and the same uniform numbers.
     ways = [(LINEAR, interval) for interval in candidates(subject.block_size)]
     if subject.block_size > 1:
         ways += [(schedule, FULL) for schedule in OTHER_SCHEDULES]
@@ -160,6 +163,7 @@ def variance_of_one(
     with torch.no_grad():
         for numbers in _batches(subject, batches):
             loss_BK, _, is_counted_BK = subject.losses(numbers, interval, schedule, seed=SCORE_SEED)
+            # Blocks that are all padding have no loss.
             losses.append(loss_BK[is_counted_BK].double())
     together = torch.cat(losses)
     gradient = _gradient_variance(subject, schedule, interval, gradient_batches)
@@ -173,6 +177,7 @@ def _gradient_variance(subject: Subject, schedule: str, interval: Interval, batc
     squares = 0.0
     for numbers in _batches(subject, batches):
         loss_BK, _, is_counted_BK = subject.losses(numbers, interval, schedule, seed=SCORE_SEED)
+        # The mean over the batch's blocks, as a training step takes it.
         grads = torch.autograd.grad(loss_BK[is_counted_BK].mean(), parameters)
         for whole, grad in zip(total, grads, strict=True):
             whole += grad
@@ -180,6 +185,7 @@ def _gradient_variance(subject: Subject, schedule: str, interval: Interval, batc
     if batches < 2:
         return float("nan")
     mean_square = sum((whole / batches).square().sum().item() for whole in total)
+    # The unbiased trace of the covariance: no gradient is kept, only sums.
     return (squares - batches * mean_square) / (batches - 1)
 
 
@@ -189,6 +195,7 @@ def searched_interval(subject: Subject, *, batches: int) -> Interval:
     moments = Moments.none(len(intervals))
     with torch.no_grad():
         for drawn_from in passes(intervals):
+            # Rows behind the measured ones, which the scores above have not used.
             for numbers in _batches(subject, batches, first=batches):
                 loss_BK, t_BK, is_counted_BK = subject.losses(numbers, drawn_from, LINEAR, seed=SEARCH_SEED)
                 found = score(loss_BK, t_BK, intervals=intervals, drawn_from=drawn_from, is_counted_BK=is_counted_BK)
@@ -218,6 +225,7 @@ def variance_markdown(
         if f.schedule != LINEAR or f.interval in shown
     ]
     header = ["noise", "loss", "variance of a block's loss", "linear / it", "variance of a gradient", "linear / it"]
+    # How much the search gives away, by choosing on other rows and with a single set of passes.
     excess = 100 * (picked.loss_variance / best.loss_variance - 1)
     blocks = options.batches * subject.batch_rows * (subject.length // subject.block_size)
     return "\n\n".join(
@@ -241,6 +249,7 @@ def variance_charts(subject: Subject, findings: Sequence[NoiseVariance]) -> dict
         by_width: dict[str, list[tuple[float, float]]] = {}
         for finding in findings:
             interval, value = finding.interval, getattr(finding, f"{what}_variance")
+            # Not equal to itself: a NaN of too few gradient batches.
             if finding.schedule == LINEAR and value == value:
                 beta = 0.0 if interval.beta == FULL.beta else interval.beta
                 by_width.setdefault(f"width {interval.omega - beta:.1f}", []).append((beta, value))
