@@ -60,8 +60,18 @@ def _is_configuration(value: Any) -> bool:
 
 
 def _is_train_state(value: Any) -> bool:
-    # the trainer's own, but for the one number that exports rely on
-    return isinstance(value, dict) and (value.get("block_size") is None or is_count(value["block_size"], 1, MAX_ROWS))
+    # the trainer's own, but for what exports rely on
+    if not isinstance(value, dict):
+        return False
+    size, tokenizer = value.get("block_size"), value.get("tokenizer")
+    return (size is None or is_count(size, 1, MAX_ROWS)) and (tokenizer is None or _is_tokenizer(tokenizer))
+
+
+def _is_tokenizer(value: Any) -> bool:
+    ids = {name: inner for name, inner in value.items() if name != "fingerprint"} if isinstance(value, dict) else None
+    if ids is None or not isinstance(value.get("fingerprint"), str) or not _DIGEST.fullmatch(value["fingerprint"]):
+        return False
+    return all(inner is None or is_count(inner, 0, MAX_ROWS) for inner in ids.values())
 
 
 def _is_file_record(value: Any) -> bool:
@@ -82,7 +92,7 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seeds": (_all_values(lambda v: is_count(v, -MAX_COUNT)), "whole numbers by name"),
     "vocab_size": (lambda v: is_count(v, 1, MAX_ROWS), "a whole number from 1 to 2**31"),
     "mask_id": (lambda v: v is None or is_count(v, 0, MAX_ROWS), "an id of the vocabulary or nothing"),
-    "train_state": (_is_train_state, "values by name, with a block_size from 1"),
+    "train_state": (_is_train_state, "values by name, with a block_size from 1 and a tokenizer of ids and SHA-256"),
     "engine": (_all_values(lambda v: v is None or (_is_number(v) and v >= 0)), "numbers from 0 by name"),
     "software": (_all_values(_is_text), "versions by name"),
     "evaluation": (lambda v: isinstance(v, dict), "values by name"),

@@ -31,9 +31,8 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder
 from bd3_megatron.data.shard_header import read_header
-from bd3_megatron.data.tokenizer import META_FILE
-from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
-from bd3_megatron.data.tokenizer_open import load_tokenizer
+from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
+from bd3_megatron.data.vocabulary import TOKENIZER_COPY
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import CheckpointError, ConversionError, DataError, TokenizerError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -112,9 +111,9 @@ def convert_checkpoint(
     described, notes = describe_model(config, manifest, data_dir)
     if which == "model" and not raw and not manifest.origin:
         notes.append("the checkpoint keeps no average; its trained weights were taken")
-    tokenizer = tokenizer_of(data_dir, manifest)
+    tokenizer = tokenizer_of(path, data_dir, manifest)
     if tokenizer is None:
-        notes.append("no tokenizer was found beside the data; copy its files into the folder")
+        notes.append("no tokenizer was found in the run or beside its data; copy its files into the folder")
     facts: dict[str, Any] = {
         "weights": WEIGHTS[which],
         "num_parameters": sum(math.prod(source.shape(name)) for name in source.names()),
@@ -201,26 +200,29 @@ def checked_difference(expected: Tensor, found: Tensor, what: str) -> float:
     return difference
 
 
-def tokenizer_of(data_dir: Path | None, manifest: Manifest) -> Path | None:
-    """The tokenizer's folder beside a run's data, after comparing it with the one the run was trained with.
+def run_tokenizer(manifest: Manifest) -> dict[str, Any]:
+    """Fingerprint and special ids of the tokenizer a run was trained with; empty in checkpoints of older versions."""
+    recorded = manifest.train_state.get("tokenizer")
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def tokenizer_of(checkpoint: Path, data_dir: Path | None, manifest: Manifest) -> Path | None:
+    """The folder of a run's tokenizer: the run's own copy, or the one beside its data; None: neither is there.
 
     Args:
+        checkpoint: of the run.
         data_dir: the prepared data; None: gone.
         manifest: of the checkpoint, whose train state holds the fingerprint (older ones do not).
 
     Raises:
         TokenizerError: it is damaged, or another one than the run's: data prepared again, or moved.
     """
-    folder = None if data_dir is None else data_dir / "tokenizer"
-    if folder is None or not folder.is_dir():
-        return None
+    named = [checkpoint.parent.parent / TOKENIZER_COPY, *([] if data_dir is None else [data_dir / "tokenizer"])]
+    folder = next((path for path in named if path.is_dir()), None)
     # The fingerprint decides and not the path: data may be prepared again in the same folder.
-    recorded = manifest.train_state.get("tokenizer")
-    if isinstance(recorded, dict) and (folder / META_FILE).is_file():
-        check_same_tokenizer(
-            (load_tokenizer(folder).fingerprint, str(folder)),
-            (str(recorded.get("fingerprint")), f"the run at step {manifest.step}"),
-        )
+    fingerprint = run_tokenizer(manifest).get("fingerprint")
+    if folder is not None and fingerprint is not None:
+        check_folder_tokenizer(folder, (fingerprint, f"the run at step {manifest.step}"))
     return folder
 
 
@@ -232,30 +234,39 @@ def describe_model(config: Config, manifest: Manifest, data_dir: Path | None) ->
         manifest: the checkpoint's.
         data_dir: its prepared data, where the ids of special tokens stand; None: gone.
     """
-    model, ids, notes = config.model, {}, []
-    if data_dir is not None:
-        try:
-            special = read_header(data_dir / "train").special_ids
-            ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
-        except (DataError, TokenizerError) as error:
-            notes.append(f"ids of special tokens are unknown: {error}")
-    else:
-        notes.append("the run's data was not found; begin, end and padding ids are left out")
+    ids, notes = _special_ids(manifest, data_dir)
     try:
         described = plain_config(
-            model,
+            config.model,
             vocab_size=manifest.vocab_size,
             seq_len=config.data.seq_len,
             block_size=trained_block_size(config, manifest),
             mask_id=manifest.mask_id,
             objective=config.diffusion.objective,
-            special_ids=ids,
+            special_ids={f"{name}_token_id": value for name, value in ids.items()},
             evaluation=manifest.evaluation or None,
+            tokenizer_fingerprint=run_tokenizer(manifest).get("fingerprint"),
         )
     except ValueError as error:
         # a manifest from outside may hold what no configuration file could
         raise ConversionError(f"the checkpoint describes no model: {error}") from None
     return described, notes
+
+
+def _special_ids(manifest: Manifest, data_dir: Path | None) -> tuple[dict[str, int | None], list[str]]:
+    """Begin, end and padding ids of a run, and remarks where they are not known."""
+    names = ("bos", "eos", "pad")
+    # what the run wrote down goes before the data, which may have been prepared again
+    recorded = run_tokenizer(manifest)
+    if all(name in recorded for name in names):
+        return {name: recorded[name] for name in names}, []
+    if data_dir is None:
+        return {}, ["the run's data was not found; begin, end and padding ids are left out"]
+    try:
+        special = read_header(data_dir / "train").special_ids
+    except (DataError, TokenizerError) as error:
+        return {}, [f"ids of special tokens are unknown: {error}"]
+    return {"bos": special.bos, "eos": special.eos, "pad": special.pad}, []
 
 
 def trained_block_size(config: Config, manifest: Manifest) -> int:

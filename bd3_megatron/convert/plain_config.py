@@ -19,6 +19,7 @@ def plain_config(
     objective: str = "block",
     special_ids: Mapping[str, int | None] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    tokenizer_fingerprint: str | None = None,
 ) -> BD3Config:
     """BD3Config of a model.
 
@@ -31,6 +32,7 @@ def plain_config(
         objective: "block" or "ar".
         special_ids: bos_token_id, eos_token_id, pad_token_id, where known.
         evaluation: how likelihood is measured, as the manifest has it; None: unknown.
+        tokenizer_fingerprint: of the tokenizer that made the run's ids; None: unknown.
     """
     return BD3Config(
         # Without padding rows: they belong to the grid and not to the model.
@@ -52,5 +54,6 @@ def plain_config(
         objective=objective,
         initializer_range=model.init_std,
         evaluation=None if evaluation is None else dict(evaluation),
+        tokenizer_fingerprint=tokenizer_fingerprint,
         **cast(dict[str, Any], special_ids or {}),
     )

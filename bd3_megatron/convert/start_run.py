@@ -29,9 +29,8 @@ from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_lo
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
 from bd3_megatron.convert.to_hf import check_ids, checked_shapes
-from bd3_megatron.data.tokenizer import META_FILE
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
-from bd3_megatron.data.tokenizer_open import open_tokenizer
+from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -89,13 +88,15 @@ def start_run(
         TokenizerError: the folder's tokenizer is not the data's, or its special ids collide.
     """
     # First, because it is the mistake that no shape check finds.
-    if tokenizer is not None:
-        refuse_other_tokenizer(folder, tokenizer)
+    check_folder_tokenizer(folder, tokenizer)
     checkpoints = Path(config.run.dir) / "checkpoints"
     # Beside later steps, step 0 would never be resumed from.
     if checkpoint_folders(checkpoints):
         raise ConversionError(f"{checkpoints} holds checkpoints already; name a new run.dir, or remove them first.")
     described, source, origin = open_source(folder, config, vocab_size=vocab_size, mask_id=mask_id, mask_init=mask_init)
+    if tokenizer is not None and described.tokenizer_fingerprint is not None:
+        # a folder without tokenizer files still says which one its model learned
+        check_same_tokenizer((described.tokenizer_fingerprint, f"the model in {folder}"), tokenizer)
     check_ids(described, str(folder))
     refuse_other_shape(described, config)
     table = NameTable(config.model, vocab_size)
@@ -120,20 +121,6 @@ def start_run(
         num_parameters=sum(math.prod(shape) for shape in plain_shapes.values()),
         max_logit_difference=proof[0],
     )
-
-
-def refuse_other_tokenizer(folder: Path, data: tuple[str, str]) -> None:
-    """Refuse data whose ids are other text than the folder's model has learned, however many ids there are.
-
-    Args:
-        folder: of the model; without a tokenizer there is nothing to compare.
-        data: (fingerprint, what it belongs to).
-
-    Raises:
-        TokenizerError: they differ, or the folder's tokenizer cannot be read.
-    """
-    if (folder / META_FILE).is_file() or (folder / "tokenizer.json").is_file():
-        check_same_tokenizer((open_tokenizer(folder).fingerprint, str(folder)), data)
 
 
 def check_source(folder: Path) -> str:

@@ -188,6 +188,7 @@ CONFIG_FIELDS = frozenset(
         *("max_position_embeddings", "block_size", "mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"),
         *("objective", "residual_dropout", "initializer_range", "logit_alignment", "prefix_attention", "block_grid"),
         "evaluation",
+        "tokenizer_fingerprint",
     }
 )
 

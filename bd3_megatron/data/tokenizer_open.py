@@ -73,6 +73,22 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
     return import_tokenizer(str(name))
 
 
+def check_folder_tokenizer(folder: Path, recorded: tuple[str, str] | None) -> None:
+    """Refuse a model's folder whose tokenizer is another one than recorded, however many ids both have.
+
+    Args:
+        folder: of the model; without a tokenizer there is nothing to compare.
+        recorded: (fingerprint, what it belongs to); None: the record does not say.
+
+    Raises:
+        TokenizerError: they differ, or the folder's tokenizer cannot be read.
+    """
+    # transformers saves a tokenizer without our record; its fingerprint is then computed from the files
+    has_tokenizer = (folder / META_FILE).is_file() or (folder / "tokenizer.json").is_file()
+    if recorded is not None and has_tokenizer:
+        check_same_tokenizer((open_tokenizer(folder).fingerprint, str(folder)), recorded)
+
+
 def _special_text(folder: Path, config: dict, name: str) -> str:
     """Text of a special token; transformers writes it plainly or as {"content": text, ...}."""
     stated = config.get(f"{name}_token")

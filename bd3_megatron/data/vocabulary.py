@@ -9,6 +9,9 @@ from bd3_megatron.data.prepare import TRAINED_TOKENIZERS
 from bd3_megatron.data.shard_header import HEADER_FILE, read_header
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
 
+TOKENIZER_COPY = "tokenizer"
+"""Under run.dir: the run's own copy of its tokenizer, so that an export needs no data."""
+
 
 def data_folder(config: Config) -> Path:
     """Where the run's prepared data lies or will lie: of a mixture without path, its first part."""

@@ -24,9 +24,8 @@ from bd3_megatron.convert.plain_source import CheckpointSource
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention, convention_from_json
 from bd3_megatron.data.loader import TokenDataset
-from bd3_megatron.data.tokenizer import META_FILE
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
-from bd3_megatron.data.tokenizer_open import load_tokenizer
+from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import NextToken
 from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
@@ -44,7 +43,7 @@ from bd3_megatron.evaluate.perplexity import (
 )
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
-from bd3_megatron.sampling.folder import read_config, read_weights
+from bd3_megatron.sampling.folder import check_model_tokenizer, read_config, read_weights
 
 LOGIT_BYTES = 64 * 2**20
 """Size of one chunk's logits in fp32."""
@@ -111,15 +110,18 @@ def open_model(folder: Path) -> ModelFolder:
 
     Raises:
         CheckpointError: nothing there, or damaged.
+        TokenizerError: an exported folder's tokenizer is not the one its model learned.
     """
     is_run = (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file()
     if not is_run or (folder / "config.json").is_file():
-        return ModelFolder(folder, read_config(folder), None, None)
+        config = read_config(folder)
+        check_model_tokenizer(folder, config)
+        return ModelFolder(folder, config, None, None)
     path = find_checkpoint(folder)
     reader = open_checkpoint(path)
-    config = config_from_tree(reader.manifest.config)
-    described, _ = describe_model(config, reader.manifest, data_dir_of(config, path))
-    return ModelFolder(folder, described, config, reader)
+    run_config = config_from_tree(reader.manifest.config)
+    described, _ = describe_model(run_config, reader.manifest, data_dir_of(run_config, path))
+    return ModelFolder(folder, described, run_config, reader)
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PlainBD3, BD3Config]:
@@ -162,11 +164,13 @@ def open_split(
             f"{path} has a vocabulary of {dataset.vocab_size} and the model of {config.vocab_size}; "
             "prepare the text with the model's tokenizer."
         )
-    shards = dataset.sources[0].shards
-    if (folder / META_FILE).is_file():
-        check_same_tokenizer(
-            (shards.tokenizer_fingerprint, str(path)), (load_tokenizer(folder).fingerprint, str(folder))
-        )
+    text = (dataset.sources[0].shards.tokenizer_fingerprint, str(path))
+    recorded = config.tokenizer_fingerprint
+    if recorded is not None:
+        check_same_tokenizer(text, (recorded, f"the model in {folder}"))
+    else:
+        # an older folder names no tokenizer; the one that lies in it is the best witness
+        check_folder_tokenizer(folder, text)
     return dataset
 
 

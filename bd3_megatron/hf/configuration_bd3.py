@@ -36,6 +36,7 @@ class BD3Config(PretrainedConfig):
         initializer_range: standard deviation of fresh weights.
         evaluation: how the model's likelihood was measured in training (rows, counted tokens, smallest noise level), so
             that it can be measured alike; None: not recorded.
+        tokenizer_fingerprint: which tokenizer made the ids that the model learned, 64 hex digits; None: not recorded.
 
     Raises:
         ValueError: a style, objective, head count, width, block size or mask token id that no model can have.
@@ -68,6 +69,7 @@ class BD3Config(PretrainedConfig):
         residual_dropout: float = 0.0,
         initializer_range: float = 0.02,
         evaluation: dict[str, Any] | None = None,
+        tokenizer_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         # written by this class and read back by transformers: they follow from the objective, never from the file
@@ -97,6 +99,7 @@ class BD3Config(PretrainedConfig):
         self.residual_dropout = residual_dropout
         self.initializer_range = initializer_range
         self.evaluation = evaluation
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         # The three semantic switches in which engines that serve block-diffusion models differ: each is written into the
         # file, so that a reader need not guess.
         self.logit_alignment = LOGIT_ALIGNMENTS.get(objective)

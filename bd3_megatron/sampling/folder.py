@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import read_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -51,6 +52,16 @@ def read_config(folder: Path) -> BD3Config:
         return BD3Config(**described)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not a model's: {error}") from None
+
+
+def check_model_tokenizer(folder: Path, config: BD3Config) -> None:
+    """Refuse a folder whose tokenizer is not the one that made the ids which its model learned.
+
+    Raises:
+        TokenizerError: they differ, or the tokenizer cannot be read.
+    """
+    recorded = config.tokenizer_fingerprint
+    check_folder_tokenizer(folder, None if recorded is None else (recorded, f"the model's {folder / 'config.json'}"))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from bd3_megatron.hf.generation_bd3 import BlockEvent, Decoder, Observer, Reques
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.hf.text_bd3 import StopStrings, continuation_text
 from bd3_megatron.sampling.figures import RunFigures, weight_bytes
-from bd3_megatron.sampling.folder import read_config, read_weights
+from bd3_megatron.sampling.folder import check_model_tokenizer, read_config, read_weights
 from bd3_megatron.sampling.packed_linear import pack_linear_layers
 from bd3_megatron.sampling.request import (
     Prompt,
@@ -90,11 +90,12 @@ class Sampler:
 
         Raises:
             CheckpointError: the folder is missing, damaged, or its weights are not its configuration's.
-            TokenizerError: its tokenizer cannot be loaded.
+            TokenizerError: its tokenizer cannot be loaded, or is another one than the model's run had.
             SamplingError: an unknown dtype.
         """
         path = Path(folder)
         config = read_config(path)
+        check_model_tokenizer(path, config)
         wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if dtype is not None and wanted not in DTYPES.values():
             raise SamplingError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}.")

@@ -29,7 +29,7 @@ from bd3_megatron.process.preflight import preflight
 from bd3_megatron.process.stop import StopRequest
 from bd3_megatron.process.watchdog import Watchdog
 from bd3_megatron.train.backends import agreed_backends
-from bd3_megatron.train.dataset import RunData, prepare_and_open
+from bd3_megatron.train.dataset import RunData, keep_tokenizer, prepare_and_open
 from bd3_megatron.train.doctor import check_rows_together, diagnose_together
 from bd3_megatron.train.hooks import Hooks
 from bd3_megatron.train.loggers import Console, Loggers, Record, open_mirrors
@@ -90,12 +90,13 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     say(f"rows: {check_rows_together(config, topology, dtype)}")
     engine = _engine(config, topology, data, backends, dtype)
     # After the leak check: weights are loaded only into a model whose attention was proved.
-    state = resume(engine, run_dir, config, data.tokenizer_identity(), say)
+    state = resume(engine, run_dir, config, data.identity, say)
     plan = RunPlan(config, state.step, state.samples_consumed)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Only now: a launch that was refused leaves the file of the attempt before.
         dump_config(config, run_dir / "config.yaml")
+        keep_tokenizer(data, run_dir)
     stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
     # After the slow part of the start: until here a signal ends the process, and nothing is lost by it.
     stop.install()

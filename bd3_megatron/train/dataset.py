@@ -8,6 +8,7 @@ Costs: with a stream every rank tokenises its own rows, and ranks of one replica
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.loader import BatchLoader, TokenDataset, check_held_out
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
-from bd3_megatron.data.packing import PackingRule, rule_of_recipe
+from bd3_megatron.data.packing import PackedRows, PackingRule, rule_of_recipe
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.shard_header import HEADER_FILE
@@ -35,10 +36,13 @@ from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.stream_shard import StreamPlan
 from bd3_megatron.data.streaming import StreamLoader, merge_states, plan_stream
-from bd3_megatron.data.vocabulary import data_folder
+from bd3_megatron.data.tokenizer import META_FILE
+from bd3_megatron.data.vocabulary import TOKENIZER_COPY, data_folder
 from bd3_megatron.errors import ConfigError, TokenizerError, cut
+from bd3_megatron.files import whole
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
+from bd3_megatron.train.state import DataIdentity
 
 Indices = Callable[[], Iterator[Tensor]]
 """Gives the int64 [B] indices of a rank's micro-batches, the same at every call."""
@@ -60,6 +64,9 @@ class TrainingRows(Protocol):
     def read(self, plan: RunPlan, indices: Indices, *, workers: int, saved: DataState | None) -> RowReading:
         """Read the rows with these indices, from where the plan and the saved state say the run stands."""
 
+    def counts(self) -> list[dict[str, int]]:
+        """Rows, documents and tokens of each source; empty where nobody has counted them, as of a stream."""
+
 
 @dataclass(frozen=True)
 class ShardRows:
@@ -79,6 +86,10 @@ class ShardRows:
         source = self.dataset.mixed(Mixture(stages))
         batches = BatchLoader(source, indices(), num_workers=workers)
         return RowReading(iter(batches), lambda: stages_state(stages))
+
+    def counts(self) -> list[dict[str, int]]:
+        """As TrainingRows; in the order that numbers the sources."""
+        return [_counts(rows) for rows in self.dataset.sources]
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,10 @@ class StreamRows:
         loader = StreamLoader(self.stream, indices, num_workers=workers, state=positions)
         return RowReading(iter(loader), loader.state_dict)
 
+    def counts(self) -> list[dict[str, int]]:
+        """As TrainingRows: none."""
+        return []
+
 
 def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a run from those of its data-parallel ranks, all after the same step."""
@@ -119,13 +134,26 @@ class RunData:
     convention: EvaluationConvention
     """How they are cut and counted, here and wherever the run's model is evaluated later."""
     tokenizer_folder: Path
-    tokenizer_fingerprint: str
     special: SpecialIds
     vocab_size: int
+    identity: DataIdentity
+    """What a resumed run compares."""
 
-    def tokenizer_identity(self) -> dict[str, Any]:
-        """What a resumed run compares: the fingerprint and the special ids, in JSON."""
-        return {"fingerprint": self.tokenizer_fingerprint, **self.special.as_dict()}
+
+def keep_tokenizer(data: RunData, run_dir: Path) -> None:
+    """Copy the tokenizer into the run, where exports find it when the data is gone. Called by one rank.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    kept, given = run_dir / TOKENIZER_COPY, data.tokenizer_folder
+    # of megatron's indexed data there may be no tokenizer
+    if not (given / META_FILE).is_file():
+        return
+    if (kept / META_FILE).is_file() and (kept / META_FILE).read_bytes() == (given / META_FILE).read_bytes():
+        return
+    with whole(kept, replace_folder=True) as staging:
+        shutil.copytree(given, staging)
 
 
 def prepare_text(config: Config, say: Callable[[str], None]) -> None:
@@ -191,10 +219,18 @@ def open_data(config: Config) -> RunData:
         valid=valid,
         convention=convention,
         tokenizer_folder=folder / "tokenizer",
-        tokenizer_fingerprint=shards.tokenizer_fingerprint,
         special=shards.special,
         vocab_size=shards.vocab_size,
+        identity=DataIdentity(
+            tokenizer={"fingerprint": shards.tokenizer_fingerprint, **shards.special.as_dict()},
+            rows={"train": train.counts(), "valid": None if valid is None else _counts(valid.sources[0])},
+        ),
     )
+
+
+def _counts(rows: PackedRows) -> dict[str, int]:
+    shards = rows.shards
+    return {"rows": rows.num_rows, "documents": shards.num_documents, "tokens": shards.num_tokens}
 
 
 def evaluation_convention(config: Config, recipe: Mapping[str, bool]) -> EvaluationConvention:

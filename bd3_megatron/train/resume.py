@@ -7,7 +7,7 @@ is refused, unless `run.reinterpret` is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bd3_megatron.config.load import config_from_tree, flatten
 from bd3_megatron.config.schema import Config
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.errors import CheckpointError, ConfigError, cut
-from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.state import DataIdentity, TrainState
 
 UNCOMPARED = ("run.overridden", "run.reinterpret")
 """What a launch says about itself."""
@@ -37,7 +37,11 @@ FREE_KEYS = (
     "train.skip_dead_rows",
     "train.stop_file",
     "train.max_skipped_steps",
+    # what is measured changes, what is learned does not
+    "rows.valid",
 )
+TEXT_KEYS = ("data.path", "data.text", "data.mixture", "data.stages")
+"""Which text is read."""
 MEANING_SECTIONS = ("model", "tokenizer")
 """Shapes, or what stored weights and token ids stand for."""
 MEANING_KEYS = ("diffusion.objective",)
@@ -71,11 +75,18 @@ class Change:
 
     def is_named(self, config: Config) -> bool:
         """The command line names it, or a part of its value (a mixture's weight, a stream's split)."""
-        return any(name == self.key or name.startswith(f"{self.key}.") for name in config.run.overridden)
+        # no setting counts the text: whoever names what is read means the text that is there now
+        keys = TEXT_KEYS if self.key == "rows.train" else (self.key,)
+        return any(name == key or name.startswith(f"{key}.") for name in config.run.overridden for key in keys)
+
+    @property
+    def remedy(self) -> str:
+        """The setting that a command line names to allow it."""
+        return TEXT_KEYS[0] if self.key == "rows.train" else self.key
 
 
 def resume(
-    engine: ZeroEngine, run_dir: Path, config: Config, tokenizer: Mapping[str, Any], say: Callable[[str], None]
+    engine: ZeroEngine, run_dir: Path, config: Config, identity: DataIdentity, say: Callable[[str], None]
 ) -> TrainState:
     """Load the newest whole checkpoint of the run, if there is one. Collective.
 
@@ -83,7 +94,7 @@ def resume(
         engine: takes the weights.
         run_dir: the run's folder.
         config: of this attempt.
-        tokenizer: fingerprint and special ids of the data.
+        identity: tokenizer and row counts of the data.
         say: told what is resumed and what differs.
 
     Returns:
@@ -104,33 +115,35 @@ def resume(
                 f"all {damaged} checkpoints in '{folder}' are damaged; restore one, or remove the folder to start anew."
             )
         say(f"no checkpoint in {run_dir}: starts anew")
-        return TrainState(tokenizer=dict(tokenizer))
+        return TrainState(**identity.to_json())
     path, manifest = found
     state = TrainState.from_json(manifest.train_state)
-    # checkpoints of older versions do not know their tokenizer
-    known = dict(tokenizer) if state.tokenizer is None else state.tokenizer
-    changed = changes(config_from_tree(manifest.config), config, tokenizer=(known, tokenizer))
+    # checkpoints of older versions do not know their data
+    known = DataIdentity(tokenizer=state.tokenizer or identity.tokenizer, rows=state.rows or identity.rows)
+    changed = changes(config_from_tree(manifest.config), config, data=(known, identity))
     # Before any weight is touched.
     refuse_changes(changed, config)
     load(engine, path)
-    state.tokenizer = dict(tokenizer)
+    state.tokenizer, state.rows = dict(identity.tokenizer), dict(identity.rows)
     say(f"resumes at step {state.step} from {path}")
     for change in changed:
         say(f"since that checkpoint: {change}")
     return state
 
 
-def changes(
-    saved: Config, config: Config, *, tokenizer: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
-) -> list[Change]:
+def changes(saved: Config, config: Config, *, data: tuple[DataIdentity, DataIdentity] | None = None) -> list[Change]:
     """Every setting that differs.
 
     Args:
         saved: the checkpoint's.
         config: this attempt's.
-        tokenizer: fingerprint and special ids of the checkpoint's data and of this attempt's.
+        data: the checkpoint's and this attempt's.
     """
-    before, now = (_compared(c, t) for c, t in zip((saved, config), tokenizer, strict=True))
+    before, now = _compared(saved), _compared(config)
+    if data is not None:
+        was, is_now = data
+        before |= _identity_values(was, len(is_now.rows["train"]))
+        now |= _identity_values(is_now, len(was.rows["train"]))
     return [
         Change(key, before.get(key), value)
         for key, value in now.items()
@@ -156,18 +169,25 @@ def refuse_changes(changed: list[Change], config: Config) -> None:
     if unnamed:
         raise ConfigError(
             f"the checkpoint was made with other settings: {'; '.join(map(str, unnamed))}; "
-            f"restore them, or name what you mean to change on the command line, as {unnamed[0].key}=VALUE."
+            f"restore them, or name what you mean to change on the command line, as {unnamed[0].remedy}=VALUE."
         )
 
 
-def _compared(config: Config, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _identity_values(identity: DataIdentity, num_sources: int) -> dict[str, Any]:
+    """What is compared of a run's data; of the training sources the first `num_sources`, since a mixture may grow."""
+    # documents and tokens, not rows: how they are cut into rows is compared by its own settings
+    counts = [{name: source[name] for name in ("documents", "tokens")} for source in identity.rows["train"]]
+    values = {f"tokenizer.{name}": value for name, value in identity.tokenizer.items()}
+    return values | {"rows.train": counts[:num_sources], "rows.valid": identity.rows["valid"]}
+
+
+def _compared(config: Config) -> dict[str, Any]:
     model = config.model
     # what is derived may also be written down
     derived = {"num_kv_heads": model.kv_heads, "head_dim": model.head_width, "ffn_hidden_size": model.ffn_width}
     return {
         **flatten(config),
         **{f"model.{name}": value for name, value in derived.items()},
-        **{f"tokenizer.{name}": value for name, value in tokenizer.items()},
     }
 
 

@@ -6,6 +6,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What must be the same text, cut alike, for a run to go on."""
+
+    tokenizer: dict[str, Any]
+    """Fingerprint and special ids of the tokenizer that made the ids."""
+    rows: dict[str, Any]
+    """train: rows, documents and tokens of each source; valid: of the held-out split, None where there is none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Both, as the train state holds them."""
+        return asdict(self)
+
+
 @dataclass
 class TrainState:
     """Mutable; the trainer owns it."""
@@ -30,6 +44,8 @@ class TrainState:
     """The checkpoint a spike last sent the run back to; a second spike behind it is skipped, or a run could circle."""
     tokenizer: dict[str, Any] | None = None
     """Fingerprint and special ids of the tokenizer that made the data; None in checkpoints of older versions."""
+    rows: dict[str, Any] | None = None
+    """Rows, documents and tokens of the sources (see DataIdentity); None in checkpoints of older versions."""
     data: dict[str, Any] | None = None
     """What the data order must remember beside the samples consumed: the mixture's stages, or its stream shards' positions."""
     wandb_id: str | None = None

@@ -16,11 +16,12 @@ import torch
 
 from bd3_megatron.config.load import config_from_tree, replace_field, to_tree
 from bd3_megatron.config.schema import Config
+from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.build import build_trainer
 from tests import tolerances
 from tests.ranks.harness import run_ranks
-from tests.ranks.train_runs import losses, record, train, train_config, write_data
+from tests.ranks.train_runs import LENGTH, losses, record, train, train_config, write_data
 from tests.unit.data.corpora import BYTES, english
 
 
@@ -82,6 +83,12 @@ def test_a_run_that_was_stopped_and_killed_is_the_one_that_was_not(folder: Path,
     assert len(losses(folder / f"parts-{kind}")) == 8
     assert parts["state"]["data"] == whole["state"]["data"] and parts["state"]["data"]
     assert all(torch.equal(tensor, parts["weights"][name]) for name, tensor in whole["weights"].items())
+    # the run knows its text: a copy of the tokenizer, and what it read, counted
+    assert load_tokenizer(folder / f"parts-{kind}" / "tokenizer").fingerprint == BYTES.fingerprint
+    rows = parts["state"]["rows"]
+    # of a stream nobody has counted anything; one more row holds the document's end
+    assert rows["valid"] == {"rows": 41, "documents": 1, "tokens": 40 * LENGTH}
+    assert rows["train"] == ([] if kind == "stream" else [{"rows": 201, "documents": 1, "tokens": 200 * LENGTH}] * 2)
 
 
 def test_a_stream_goes_on_with_other_ranks_and_loader_processes(folder: Path) -> None:

@@ -22,8 +22,8 @@ from bd3_megatron.convert.from_ar import ArSource, describe_as_bd3, read_ar_fold
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.from_hf import read_folder
 from bd3_megatron.convert.sdar import SDAR_MASK_ID, export_layout
-from bd3_megatron.convert.start_run import refuse_other_shape, refuse_other_tokenizer, start_run
-from bd3_megatron.data.tokenizer_open import open_tokenizer
+from bd3_megatron.convert.start_run import refuse_other_shape, start_run
+from bd3_megatron.data.tokenizer_open import check_folder_tokenizer, open_tokenizer
 from bd3_megatron.errors import ConversionError, TokenizerError
 from bd3_megatron.hf.plain_bd3 import plain_model
 from tests.tolerances import FOREIGN_LOGITS
@@ -278,7 +278,7 @@ def test_another_tokenizer_of_equal_size_is_refused(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path / "qwen" / path.name)
     one, other = (open_tokenizer(tmp_path / name) for name in ("one", "other"))
     assert one.vocab_size == other.vocab_size == 70
-    refuse_other_tokenizer(tmp_path / "qwen", (one.fingerprint, "the data"))
+    check_folder_tokenizer(tmp_path / "qwen", (one.fingerprint, "the data"))
     config = qwen_run(tmp_path / "run", tied=False, objective="block")
     with pytest.raises(TokenizerError, match="qwen has the tokenizer .*, the data has .*: the same ids are other text"):
         start_run(tmp_path / "qwen", config, vocab_size=ROWS, mask_id=70, tokenizer=(other.fingerprint, "the data"))

@@ -201,10 +201,18 @@ def test_the_exported_block_size_is_that_of_the_update_that_led_to_the_checkpoin
     assert read_folder(tmp_path / "hf")[0].block_size == 16
 
 
-@pytest.mark.parametrize("wrong", [0, -4, 2.5, "8", True])
-def test_a_checkpoint_whose_block_size_is_none_is_refused(wrong: object, tmp_path: Path) -> None:
-    path = whole_checkpoint(tmp_path / step_name(3), run_config(tmp_path), train_state={"block_size": wrong})
-    with pytest.raises(CheckpointError, match=r"train_state=.* must be values by name, with a block_size from 1; use"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"block_size": value} for value in (0, -4, 2.5, "8", True)),
+        {"tokenizer": {"fingerprint": "x"}},
+        {"tokenizer": 3},
+    ],
+    ids=str,
+)
+def test_a_train_state_that_no_run_can_have_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    path = whole_checkpoint(tmp_path / step_name(3), run_config(tmp_path), train_state=wrong)
+    with pytest.raises(CheckpointError, match=r"train_state=.* must be values by name, with a block_size from 1 and a"):
         convert_checkpoint(path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -258,15 +266,28 @@ def test_the_tool_says_what_it_did(run_dir: Path, tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_the_tokenizer_beside_the_data_must_be_the_runs(tmp_path: Path) -> None:
+def test_the_tokenizer_must_be_the_runs(tmp_path: Path) -> None:
     path = whole_checkpoint(tmp_path / "run" / "checkpoints" / step_name(3), run_config(tmp_path / "run"))
     manifest = open_checkpoint(path).manifest
     ByteTokenizer().save(tmp_path / "data" / "tokenizer")
     fingerprint = ByteTokenizer().fingerprint
     known = replace(manifest, train_state={"tokenizer": {"fingerprint": fingerprint}})
     folder = tmp_path / "data" / "tokenizer"
-    assert tokenizer_of(tmp_path / "data", manifest) == tokenizer_of(tmp_path / "data", known) == folder
-    assert tokenizer_of(tmp_path, known) is None and tokenizer_of(None, known) is None
+    assert tokenizer_of(path, tmp_path / "data", manifest) == tokenizer_of(path, tmp_path / "data", known) == folder
+    assert tokenizer_of(path, tmp_path, known) is None and tokenizer_of(path, None, known) is None
     other = replace(manifest, train_state={"tokenizer": {"fingerprint": "f" * 64}})
     with pytest.raises(TokenizerError, match="tokenizer has the tokenizer .*, the run at step 3 has f{16}"):
-        tokenizer_of(tmp_path / "data", other)
+        tokenizer_of(path, tmp_path / "data", other)
+
+
+def test_an_export_needs_no_data_where_the_run_kept_its_tokenizer(tmp_path: Path) -> None:
+    own = ByteTokenizer()
+    state = {"tokenizer": {"fingerprint": own.fingerprint, **own.special.as_dict()}}
+    config = run_config(tmp_path / "run")
+    path = whole_checkpoint(tmp_path / "run" / "checkpoints" / step_name(3), config, train_state=state, vocab_size=260)
+    own.save(tmp_path / "run" / "tokenizer")
+    report = convert_checkpoint(path, tmp_path / "hf")
+    described = read_folder(tmp_path / "hf")[0]
+    assert (described.bos_token_id, described.eos_token_id, described.pad_token_id) == (256, 257, 258)
+    assert described.tokenizer_fingerprint == own.fingerprint
+    assert (tmp_path / "hf" / "bd3_tokenizer.json").is_file() and not any("found" in note for note in report.notes)

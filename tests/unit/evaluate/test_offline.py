@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.cli import main
+from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.official import fold
 from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.data.batch import CleanBatch
@@ -23,7 +26,10 @@ from bd3_megatron.evaluate.perplexity import ScoreSettings
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from tests import tolerances
+from tests.unit.convert.models import run_config, whole_checkpoint
+from tests.unit.data.corpora import BYTES, SPECIAL, VOCAB, write_split
 from tests.unit.evaluate.tiny import LENGTH, MASK_ID, every_row, random_rows, tiny_model
+from tests.unit.sampling.folders import write_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 CPU = torch.device("cpu")
@@ -214,7 +220,34 @@ def test_text_of_another_tokenizer_or_vocabulary_is_refused(
         (copied / path.name).write_bytes(path.read_bytes())
     (copied / "header.json").write_text(json.dumps(header | {"tokenizer_fingerprint": "0" * 64}))
     code, _, err = evaluate(capsys, folder, "--data", copied)
-    assert code == 2 and "valid has the tokenizer 0000000000000000, " in err
+    assert code == 2 and "valid has 0000000000000000: the same ids are other text" in err
+
+
+def test_a_tokenizer_of_equal_size_is_not_the_models(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = BYTES.fingerprint
+    state = {"tokenizer": {"fingerprint": own, **SPECIAL.as_dict()}}
+    config = run_config(tmp_path / "run")
+    path = whole_checkpoint(
+        tmp_path / "run" / "checkpoints" / step_name(3), config, train_state=state, vocab_size=VOCAB
+    )
+    convert_checkpoint(path, tmp_path / "hf")
+    for text, code in (("same", 0), ("other", 2)):
+        fingerprint = own if text == "same" else "0" * 64
+        write_split(tmp_path / text / "valid", [[list(b"as many ids, and other text") * 3]], fingerprint=fingerprint)
+        # neither folder holds tokenizer files: the run's manifest and the model's config.json say which one it was
+        for model in (tmp_path / "run", tmp_path / "hf"):
+            found, _, err = evaluate(capsys, model, "--data", tmp_path / text)
+            assert found == code
+            assert code == 0 or "valid has the tokenizer 0000000000000000, the model in " in err
+    BYTES.save(tmp_path / "hf")
+    assert evaluate(capsys, tmp_path / "hf", "--data", tmp_path / "same")[0] == 0
+    write_tokenizer(tmp_path / "words")
+    (tmp_path / "hf" / "bd3_tokenizer.json").unlink()
+    shutil.copytree(tmp_path / "words", tmp_path / "hf", dirs_exist_ok=True)
+    code, _, err = evaluate(capsys, tmp_path / "hf", "--data", tmp_path / "same")
+    assert code == 2 and "hf has the tokenizer " in err and "config.json has " in err
 
 
 def test_a_split_shorter_than_one_sequence_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from tests.unit.hf.models import MASK, tiny_config, tiny_model
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, MASK)), "[MASK]"]
 
 
-def write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path, *, words: Sequence[str] = WORDS) -> Path:
     """A word-level tokenizer with ids as in the tiny models: BOS 0, EOS 1, mask 20."""
     folder.mkdir(parents=True)
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>")
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>")
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>", "[MASK]"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import CheckpointError, SamplingError, TokenizerError
 from bd3_megatron.hf.modeling_bd3 import BD3ForCausalLM
 from bd3_megatron.sampling.generate import Sampler
 from tests.unit.hf.models import MASK, tokens
-from tests.unit.sampling.folders import exported, write_tokenizer
+from tests.unit.sampling.folders import WORDS, exported, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +224,19 @@ def test_the_sampler_needs_no_training_engine(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(map(str, bare.generate([2, 3], num_tokens=6, seed=4)[0].tokens))
+
+
+def test_another_tokenizer_of_equal_size_is_refused_and_the_same_saved_anew_is_not(tmp_path: Path) -> None:
+    own = write_tokenizer(tmp_path / "own")
+    fingerprint = open_tokenizer(own).fingerprint
+    folder = exported(tmp_path / "out", tokenizer_dir=own, tokenizer_fingerprint=fingerprint)
+    transformers.PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", folder, dirs_exist_ok=True)
+    assert Sampler.from_pretrained(folder).generate(["w2 w3"], num_tokens=4)
+    swapped = [*WORDS[:2], *reversed(WORDS[2:-1]), WORDS[-1]]
+    write_tokenizer(tmp_path / "other", words=swapped)
+    shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
+    with pytest.raises(
+        TokenizerError, match=r"out has the tokenizer .*, the model's .*config.json has .*: the same ids"
+    ):
+        Sampler.from_pretrained(folder)

@@ -10,7 +10,7 @@ import pytest
 from bd3_megatron.config.load import config_from_tree, replace_field, to_tree
 from bd3_megatron.errors import CheckpointError, ConfigError
 from bd3_megatron.train.resume import changes, refuse_changes, resume
-from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.state import DataIdentity, TrainState
 from tests.unit.cost.cases import case
 
 
@@ -90,14 +90,42 @@ def test_what_gives_the_numbers_another_meaning_is_refused_however_named(change:
     refuse_changes(changed, replace_field(switched, "run.overridden", ("run.reinterpret",)))
 
 
+def identity(
+    *documents: int, tokenizer: dict[str, Any] | None = None, valid: int | None = None, rows: int = 5
+) -> DataIdentity:
+    """Sources of so many documents of ten tokens."""
+    counts = [{"rows": rows, "documents": number, "tokens": 10 * number} for number in documents]
+    held_out = None if valid is None else {"rows": rows, "documents": valid, "tokens": 10 * valid}
+    return DataIdentity(tokenizer=tokenizer or {"fingerprint": "ab"}, rows={"train": counts, "valid": held_out})
+
+
 def test_another_tokenizer_is_refused_with_what_differs() -> None:
     before, now = {"fingerprint": "ab" * 32, "mask": 4}, {"fingerprint": "cd" * 32, "mask": 5}
-    changed = changes(case(), case(), tokenizer=(before, now))
+    changed = changes(case(), case(), data=(identity(tokenizer=before), identity(tokenizer=now)))
     with pytest.raises(
         ConfigError, match=r"tokenizer\.fingerprint was ab.*ab and is cd.*; tokenizer\.mask was 4 and is 5;"
     ):
         refuse_changes(changed, case())
-    assert changes(case(), case(), tokenizer=(now, now)) == []
+    assert changes(case(), case(), data=(identity(tokenizer=now), identity(tokenizer=now))) == []
+
+
+def test_grown_text_is_refused_unless_the_text_is_named() -> None:
+    changed = changes(case(), case(), data=(identity(7), identity(8)))
+    sentence = r"rows\.train was \[\{'documents': 7, 'tokens': 70\}\] and is .*8.*as data\.path=VALUE\.$"
+    with pytest.raises(ConfigError, match=sentence):
+        refuse_changes(changed, case())
+    with pytest.raises(ConfigError, match=sentence):
+        refuse_changes(changed, replace_field(case(), "run.overridden", ("data.num_workers",)))
+    refuse_changes(changed, replace_field(case(), "run.overridden", ("data.path",)))
+
+
+def test_what_is_no_other_text_is_not_refused() -> None:
+    # the same text cut into other rows, a mixture that grew at its end, and more held-out text, which is said
+    assert changes(case(), case(), data=(identity(7, rows=5), identity(7, rows=9))) == []
+    assert changes(case(), case(), data=(identity(7), identity(7, 3))) == []
+    grown = changes(case(), case(), data=(identity(7, valid=2), identity(7, valid=3)))
+    assert [change.key for change in grown] == ["rows.valid"]
+    refuse_changes(grown, case())
 
 
 def test_what_is_derived_may_be_written_down() -> None:
@@ -146,8 +174,9 @@ def test_the_saved_configuration_is_no_change() -> None:
 
 def test_a_run_without_checkpoint_starts_anew_and_says_so(tmp_path: Path) -> None:
     said: list[str] = []
-    tokenizer = {"fingerprint": "ab", "mask": 3}
-    assert resume(no_engine(), tmp_path, case(), tokenizer, said.append) == TrainState(tokenizer=tokenizer)
+    known = identity(7, valid=2)
+    begun = resume(no_engine(), tmp_path, case(), known, said.append)
+    assert begun == TrainState(tokenizer=known.tokenizer, rows=known.rows)
     assert said == [f"no checkpoint in {tmp_path}: starts anew"]
 
 
@@ -159,7 +188,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path: Pa
     with pytest.raises(
         CheckpointError, match=r"^all 2 checkpoints in '.*' are damaged; restore one, or remove the folder"
     ):
-        resume(no_engine(), tmp_path, case(), {}, said.append)
+        resume(no_engine(), tmp_path, case(), identity(), said.append)
     assert [sentence.split(":")[0] for sentence in said] == [
         "skips checkpoint step_00000020",
         "skips checkpoint step_00000010",
