@@ -375,7 +375,7 @@ class EvaluateConfig:
     """Evaluate held-out perplexity this often; 0: never during training."""
     # an evaluation of nothing would divide by 0
     num_sequences: Annotated[int, Range(1, 1e9)] = 256
-    """Held-out sequences scored in one evaluation."""
+    """Held-out sequences scored in one evaluation; of a mixture, as many of each part."""
     draws: Annotated[int, Range(1, 1e6)] = 1
     """Noise draws per sequence, stratified in t."""
     at_start_and_end: bool = False

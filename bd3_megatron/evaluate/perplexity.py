@@ -20,6 +20,7 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.errors import RangeError
 from bd3_megatron.evaluate.noise_plan import EVALUATION_SEED, NoisePlan, noise_plan
+from bd3_megatron.evaluate.tables import SOURCE_PREFIX
 
 PROBE_SEQUENCES = 64
 """Sequences drawn a second time when one draw was asked for."""
@@ -94,17 +95,23 @@ class Estimate:
         # exp(710) overflows a float64
         return math.inf if nll > 700 else math.exp(nll)
 
-    def metrics(self) -> dict[str, float | int | None]:
-        """Keys and values for metrics.jsonl."""
-        return {
-            "eval/nll_nats_per_token": self.nll_nats_per_token,
-            "eval/stderr_noise_nats_per_token": self.stderr_noise,
-            "eval/stderr_text_nats_per_token": self.stderr_text,
-            "eval/perplexity": self.perplexity,
-            "eval/num_sequences": self.num_sequences,
-            "eval/num_tokens": self.num_tokens,
-            "eval/draws": self.draws,
+    def metrics(self, source: str | None = None) -> dict[str, float | int | None]:
+        """Keys and values for metrics.jsonl.
+
+        Args:
+            source: name of the part of a mixture whose held-out rows were scored; None: the run's held-out split.
+        """
+        values = {
+            "nll_nats_per_token": self.nll_nats_per_token,
+            "stderr_noise_nats_per_token": self.stderr_noise,
+            "stderr_text_nats_per_token": self.stderr_text,
+            "perplexity": self.perplexity,
+            "num_sequences": self.num_sequences,
+            "num_tokens": self.num_tokens,
+            "draws": self.draws,
         }
+        prefix = "eval/" if source is None else f"{SOURCE_PREFIX}{source}/"
+        return {f"{prefix}{name}": value for name, value in values.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Every field and the perplexity, for JSON."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SOURCE_PREFIX = "eval/source/"
+"""Of the keys of one part of a mixture in metrics.jsonl: eval/source/NAME/nll_nats_per_token and its like."""
 NORMAL_95 = 1.959964
 """Half-width of a 95 % interval in standard errors."""
 FORMS = ("text", "markdown", "json")

@@ -34,6 +34,7 @@ def render_page(
         sections.summary_table(runs),
         sections.findings_list({run.name: findings(run, now=now) for run in runs}),
         sections.course_charts(runs),
+        sections.held_out_by_source(runs),
         sections.noise(runs),
         sections.time_split(runs),
         sections.curriculum(runs),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.config.load import flatten
-from bd3_megatron.evaluate.tables import NORMAL_95
+from bd3_megatron.evaluate.tables import NORMAL_95, SOURCE_PREFIX
 from bd3_megatron.report.chart import (
     Chart,
     Point,
@@ -34,6 +34,7 @@ MANY_POINTS = 60
 """Beyond this many points a curve is drawn faint, with its average on top."""
 LAST_SHARE = 0.2
 """Share of a run whose records are averaged where a chart shows a state, not a course."""
+_SOURCE_LOSS = re.compile(rf"{SOURCE_PREFIX}(.+)/nll_nats_per_token$")
 _BINNED = re.compile(r"loss/nll_nats_at_t_(\d\.\d+)$")
 
 
@@ -197,6 +198,32 @@ def curriculum(runs: Sequence[ReportedRun]) -> Section | None:
         return None
     heads = ("run", "from step", "block size", "beta", "omega")
     return Section(title="Phases and interval choices", tables=[PageTable(heads, rows)])
+
+
+def held_out_by_source(runs: Sequence[ReportedRun]) -> Section | None:
+    """The held-out loss of each part of a mixture: its newest value, and its course."""
+    by_tokens = needs_tokens(runs)
+    rows: list[list[str]] = []
+    series: list[Series] = []
+    for run in runs:
+        for name in sorted(match[1] for key in run.keys if (match := _SOURCE_LOSS.match(key))):
+            prefix = f"{SOURCE_PREFIX}{name}/"
+            nll = run.values(f"{prefix}nll_nats_per_token")
+            step = max(nll, default=None)
+            if step is None:
+                continue
+            error = run.values(f"{prefix}stderr_text_nats_per_token").get(step)
+            perplexity = run.values(f"{prefix}perplexity").get(step)
+            cells = (_number(nll[step], ".4f"), _number(error, ".4f"), _number(perplexity, ".2f"))
+            rows.append([run.name, name, f"{step:,}", *cells])
+            points = run.series(f"{prefix}nll_nats_per_token", by_tokens=by_tokens)
+            series.append(Series(f"{run.name} {name}", points, stroke(len(series))))
+    if not rows:
+        return None
+    heads = ("run", "source", "step", "nats per token", "standard error, text", "perplexity")
+    x = "clean tokens" if by_tokens else "step"
+    chart = line_chart("held-out loss by source", x, "nats per token", series)
+    return Section(title="Held-out loss by source", tables=[PageTable(heads, rows)], charts=[chart])
 
 
 def samples(runs: Sequence[ReportedRun]) -> Section | None:

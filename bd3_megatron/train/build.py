@@ -78,6 +78,8 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     if config.watch.preflight:
         preflight(config, topology, say)
     data = prepare_and_open(config, rank=rank, say=say)
+    for sentence in data.by_source.left_out:
+        say(sentence)
     # from here on the configuration says what runs
     config = replace_field(config, "parallel.dp", topology.dp)
     config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)

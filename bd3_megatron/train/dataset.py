@@ -40,6 +40,7 @@ from bd3_megatron.data.tokenizer import META_FILE
 from bd3_megatron.data.vocabulary import TOKENIZER_COPY, data_folder
 from bd3_megatron.errors import ConfigError, TokenizerError, cut
 from bd3_megatron.files import whole
+from bd3_megatron.train.held_out_sources import HeldOutSources, held_out_sources
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import DataIdentity
@@ -131,6 +132,8 @@ class RunData:
     train: TrainingRows
     valid: TokenDataset | None
     """Held-out rows in their own order; None where no split was held out."""
+    by_source: HeldOutSources
+    """Those of each part of a mixture."""
     convention: EvaluationConvention
     """How they are cut and counted, here and wherever the run's model is evaluated later."""
     tokenizer_folder: Path
@@ -217,6 +220,13 @@ def open_data(config: Config) -> RunData:
     return RunData(
         train=train,
         valid=valid,
+        by_source=held_out_sources(
+            config.data.mixed_folders,
+            convention,
+            trained,
+            seq_len=config.data.seq_len,
+            known=None if valid is None else (folder, valid),
+        ),
         convention=convention,
         tokenizer_folder=folder / "tokenizer",
         special=shards.special,

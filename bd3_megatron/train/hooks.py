@@ -14,9 +14,11 @@ from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
+from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.in_loop import evaluate_on_grid
+from bd3_megatron.evaluate.perplexity import Estimate
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.dataset import RunData
 from bd3_megatron.train.loggers import Loggers
@@ -77,21 +79,33 @@ class Hooks:
         return info.is_last or info.is_stopping or _is_due(info.step, self.config.checkpoint.every_steps)
 
     def evaluate(self, info: StepInfo) -> None:
-        """Held-out perplexity with the averaged weights, written as a record of the current step. Collective."""
+        """Held-out perplexity with the averaged weights, of each part of a mixture too, as a record of the current step.
+        Collective."""
         if self.data.valid is None:
             return
         # Between two steps: counted as a pause, not in the throughput.
         with self.timeline.span("evaluation"):
-            estimate = evaluate_on_grid(
-                self.engine,
-                self.topology,
-                self.data.valid,
-                self.config,
-                self.data.convention,
-                block_size=info.trained_block_size,
-            )
+            estimate = self._estimate(self.data.valid, info)
+            by_source = {
+                # the run's own held-out split may be a part's: it is scored once
+                name: estimate if rows is self.data.valid else self._estimate(rows, info)
+                for name, rows in self.data.by_source.rows.items()
+            }
         if self.loggers is not None:
-            self.loggers.write({"step": info.step, **estimate.metrics()})
+            record = {"step": info.step, **estimate.metrics()}
+            for name, found in by_source.items():
+                record |= found.metrics(name)
+            self.loggers.write(record)
+
+    def _estimate(self, rows: TokenDataset, info: StepInfo) -> Estimate:
+        return evaluate_on_grid(
+            self.engine,
+            self.topology,
+            rows,
+            self.config,
+            self.data.convention,
+            block_size=info.trained_block_size,
+        )
 
     def search(self, info: StepInfo) -> Interval | None:
         """The noise interval of least variance for the next update's block size; None without held-out text. Collective."""

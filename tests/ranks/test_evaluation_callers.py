@@ -18,7 +18,7 @@ from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.evaluate.offline import load_model
 from bd3_megatron.hf.plain_bd3 import PlainBD3
-from tests.ranks.train_runs import record, train, train_config
+from tests.ranks.train_runs import record, train, train_config, write_data
 from tests.tolerances import EVALUATION
 
 BOS, EOS, PAD, MASK = 256, 257, 258, 259
@@ -143,3 +143,21 @@ def test_every_caller_gives_the_same_number(case: Case, tmp_path: Path, capsys: 
     assert [found["nll_nats_per_token"] for found in exact] == [expected, expected]
     if case.block == 1:
         assert in_loop["eval/nll_nats_per_token"] == expected
+
+
+def test_each_part_of_a_mixture_has_its_number_in_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [write_data(tmp_path / "web"), write_data(tmp_path / "books", longest_document=20)]
+    mixture = {"path": None, "mixture": {str(folder): 1.0 for folder in parts}}
+    evaluated = {"every_steps": 1, "num_sequences": 6}
+    train(train_config(parts[0], tmp_path / "run", data=mixture, train={"steps": 1}, evaluate=evaluated))
+    (line,) = record(tmp_path / "run", prefix="eval/")
+    for folder in parts:
+        asked_for = asked(capsys, tmp_path / "run", "--data", folder, "--num-sequences", 6, "--draws", 1)
+        found = line[f"eval/source/{folder.name}/nll_nats_per_token"]
+        assert found == pytest.approx(asked_for["nll_nats_per_token"], abs=EVALUATION)
+        assert line[f"eval/source/{folder.name}/num_tokens"] == asked_for["num_tokens"]
+    # the run's own number is of the first part, as without sources
+    assert line["eval/nll_nats_per_token"] == line["eval/source/web/nll_nats_per_token"]
+    assert line["eval/source/web/nll_nats_per_token"] != line["eval/source/books/nll_nats_per_token"]

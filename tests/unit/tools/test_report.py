@@ -258,6 +258,23 @@ def test_phases_and_intervals_are_listed_where_they_change(tmp_path: Path) -> No
     assert "noise interval: lower and upper end" in text and "chosen interval" in text
 
 
+def test_the_held_out_loss_of_each_source_is_shown_with_its_newest_value(tmp_path: Path) -> None:
+    records = course(40)
+    for record in records:
+        if "eval/perplexity" in record:
+            loss = 4.0 - 0.01 * record["step"]
+            record |= {"eval/source/books/nll_nats_per_token": loss, "eval/source/a/web/nll_nats_per_token": 2 * loss}
+            record |= {"eval/source/books/stderr_text_nats_per_token": 0.25, "eval/source/books/perplexity": 37.5}
+    write_run(tmp_path / "a", records)
+    assert main([str(tmp_path / "a"), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<td>books</td><td>40</td><td>3.6000</td><td>0.2500</td><td>37.50</td>" in text
+    assert "<td>a/web</td><td>40</td><td>7.2000</td><td>-</td><td>-</td>" in text and "held-out loss by source" in text
+    write_run(tmp_path / "b", course(40))
+    assert main([str(tmp_path / "b"), "-o", str(tmp_path / "r.html")]) == 0
+    assert "by source" not in (tmp_path / "r.html").read_text()
+
+
 def test_a_repeated_step_counts_as_it_was_done_last(tmp_path: Path) -> None:
     records = course(10)
     again = next(r for r in records if r.get("step") == 5) | {"loss/train_nats_per_token": 1.25}
