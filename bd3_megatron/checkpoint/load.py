@@ -29,8 +29,8 @@ from bd3_megatron.checkpoint.pieces import (
 from bd3_megatron.checkpoint.read import (
     CheckpointReader,
     flat_groups,
-    open_checkpoint,
     open_safetensors,
+    open_together,
     read_sidecar,
 )
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
@@ -66,9 +66,9 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
     Raises:
         CheckpointError: on every rank; another model, or a damaged file.
     """
-    manifest = read_manifest(path)
+    manifest, reader = read_manifest(path), open_together(path)
     # Before anything is changed: an engine that was half filled would train on without a sign.
-    problem = agree.first_failure(_mismatch(engine, open_checkpoint(path)))
+    problem = agree.first_failure(_mismatch(engine, reader))
     if problem is not None:
         raise CheckpointError(problem)
     # All or none: the universal form is made collectively, so one rank alone cannot take that way.
@@ -77,11 +77,11 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
         source: ElementSource = OwnFiles(path, engine)
     # Such weights are stored whole already; no other form is needed.
     elif manifest.kind == "whole":
-        source = WholeTensors(open_checkpoint(path), engine)
+        source = WholeTensors(reader, engine)
     else:
-        source = WholeTensors(UniversalReader(universal_form(path)), engine)
+        source = WholeTensors(UniversalReader(universal_form(reader)), engine)
     try:
-        _fill(engine, manifest, source, open_checkpoint(path).kinds())
+        _fill(engine, manifest, source, reader.kinds())
     except CheckpointError as error:
         problem = str(error)
     # a rank that could not read must not leave the others in the collectives of publish

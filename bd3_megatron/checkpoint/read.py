@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.layout import STATE_DIR, WEIGHTS_DIR, Manifest, ema_name, inside, rank_name, read_manifest
 from bd3_megatron.checkpoint.manifest_fields import check_sidecar, is_parameter_name
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
@@ -61,9 +62,10 @@ class ShardedReader:
     Args:
         folder: the checkpoint.
         manifest: its manifest.
+        sidecars: what each rank wrote about its files, in rank order; None: read here.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, sidecars: Sequence[dict[str, Any]] | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         # A gate makes the MLP's first matrix two stacked ones, which tensor parallelism cuts one by one.
@@ -74,7 +76,7 @@ class ShardedReader:
         self._kinds: set[str] = set(KIND_OF.values())
         self._stored: dict[str, _Stored] = {}
         for rank in range(manifest.world_size):
-            self._take_sidecar(rank)
+            self._take_sidecar(rank, read_sidecar(folder, rank) if sidecars is None else sidecars[rank])
         self._open: dict[Path, Any] = {}
         self._read_bytes = 0
 
@@ -187,8 +189,7 @@ class ShardedReader:
             raise CheckpointError(f"{self.folder} holds no parameter '{name}'; it is of another model.")
         return self._stored[name]
 
-    def _take_sidecar(self, rank: int) -> None:
-        tree = read_sidecar(self.folder, rank)
+    def _take_sidecar(self, rank: int, tree: dict[str, Any]) -> None:
         self._state_file[rank], self._stage[rank] = tree["state_file"], tree["zero_stage"]
         self._kinds &= set(tree["kinds"])
         for name, shape in tree["shapes"].items():
@@ -258,6 +259,29 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """
     manifest = read_manifest(path)
     return WholeReader(path, manifest) if manifest.kind == "whole" else ShardedReader(path, manifest)
+
+
+def open_together(path: Path) -> CheckpointReader:
+    """`open_checkpoint` by all ranks at once, each of which opens its share of the sidecars only. Collective.
+
+    Raises:
+        CheckpointError: on every rank, when one could not read its share.
+    """
+    manifest = read_manifest(path)
+    if manifest.kind == "whole":
+        return WholeReader(path, manifest)
+    rank, size = agree.rank_and_size()
+    # ranks that each opened every sidecar would ask a shared file system for the square of their number of files
+    mine, problem = {}, None
+    try:
+        mine = {number: read_sidecar(path, number) for number in range(rank, manifest.world_size, size)}
+    except CheckpointError as error:
+        problem = str(error)
+    problem = agree.first_failure(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    known = {number: tree for share in agree.gathered(mine) for number, tree in share.items()}
+    return ShardedReader(path, manifest, [known[number] for number in range(manifest.world_size)])
 
 
 def tensors(reader: CheckpointReader, which: str = "model") -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ Source: DeepSpeed 0.19.8 deepspeed/checkpoint/ds_to_universal.py, universal_chec
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
-from bd3_megatron.checkpoint.files import write_torch
+from bd3_megatron.checkpoint.files import check_space, write_torch
 from bd3_megatron.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, UNIVERSAL_SUFFIX, digest_bytes
 from bd3_megatron.checkpoint.pieces import MOMENTS
-from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
+from bd3_megatron.checkpoint.read import CheckpointReader
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
 from bd3_megatron.config.load import config_from_tree
@@ -34,11 +35,11 @@ ZERO_DIR = "zero"
 _EMA_DIR = "ema"
 
 
-def universal_form(path: Path) -> Path:
+def universal_form(reader: CheckpointReader) -> Path:
     """The universal form of a checkpoint, made now unless it is there. Collective when there is a process group.
 
     Args:
-        path: a verified checkpoint.
+        reader: of a verified checkpoint; its files are let go.
 
     Returns:
         The folder beside it.
@@ -46,6 +47,7 @@ def universal_form(path: Path) -> Path:
     Raises:
         CheckpointError: on every rank, when it could not be made.
     """
+    path = reader.folder
     target = path.with_name(path.name + UNIVERSAL_SUFFIX)
     source = digest_bytes((path / MANIFEST).read_bytes())
     # Rank 0 decides for all: file systems may show a new file to one node later than to another.
@@ -54,8 +56,8 @@ def universal_form(path: Path) -> Path:
     rank, size = agree.rank_and_size()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     # Each step ends on all ranks before the next begins: nobody writes into a folder that is being removed.
-    _together(lambda: _renew(temporary) if rank == 0 else None)
-    _together(lambda: _convert(path, temporary, rank=rank, size=size))
+    _together(lambda: _renew(temporary, _form_bytes(reader)) if rank == 0 else None)
+    _together(lambda: _convert(reader, temporary, rank=rank, size=size))
     _together(lambda: _publish(temporary, target, source) if rank == 0 else None)
     return target
 
@@ -90,15 +92,22 @@ def _together(action: Any) -> None:
         raise CheckpointError(f"the universal form could not be made: {problem}")
 
 
-def _renew(temporary: Path) -> None:
+def _form_bytes(reader: CheckpointReader) -> int:
+    """Size of the form: every kind of state of every parameter, fp32."""
+    elements = sum(math.prod(reader.shape(name)) for name in reader.names())
+    return elements * len(reader.kinds()) * torch.float32.itemsize
+
+
+def _renew(temporary: Path, needed_bytes: int) -> None:
+    # what a killed conversion left goes first: it may be what fills the disk
     shutil.rmtree(temporary, ignore_errors=True)
+    check_space(temporary.parent, needed_bytes)
     temporary.mkdir()
 
 
-def _convert(path: Path, out: Path, *, rank: int, size: int) -> None:
+def _convert(reader: CheckpointReader, out: Path, *, rank: int, size: int) -> None:
     # Our restricted, memory-mapped reader and not ds_to_universal, which unpickles whatever it is given, reads a rank's
     # whole file at once and leaves four small files a fragment; a test holds the two equal.
-    reader = open_checkpoint(path)
     gated = reader.manifest.config["model"].get("style", "modern") == "modern"
     kinds = reader.kinds()
     # Every size-th parameter: no rank needs another's result, and none waits before the end.

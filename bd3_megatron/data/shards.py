@@ -8,6 +8,7 @@ Refuses: missing and truncated files when opened, document ends out of order whe
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ class ShardWriter:
         # Written as it comes: a shard may be larger than memory. Only the ends, 8 bytes a document, are kept.
         self._tokens: IO[bytes] = open(self._path(".bin"), "wb")  # noqa: SIM115
         self._hash = hashlib.sha256()
-        self._ends: list[int] = []
+        # an array of machine integers: a list would keep an object of 40 bytes for each
+        self._ends: array[int] = array("Q")
         self._num_tokens = 0
 
     def __enter__(self) -> ShardWriter:
@@ -75,7 +77,7 @@ class ShardWriter:
         if not self._ends:
             self._path(".bin").unlink()
             return None
-        ends = np.asarray(self._ends, dtype=END_DTYPE).tobytes()
+        ends = np.frombuffer(self._ends, dtype=np.uint64).astype(END_DTYPE, copy=False).tobytes()
         write_bytes(self._path(".idx"), ends)
         return ShardRecord(
             name=self._stem.name,
