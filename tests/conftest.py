@@ -38,11 +38,16 @@ def root() -> Path:
     return ROOT
 
 
+def clean_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without any job's variables, one thread a process, no hub, no tracker."""
+    kept = {k: v for k, v in environment.items() if not k.startswith(FOREIGN)}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
 @pytest.fixture
 def clean_environment() -> Mapping[str, str]:
-    """This process's environment without any job's variables, one thread a process, no hub, no tracker."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    """This process's environment, made clean, as a test's other fixtures left it."""
+    return clean_variables(os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ incompatible here.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from types import ModuleType
@@ -13,6 +14,7 @@ from types import ModuleType
 from bd3_megatron.compat.device import cuda_is_there
 
 COMPILED_ON_FIRST_USE = ("deepspeed_shm_comm", "shm_comm")
+IMPORTED_BY_INITIALIZE = ("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def load_deepspeed() -> ModuleType:
@@ -32,4 +34,7 @@ def load_deepspeed() -> ModuleType:
     for name in COMPILED_ON_FIRST_USE:
         deepspeed.ops.__compatible_ops__[name] = False
     logger.setLevel(logging.WARNING)
+    # `deepspeed.initialize` imports them in every rank; loaded here, ranks that are forked share them
+    for name in IMPORTED_BY_INITIALIZE:
+        importlib.import_module(name)
     return deepspeed

@@ -30,6 +30,10 @@ MODULES = (
     "megatron.core.transformer.transformer_layer",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.mlp",
+    # layers import these three when they are built: loaded here, once for all ranks that are forked from this process
+    "megatron.core.transformer.dot_product_attention",
+    "megatron.core.transformer.moe.experts",
+    "megatron.core.models.backends",
 )
 FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
 

@@ -138,7 +138,9 @@ def test_a_node_named_bad_is_left_out_of_the_next_attempt(slurm: Slurm, tmp_path
     profile = slurm.rank(
         'echo "$attempt $SLURMD_NODENAME" >> "$run_dir/nodes"\n'
         '[ "$attempt" -gt 0 ] && { end finished none; exit 0; }\n'
-        '[ "$SLURM_PROCID" = 1 ] || sleep 30\n'
+        '[ "$SLURM_PROCID" = 1 ] || sleep 300\n'
+        # the other rank has said its node before the job is ended
+        'until [ "$(wc -l < "$run_dir/nodes")" = 2 ]; do sleep 0.1; done\n'
         'echo "$SLURMD_NODENAME" >> "$BD3_BAD_NODES"; exit 1',
         exclude="n4",
     )

@@ -14,7 +14,7 @@ from tests.integration.slurm_client import AT_STEP, DEBUG, Slurm, last_step, los
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 20
+STEPS = 8
 """Some before the stop, some after it."""
 START_SECONDS = 240.0
 """Importing and joining on a busy machine."""
@@ -36,8 +36,11 @@ def test_two_nodes_told_to_stop_requeue_and_end_with_the_losses_of_a_local_run(
     slurm: Slurm, tmp_path: Path, byte_tokens: Path, clean_environment: Mapping[str, str]
 ) -> None:
     run = tmp_path / "run"
-    # slow enough that the second launch finds the first one at work
-    profile = slurm.faulty(AT_STEP.format(body="time.sleep(0.0 if attempt else 2.0)"))
+    # the first attempt waits for the signal, so that the second launch finds it at work
+    waits = (
+        "[time.sleep(0.05) for _ in iter(lambda: attempt > 0 or now < 4 or self.stop._signalled_at is not None, True)]"
+    )
+    profile = slurm.faulty(AT_STEP.format(body=waits))
     job = slurm.train("--nodes", "2", *overrides(byte_tokens), profile=profile)
     slurm.until(lambda: (run / "lease.json").exists(), job, START_SECONDS)
     a_second_launch_is_refused(slurm, byte_tokens, profile, job)

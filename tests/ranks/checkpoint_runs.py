@@ -27,13 +27,14 @@ BATCH = 4
 BLOCK = 4
 
 
-def tiny(*, style: str = "modern", tie: bool = True, optim: dict[str, Any] | None = None, **parallel: Any) -> Config:
-    """A model of 4 layers (or 8 for pp=4 with vpp) that every grid up to 8 ranks can hold."""
+def tiny(
+    *, layers: int = 2, style: str = "modern", tie: bool = True, optim: dict[str, Any] | None = None, **parallel: Any
+) -> Config:
+    """A model of at least `layers` layers: as many as the pipeline's stages ask for."""
     modern = style == "modern"
-    deep = parallel.get("pp", 1) * (parallel.get("vpp") or 1) > 4
     model = {
         "style": style,
-        "num_layers": 8 if deep else 4,
+        "num_layers": max(layers, parallel.get("pp", 1) * (parallel.get("vpp") or 1)),
         "hidden_size": 32,
         "num_heads": 4,
         "num_kv_heads": 2 if modern else 4,

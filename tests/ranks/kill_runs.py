@@ -48,7 +48,7 @@ class Tally:
 
 
 def make_config(folder: Path, name: str, num_steps: int, *overrides: str) -> Config:
-    """A small run on 4 ranks that saves at every other step."""
+    """A small run, on 4 ranks if `overrides` do not say otherwise, that saves at every other step."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("\n\n".join(f"Line {n} is about the number {n * n}." for n in range(2000)))
@@ -68,12 +68,12 @@ def make_config(folder: Path, name: str, num_steps: int, *overrides: str) -> Con
         *overrides,
     ]
     config = load_config(ROOT / "configs/debug_cpu.yaml", settings)
-    validate(config, world_size=4)
+    validate(config, world_size=config.parallel.world_size())
     return config
 
 
 def start(config: Config, log: Path) -> int:
-    """Fork a process that holds the four ranks; its process id."""
+    """Fork a process that holds the ranks; its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -87,7 +87,8 @@ def start(config: Config, log: Path) -> int:
         os.dup2(descriptor, 2)
         port = reserve_port()
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
-        code = fork_ranks(lambda rank: run_rank(config, rank, 4, rank), 4, rendezvous)
+        ranks = config.parallel.world_size()
+        code = fork_ranks(lambda rank: run_rank(config, rank, ranks, rank), ranks, rendezvous)
     finally:
         os._exit(code)
 

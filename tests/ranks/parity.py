@@ -50,7 +50,8 @@ def job_config(
 ) -> Config:
     """A small run; `sections` holds overrides by section, e.g. parallel={...}."""
     modern = style == "modern"
-    tree = {
+    num_replicas = sections.get("parallel", {}).get("dp", 1)
+    tree: dict[str, Any] = {
         "run": {"dir": "unused"},
         "model": {
             "style": style,
@@ -69,7 +70,8 @@ def job_config(
         },
         "data": {"seq_len": LENGTH},
         "diffusion": {"block_size": 4},
-        "train": {"steps": 5, "global_batch_size": BATCH, "micro_batch_size": 1},
+        # two micro-batches a rank: one would accumulate nothing, more prove no more
+        "train": {"steps": 5, "global_batch_size": BATCH, "micro_batch_size": max(1, BATCH // (2 * num_replicas))},
         "optim": {"lr": 1e-3, "clip_grad_norm": 0.5, "ema_decay": 0.9, "weight_decay": 0.1},
         "attention": {"backend": "dense"},
     }

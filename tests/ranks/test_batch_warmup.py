@@ -16,7 +16,7 @@ def test_a_growing_batch_is_the_same_under_every_zero_stage(tmp_path: Path) -> N
         config = train_config(
             tmp_path / "data",
             tmp_path / f"zero{stage}",
-            train={"steps": 3, "warmup_batch_size": 2, "batch_warmup_steps": 3},
+            train={"steps": 3, "micro_batch_size": 1, "warmup_batch_size": 2, "batch_warmup_steps": 3},
             parallel={"dp": 2, "zero_stage": stage},
         )
         train(config)

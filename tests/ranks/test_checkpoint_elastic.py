@@ -23,6 +23,8 @@ from tests.ranks.harness import run_ranks
 from tests.tolerances import RESUMED
 
 Grid = dict[str, Any]
+LAYERS = 4
+"""As many as the grid with the most stages needs."""
 CHAIN: list[Grid] = [
     {"tp": 2, "dp": 2, "sequence_parallel": True},
     {"pp": 2, "vpp": 2},
@@ -46,7 +48,7 @@ MATRIX: list[Grid] = [
 
 def first_run(grid: Grid, folder: Path, **shape: Any) -> list[tuple[float, float]]:
     """2 steps and a save, then 7 more undisturbed; their record."""
-    config = tiny(**grid, **shape)
+    config = tiny(layers=LAYERS, **grid, **shape)
 
     def on_rank(topology: Topology) -> list[tuple[float, float]]:
         engine = build(config, topology)
@@ -59,7 +61,7 @@ def first_run(grid: Grid, folder: Path, **shape: Any) -> list[tuple[float, float
 
 def hop(grid: Grid, folder: Path, first: int, count: int, **shape: Any) -> list[tuple[float, float]]:
     """Load the newest, save it again unchanged beside, do `count` steps and save; their record."""
-    config = tiny(**grid, **shape)
+    config = tiny(layers=LAYERS, **grid, **shape)
 
     def on_rank(topology: Topology) -> list[tuple[float, float]]:
         engine = build(config, topology)

@@ -11,7 +11,8 @@ from tests.ranks.kill_runs import kill_and_compare
 
 @pytest.mark.timeout(300)
 def test_a_killed_run_records_what_an_undisturbed_one_does(tmp_path: Path) -> None:
-    tally = kill_and_compare(tmp_path, kills=2, num_steps=12, seed=3, overrides=["checkpoint.asynchronous=true"])
+    overrides = ["checkpoint.asynchronous=true", "parallel.dp=1"]
+    tally = kill_and_compare(tmp_path, kills=2, num_steps=8, seed=3, overrides=overrides)
     assert tally.kills >= 1
 
 

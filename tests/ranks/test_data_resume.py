@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - here once, not in every rank that streams
 import pytest
 import torch
 

@@ -42,7 +42,6 @@ CASES = (
     Case("wrap", 1, special=True),
     Case("wrap", 4, special=True, given=True, length=4),
     Case("isolated", 4),
-    Case("pad", 4, length=4),
     Case("pad", 4, given=True),
     Case("wrap", 1, special=True, objective="ar"),
     Case("isolated", 1, objective="ar"),

@@ -27,7 +27,7 @@ WIDE = SHAPE | {"num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 1024}
 PAPER = SHAPE | {"style": "paper", "num_kv_heads": 4, "ffn_hidden_size": 512, "tie_embeddings": False}
 CASES: dict[str, dict[str, Any]] = {
     "activations are most of it": {},
-    "the optimizer's step is the peak": {"model": WIDE, "train": {"micro_batch_size": 1}},
+    "the optimizer's step is the peak": {"model": WIDE, "train": {"micro_batch_size": 1, "global_batch_size": 2}},
     "paper": {"model": PAPER},
     "full recomputation": {"train": {"recompute": "full"}},
     "tensor and sequence parallel": {"parallel": {"tp": 2, "sequence_parallel": True}},

@@ -20,19 +20,19 @@ COVERING: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("paper", {}, {}),
     ("modern", {"tied": True}, {"dp": 2}),
     ("paper", {}, {"tp": 2}),
-    ("modern", {"tied": True}, {"tp": 2, "dp": 2}),
+    ("modern", {"tied": True, "layers": 2}, {"tp": 2, "dp": 2}),
     ("modern", {"tied": True}, {"tp": 2, "sequence_parallel": True}),
     ("modern", {"tied": True}, {"pp": 2}),
     ("paper", {}, {"pp": 2, "dp": 2}),
     ("modern", {}, {"pp": 2, "vpp": 2}),
     ("modern", {"tied": True}, {"pp": 4}),
     ("modern", {"tied": True}, {"cp": 2}),
-    ("paper", {}, {"cp": 4}),
+    ("paper", {"layers": 2}, {"cp": 4}),
     ("modern", {"tied": True}, {"tp": 2, "sequence_parallel": True, "pp": 2, "cp": 2}),
     ("paper", {}, {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}),
     ("modern", {"tied": True}, {"dp": 2, "zero_stage": 2}),
-    ("modern", {"tied": True}, {"tp": 2, "dp": 2, "zero_stage": 3, "sequence_parallel": True}),
-    ("paper", {}, {"cp": 2, "dp": 2, "zero_stage": 3}),
+    ("modern", {"tied": True, "layers": 2}, {"tp": 2, "dp": 2, "zero_stage": 3, "sequence_parallel": True}),
+    ("paper", {"layers": 2}, {"cp": 2, "dp": 2, "zero_stage": 3}),
 ]
 
 

@@ -37,7 +37,12 @@ def run(root: Path, name: str, *, dropout: float = 0.0, **parallel: Any) -> Conf
         root / "data",
         root / name,
         diffusion={"phases": PHASES, "search_every_steps": 2, "search_batches": 1, "search_widths": [0.5]},
-        train={"steps": STEPS, "warmup_batch_size": 2, "batch_warmup_steps": 4},
+        train={
+            "steps": STEPS,
+            "micro_batch_size": 2 // parallel.get("dp", 1),
+            "warmup_batch_size": 2,
+            "batch_warmup_steps": 4,
+        },
         evaluate={"every_steps": 3, "num_sequences": 4},
         model={"dropout": dropout},
         parallel=parallel,

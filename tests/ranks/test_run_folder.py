@@ -85,13 +85,29 @@ def test_a_mistake_after_steps_is_recorded_with_its_class(tmp_path: Path) -> Non
     with launched(tmp_path, "train.steps=2") as run:
         assert run.end() == 0
     for file in (tmp_path / "run/checkpoints").rglob("*.pt"):
-        file.write_bytes(b"")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     status_file = tmp_path / "run/status.json"
     status_file.write_text(status_file.read_text().replace("finished", "stopped"))
     with launched(tmp_path) as run:
         assert run.end() == 2
+        assert len(run.errors()) == 1 and "Traceback" not in run.said
     assert told(tmp_path, "status", "error", "exit_code", "step", "attempt") == ("failed", "CheckpointError", 2, 2, 2)
     assert not (tmp_path / "run/lease.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.path=null", "data.text=[missing.txt]"], "missing.txt"),
+        (["data.path=nowhere"], "nowhere"),
+        (["model.vocab_size=20"], "model.vocab_size=20 is smaller than the tokenizer's"),
+    ],
+)
+def test_bad_input_found_by_the_ranks_is_one_line_once(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    with launched(tmp_path, "parallel.tp=2", *overrides, ranks=2) as run:
+        assert run.end() == 2
+    assert len(run.errors()) == 1 and sentence in run.errors()[0], run.said
+    assert "Traceback" not in run.said and not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_crash_and_a_killed_rank_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +123,9 @@ def test_a_crash_and_a_killed_rank_are_told_apart(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         at_step(patch, 3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
         with launched(tmp_path, "parallel.dp=2", ranks=2) as run:
+            # its peer would wait for it as long as a collective may take
             assert run.end() == 1
+            assert len(run.errors()) == 1 and "Traceback" not in run.said
     assert told(tmp_path, "status", "error", "exit_code", "attempt") == ("crashed", None, 1, 2)
     assert "rank 1 was killed by signal 9 (SIGKILL)" in status(tmp_path)["reason"]
 

@@ -22,6 +22,7 @@ def spiky(
         train={
             "steps": STEPS if tokens is None else None,
             "tokens": tokens,
+            "micro_batch_size": 8,
             "spike_factor": 1.04,
             "spike_action": action,
         },

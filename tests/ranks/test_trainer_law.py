@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one process": {},
     "dp and batch warm-up": {
         "parallel": {"dp": 2},
-        "train": {"warmup_batch_size": 2, "batch_warmup_steps": 3},
+        "train": {"micro_batch_size": 1, "warmup_batch_size": 2, "batch_warmup_steps": 3},
         "optim": {"schedule": "cosine", "warmup_steps": 2, "min_lr_ratio": 0.1},
     },
     "tp, sp and isolated documents": {

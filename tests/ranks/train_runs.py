@@ -62,7 +62,7 @@ def train_config(data: Path, run_dir: Path, /, **sections: Any) -> Config:
         },
         "data": {"path": str(data), "seq_len": LENGTH},
         "diffusion": {"block_size": 4},
-        "train": {"steps": 8, "global_batch_size": BATCH},
+        "train": {"steps": 8, "global_batch_size": BATCH, "micro_batch_size": 2},
         "optim": {"lr": 1e-3, "ema_decay": 0.9, "weight_decay": 0.1},
         "checkpoint": {"every_steps": 0},
         "log": {"every_steps": 1},
