@@ -298,26 +298,26 @@ def test_every_test_folder_of_a_room_mirrors_the_package() -> None:
 
 def test_every_imported_name_of_ours_exists(everything: list[Source]) -> None:
     """An import of a name that was renamed breaks at collection, late, and takes half of the suite with it."""
-    trees = {s.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): s.tree for s in everything}
+    defined_in = {s.module: _defined(s) for s in everything}
     wrong = []
     for source in everything:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             ours = (
                 isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] in TOP_LEVEL
             )
             if not ours or not isinstance(node, ast.ImportFrom) or node.module is None:
                 continue
-            defined = _defined(trees[node.module]) if node.module in trees else set()
             for alias in node.names:
-                if alias.name not in defined and f"{node.module}.{alias.name}" not in trees:
+                is_defined = alias.name in defined_in.get(node.module, set())
+                if not is_defined and f"{node.module}.{alias.name}" not in defined_in:
                     wrong.append(f"{source.path}:{node.lineno} imports {alias.name} from {node.module}")
     assert not wrong, "\n".join(wrong)
 
 
-def _defined(tree: ast.Module) -> set[str]:
+def _defined(source: Source) -> set[str]:
     """Names that a module binds at its top, conditionally or not."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in source.nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
