@@ -38,3 +38,5 @@ HEAD_BF16_SUM = 2e-6  # of the largest; some hundred exact products added in fp3
 HEAD_BF16_GRADIENT = 3 * 2**-9  # of the largest; logits' gradients, result and its scaling are each rounded to bf16
 ROWS_FP32 = 5e-7  # of the largest; norms, rotary turns and activations in fp32 against fp64: a few roundings of 2^-24
 ROWS_BF16 = 3 * 2**-9  # of the largest; the same in bf16: the result and up to two steps before it are rounded
+# relative to the largest; each of the ranks' partial sums is rounded to bf16 (2^-9), as the first summand is
+GRADIENTS_SENT_IN_BF16 = 4 * 2**-9

@@ -54,7 +54,7 @@ def describe_run(
         evaluation=evaluation,
         engine={
             "adam_step": adam_step(engine),
-            "skipped_steps": int(engine.engine.skipped_steps),
+            "skipped_steps": engine.skipped_steps,
             "global_steps": int(engine.engine.global_steps),
             "ema_updates": None if engine.ema is None else engine.ema.num_updates,
             "loss_scale": float(loss_scale) if isinstance(loss_scale, int | float) else 1.0,

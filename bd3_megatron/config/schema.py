@@ -277,7 +277,9 @@ class ParallelConfig:
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
     overlap_grad_reduce: bool = True
-    """Sum gradients over data-parallel ranks during the last backward (ZeRO 1, bf16); off: all at its end."""
+    """Sum gradients over data-parallel ranks during the last backward (ZeRO 1); off: all at its end."""
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What sums of gradients over data-parallel ranks travel in (ZeRO 1); bf16 halves the bytes and rounds each partial sum."""
     layers_per_stage: tuple[Annotated[int, Range(1, 10_000)], ...] = ()
     """Layers of each pipeline stage; empty: balanced, with embedding and head counted as layers' work."""
     # twice watch.hang_seconds: a collective that gives up first names no rank
@@ -329,7 +331,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: Literal["auto", "torch", "apex"] = "auto"
-    """AdamW of torch, or Apex's fused one where NVIDIA Apex is installed (auto falls back to torch)."""
+    """AdamW of torch, fused (auto, torch), or NVIDIA Apex's where it is installed."""
     # far above any rate that trains: the bound is there for slips of the exponent
     lr: Annotated[float, Range(0, 1000, open_lower=True)] = 3e-4
     """Peak learning rate."""

@@ -50,16 +50,11 @@ class EngineAssumptions:
     precision: str = "bf16"
     """bf16 or fp32."""
     fused: bool = True
-    """Activation of the MLP and AdamW fused (GPU); on CPU both are off."""
+    """Activation of the MLP fused (GPU); on CPU it is not."""
     head_chunk_bytes: int = head_chunk_bytes("cuda")
     """fp32 logits of the rows that exist at a time; under bf16 half as much again in low precision."""
     reduce_bucket_elements: int = 50_000_000
     """Elements of a ZeRO-2/3 reduction bucket."""
-
-    @property
-    def shard_copies(self) -> int:
-        """fp32 copies of the own shard in the optimizer's step: flattened gradients; torch's plain AdamW its denominator."""
-        return 1 if self.fused else 2
 
     @property
     def element_bytes(self) -> int:
@@ -170,7 +165,8 @@ def memory_of_stage(
         head=round(head.chunk + head.rest),
         working=round(working),
         buffers=_buffers(config, shape, engine, stage),
-        step_temporaries=0 if config.parallel.offload_optimizer else engine.shard_copies * states.shard,
+        # ZeRO 2 and 3 flatten the shard's gradients for the optimizer; ZeRO 1 has them flat
+        step_temporaries=0 if config.parallel.offload_optimizer or zero_stage(config) == 1 else states.shard,
     )
 
 
@@ -187,11 +183,13 @@ class _States:
 
 def _states(config: Config, stage: int, engine: EngineAssumptions) -> _States:
     count, shards, zero = parameters_per_rank(config, stage), zero_shards(config), zero_stage(config)
-    # fp32 runs: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with ZeRO 2 and 3, weights
-    # 4P/W with 3); bf16 runs: weights 2P, fp32 gradients, the rest alike
+    # fp32 runs: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with ZeRO 2 and 3 or one
+    # micro-batch, weights 4P/W with 3); bf16 runs: weights 2P, fp32 gradients, the rest alike
     shard = -(-count // shards)
     weights = engine.element_bytes * (shard if zero == 3 else count)
-    gradients = FP32 * (count if zero == 1 else shard)
+    # ZeRO 1 adds up micro-batches' gradients of the whole model; a single one's leave as they come, a few at a time
+    whole = zero == 1 and (micro_batches(config) > 1 or config.parallel.offload_optimizer)
+    gradients = FP32 * (count if whole else shard)
     adam = 3 * FP32 * shard
     ema = FP32 * shard if config.optim.ema_decay > 0 else 0
     if config.parallel.offload_optimizer:

@@ -38,6 +38,8 @@ class Collective(Enum):
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
+    REDUCE = "reduce"
+    """A sum that one rank gets; over the buckets of a step as much as a reduce-scatter of them all."""
     SEND = "send"
 
     def ring_steps(self, ranks: int) -> int:
@@ -305,10 +307,16 @@ def _context(at: _Stage) -> list[Transfer]:
 
 
 def _data(at: _Stage) -> list[Transfer]:
-    # gradients travel in fp32 whatever the precision of the weights
+    # gradients travel in fp32 whatever the precision of the weights, where nothing else is asked for
     zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index)
     weights = count * at.engine.element_bytes
-    # DeepSpeed all-reduces whole buckets at stages 1 and 2, and lets every rank keep its part
+    if zero == 1 and not at.config.parallel.offload_optimizer:
+        wire = 2 if at.config.parallel.grad_reduce_dtype == "bf16" else FP32
+        return [
+            _line(at, "dp", Collective.REDUCE, "gradients", 1, count * wire),
+            _line(at, "dp", Collective.ALL_GATHER, "updated weights", 1, weights),
+        ]
+    # DeepSpeed all-reduces whole buckets at stage 2 and with an offloaded optimizer, and lets every rank keep its part
     if zero < 3:
         return [
             _line(at, "dp", Collective.ALL_REDUCE, "gradients", 1 if zero == 1 else at.micro, count * FP32),

@@ -1,8 +1,8 @@
 """Our configuration as DeepSpeed's JSON.
 
-Decides: gradients accumulate and travel in fp32; ZeRO-1 runs unmanaged: the pipeline schedule works on the raw module and
-engine.step() is the boundary (DeepSpeed #8184, #8203, #8225, so deepspeed >= 0.19.8). Stages 2 and 3 cut gradients during
-the backward, so there the engine manages each micro-batch.
+Decides: gradients accumulate and travel in fp32; ZeRO-1 runs unmanaged: the pipeline schedule works on the raw module
+(DeepSpeed #8184, #8203, #8225, so deepspeed >= 0.19.8). Stages 2 and 3 cut gradients during the backward, so there the
+engine manages each micro-batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def deepspeed_config(
     bucket = min(BUCKET_ELEMENTS, max(1, num_parameters))
     zero: dict[str, Any] = {
         "stage": stage,
-        # Stage 1 is reduced outside of DeepSpeed's backward hooks, see overlapped_reduction.
+        # Stage 1 is reduced outside of DeepSpeed's backward hooks, see sharded_gradients.
         "overlap_comm": stage > 1 and dtype == torch.bfloat16,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -68,8 +68,7 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if dtype == torch.bfloat16:
-        # BF16_Optimizer's fp32 buffer is filled outside of engine.backward only with immediate_grad_update.
-        tree["bf16"] = {"enabled": True, "immediate_grad_update": stage == 1}
-        # The default would accumulate and send bf16.
+        tree["bf16"] = {"enabled": True}
+        # Selects BF16_Optimizer; the default would accumulate and send bf16.
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
     return tree

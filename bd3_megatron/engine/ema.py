@@ -13,32 +13,43 @@ import torch
 from torch import Tensor
 
 
-def warmed_up_decay(decay: float, num_updates: int) -> float:
-    """The decay used at update number `num_updates` (1 for the first)."""
-    return min(decay, (1 + num_updates) / (10 + num_updates))
-
-
 class Ema:
     """The averages of a list of owned fp32 tensors.
 
     Attributes:
         shards: one fp32 tensor for each owned partition.
-        num_updates: optimizer updates seen.
     """
 
     def __init__(self, owned: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
-        self.num_updates = 0
         # The average starts at the initial weights; the warm-up of the decay makes it forget them soon.
         self.shards = [tensor.detach().clone().float() for tensor in owned]
+        # on the device: whether an update was made is known there first
+        self._num_updates = torch.zeros((), dtype=torch.float64, device=owned[0].device)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates seen; waits for the device."""
+        return int(self._num_updates)
+
+    @num_updates.setter
+    def num_updates(self, number: int) -> None:
+        self._num_updates.fill_(number)
 
     @torch.no_grad()
-    def update(self, owned: Sequence[Tensor]) -> None:
-        """Take in the parameters after an update."""
-        self.num_updates += 1
-        keep = warmed_up_decay(self.decay, self.num_updates)
-        # One kernel for all shards: average += (1 - keep) * (weight - average).
-        torch._foreach_lerp_(self.shards, [tensor.detach().float() for tensor in owned], 1.0 - keep)
+    def update(self, owned: Sequence[Tensor], applied: Tensor) -> None:
+        """Take in the parameters after an update.
+
+        Args:
+            owned: the parameters.
+            applied: [], 1 where the update was made and 0 where it was left out; read on the device.
+        """
+        self._num_updates += applied
+        number = self._num_updates
+        # the warmed-up decay; with weight 0 an average stays as it is
+        weight = applied * (1.0 - ((1.0 + number) / (10.0 + number)).clamp_max(self.decay))
+        for shard, tensor in zip(self.shards, owned, strict=True):
+            shard.lerp_(tensor.detach().float(), weight.to(shard.dtype))
 
     @torch.no_grad()
     def swap(self, owned: Sequence[Tensor]) -> None:

@@ -2,10 +2,12 @@
 
 Three sums, each over one named group: norm weights under sequence parallelism, q and k norm weights under tensor
 parallelism, and a tied table's two copies (first and last stage). The data-parallel mean is taken elsewhere: in
-overlapped_reduction, or by DeepSpeed.
+sharded_gradients, or by DeepSpeed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,14 +17,15 @@ from bd3_megatron.model.bd3_model import Root
 from bd3_megatron.model.partition import EMBEDDING
 from bd3_megatron.parallel.topology import Topology
 
+GradientsOf = Callable[[nn.Parameter], list[Tensor]]
+"""The accumulated gradient of a parameter, in the pieces it is kept in; none where it took no part."""
 
-def local_grad(parameter: nn.Parameter) -> Tensor | None:
-    """The accumulated gradient wherever DeepSpeed keeps it: fp32 buffer of BF16_Optimizer, or .grad."""
-    for attribute in ("_hp_grad", "grad_accum"):
-        grad = getattr(parameter, attribute, None)
-        if grad is not None:
-            return grad
-    return parameter.grad
+
+def deepspeed_gradients(parameter: nn.Parameter) -> list[Tensor]:
+    """The accumulated gradient where DeepSpeed keeps it: its own accumulator, or .grad."""
+    held = getattr(parameter, "grad_accum", None)
+    found = parameter.grad if held is None else held
+    return [] if found is None else [found]
 
 
 def needs_tensor_sum(name: str, parameter: nn.Parameter, topology: Topology) -> bool:
@@ -35,17 +38,28 @@ def needs_tensor_sum(name: str, parameter: nn.Parameter, topology: Topology) -> 
     return per_head or bool(getattr(parameter, "sequence_parallel", False))
 
 
-def finish_gradients(root: Root, topology: Topology) -> None:
+def finish_gradients(root: Root, topology: Topology, gradients_of: GradientsOf) -> None:
     """Make the accumulated gradients whole over tp and over tied copies, in place. Entry: partial; exit: summed."""
     partial = _partial_over_tp(root, topology)
-    grads = [grad for grad in map(local_grad, partial) if grad is not None]
-    if grads:
-        # One collective for all of them: the norms are many and tiny.
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat, group=topology.groups.tp)
-        for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(whole.view_as(grad))
-    _sum_tied(root, topology)
+    _sum_together([grad for parameter in partial for grad in gradients_of(parameter)], topology.groups.tp)
+    table = _tied_copy(root, topology)
+    if table is not None and topology.embedding_group is not None:
+        # first and last stage may keep their copies in other pieces; together they are as many elements
+        _sum_together(gradients_of(table), topology.embedding_group)
+
+
+def _sum_together(grads: list[Tensor], group: dist.ProcessGroup) -> None:
+    """One all-reduce of all of them, in place."""
+    if not grads:
+        return
+    if len(grads) == 1:
+        dist.all_reduce(grads[0], group=group)
+        return
+    # One collective for all of them: the norms are many and tiny.
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=group)
+    for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(whole.view_as(grad))
 
 
 def late_parameters(root: Root, topology: Topology) -> list[nn.Parameter]:
@@ -66,13 +80,6 @@ def _tied_copy(root: Root, topology: Topology) -> nn.Parameter | None:
         return None
     # On the last stage too: its copy has the table's global name.
     return dict(root.named_parameters())[EMBEDDING]
-
-
-def _sum_tied(root: Root, topology: Topology) -> None:
-    table = _tied_copy(root, topology)
-    grad = None if table is None else local_grad(table)
-    if grad is not None:
-        dist.all_reduce(grad, group=topology.embedding_group)
 
 
 def hook_partial_gradients(root: Root, topology: Topology) -> None:

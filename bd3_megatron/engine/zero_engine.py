@@ -1,8 +1,9 @@
 """The optimizer step: DeepSpeed ZeRO over megatron's groups. The only owner of deepspeed.initialize.
 
-Decides: which of two paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks, gradients are summed over
-the data-parallel ranks (during the last backward where `overlapped_reduction` can), and `engine.step()` clips, steps and
-gathers. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine, which cuts gradients as they appear.
+Decides: which of three paths a step takes. ZeRO-1: megatron's schedule runs on the raw chunks, `ShardedGradients` reduces
+to the rank that updates, `sharded_update` clips and steps, and weights are gathered; no host read in it. ZeRO-1 with an
+offloaded optimizer does the same by `engine.step()`. ZeRO-2/3 (pp = 1): every micro-batch goes through the DeepSpeed engine.
+Contract: the loss is a sum; it is scaled by shard_size / tokens because gradients are averaged over dp x cp ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from torch import Tensor, nn
 
 from bd3_megatron.compat import deepspeed as deepspeed_compat
 from bd3_megatron.compat import optional
+from bd3_megatron.compat.device import HostCopy
 from bd3_megatron.config.schema import Config, OptimConfig
 from bd3_megatron.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_config, effective_stage
 from bd3_megatron.engine.ema import Ema
-from bd3_megatron.engine.grads import finish_gradients, hook_partial_gradients, late_parameters
-from bd3_megatron.engine.overlapped_reduction import OverlappedReduction
+from bd3_megatron.engine.grads import (
+    deepspeed_gradients,
+    finish_gradients,
+    hook_partial_gradients,
+    late_parameters,
+)
 from bd3_megatron.engine.param_groups import param_groups
 from bd3_megatron.engine.pipeline import Pipeline, Span, no_span, scaled_loss
+from bd3_megatron.engine.sharded_gradients import FlatGroup, ShardedGradients
+from bd3_megatron.engine.sharded_update import counted_once, update_owned
 from bd3_megatron.model.bd3_model import LossOutput
 from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.loss_sums import LossSums, loss_sums
@@ -38,15 +46,23 @@ MIN_BUCKETS = 16
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports on this rank."""
+    """What one optimizer step reports on this rank; only reading `grad_norm` or `applied` waits for the device."""
 
     logs: list[LossSums]
     """One a micro-batch on the last stage; empty elsewhere."""
-    grad_norm: float
-    """Global gradient norm before clipping, over all axes; inf or nan when the step was skipped."""
-    applied: bool
-    """False when all ranks left the update out together: a gradient was not finite, or the step was vetoed."""
+    numbers: HostCopy
+    """float64 [2]: gradient norm, and 1 where the update was made."""
     vetoed: bool = False
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping, over all axes; inf or nan when the step was skipped."""
+        return float(self.numbers.read()[0])
+
+    @property
+    def applied(self) -> bool:
+        """False when all ranks left the update out together: a gradient was not finite, or the step was vetoed."""
+        return bool(self.numbers.read()[1])
 
 
 class ZeroEngine:
@@ -64,13 +80,10 @@ class ZeroEngine:
         self.stage = effective_stage(config)
         self.pipeline = Pipeline(model)
         topology, root = model.topology, model.root
-        self.optimizer = _adamw(param_groups(root, config.optim.weight_decay), config.optim, topology.device)
+        self.optimizer = _adamw(param_groups(root, config.optim.weight_decay), config.optim)
         if self.stage > 1:
             # Hooks must be on the parameters before DeepSpeed adds its own.
             hook_partial_gradients(root, topology)
-        else:
-            # megatron's schedule calls this after the last backward; its own default wants megatron's DDP wrapper.
-            model.config.finalize_model_grads_func = lambda *_, **__: finish_gradients(root, topology)
         deepspeed = deepspeed_compat.load_deepspeed()
         if self.stage == 3:
             for chunk in model.chunks:
@@ -86,20 +99,48 @@ class ZeroEngine:
             mpu=DeepSpeedMpu(topology),
             dist_init_required=False,
         )[0]
-        self.reduction = self._overlapped_reduction(config, size)
+        self.gradients = None
+        if self.stage == 1:
+            if not config.parallel.offload_optimizer:
+                self.gradients = self._sharded_gradients(config, size)
+            sums = deepspeed_gradients if self.gradients is None else self.gradients.sums
+            # megatron's schedule calls this after the last backward; its own default wants megatron's DDP wrapper.
+            model.config.finalize_model_grads_func = lambda *_, **__: finish_gradients(root, topology, sums)
+        self._clip = config.optim.clip_grad_norm
+        self._left_out = torch.zeros((), dtype=torch.float64, device=topology.device)
         self.ema = Ema(self.owned(), config.optim.ema_decay) if config.optim.ema_decay > 0 else None
 
-    def _overlapped_reduction(self, config: Config, size: int) -> OverlappedReduction | None:
-        optimizer, topology = self.engine.optimizer, self.model.topology
-        flat_fp32 = hasattr(optimizer, "fp32_groups_gradients_flat")
-        if not (config.parallel.overlap_grad_reduce and flat_fp32 and topology.shard_size > 1):
-            return None
-        # Else DeepSpeed would sum the same gradients again in engine.step.
-        self.engine.enable_backward_allreduce = False
-        late = late_parameters(self.model.root, topology)
-        # enough buckets that the first leave early, however small the model
-        bucket = min(BUCKET_ELEMENTS, max(1, size // MIN_BUCKETS))
-        return OverlappedReduction(optimizer, late, topology.shard_group, bucket)
+    def _sharded_gradients(self, config: Config, size: int) -> ShardedGradients:
+        held, topology = self.engine.optimizer, self.model.topology
+        # DeepSpeed's names with bf16 weights (BF16_Optimizer) and with fp32 ones
+        is_bf16 = hasattr(held, "bf16_groups")
+        members = held.bf16_groups if is_bf16 else held.round_robin_bit16_groups
+        flats = held.bf16_groups_flat if is_bf16 else held.bit16_groups_flat
+        for flat in getattr(held, "fp32_groups_gradients_flat", ()):
+            # all gradients of the model, which nobody fills here: 4 bytes a parameter on every rank
+            flat.untyped_storage().resize_(0)
+        groups = [
+            FlatGroup(
+                parameters=parameters,
+                starts=[p.data.storage_offset() - flat.storage_offset() for p in parameters],
+                owned=owned,
+            )
+            for parameters, flat, owned in zip(members, flats, self.owned(), strict=True)
+        ]
+        return ShardedGradients(
+            groups=groups,
+            late=late_parameters(self.model.root, topology),
+            ranks=topology.shard_group,
+            # enough buckets that the first leave early, however small the model
+            bucket_elements=min(BUCKET_ELEMENTS, max(1, size // MIN_BUCKETS)),
+            overlap=config.parallel.overlap_grad_reduce,
+            wire=torch.bfloat16 if config.parallel.grad_reduce_dtype == "bf16" else None,
+        )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates left out because a gradient was not finite; waits for the device."""
+        return int(self.engine.skipped_steps) + int(self._left_out)
 
     def owned(self) -> list[Tensor]:
         """The fp32 partitions this rank owns, as DeepSpeed's optimizer of the current mode names them."""
@@ -133,37 +174,51 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.root.train()
-        if self.stage == 1:
-            if self.reduction is not None:
-                self.reduction.begin(len(batches))
-            logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
-            if self.reduction is not None:
-                with span("communication_dp"):
-                    self.reduction.finish()
-            if veto is not None and veto(logs):
-                self._drop_gradients()
-                return StepResult(logs, float("nan"), applied=False, vetoed=True)
-            with span("optimizer"):
-                self.engine.step()
-        else:
-            logs = self._managed(batches, loss_scale, span)
-        # False where the gradient norm was not finite; DeepSpeed decides that on all ranks alike.
-        applied = bool(self.engine.was_step_applied())
-        if applied and self.ema is not None:
-            # After the update, on the shards: no collective.
-            self.ema.update(self.owned())
-        return StepResult(logs, float(self.engine.get_global_grad_norm()), applied)
+        if self.stage > 1:
+            return self._result(self._managed(batches, loss_scale, span))
+        if self.gradients is not None:
+            self.gradients.begin(len(batches))
+        logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
+        if self.gradients is not None:
+            with span("communication_dp"):
+                self.gradients.finish()
+        if veto is not None and veto(logs):
+            self._drop_gradients()
+            return StepResult(logs, HostCopy(torch.tensor([float("nan"), 0.0], dtype=torch.float64)), vetoed=True)
+        with span("optimizer"):
+            if self.gradients is not None:
+                return self._sharded_update(logs, self.gradients)
+            self.engine.step()
+        return self._result(logs)
+
+    def _sharded_update(self, logs: list[LossSums], gradients: ShardedGradients) -> StepResult:
+        """Norm, clip, Adam and average on this rank's part, then everybody's weights; the host reads nothing."""
+        topology = self.model.topology
+        counted = gradients.owned_slices(counted_once(self.model.root, topology))
+        norm, applied = update_owned(self.optimizer, self.owned(), gradients.owned, counted, clip=self._clip)
+        self._left_out += 1 - applied
+        self.engine.global_steps += 1
+        if self.ema is not None:
+            self.ema.update(self.owned(), applied)
+        self.engine.optimizer.update_lp_params()
+        return StepResult(logs, HostCopy(torch.stack([norm.double(), applied.double()])))
+
+    def _result(self, logs: list[LossSums]) -> StepResult:
+        """What DeepSpeed's own step did."""
+        applied = float(self.engine.was_step_applied())
+        if self.ema is not None:
+            self.ema.update(self.owned(), torch.full((), applied, device=self.model.topology.device))
+        norm = float(self.engine.get_global_grad_norm())
+        return StepResult(logs, HostCopy(torch.tensor([norm, applied], dtype=torch.float64)))
 
     def _drop_gradients(self) -> None:
-        """Forget what the step's micro-batches accumulated, wherever the current mode keeps it."""
-        optimizer = self.engine.optimizer
-        optimizer.zero_grad()
+        """Forget what the step's micro-batches accumulated where DeepSpeed keeps it; ours is written anew by every step."""
+        if self.gradients is not None:
+            return
+        self.engine.optimizer.zero_grad()
         for parameter in self.model.root.parameters():
-            # The buffers outside of .grad that DeepSpeed accumulates into, as grads.local_grad finds them.
-            for name in ("_hp_grad", "grad_accum"):
-                grad = getattr(parameter, name, None)
-                if grad is not None:
-                    grad.zero_()
+            for grad in deepspeed_gradients(parameter):
+                grad.zero_()
             parameter.grad = None
 
     def _managed(self, batches: Sequence[PairBatch], loss_scale: float | Tensor, span: Span) -> list[LossSums]:
@@ -246,12 +301,9 @@ class _OneChunk(nn.Module):
         return self.root.load_state_dict(state_dict, strict, assign)
 
 
-def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.adam_eps}
-    # Named in the configuration, it must be there; with auto it is used where it is installed.
-    apex_adam = optional.require("apex") if optim.name == "apex" else None
-    if optim.name == "auto" and device.type == "cuda":
-        apex_adam = optional.find("apex")
-    if apex_adam is not None:
-        return apex_adam(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **settings)
+    if optim.name == "apex":
+        return optional.require("apex")(groups, adam_w_mode=True, **settings)
+    # one pass over weights and moments, and the only form that leaves an update out without asking the host
+    return torch.optim.AdamW(groups, fused=True, **settings)

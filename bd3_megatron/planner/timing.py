@@ -284,16 +284,16 @@ def _data(at: _Setting, lines: list[Transfer], compute: float) -> float:
     small = small_collectives(at.config)["dp"] * at.machine.inter_node_latency_seconds
     if zero_stage(at.config) > 1:
         return _exposed(at, total, compute) + small
-    if not leaves_early(at.config, at.engine.precision):
+    if not leaves_early(at.config):
         return total + small
     # gradients leave during the last micro-batch's backward, two thirds of its time; weights are gathered after the update
-    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.collective is Collective.ALL_REDUCE)
+    sums = sum(_seconds(at, t) for t in lines if t.axis == "dp" and t.collective is Collective.REDUCE)
     return total - sums + _exposed(at, sums, 2 / 3 * compute / micro_batches(at.config)) + small
 
 
-def leaves_early(config: Config, precision: str) -> bool:
-    """True where ZeRO 1 sums gradients during the last backward (engine/overlapped_reduction)."""
-    return precision == "bf16" and config.parallel.overlap_grad_reduce and not config.parallel.offload_optimizer
+def leaves_early(config: Config) -> bool:
+    """True where ZeRO 1 sums gradients during the last backward (engine/sharded_gradients)."""
+    return config.parallel.overlap_grad_reduce and not config.parallel.offload_optimizer
 
 
 def _exposed(at: _Setting, seconds: float, behind: float) -> float:
@@ -303,11 +303,10 @@ def _exposed(at: _Setting, seconds: float, behind: float) -> float:
 
 
 def _optimizer(at: _Setting) -> float:
-    """Adam and the average over the own shard, and one pass over all gradients for their norm."""
+    """Adam and the average over the own shard, and one pass over its gradients for their norm."""
     count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
     ema = 2 if at.config.optim.ema_decay > 0 else 0
-    # the gradients' norm reads all of them, also those of other ranks' shards
-    touched = count / shards * FP32 * (at.constants.optimizer_passes + ema) + count * FP32
+    touched = count / shards * FP32 * (at.constants.optimizer_passes + ema + 1)
     return at.constants.optimizer_factor * touched / at.memory_rate
 
 

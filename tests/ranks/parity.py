@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.select import named
+from bd3_megatron.checkpoint.pieces import owned_pieces
 from bd3_megatron.config.load import config_from_tree, replace_field
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -26,7 +27,6 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
-from bd3_megatron.engine.grads import local_grad
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
@@ -195,13 +195,15 @@ def updates(
 
 
 def _whole_over_shards(engine: ZeroEngine, topology: Topology) -> dict[str, Tensor]:
-    grads = {}
-    for name, parameter in engine.model.root.named_parameters():
-        grad = local_grad(parameter)
-        whole = torch.zeros_like(parameter) if grad is None else grad.clone()
-        torch.distributed.all_reduce(whole, group=topology.shard_group)
-        grads[name] = whole / topology.shard_size
-    return grads
+    """The mean gradients before clipping; each rank holds those of the elements that it updates."""
+    assert engine.gradients is not None
+    grads = {name: torch.zeros_like(p).flatten() for name, p in engine.model.root.named_parameters()}
+    for piece in owned_pieces(engine):
+        held = engine.gradients.owned[piece.index][piece.start : piece.start + piece.numel]
+        grads[piece.name][piece.offset : piece.offset + piece.numel] = held
+    for grad in grads.values():
+        torch.distributed.all_reduce(grad, group=topology.shard_group)
+    return {name: grads[name].view_as(p) for name, p in engine.model.root.named_parameters()}
 
 
 def join_ranks(config: Config, results: list[dict[str, Any]], *, vocab: int = VOCAB) -> Outcome:

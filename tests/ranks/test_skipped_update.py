@@ -18,11 +18,11 @@ from tests.ranks.harness import run_ranks
 from tests.ranks.parity import MASK_ID, VOCAB, clean_batch, job_config, make_batch
 
 
-@pytest.mark.parametrize("parallel", [{}, {"dp": 2, "zero_stage": 3}], ids=str)
+@pytest.mark.parametrize("parallel", [{}, {"dp": 4}, {"dp": 2, "zero_stage": 3}], ids=str)
 def test_an_update_that_is_not_finite_changes_nothing(parallel: dict[str, Any]) -> None:
-    config = job_config(parallel=parallel, train={"micro_batch_size": 4 if parallel else 8})
+    config = job_config(parallel=parallel, train={"micro_batch_size": 8 // parallel.get("dp", 1)})
 
-    def on_rank(topology: Topology) -> tuple[list[bool], bool, int]:
+    def on_rank(topology: Topology) -> tuple[list[bool], bool, int, int]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         backends = dict.fromkeys(block_sizes(config), named("dense"))
         model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=torch.float32)
@@ -36,10 +36,13 @@ def test_an_update_that_is_not_finite_changes_nothing(parallel: dict[str, Any]) 
         applied.append(engine.train_step([batch], loss_scale=float("inf"), lr=1e-3).applied)
         after = [*engine.owned(), *engine.ema.shards]
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        return applied, same, engine.ema.num_updates
+        # of the padding too nothing is left that the next update could take in
+        applied.append(engine.train_step([batch], loss_scale=1e-3, lr=1e-3).applied)
+        is_finite = all(bool(owned.isfinite().all()) for owned in engine.owned())
+        return applied, same and is_finite, engine.ema.num_updates, engine.skipped_steps
 
     for result in run_ranks(on_rank, config.parallel):
-        assert result == ([True, False], True, 1)
+        assert result == ([True, False, True], True, 2, 1)
 
 
 def _answer(veto: bool, logs: list[LossSums]) -> bool:

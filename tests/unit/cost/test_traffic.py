@@ -110,6 +110,16 @@ def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
     assert bytes_by_axis(config)["dp"] == parameters_per_rank(config, 0) * (4 + 2)
 
 
+def test_zero_1_sends_each_gradient_once_and_in_bf16_half_of_it() -> None:
+    count = parameters_per_rank(_grid({"dp": 4}), 0)
+    wire = {name: 0.0 for name in ("fp32", "bf16", "all-reduced")}
+    for name in wire:
+        asked = {"offload_optimizer": True} if name == "all-reduced" else {"grad_reduce_dtype": name}
+        lines = transfers(_grid({"dp": 4, **asked}))
+        wire[name] = sum(t.wire_bytes for t in lines if t.what == "gradients")
+    assert wire == {"fp32": 3 / 4 * 4 * count, "bf16": 3 / 4 * 2 * count, "all-reduced": 2 * 3 / 4 * 4 * count}
+
+
 def test_q_and_k_norms_are_summed_over_tp() -> None:
     lines = transfers(_grid({"tp": 2}, style="modern_tied_qk"), engine=FP32)
     assert [t.total_bytes for t in lines if t.what == "gradients of q and k norms"] == [2 * 3 * 8 * 4]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bd3_megatron.engine.ema import Ema, warmed_up_decay
+from bd3_megatron.engine.ema import Ema
 
-
-def test_the_decay_is_warmed_up() -> None:
-    assert [warmed_up_decay(0.9999, n) for n in (1, 2, 90)] == [2 / 11, 3 / 12, 91 / 100]
-    assert warmed_up_decay(0.9999, 10**6) == 0.9999 and warmed_up_decay(0.5, 100) == 0.5
+MADE, LEFT_OUT = torch.tensor(1.0), torch.tensor(0.0)
 
 
 def test_the_average_is_the_recursion() -> None:
@@ -20,12 +17,25 @@ def test_the_average_is_the_recursion() -> None:
     for number in range(1, 20):
         for w in weights:
             w.add_(torch.randn(w.shape, generator=generator))
-        ema.update(weights)
+        ema.update(weights, MADE)
         keep = min(0.8, (1 + number) / (10 + number))
         expected = [keep * e + (1 - keep) * w for e, w in zip(expected, weights, strict=True)]
     assert ema.num_updates == 19
     for found, exact in zip(ema.shards, expected, strict=True):
         assert torch.allclose(found.double(), exact, atol=1e-5)
+
+
+def test_an_update_that_was_left_out_changes_no_average() -> None:
+    weight = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    ema = Ema([weight], 0.9)
+    ema.update([weight + 1], MADE)
+    before = ema.shards[0].clone()
+    ema.update([weight + 2], LEFT_OUT)
+    assert torch.equal(ema.shards[0], before) and ema.num_updates == 1
+    ema.num_updates = 89
+    ema.update([weight + 1], MADE)
+    # 91 / 100 of a decay of 0.9: the cap holds
+    assert torch.allclose(ema.shards[0], 0.9 * before + 0.1 * (weight + 1)) and ema.num_updates == 90
 
 
 def test_the_average_owns_its_memory() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bd3_megatron.engine.grads import local_grad, needs_tensor_sum
+from bd3_megatron.engine.grads import deepspeed_gradients, needs_tensor_sum
 from tests.unit.parallel.places import place
 
 LAYER = "decoder.layers.0."
@@ -33,12 +33,10 @@ def test_replicated_parameters_with_partial_gradients_are_summed(
     assert not needs_tensor_sum(LAYER + name, parameter, place(tp=1))
 
 
-@pytest.mark.parametrize("attribute", ["_hp_grad", "grad_accum"])
-def test_the_fp32_buffer_goes_before_grad(attribute: str) -> None:
+def test_deepspeeds_accumulator_goes_before_grad() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    assert local_grad(parameter) is None
+    assert deepspeed_gradients(parameter) == []
     parameter.grad = torch.ones(2)
-    assert local_grad(parameter) is parameter.grad
-    buffer = torch.zeros(2)
-    setattr(parameter, attribute, buffer)
-    assert local_grad(parameter) is buffer
+    assert deepspeed_gradients(parameter)[0] is parameter.grad
+    accumulator = parameter.grad_accum = torch.zeros(2)  # type: ignore[attr-defined]
+    assert deepspeed_gradients(parameter)[0] is accumulator

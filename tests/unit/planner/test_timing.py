@@ -60,8 +60,9 @@ def test_a_trimmed_last_layer_lightens_its_stage_only() -> None:
 
 def test_data_parallel_time_is_bytes_over_the_ring() -> None:
     config = _big({"dp": 8, "overlap_grad_reduce": False})
-    moved = 7 / 8 * (2 * 4 + 2) * parameters_per_rank(config, 0)
-    latency = 3 * 15e-6 + (2 * 7 + 7) * 5e-6
+    # each gradient goes to one rank, in fp32; each weight comes back, in bf16
+    moved = 7 / 8 * (4 + 2) * parameters_per_rank(config, 0)
+    latency = 3 * 15e-6 + (7 + 7) * 5e-6
     by_hand = moved / (300e9 * FREE.link_efficiency) + latency
     assert step_time(config, A100, FREE).dp == pytest.approx(by_hand, rel=1e-9)
     assert bytes_by_axis(config)["dp"] == 6 * parameters_per_rank(config, 0)
@@ -76,8 +77,9 @@ def test_gradients_hide_behind_the_last_backward_and_weights_do_not() -> None:
     exposed = max(0.0, sums - 2 / 3 * found.compute / 8)
     assert found.dp == pytest.approx(gathered + (3 * 15e-6 + 7 * 5e-6) + exposed, rel=1e-9)
     assert found.dp < step_time(late, A100, free).dp
+    # DeepSpeed's own reduction, where the optimizer is on the host, is an all-reduce at the end
     offloaded = _big({"dp": 8, "offload_optimizer": True})
-    assert step_time(offloaded, A100, free).dp == step_time(late, A100, free).dp
+    assert step_time(offloaded, A100, free).dp == pytest.approx(step_time(late, A100, free).dp + sums)
 
 
 def test_a_group_that_leaves_the_node_pays_for_it() -> None:
@@ -89,8 +91,8 @@ def test_a_group_that_leaves_the_node_pays_for_it() -> None:
 def test_members_of_a_node_cross_together() -> None:
     """dp 16 over two nodes of 8: each rank has a card of its own, so the ring crosses at 8 x 25 GB/s."""
     config = _big({"dp": 16, "overlap_grad_reduce": False})
-    moved = 15 / 16 * (2 * 4 + 2) * parameters_per_rank(config, 0)
-    latency = (3 + 2 * 15 + 15) * 15e-6
+    moved = 15 / 16 * (4 + 2) * parameters_per_rank(config, 0)
+    latency = (3 + 15 + 15) * 15e-6
     by_hand = moved / (200e9 * FREE.link_efficiency) + latency
     assert step_time(config, A100, FREE).dp == pytest.approx(by_hand, rel=1e-9)
 
