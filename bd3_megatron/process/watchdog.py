@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import linecache
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from bd3_megatron.compat.device import HostCopy
 from bd3_megatron.config.schema import WatchConfig
 from bd3_megatron.files import write_json, write_text
 from bd3_megatron.lease import node_name
@@ -210,29 +212,33 @@ def _usual(names: Sequence[str]) -> str:
     return statistics.mode(names)
 
 
-def straggler_metrics(times: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """The slowest rank's own work (forward and backward) against the median. Collective.
+def straggler_metrics(times: Mapping[str, float], device: torch.device) -> Callable[[], dict[str, float]]:
+    """The slowest rank's own work (forward and backward) against the median. Collective; only the answer waits.
 
     Args:
         times: this rank's time entries of a record.
         device: of the collectives.
 
     Returns:
-        time/slowest_rank and time/slowest_over_median; none with one rank, or where a rank has no times yet.
+        Gives time/slowest_rank and time/slowest_over_median; none with one rank, or where a rank has no times yet.
     """
     size = dist.get_world_size()
     if size == 1:
-        return {}
+        return dict
     # forward and backward alone: whole steps take equally long on all ranks, which wait for the slowest
     own = times.get("time/forward_seconds", 0.0) + times.get("time/backward_seconds", 0.0)
     seconds_R = torch.zeros(size, dtype=torch.float64, device=device)
     seconds_R[dist.get_rank()] = own
     # every rank fills its own entry, so the sum is a gather
     dist.all_reduce(seconds_R)
-    seconds = seconds_R.tolist()
+    return functools.partial(_slowest, HostCopy(seconds_R))
+
+
+def _slowest(seconds_R: HostCopy) -> dict[str, float]:
+    seconds = seconds_R.read().tolist()
     if min(seconds) <= 0.0:
         return {}
-    slowest = max(range(size), key=seconds.__getitem__)
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
     return {
         "time/slowest_rank": slowest,
         "time/slowest_over_median": seconds[slowest] / statistics.median_low(seconds),

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_megatron.compat.device import HostCopy
 from bd3_megatron.model.loss_sums import NUM_BINS, LossSums
 from bd3_megatron.parallel.topology import Topology
 
@@ -49,10 +50,30 @@ class StepSums:
         return record
 
 
+@dataclass(frozen=True)
+class PendingSums:
+    """A step's sums on their way to the host."""
+
+    table: HostCopy
+    """float64 [samples + 2 x NUM_BINS + 2]."""
+    num_samples: int
+
+    def read(self) -> StepSums:
+        """The sums; waits until the device has passed their reduction."""
+        here, num_samples = self.table.read(), self.num_samples
+        return StepSums(
+            # One sample after another: the order of this sum does not depend on the grid.
+            weighted_nll_nats=sum(here[:num_samples].tolist()),
+            token_count=int(here[-2]),
+            masked_count=int(here[-1]),
+            bins=here[num_samples : num_samples + 2 * NUM_BINS].view(2, NUM_BINS),
+        )
+
+
 def reduce_step(
     logs: Sequence[LossSums], topology: Topology, *, num_samples: int, token_count: int, masked_count: int
-) -> StepSums:
-    """Sum a step over the grid. Entry: logs on last stages only, partial over cp; exit: equal on every rank.
+) -> PendingSums:
+    """Sum a step over the grid. Entry: logs on last stages only, partial over cp; exit: equal on every rank. Does not wait.
 
     Args:
         logs: of this rank's micro-batches, in order.
@@ -70,19 +91,12 @@ def reduce_step(
     if topology.tp_rank == 0 and topology.cp_rank == 0 and topology.is_first_stage:
         table[-2], table[-1] = token_count, masked_count
     dist.all_reduce(table)
-    here = table.cpu()
-    return StepSums(
-        # One sample after another: the order of this sum does not depend on the grid.
-        weighted_nll_nats=sum(here[:num_samples].tolist()),
-        token_count=int(here[-2]),
-        masked_count=int(here[-1]),
-        bins=here[num_samples : num_samples + 2 * NUM_BINS].view(2, NUM_BINS),
-    )
+    return PendingSums(HostCopy(table), num_samples)
 
 
 def _in_sample_order(logs: Sequence[LossSums], topology: Topology, num_samples: int) -> Tensor:
     """This rank's per-sample sums at their places in the step: index = (micro-batch x dp + dp rank) x mbs + row."""
-    whole = torch.zeros(len(logs), topology.dp, num_samples // (len(logs) * topology.dp), dtype=torch.float64)
-    whole = whole.to(topology.device)
+    shape = len(logs), topology.dp, num_samples // (len(logs) * topology.dp)
+    whole = torch.zeros(shape, dtype=torch.float64, device=topology.device)
     whole[:, topology.dp_rank] = torch.stack([log.weighted_nll_B for log in logs])
     return whole.flatten()

@@ -23,7 +23,7 @@ from bd3_megatron.model.dropout import seed_dropout
 from bd3_megatron.model.loss_sums import LossSums
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import StepBatch, StepBatches
-from bd3_megatron.train.metrics import StepSums, reduce_step
+from bd3_megatron.train.metrics import PendingSums, StepSums, reduce_step
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.timeline import Timeline, profiled
@@ -43,9 +43,17 @@ class StepOutcome:
     lr: float
     """Learning rate that the optimizer used."""
     topology: Topology
+    pending_sums: PendingSums | None = None
+    """What the veto was told, already reduced."""
 
     def sums(self) -> StepSums:
-        """Loss and counts over the whole grid, equal on every rank. Collective."""
+        """Loss and counts over the whole grid, equal on every rank. Collective; waits for the device."""
+        return self.begin_sums().read()
+
+    def begin_sums(self) -> PendingSums:
+        """The same on their way to the host, which waits only where it reads them. Collective."""
+        if self.pending_sums is not None:
+            return self.pending_sums
         return _sums(self.result.logs, self.batch, self.topology, self.num_samples)
 
 
@@ -86,8 +94,12 @@ class TrainingStep:
             self._draw_ahead(step + 1, plan, state, batches)
             tokens = self._global_count(batch)
 
+        known: list[PendingSums] = []
+
         def is_vetoed(logs: list[LossSums]) -> bool:
-            return veto is not None and veto(_sums(logs, batch, self.topology, num_samples).loss)
+            # reduced once, for the guard and for the record
+            known.append(_sums(logs, batch, self.topology, num_samples))
+            return veto is not None and veto(known[0].read().loss)
 
         folder = Path(self.config.run.dir) / "profile"
         with profiled(step + 1, self.config.log.profile_steps, folder, self.topology.rank):
@@ -109,6 +121,7 @@ class TrainingStep:
             num_samples=num_samples,
             lr=lr,
             topology=self.topology,
+            pending_sums=known[0] if known else None,
         )
 
     def _draw_ahead(self, step: int, plan: RunPlan, state: TrainState, batches: StepBatches) -> None:
@@ -128,7 +141,7 @@ class TrainingStep:
         return count[0]
 
 
-def _sums(logs: list[LossSums], batch: StepBatch, topology: Topology, num_samples: int) -> StepSums:
+def _sums(logs: list[LossSums], batch: StepBatch, topology: Topology, num_samples: int) -> PendingSums:
     return reduce_step(
         logs, topology, num_samples=num_samples, token_count=batch.token_count, masked_count=batch.masked_count
     )

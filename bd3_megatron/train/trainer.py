@@ -7,6 +7,8 @@ stands in `step.py`, what runs between updates in `hooks.py`; this file owns the
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,34 @@ from bd3_megatron.train.dataset import RunData
 from bd3_megatron.train.document_pairs import step_pairs
 from bd3_megatron.train.hooks import Hooks, StepInfo
 from bd3_megatron.train.loggers import Loggers
-from bd3_megatron.train.metrics import StepSums
+from bd3_megatron.train.metrics import PendingSums, StepSums
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.step import StepOutcome, TrainingStep
 from bd3_megatron.train.throughput import figures
 from bd3_megatron.train.timeline import Timeline, time_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What a record needs of other ranks and of the device; reading it waits."""
+
+    sums: PendingSums
+    times: dict[str, float]
+    slowest: Callable[[], dict[str, float]]
+    pairs: Callable[[], Pairs | None]
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """An update that was begun, and of which the host does not know yet what it did."""
+
+    step: int
+    samples_consumed: int
+    outcome: StepOutcome
+    facts: _Facts | None
+    """None where no record is due."""
 
 
 @dataclass(kw_only=True)
@@ -56,8 +79,14 @@ class Trainer:
     batches: StepBatches | None = None
     """What the steps read; None before the first."""
     training_step: TrainingStep = field(init=False)
+    lag_steps: int = field(init=False)
+    """So many steps late the host reads what an update did: on a GPU one, so that the device has the next one to work on."""
+    _unread: deque[_Unread] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
+        # the spike guard asks for the loss in the middle of a step, so there is nothing to gain behind it
+        on_gpu = self.topology.device.type == "cuda"
+        self.lag_steps = 1 if on_gpu and self.config.train.spike_factor is None else 0
         self.training_step = TrainingStep(
             config=self.config, topology=self.topology, engine=self.engine, timeline=self.timeline
         )
@@ -85,6 +114,7 @@ class Trainer:
         while self.state.step < self.plan.total_steps:
             self.stop.ask(self.topology.device)
             vetoed = self._step(self.batches)
+            self._read(late=self.lag_steps)
             self.watchdog.step_done(self.state.step)
             # After every step, on all ranks alike: a signal reaches them at different times.
             reason = self.stop.agreed()
@@ -97,6 +127,11 @@ class Trainer:
             if reason is not None and self.state.step < self.plan.total_steps:
                 return reason
         return "finished"
+
+    def _read(self, *, late: int) -> None:
+        """Take note of what updates did, all but the last `late` of them. Collective where one was left out."""
+        while len(self._unread) > late:
+            self._note(self._unread.popleft())
 
     def _batches(self) -> StepBatches:
         return StepBatches(
@@ -111,39 +146,44 @@ class Trainer:
         )
 
     def _step(self, batches: StepBatches) -> bool:
-        """One update and its record where one is due; True when the spike guard left the update out."""
+        """Begin one update, and its record where one is due; True when the spike guard left the update out."""
         state = self.state
         outcome = self.training_step.run(
             self.plan, state, batches, veto=self._is_spike if self.config.train.spike_factor else None
         )
-        is_applied = outcome.result.applied
-        # the update's loss is that of the weights it started from
-        state.finite_step = state.step if is_applied else state.finite_step
-        state.skipped_steps += not is_applied
-        state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
         state.step += 1
         state.block_size = outcome.phase.block_size
         # Also of an update that was left out: its batch is not met again.
         state.samples_consumed += outcome.num_samples
         is_due = state.step % self.config.log.every_steps == 0 or state.step == self.plan.total_steps
+        facts = self._begin_record(outcome) if is_due else None
+        self._unread.append(_Unread(state.step, state.samples_consumed, outcome, facts))
+        return outcome.result.vetoed
+
+    def _note(self, unread: _Unread) -> None:
+        """What an update did goes into the run's state and the record."""
+        state, is_applied = self.state, unread.outcome.result.applied
+        # the update's loss is that of the weights it started from
+        state.finite_step = unread.step - 1 if is_applied else state.finite_step
+        state.skipped_steps += not is_applied
+        state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
         # An update that was left out stands in the record whatever the log interval is.
-        if is_due or not is_applied:
-            self._record_step(outcome)
+        if unread.facts is not None or not is_applied:
+            self._record_step(unread, unread.facts or self._begin_record(unread.outcome))
         if self.loggers is not None:
             self.loggers.console.advance()
             if not is_applied:
-                self.loggers.console.say(f"bd3: update {state.step} was left out, {state.skipped_in_a_row} in a row")
-        self._refuse_to_learn_nothing()
-        return outcome.result.vetoed
+                self.loggers.console.say(f"bd3: update {unread.step} was left out, {state.skipped_in_a_row} in a row")
+        self._refuse_to_learn_nothing(unread.step)
 
-    def _refuse_to_learn_nothing(self) -> None:
-        """Stop where too many updates in a row, or all of the run, were left out. Collective where it does.
+    def _refuse_to_learn_nothing(self, step: int) -> None:
+        """Stop where too many updates in a row up to `step`, or all of the run, were left out. Collective where it does.
 
         Raises:
             NonFiniteError: on every rank.
         """
         state, limit = self.state, self.config.train.max_skipped_steps
-        is_over = state.step == self.plan.total_steps and state.skipped_steps == state.step
+        is_over = step == self.plan.total_steps and state.skipped_steps == step
         if state.skipped_in_a_row < limit and not is_over:
             return
         found = self.hooks.finite_checkpoint(state)
@@ -153,7 +193,7 @@ class Trainer:
             else f"{found.name} is the newest checkpoint known to give a finite loss: to go on from it, remove later ones"
         )
         raise NonFiniteError(
-            f"the last {state.skipped_in_a_row} updates, up to step {state.step}, were left out, since loss or gradients were "
+            f"the last {state.skipped_in_a_row} updates, up to step {step}, were left out, since loss or gradients were "
             f"not finite or far too large: the run learns nothing; lower optim.lr or look at the data, and then: {remedy}."
         )
 
@@ -180,6 +220,9 @@ class Trainer:
     def _between_steps(self, *, stopping: bool) -> None:
         """Whatever is due at the state just reached; a found interval is in the state before it is saved."""
         info = self._info(stopping=stopping)
+        if self.hooks.evaluates(info) or self.hooks.searches(info) or self.hooks.saves(info):
+            # hooks see a state that knows all of its updates
+            self._read(late=0)
         if self.hooks.evaluates(info):
             self.hooks.evaluate(info)
         if self.hooks.searches(info):
@@ -202,26 +245,37 @@ class Trainer:
         self.plan = replace(self.plan, origin_step=after.step, origin_samples=after.samples_consumed)
         return True
 
-    def _record_step(self, outcome: StepOutcome) -> None:
-        sums = outcome.sums()
+    def _begin_record(self, outcome: StepOutcome) -> _Facts:
+        """What a record needs of other ranks and of the device, on its way. Collective."""
         times = time_metrics(self.timeline.finished())
-        times |= straggler_metrics(times, self.topology.device)
-        pairs = step_pairs(self.config, outcome.batch.micro_batches, self.topology, block_size=outcome.phase.block_size)
-        if self.loggers is not None:
-            record = self._step_record(outcome, sums) | self._speed(outcome, sums, times, pairs) | times
-            if not outcome.result.applied:
-                record["event"] = "loss_spike" if outcome.result.vetoed else "not_finite"
-            self.loggers.write(record)
+        return _Facts(
+            sums=outcome.begin_sums(),
+            times=times,
+            slowest=straggler_metrics(times, self.topology.device),
+            pairs=step_pairs(
+                self.config, outcome.batch.micro_batches, self.topology, block_size=outcome.phase.block_size
+            ),
+        )
 
-    def _step_record(self, outcome: StepOutcome, sums: StepSums) -> dict[str, Any]:
-        state = self.state
+    def _record_step(self, unread: _Unread, facts: _Facts) -> None:
+        if self.loggers is None:
+            return
+        outcome, sums = unread.outcome, facts.sums.read()
+        times = facts.times | facts.slowest()
+        record = self._step_record(unread, sums) | self._speed(outcome, sums, times, facts.pairs()) | times
+        if not outcome.result.applied:
+            record["event"] = "loss_spike" if outcome.result.vetoed else "not_finite"
+        self.loggers.write(record)
+
+    def _step_record(self, unread: _Unread, sums: StepSums) -> dict[str, Any]:
+        outcome = unread.outcome
         return {
-            "step": state.step,
-            "tokens": state.samples_consumed * self.config.data.seq_len,
+            "step": unread.step,
+            "tokens": unread.samples_consumed * self.config.data.seq_len,
             **sums.metrics(),
             "optim/lr": outcome.lr,
             "optim/grad_norm": outcome.result.grad_norm,
-            "optim/skipped_steps": state.skipped_steps,
+            "optim/skipped_steps": self.state.skipped_steps,
             "noise/interval_beta": outcome.interval.beta,
             "noise/interval_omega": outcome.interval.omega,
             "noise/block_size": outcome.phase.block_size,

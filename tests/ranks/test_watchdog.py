@@ -65,7 +65,7 @@ def test_the_slowest_rank_is_in_the_record() -> None:
     def on_rank(topology: Topology) -> tuple[dict[str, float], dict[str, float]]:
         own = {"time/forward_seconds": 1.0 + topology.rank, "time/backward_seconds": 1.0}
         device = torch.device("cpu")
-        return straggler_metrics(own, device), straggler_metrics(own if topology.rank else {}, device)
+        return straggler_metrics(own, device)(), straggler_metrics(own if topology.rank else {}, device)()
 
     assert (
         run_ranks(on_rank, ParallelConfig(dp=3))
