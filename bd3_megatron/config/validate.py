@@ -133,6 +133,11 @@ def check_grid(config: Config, *, world_size: int | None = None) -> None:
     _check_pipeline(config, dp)
     _check_context(config)
     _check_sequence_parallel(config)
+    if parallel.grad_reduce_dtype == "bf16" and (parallel.zero_stage > 1 or parallel.offload_optimizer):
+        raise GridError(
+            f"grad_reduce_dtype=bf16 with zero_stage={parallel.zero_stage}, offload_optimizer={parallel.offload_optimizer}: "
+            "DeepSpeed reduces in fp32 there; use zero_stage=1 without offload_optimizer, or grad_reduce_dtype=fp32."
+        )
     # ZeRO 2 cuts gradients as they come, and each micro-batch of a pipeline adds to them
     if parallel.pp > 1 and parallel.zero_stage > 1:
         raise GridError(

@@ -148,6 +148,10 @@ def test_what_cannot_run_is_refused_in_one_sentence(file: Path, overrides: list[
             r"^rows a rank \(seq_len / cp\)=2 is not",
         ),
         (
+            ["parallel.zero_stage=2", "parallel.grad_reduce_dtype=bf16"],
+            r"^grad_reduce_dtype=bf16 with zero_stage=2, .* use zero_stage=1 .*, or grad_reduce_dtype=fp32\.$",
+        ),
+        (
             ["parallel.pp=2", "parallel.zero_stage=2"],
             r"^zero_stage=2 with pp=2: .* use zero_stage=1, or pp=1 with a larger tp\.$",
         ),
