@@ -165,7 +165,8 @@ def _loggers(config: Config, plan: RunPlan, state: TrainState) -> Loggers:
     record = Record(run_dir / "metrics.jsonl", resumed_step=state.step)
     console = Console(plan.total_steps, state.step)
     attempt = f"attempt from step {state.step}"
-    return Loggers(record, console, open_mirrors(config, state.wandb_id, attempt=attempt, say=console.say))
+    mirrors = open_mirrors(config, state.wandb_id, attempt=attempt, resumed_step=state.step, say=console.say)
+    return Loggers(record, console, mirrors)
 
 
 def _deadline() -> float | None:

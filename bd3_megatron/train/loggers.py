@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Mirror(Protocol):
 
     def write(self, record: Values) -> None:
         """Take one record; may raise anything."""
+
+    def cut(self, step: int) -> None:
+        """Hide what was said of later steps, where its kind can; may raise anything."""
 
     def close(self) -> None:
         """Flush and end."""
@@ -148,6 +151,9 @@ class WandbMirror:
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self._run.log(numbers, step=record["step"])
 
+    def cut(self, step: int) -> None:
+        """The tracker keeps what it has: its steps may only rise, and it drops those that come again."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -155,16 +161,27 @@ class WandbMirror:
 class TensorBoardMirror:
     """TensorBoard event files under run.dir/tensorboard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        self._folder = folder
+        self._writer = self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> Any:
+        """A new event file, whose beginning hides what older files say of the steps that will be made again."""
         # Needs the optional package tensorboard.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), flush_secs=5)
+        # a run that starts anew evaluates its step 0 once more
+        again_from = resumed_step + 1 if resumed_step else 0
+        return SummaryWriter(str(self._folder), purge_step=again_from, flush_secs=5)
 
     def write(self, record: Values) -> None:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, record["step"])
+
+    def cut(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
 
     def close(self) -> None:
         self._writer.close()
@@ -182,17 +199,21 @@ class Loggers:
         # The record is the truth: it has the line before any mirror can fail.
         self._record.write(record)
         self.console.write(record)
+        self._tell(lambda mirror: mirror.write(record))
+
+    def cut(self, step: int) -> None:
+        """The run returned to `step`: the record forgets what came after, and mirrors hide it where they can."""
+        self._record.cut(step)
+        self._tell(lambda mirror: mirror.cut(step))
+
+    def _tell(self, what: Callable[[Mirror], None]) -> None:
         for name, mirror in list(self._mirrors.items()):
             try:
-                mirror.write(record)
+                what(mirror)
             # a tracker's outage may surface as any exception, and must not cost the run
             except Exception as error:
                 del self._mirrors[name]
                 self.console.say(f"{name} failed and is left out from here on: {type(error).__name__}: {error}")
-
-    def cut(self, step: int) -> None:
-        """The run returned to `step`: the record forgets what came after; mirrors keep it, as their kind does."""
-        self._record.cut(step)
 
     def close(self) -> None:
         """End all; a mirror that fails to close is named."""
@@ -205,14 +226,18 @@ class Loggers:
         self.console.close()
 
 
-def open_mirrors(config: Config, run_id: str, *, attempt: str, say: Any) -> dict[str, Mirror]:
+def open_mirrors(
+    config: Config, run_id: str, *, attempt: str, resumed_step: int, say: Callable[[str], None]
+) -> dict[str, Mirror]:
     """The mirrors the configuration asks for; one that cannot start is named through `say` and left out."""
     mirrors: dict[str, Mirror] = {}
     makers: dict[str, Any] = {}
     if config.log.wandb != "disabled":
         makers["wandb"] = lambda: WandbMirror(config, run_id, attempt=attempt)
     if config.log.tensorboard:
-        makers["tensorboard"] = lambda: TensorBoardMirror(Path(config.run.dir) / "tensorboard")
+        makers["tensorboard"] = lambda: TensorBoardMirror(
+            Path(config.run.dir) / "tensorboard", resumed_step=resumed_step
+        )
     for name, make in makers.items():
         try:
             mirrors[name] = make()

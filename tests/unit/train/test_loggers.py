@@ -95,6 +95,9 @@ class Keeps:
     def write(self, record: Any) -> None:
         self.seen.append(record["step"])
 
+    def cut(self, step: int) -> None:
+        self.seen.append(f"cut to {step}")
+
     def close(self) -> None:
         self.seen.append("closed")
 
@@ -162,7 +165,7 @@ def test_the_tracker_is_told_numbers_under_one_run_id(tmp_path: Path, monkeypatc
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = case(run={"dir": str(tmp_path / "seven")}, log={"wandb": "offline", "wandb_project": "project"})
-    mirror = open_mirrors(config, "0a1b", attempt="attempt from step 3", say=unexpected)["wandb"]
+    mirror = open_mirrors(config, "0a1b", attempt="attempt from step 3", resumed_step=3, say=unexpected)["wandb"]
     mirror.write({"step": 4, "loss": 2.0, "event": "start", "grid": {}, "mfu": None})
     mirror.close()
     assert fake.logged == [(4, {"loss": 2.0}), "finished"]
@@ -185,9 +188,71 @@ def test_a_mirror_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     tell: Callable[[str], None] = said.append
     config = case(log={"wandb": "online", "tensorboard": True})
-    assert open_mirrors(config, "id", attempt="a", say=tell) == {}
+    assert open_mirrors(config, "id", attempt="a", resumed_step=0, say=tell) == {}
     assert [s.split(" could not start and is left out: ")[0] for s in said] == ["wandb", "tensorboard"]
 
 
 def test_no_mirror_is_opened_unasked() -> None:
-    assert open_mirrors(case(), "id", attempt="a", say=unexpected) == {}
+    assert open_mirrors(case(), "id", attempt="a", resumed_step=0, say=unexpected) == {}
+
+
+def boarded(folder: Path) -> dict[str, list[int]]:
+    """Steps of every curve, as TensorBoard itself reads them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="an extra")
+    found = accumulator.EventAccumulator(str(folder))
+    found.Reload()
+    return {name: [event.step for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def board(path: Path, console: Console, *, resumed_step: int) -> Loggers:
+    """An attempt that writes TensorBoard's files."""
+    config = case(run={"dir": str(path.parent)}, log={"tensorboard": True})
+    mirrors = open_mirrors(config, "id", attempt="a", resumed_step=resumed_step, say=unexpected)
+    return Loggers(Record(path, resumed_step=resumed_step), console, mirrors)
+
+
+def test_tensorboard_shows_no_step_twice_after_a_crash_or_a_rollback(path: Path, console: Console) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
+    first = board(path, console, resumed_step=0)
+    for step in range(1, 6):
+        first.write({"step": step, "loss": 1.0})
+    first.write({"step": 3, "eval": 1.0})
+    first.close()
+    # the newest checkpoint was of step 3: steps 4 and 5 come again
+    second = board(path, console, resumed_step=3)
+    for step in range(4, 8):
+        second.write({"step": step, "loss": 2.0})
+    second.cut(6)
+    for step in range(7, 9):
+        second.write({"step": step, "loss": 3.0})
+    second.close()
+    assert boarded(path.parent / "tensorboard") == {"loss": [1, 2, 3, 4, 5, 6, 7, 8], "eval": [3]}
+    assert sorted(steps(path)) == [1, 2, 3, 3, 4, 5, 6, 7, 8]
+
+
+class FakeBoard(types.ModuleType):
+    """Stands for torch's writer, which needs a package that is an extra, at the border of the process."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.utils.tensorboard")
+        self.begun: list[int] = []
+
+    def SummaryWriter(self, folder: str, *, purge_step: int, flush_secs: int) -> FakeBoard:  # noqa: N802
+        self.begun.append(purge_step)
+        return self
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_every_event_file_says_from_which_step_on_it_counts(
+    path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeBoard()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    for resumed_step in (0, 3):
+        loggers = board(path, console, resumed_step=resumed_step)
+        loggers.cut(7)
+        loggers.close()
+    # the whole of a new run counts, its evaluated step 0 included
+    assert fake.begun == [0, 8, 4, 8]
