@@ -38,7 +38,7 @@ def build_parser() -> CommandParser:
         "--remap-mask", action="store_true", help="sdar: move the mask to the id SGLang and LMDeploy assume"
     )
     mask.add_argument("--keep-mask", action="store_true", help="sdar: leave the mask's id, for engines that take any")
-    parser.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
+    parser.add_argument("--license", help="licence of the weights, for the model card (default: it names none)")
     return parser
 
 

@@ -27,7 +27,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.model_card import model_card
 from bd3_megatron.convert.name_table import NameTable
-from bd3_megatron.convert.plain_config import plain_config
+from bd3_megatron.convert.plain_config import plain_config, run_tokenizer
 from bd3_megatron.convert.plain_source import CheckpointSource, FolderSource
 from bd3_megatron.convert.to_hf import stream_folder
 from bd3_megatron.data.shard_header import read_header
@@ -84,7 +84,7 @@ def convert_checkpoint(
     *,
     raw: bool = False,
     dtype: torch.dtype = torch.float32,
-    licence: str = "unknown",
+    licence: str | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> ConversionReport:
     """Write the folder of a checkpoint and prove it.
@@ -94,7 +94,7 @@ def convert_checkpoint(
         out: the folder to write; an older exported folder there is replaced.
         raw: the trained weights instead of their average.
         dtype: of the stored weights.
-        licence: for the model card; a Hugging Face licence id.
+        licence: for the model card; a Hugging Face licence id; None: it names none.
         warn: told about checkpoints that were skipped.
 
     Raises:
@@ -115,6 +115,7 @@ def convert_checkpoint(
     if tokenizer is None:
         notes.append("no tokenizer was found in the run or beside its data; copy its files into the folder")
     facts: dict[str, Any] = {
+        "has_tokenizer": tokenizer is not None,
         "weights": WEIGHTS[which],
         "num_parameters": sum(math.prod(source.shape(name)) for name in source.names()),
     }
@@ -198,12 +199,6 @@ def checked_difference(expected: Tensor, found: Tensor, what: str) -> float:
             f"logits of {what} differ by {difference:.3g}, more than {allowed:.3g}; do not use the result."
         )
     return difference
-
-
-def run_tokenizer(manifest: Manifest) -> dict[str, Any]:
-    """Fingerprint and special ids of the tokenizer a run was trained with; empty in checkpoints of older versions."""
-    recorded = manifest.train_state.get("tokenizer")
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def tokenizer_of(checkpoint: Path, data_dir: Path | None, manifest: Manifest) -> Path | None:

@@ -1,6 +1,7 @@
 """The README.md of an exported folder: what the model is, what it saw, how well it predicts, how to sample from it.
 
-Decides: only what the run recorded is said; what is not known is called unknown, the licence too unless it is given.
+Decides: only what the run recorded is said; what is not known is called unknown, and a licence is named only where one
+was given.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 from bd3_megatron.checkpoint.layout import Manifest
 from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.plain_config import run_tokenizer
+from bd3_megatron.data.convention import convention_from_json
+from bd3_megatron.data.tokenizer_fingerprint import SHOWN_DIGITS
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
 _CARD = """---
-license: {licence}
-library_name: transformers
+{licence}library_name: transformers
 tags:
 - block-diffusion
 - bd3
@@ -34,22 +37,17 @@ tags:
 | length, block size | {length:,} tokens, {block_size} |
 | logits | {alignment}, clean prefix block-causal, blocks at absolute multiples of the block size |
 | data | {data} |
+| tokenizer | {tokenizer} |
 | clean tokens seen | {tokens} |
 | held-out perplexity | {perplexity} |
+| measured by | {convention} |
 | code | commit {commit} |
 
 ## Sampling
 
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+{sampling}
 
-model = AutoModelForMaskedLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-prompt = tokenizer("The", return_tensors="pt", add_special_tokens=False).input_ids
-print(tokenizer.decode(model.generate(prompt, max_new_tokens=64)[0]))
-```
-
-`model(input_ids=noisy, context_ids=clean).logits` are the raw logits of the noisy half.
+{logits}
 
 ## Training configuration
 
@@ -57,6 +55,27 @@ print(tokenizer.decode(model.generate(prompt, max_new_tokens=64)[0]))
 {config}
 ```
 """
+
+_WITH_TOKENIZER = """```python
+from transformers import {auto}, AutoTokenizer
+
+folder = "."  # where this file lies, or the model's name on the hub
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+prompt = tokenizer("The", return_tensors="pt", add_special_tokens=False).input_ids
+print(tokenizer.decode(model.generate(prompt, max_new_tokens={new_tokens})[0]))
+```"""
+
+_WITHOUT_TOKENIZER = """```python
+import torch
+from transformers import {auto}
+
+folder = "."  # where this file lies, or the model's name on the hub
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+prompt = torch.tensor([[{first_id}]])  # ids of the tokenizer named above, which is not in this folder
+print(model.generate(prompt, max_new_tokens={new_tokens})[0].tolist())
+```"""
+_NEW_TOKENS = 64
 
 
 def model_card(
@@ -66,8 +85,9 @@ def model_card(
     *,
     weights: str,
     num_parameters: int,
-    licence: str,
+    licence: str | None,
     run_dir: Path,
+    has_tokenizer: bool,
 ) -> str:
     """The text of README.md.
 
@@ -77,15 +97,17 @@ def model_card(
         manifest: the checkpoint's.
         weights: "averaged" or "raw".
         num_parameters: of the folder.
-        licence: a Hugging Face licence id, or "unknown".
+        licence: a Hugging Face licence id; None: the card names none, for only the owner can give one.
         run_dir: whose metrics.jsonl holds evaluations.
+        has_tokenizer: whether the folder holds the tokenizer's files.
     """
     block = objective_named(described.objective).has_noise
+    found = _evaluation(run_dir / "metrics.jsonl", manifest.step)
     # Clean tokens: rows of the noisy copies are not counted.
     tokens = manifest.samples_consumed * config.data.seq_len
     return _CARD.format(
         # Never guessed: a wrong licence is worse than an unknown one.
-        licence=licence,
+        licence=f"license: {licence}\n" if licence else "",
         title=Path(config.run.dir).name or "model",
         kind="Block-diffusion" if block else "Autoregressive",
         parameters=num_parameters / 1e6,
@@ -101,20 +123,51 @@ def model_card(
         length=described.max_position_embeddings,
         block_size=described.block_size,
         alignment="of a position predict that position" if block else "of a position predict the next one",
-        data=_data_names(config),
+        data=_data(config, manifest),
+        tokenizer=_tokenizer(described, manifest),
         tokens=f"{tokens:,}" if tokens else "none by this run" if manifest.origin else "unknown",
-        perplexity=_perplexity(run_dir / "metrics.jsonl", manifest.step),
+        perplexity="not measured" if found is None else _perplexity(found),
+        convention=_convention(found, manifest),
+        sampling=_snippet(described, has_tokenizer=has_tokenizer),
+        logits="`model(input_ids=noisy, context_ids=clean).logits` are the raw logits of the noisy half."
+        if block
+        else "`model(input_ids=tokens).logits` are the raw logits of the next tokens.",
         commit=manifest.git_commit or "unknown",
         config=json.dumps(_without_paths(manifest.config), indent=1),
     )
 
 
-def _data_names(config: Config) -> str:
+def _data(config: Config, manifest: Manifest) -> str:
+    """Names of what was read, and how much of it there is where the run counted it."""
     stream = config.data.stream
-    # Names only: a folder's path tells about the machine it was on.
     named = [*config.data.mixed_folders] if stream is None else [stream.dataset]
     named = named or [name for name in (config.data.path, *config.data.text) if name]
-    return ", ".join(Path(name).name for name in named) or "unknown"
+    names = ", ".join(Path(name).name for name in named) or "unknown"
+    sources = (manifest.train_state.get("rows") or {}).get("train") or []
+    if not sources:
+        return names
+    documents, tokens = (sum(int(source[key]) for source in sources) for key in ("documents", "tokens"))
+    return f"{names}: {documents:,} documents of {tokens:,} tokens"
+
+
+def _tokenizer(described: BD3Config, manifest: Manifest) -> str:
+    fingerprint = described.tokenizer_fingerprint
+    if fingerprint is None:
+        return "unknown"
+    recorded = run_tokenizer(manifest)
+    ids = ", ".join(f"{name} {recorded[name]}" for name in ("bos", "eos", "pad") if recorded.get(name) is not None)
+    return f"fingerprint {fingerprint[:SHOWN_DIGITS]}{f'; ids {ids}' if ids else ''}"
+
+
+def _snippet(described: BD3Config, *, has_tokenizer: bool) -> str:
+    """Code that runs as it is pasted, in the folder."""
+    text = _WITH_TOKENIZER if has_tokenizer else _WITHOUT_TOKENIZER
+    return text.format(
+        auto="AutoModelForMaskedLM" if objective_named(described.objective).has_noise else "AutoModelForCausalLM",
+        # a model of short texts is not asked for more than it has learned
+        new_tokens=min(_NEW_TOKENS, described.max_position_embeddings // 2),
+        first_id=described.bos_token_id or 0,
+    )
 
 
 def _without_paths(tree: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +178,8 @@ def _without_paths(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "run": run, "data": data}
 
 
-def _perplexity(metrics: Path, step: int) -> str:
-    """The evaluation nearest before the checkpoint, with its standard error; "not measured" where there is none."""
+def _evaluation(metrics: Path, step: int) -> dict[str, Any] | None:
+    """The evaluation nearest before the checkpoint; None where there is none."""
     best: dict[str, Any] | None = None
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         try:
@@ -138,12 +191,24 @@ def _perplexity(metrics: Path, step: int) -> str:
             and record.get("eval/perplexity") is not None
             and int(record.get("step", 0)) <= step
         ):
-            # Records are in order of steps, so the last that fits is the nearest.
             best = record
-    if best is None:
-        return "not measured"
+    return best
+
+
+def _perplexity(found: dict[str, Any]) -> str:
+    """With its standard error."""
     # of the texts and of the noise: independent, and small against 1, so that they are relative errors of the perplexity
-    errors = [best.get(f"eval/stderr_{of}_nats_per_token") for of in ("text", "noise")]
+    errors = [found.get(f"eval/stderr_{of}_nats_per_token") for of in ("text", "noise")]
     total = math.hypot(*(error for error in errors if error is not None))
-    spread = f" ± {best['eval/perplexity'] * total:.2g} (standard error)" if total else ""
-    return f"{best['eval/perplexity']:.4g}{spread} at step {best['step']:,}"
+    spread = f" ± {found['eval/perplexity'] * total:.2g} (standard error)" if total else ""
+    return f"{found['eval/perplexity']:.4g}{spread} at step {found['step']:,}"
+
+
+def _convention(found: dict[str, Any] | None, manifest: Manifest) -> str:
+    """Which rows and tokens the number is of; a number without its convention compares with none."""
+    said = []
+    if found is not None and found.get("eval/num_tokens") is not None:
+        said.append(f"{found['eval/num_tokens']:,} tokens of {found.get('eval/num_sequences', 0):,} held-out sequences")
+    if manifest.evaluation:
+        said.append(convention_from_json(manifest.evaluation, "the manifest").sentence())
+    return "; ".join(said) or "unknown"

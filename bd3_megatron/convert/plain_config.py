@@ -1,10 +1,11 @@
-"""The plain model's configuration of a run's model: the one place where the two sets of names meet."""
+"""The plain model's configuration of a run's model, and what the run recorded that its description needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, cast
 
+from bd3_megatron.checkpoint.layout import Manifest
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
@@ -57,3 +58,9 @@ def plain_config(
         tokenizer_fingerprint=tokenizer_fingerprint,
         **cast(dict[str, Any], special_ids or {}),
     )
+
+
+def run_tokenizer(manifest: Manifest) -> dict[str, Any]:
+    """Fingerprint and special ids of the tokenizer a run was trained with; empty in checkpoints of older versions."""
+    recorded = manifest.train_state.get("tokenizer")
+    return recorded if isinstance(recorded, dict) else {}

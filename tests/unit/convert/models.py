@@ -50,6 +50,8 @@ def whole_checkpoint(
     seed: int = 1,
     common: float = 0.0,
     train_state: dict[str, Any] | None = None,
+    mask_id: int = MASK,
+    evaluation: dict[str, Any] | None = None,
 ) -> Path:
     """A checkpoint of random weights, made without any rank.
 
@@ -57,7 +59,7 @@ def whole_checkpoint(
         path: the checkpoint's folder.
         config: the run.
         step, vocab_size, seed: of the checkpoint.
-        train_state: as the trainer would have left it.
+        train_state, mask_id, evaluation: as the trainer would have left them.
         common: added to every embedding, so that final states have a direction in common, as those of trained models do.
     """
     table, generator = NameTable(config.model, vocab_size), torch.Generator().manual_seed(seed)
@@ -80,8 +82,9 @@ def whole_checkpoint(
         git_commit=None,
         seeds={"run": 1},
         vocab_size=vocab_size,
-        mask_id=MASK if config.diffusion.objective == "block" else None,
+        mask_id=mask_id if config.diffusion.objective == "block" else None,
         train_state=train_state or {},
+        evaluation=evaluation or {},
         software=software_versions(),
     )
     write_whole(path, manifest, shapes, produce)
