@@ -69,8 +69,10 @@ def measure_samples(
         )
     asked = {**request.options, **options}
     prompts = [request.prompts[i % len(request.prompts)] for i in range(request.num_samples)]
+    # texts of one length: entropy and perplexity of shorter ones are no less, but other numbers
+    decoding = {"stop_at_eos": False, **asked}
     results = sampler.generate(
-        prompts, num_tokens=request.num_tokens, seed=request.seed, batch_size=request.batch_size, **asked
+        prompts, num_tokens=request.num_tokens, seed=request.seed, batch_size=request.batch_size, **decoding
     )
     num_tokens = sum(len(result.tokens) for result in results)
     point: dict[str, Any] = {"rule": asked.get("rule", "first_hitting"), "temperature": asked.get("temperature", 1.0)}

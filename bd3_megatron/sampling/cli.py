@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="fixes every draw (default 0)")
     parser.add_argument("--num-samples", type=int, default=1, help="samples a prompt (default 1)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples decoded together; never changes them")
-    parser.add_argument("--stop-at-eos", action="store_true", help="end a text with its first EOS token")
+    parser.add_argument(
+        "--stop-at-eos",
+        action=argparse.BooleanOptionalAction,
+        help="end a text with its first EOS token (default: where the model has one, unless --infill)",
+    )
     parser.add_argument("--stop", action="append", default=[], help="end a text at this string; may be repeated")
     for name, (kind, text) in OPTION_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -107,7 +111,7 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given; the others keep the engine's defaults."""
     given = {name: getattr(args, name) for name in OPTION_FLAGS}
     options = {name: value for name, value in given.items() if value is not None}
-    return options | ({"stop_at_eos": True} if args.stop_at_eos else {})
+    return options | ({} if args.stop_at_eos is None else {"stop_at_eos": args.stop_at_eos})
 
 
 def _results(sampler: Sampler, args: argparse.Namespace, prompts: list[str | list[int]]) -> list[SampleResult]:

@@ -137,7 +137,7 @@ class Sampler:
             observer: shown (sample, position, ids) of every block after every forward.
             on_finished: told every result as soon as it is there, in the order of finishing.
             options: fields of `DecodingOptions`: rule, steps, threshold, entropy_bound, temperature, top_p, top_k,
-                min_p, repetition_penalty, window, stop_at_eos.
+                min_p, repetition_penalty, window, stop_at_eos (default: where the model has an EOS token).
 
         Returns:
             num_samples results of the first prompt, then of the second, and so on.
@@ -155,8 +155,12 @@ class Sampler:
         if any(self.config.mask_token_id in ids for ids in given):
             raise SamplingError("a prompt holds the mask token; use infill to fill masks, or leave it out.")
         numbers = [(index // num_samples, index % num_samples) for index in range(len(given))]
-        work = _Work(self, seed, batch_size, tuple(stop_strings), observer, on_finished, options)
+        work = _Work(self, seed, batch_size, tuple(stop_strings), observer, on_finished, self._ending(options))
         return work.run(given, numbers, num_tokens)
+
+    def _ending(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a continuation: behind the end of a document comes another, which nobody asked for."""
+        return {"stop_at_eos": self.config.eos_token_id is not None, **options}
 
     def infill(
         self,
@@ -175,7 +179,7 @@ class Sampler:
 
         Args:
             texts: texts with mask tokens: token ids, or strings with the tokenizer's mask token.
-            seed, batch_size, observer, options: as in `generate`.
+            seed, batch_size, observer, options: as in `generate`, but an EOS token ends nothing unless asked to.
 
         Raises:
             SamplingError: as `generate`; a text without a mask token; given text that a masked block cannot see.
@@ -212,7 +216,7 @@ class Sampler:
         """
         check_count("num_tokens", num_tokens)
         given = encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
-        work = _Work(self, seed, 1, tuple(stop_strings), observer, None, options)
+        work = _Work(self, seed, 1, tuple(stop_strings), observer, None, self._ending(options))
         text = TextStream(self.tokenizer, given) if self.tokenizer is not None else None
         for event in work.events([given], num_tokens):
             shown = None if text is None else text.push(event.tokens)

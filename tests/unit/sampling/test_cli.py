@@ -37,14 +37,17 @@ def test_every_decoding_option_has_a_flag_and_no_default_of_its_own() -> None:
     assert decoding_options(parsed()) == {}
     given = decoding_options(parsed("--top-p", "0.9", "--rule", "ancestral", "--steps", "8", "--stop-at-eos"))
     assert given == {"top_p": 0.9, "rule": "ancestral", "steps": 8, "stop_at_eos": True}
+    assert decoding_options(parsed("--no-stop-at-eos")) == {"stop_at_eos": False}
 
 
 def test_a_prompt_is_continued_and_printed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "samples.jsonl"
     arguments = ["sample", str(folder), "--prompt", "w2 w3", "--prompt-ids", "4,5", "--num-tokens", "8", "--seed", "6"]
+    arguments.append("--no-stop-at-eos")
     assert main([*arguments, "--num-samples", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    results = Sampler.from_pretrained(folder).generate(["w2 w3", [4, 5]], num_tokens=8, seed=6, num_samples=2)
+    sampler = Sampler.from_pretrained(folder)
+    results = sampler.generate(["w2 w3", [4, 5]], num_tokens=8, seed=6, num_samples=2, stop_at_eos=False)
     assert printed.out.splitlines()[:2] == ["== prompt 0, sample 0 (length) ==", "w2 w3" + (results[0].text or "")]
     assert "tokens/s" in printed.err and "of the weight-read bound" in printed.err
     lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]

@@ -36,13 +36,15 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 
 
 def test_prompts_are_texts_or_ids_one_or_several_and_results_keep_their_order(worded: Sampler) -> None:
-    results = worded.generate(["w5 w6 w7", [3, 4], ""], num_tokens=9, seed=2, num_samples=2, batch_size=4)
+    results = worded.generate(
+        ["w5 w6 w7", [3, 4], ""], num_tokens=9, seed=2, num_samples=2, batch_size=4, stop_at_eos=False
+    )
     assert [(r.prompt_index, r.sample_index) for r in results] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [r.prompt_tokens for r in results[::2]] == [[5, 6, 7], [3, 4], [0]]
     assert all(len(r.tokens) == 9 and MASK not in r.tokens and r.stop_reason == "length" for r in results)
     assert results[0].tokens != results[1].tokens
-    assert worded.generate([3, 4], num_tokens=9, seed=2)[0].tokens == results[2].tokens
-    assert worded.generate("w5 w6 w7", num_tokens=9, seed=2)[0].tokens == results[0].tokens
+    assert worded.generate([3, 4], num_tokens=9, seed=2, stop_at_eos=False)[0].tokens == results[2].tokens
+    assert worded.generate("w5 w6 w7", num_tokens=9, seed=2, stop_at_eos=False)[0].tokens == results[0].tokens
     words = [f"w{token}" for token in results[0].tokens if token > 1]
     assert results[0].text is not None and results[0].text.split() == words
 
@@ -62,34 +64,39 @@ def test_hugging_face_generate_gives_the_same_tokens(bare: Sampler) -> None:
     model.load_state_dict(bare.model.state_dict())
     prompts = tokens(3, 5, seed=2)
     found = model.generate(prompts, max_new_tokens=40, seed=7, top_p=0.9, stop_at_eos=False)[:, 5:].tolist()
-    results = bare.generate(prompts.tolist(), num_tokens=40, seed=7, top_p=0.9)
+    results = bare.generate(prompts.tolist(), num_tokens=40, seed=7, top_p=0.9, stop_at_eos=False)
     assert found == [r.tokens for r in results]
 
 
 def test_streamed_blocks_add_up_to_the_generated_text(worded: Sampler) -> None:
-    whole = worded.generate("w5 w6 w7", num_tokens=30, seed=2)[0]
-    blocks = list(worded.stream("w5 w6 w7", num_tokens=30, seed=2))
+    whole = worded.generate("w5 w6 w7", num_tokens=30, seed=2, stop_at_eos=False)[0]
+    blocks = list(worded.stream("w5 w6 w7", num_tokens=30, seed=2, stop_at_eos=False))
     assert [token for block in blocks for token in block.tokens] == whole.tokens
     assert "".join(block.text or "" for block in blocks) == whole.text
     assert [block.stop_reason for block in blocks][-2:] == [None, "length"]
 
 
 def test_a_text_ends_where_a_stop_string_is_complete(worded: Sampler) -> None:
-    whole = worded.generate("w5", num_tokens=40, seed=3)[0]
+    whole = worded.generate("w5", num_tokens=40, seed=3, stop_at_eos=False)[0]
     assert whole.text is not None
     stop = " ".join(whole.text.split()[10:12])
-    ended = worded.generate("w5", num_tokens=40, seed=3, stop_strings=["never", stop])[0]
+    stops = ["never", stop]
+    ended = worded.generate("w5", num_tokens=40, seed=3, stop_strings=stops, stop_at_eos=False)[0]
     assert ended.stop_reason == "string"
     assert ended.text == whole.text[: whole.text.index(stop)]
     assert ended.tokens == whole.tokens[: len(ended.tokens)]
     assert len(ended.tokens) < len(whole.tokens)
 
 
-def test_eos_ends_a_text_only_when_asked(bare: Sampler) -> None:
+def test_eos_ends_a_text_unless_it_is_told_not_to(bare: Sampler) -> None:
     prompts = [[n] for n in range(2, 10)]
-    whole = bare.generate(prompts, num_tokens=30, seed=3)
-    ended = bare.generate(prompts, num_tokens=30, seed=3, stop_at_eos=True)
+    whole = bare.generate(prompts, num_tokens=30, seed=3, stop_at_eos=False)
+    ended = bare.generate(prompts, num_tokens=30, seed=3)
     assert any(r.stop_reason == "eos" for r in ended)
+    asked = bare.generate(prompts, num_tokens=30, seed=3, stop_at_eos=True)
+    assert [r.tokens for r in asked] == [r.tokens for r in ended]
+    streamed = list(bare.stream(prompts[0], num_tokens=30, seed=3))
+    assert [token for block in streamed for token in block.tokens] == ended[0].tokens
     for full, cut in zip(whole, ended, strict=True):
         keep = full.tokens.index(1) + 1 if 1 in full.tokens else 30
         assert cut.tokens == full.tokens[:keep]
@@ -129,7 +136,6 @@ def test_finished_results_are_told_as_they_come(bare: Sampler) -> None:
         [[n] for n in range(2, 8)],
         num_tokens=30,
         seed=3,
-        stop_at_eos=True,
         on_finished=lambda r: told.append(r.prompt_index),
     )
     assert sorted(told) == list(range(6))
