@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convention(group: argparse._ArgumentGroup) -> None:
+    # --flag, --no-flag, or neither: then the model's own convention holds.
     switch = argparse.BooleanOptionalAction
     group.add_argument("--packing", metavar="MODE", help="of documents into rows: wrap, isolated or pad")
     group.add_argument("--append-eos", action=switch, help="an end token after every document")
@@ -77,6 +78,7 @@ def check_options(options: argparse.Namespace) -> None:
     from bd3_megatron.errors import ConfigError, RangeError
 
     asked = [options.data is not None, options.zero_shot is not None, options.frontier]
+    # One number at a time: two tasks would leave it open which one --json describes.
     if sum(asked) != 1:
         raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot or --frontier.")
     for name, value in (
@@ -94,6 +96,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do what was asked and print it; returns the exit code."""
+    # Late: torch is not needed to print --help.
     from bd3_megatron.evaluate import tasks
 
     if options.json:
@@ -101,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
     check_options(options)
     if options.frontier:
         return tasks.print_frontier(options)
+    # Rows are shared by the processes of torchrun; sampling runs in one process.
     with tasks.joined(options) as work:
         task = tasks.print_perplexity if options.zero_shot is None else tasks.print_zero_shot
         return task(options, work)

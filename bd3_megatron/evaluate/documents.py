@@ -61,6 +61,7 @@ def evaluate_documents(
     for sequence, number in enumerate(table.row_id_N.tolist()):
         rows_R = (table.sequence_R == sequence).nonzero()[:, 0]
         first = 0 if given is None else given[number]
+        # The convention's given first token, also where the caller gives none.
         first = max(first, 1) if settings.convention.first_token_given else first
         sums_D, counted = document_sums(
             model,
@@ -74,6 +75,7 @@ def evaluate_documents(
         )
         share = Share(rows_R, len(rows_R))
         sums.put_sums(share, sums_D.cpu())
+        # Every draw counts the same tokens.
         sums.put_counts(share, torch.full((len(rows_R),), counted))
     return estimate(plan, sums)
 
@@ -105,12 +107,14 @@ def document_sums(
         DataError: nothing to score.
     """
     is_ar = not objective_named(model.model.shape.objective).has_noise
+    # Nothing predicts an autoregressive model's first token.
     first = max(given, 1) if is_ar else given
     if len(ids) <= first:
         raise DataError(
             f"document {number} has {len(ids)} tokens, of which {first} are given; give one with {first + 1} or more."
         )
     if is_ar or mask_id is None:
+        # It has no noise: all draws are alike.
         return _next_token_sum(model, ids, first).expand(len(draw_D)), len(ids) - first
     size = model.model.shape.block_size
     noisy = _noisy_document(plan, ids, draw_D, number=number, given=first, block_size=size, mask_id=mask_id)
@@ -121,6 +125,7 @@ def _noisy_document(
     plan: NoisePlan, ids: Sequence[int], draw_D: Tensor, *, number: int, given: int, block_size: int, mask_id: int
 ) -> NoisyBatch:
     """All draws of a document, filled up to whole blocks with positions that are always masked and never counted."""
+    # The last block is filled up: the model knows whole blocks only.
     length = -(-len(ids) // block_size) * block_size
     position_L = torch.arange(length)
     is_text_L = position_L < len(ids)
@@ -152,6 +157,7 @@ class _BlockWalk:
             length=shape.max_position_embeddings,
             block_size=self.size,
             block_rows=self.size,
+            # The cache never holds more than the window.
             capacity=min(shape.max_position_embeddings, length),
         )
         self.state = SequenceState(noisy.clean_BL[0].tolist(), 0)
@@ -161,6 +167,7 @@ class _BlockWalk:
     def run(self) -> Tensor:
         """The sums of all blocks: float64 [D]."""
         num_draws, length = self.noisy.noisy_BL.shape
+        # float64: a long document adds up many thousand numbers.
         total_D = torch.zeros(num_draws, dtype=torch.float64, device=self.device)
         for start in range(0, length, self.size):
             # a block that is given entirely costs nothing but its commit
@@ -175,6 +182,7 @@ class _BlockWalk:
     def _commit(self) -> None:
         """Encode the clean rows that the block looks back on and that are not in the cache."""
         self.window.enter_block(self.state)
+        # One row is kept, because the engine wants one; only keys and values matter here.
         keep_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         while self.state.committed < self.state.block_start:
             stop = self.window.commit_stop(self.state, MAX_COMMIT_ROWS)
@@ -192,6 +200,7 @@ class _BlockWalk:
         copies.keys_nBGCH, copies.values_nBGCH = self.cache.keys_nBGCH, self.cache.values_nBGCH
         copies.keep_sequences(torch.zeros(len(draws), dtype=torch.int64, device=device))
         keep_BQ = torch.arange(self.size, device=device).expand(len(draws), -1)
+        # Noisy ids over a clean cache: what the pair's noisy half sees.
         ids_BS = self.noisy.noisy_BL[draws, block].to(device)
         hidden_BSD = cached_hidden(self.model.model, copies, ids_BS, layout.plan, keep_BQ)
         is_masked_BS = self.noisy.is_masked_BL[draws, block].to(device)

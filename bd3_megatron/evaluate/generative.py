@@ -68,6 +68,7 @@ def measure_samples(
             "the model's folder has no tokenizer, so its samples are no text to score; copy its files there."
         )
     asked = {**request.options, **options}
+    # In turn, so that every setting continues the same prompts with the same seed.
     prompts = [request.prompts[i % len(request.prompts)] for i in range(request.num_samples)]
     # texts of one length: entropy and perplexity of shorter ones are no less, but other numbers
     decoding = {"stop_at_eos": False, **asked}

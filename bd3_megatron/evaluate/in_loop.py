@@ -77,6 +77,7 @@ def evaluate_on_grid(
     )
     table = score_table(plan, num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
     sums = ScoreSums(table, topology.device)
+    # Interleaved schedules take micro-batches by multiples of the stages.
     group = topology.pp if topology.vpp > 1 else 1
     shares = deal(
         table,
@@ -87,6 +88,7 @@ def evaluate_on_grid(
     )
     # A micro-batch has the size that training uses: pipelines and ZeRO-3 need equal shapes and counts everywhere.
     with _rows_of(engine.model, block_size), engine.averaged_weights():
+        # In parts: batches of a whole split need not be in memory at once.
         for part in chunked(shares, BATCHES_PER_CALL // group * group or group):
             _score(engine, dataset, plan, sums, part)
     _share_sums(sums, topology)
@@ -113,6 +115,7 @@ def _score(engine: ZeroEngine, dataset: HeldOut, plan: NoisePlan, sums: ScoreSum
 def _share_sums(sums: ScoreSums, topology: Topology) -> None:
     """Entry: each last-stage rank has its rows, partial over cp. Exit: every rank has all rows, whole."""
     if topology.is_last_stage:
+        # Over dp and cp: rows of other replicas are zero here, and rows of one are partial over cp.
         dist.all_reduce(sums.both_2R, group=topology.shard_group)
     if topology.pp > 1:
         dist.broadcast(sums.both_2R, topology.last_stage_rank(), group=topology.groups.pp)
@@ -122,8 +125,10 @@ def _share_sums(sums: ScoreSums, topology: Topology) -> None:
 def _rows_of(model: ParallelModel, block_size: int) -> Iterator[None]:
     """Inside, the model has the rows of this block size."""
     before = model.layout
+    # One noisy copy: several views are a means of training.
     model.enter_phase(block_size, views=1)
     try:
         yield
     finally:
+        # Also after an error: training must not go on with evaluation's rows.
         model.context.layout = before

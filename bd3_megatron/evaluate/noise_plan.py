@@ -101,6 +101,7 @@ def noise_plan(
         "first_token_given": first_token_given,
         "min_t": min_t,
     }
+    # A block of one token has one pattern: enumeration is one pass and exact.
     if exact or block_size == 1:
         return Enumerated(**shared)
     kind = LevelDrawn if by_level else CountDrawn
@@ -212,7 +213,9 @@ class CountDrawn(_Drawn):
         position_KS = torch.arange(num_blocks * size, device=device).view(num_blocks, size)
         index_B11 = index_B.to(device)[:, None, None]
         u_BKS = uniform(self.noise_seed, Purpose.CORRUPT, index_B11, position_KS // size, position_KS)
+        # Ranks of uniform numbers: the m lowest are masked, every pattern of m alike.
         rank_BKS = u_BKS.argsort(dim=2).argsort(dim=2)
+        # In float64, as everything that enters a score.
         weight_BL = per_token(size / count_BK.double(), num_blocks * size)
         return _masked(clean, (rank_BKS < count_BK[:, :, None]).flatten(1), weight_BL, count_BK, plan=self)
 

@@ -98,6 +98,7 @@ class ModelFolder:
     def _checkpoint_state(self, reader: CheckpointReader) -> dict[str, Tensor]:
         assert self.run_config is not None  # open_model gives both or neither
         table = NameTable(self.run_config.model, reader.manifest.vocab_size)
+        # The averaged weights, as an export of this checkpoint would hold.
         source = CheckpointSource(reader, table, "ema" if "ema" in reader.kinds() else "model")
         return {name: source.tensor(name) for name in source.names()}
 
@@ -113,6 +114,7 @@ def open_model(folder: Path) -> ModelFolder:
         TokenizerError: an exported folder's tokenizer is not the one its model learned.
     """
     is_run = (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file()
+    # An export may lie inside a run's folder; it is what the path names.
     if not is_run or (folder / "config.json").is_file():
         config = read_config(folder)
         check_model_tokenizer(folder, config)
@@ -157,13 +159,16 @@ def open_split(
         DataError: missing, damaged or empty text, or ids that the model does not have.
         TokenizerError: the text was made by another tokenizer.
     """
+    # The split itself may be named.
     path = data / split if (data / split).is_dir() else data
     dataset = convention.open_rows(path, seq_len=config.max_position_embeddings)
+    # Fewer ids are possible: the model's table may be larger than its tokenizer.
     if dataset.vocab_size > config.vocab_size:
         raise DataError(
             f"{path} has a vocabulary of {dataset.vocab_size} and the model of {config.vocab_size}; "
             "prepare the text with the model's tokenizer."
         )
+    # Equal sizes do not make equal tokenizers; perplexity under the wrong one is a number without meaning.
     text = (dataset.sources[0].shards.tokenizer_fingerprint, str(path))
     recorded = config.tokenizer_fingerprint
     if recorded is not None:
@@ -212,6 +217,7 @@ def score_plain(
         sums.put_counts(share, plan.counted(clean))
         sums.put_sums(share, weighted_sums(model, clean, noisy, work.device, mask_id=mask_id))
     if work.ranks > 1:
+        # Rows of other ranks are zero here, so the sum is a gather.
         dist.all_reduce(sums.both_2R)
     return plan, sums
 
@@ -241,6 +247,7 @@ def weighted_sums(
         hidden_BLD = model.model(noisy.noisy_BL.to(device), clean_BL, documents_BL)
     rows_R = is_loss_BL.flatten().nonzero()[:, 0]
     nll_R = _row_nll(model, hidden_BLD, target_BL, rows_R, mask_id=None if noisy is None else mask_id)
+    # Sums in float64, so that the batch size shows in their last digits only.
     weighted_R = nll_R.double() * weight_BL.flatten()[rows_R].double().to(device)
     sample_R = (rows_R // clean.tokens_BL.shape[1]).to(device)
     return torch.zeros(len(clean_BL), dtype=torch.float64, device=device).index_add_(0, sample_R, weighted_R)

@@ -234,6 +234,7 @@ def estimate(plan: NoisePlan, sums: ScoreSums) -> Estimate:
     score_N, total = scores.score_N, float(scores.count_N.sum())
     if total == 0:
         raise RangeError("no token was counted; the sequences hold padding only.")
+    # One ratio of sums: long sequences weigh by their tokens.
     nll = float(score_N.sum()) / total
     return Estimate(
         nll_nats_per_token=nll,
@@ -283,6 +284,7 @@ def paired_difference(first: SequenceScores, second: SequenceScores) -> tuple[fl
             f"{len(first.count_N)} and {len(second.count_N)} sequences do not count the same tokens, so they cannot be "
             "paired; score both with the same num_sequences and convention."
         )
+    # Paired: the spread of the difference, not the difference of two spreads.
     difference_N = first.score_N - second.score_N
     mean = float(difference_N.sum() / first.count_N.sum())
     return mean, _text_error(difference_N, first.count_N, mean)
@@ -299,6 +301,7 @@ def _noise_variance(plan: NoisePlan, sums: ScoreSums) -> float:
         return float(replicate_NR.var(dim=1).sum()) / replicate_NR.shape[1]
     probed = table.sequence_R[num_sequences:]
     difference = sum_R[num_sequences:] - first_N[probed, 0]
+    # Half the squared difference of two draws estimates the variance of one.
     return num_sequences * float((difference**2 / 2).mean())
 
 

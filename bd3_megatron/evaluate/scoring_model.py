@@ -76,6 +76,7 @@ class ScoringModel:
             CheckpointError: no causal language model there.
             TokenizerError: no tokenizer there.
         """
+        # A second of import, wanted only for a scoring model.
         from transformers import AutoModelForCausalLM
 
         path = Path(folder)
@@ -96,6 +97,7 @@ class ScoringModel:
         tokenizer = folder_tokenizer(path)
         if tokenizer is None:
             raise TokenizerError(f"{path} holds no tokenizer; copy the scoring model's into it.")
+        # GPT-2 says n_positions.
         longest = described.get("max_position_embeddings") or described.get("n_positions") or MAX_WINDOW
         return ScoringModel(model.to(device).eval(), tokenizer, window=min(int(str(longest)), MAX_WINDOW))
 
@@ -119,6 +121,7 @@ class ScoringModel:
         found = [one for one in map(self.score, texts) if one.num_tokens]
         if not found:
             raise DataError(f"none of {len(texts)} texts has a token to score; generate longer ones.")
+        # Mean of perplexities, not exp of the mean: the paper's tables are made so. The other stands beside it.
         each = [one.perplexity for one in found if one.perplexity is not None]
         centre = mean(each)
         spread = math.sqrt(sum((x - centre) ** 2 for x in each) / (len(each) - 1)) if len(each) > 1 else None
@@ -138,6 +141,7 @@ class ScoringModel:
         device = next(self.model.parameters()).device
         while scored < len(ids_L):
             stop = min(start + self.window, len(ids_L))
+            # The loss is taken in fp32 on the CPU, whatever dtype the scorer has.
             logits_LV = self.model(input_ids=ids_L[None, start:stop].to(device)).logits[0].float().cpu()
             target_T = ids_L[scored:stop]
             rows_TV = logits_LV[scored - 1 - start : stop - 1 - start]

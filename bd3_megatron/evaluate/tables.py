@@ -51,6 +51,7 @@ def render(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], form: s
 def _cell(value: Value, form: str) -> str:
     if value is None:
         return "-"
+    # Text has no number format.
     return str(value) if isinstance(value, str) else format(value, form)
 
 

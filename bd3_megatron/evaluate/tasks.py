@@ -65,6 +65,7 @@ def asked_settings(options: argparse.Namespace, config: BD3Config) -> tuple[Scor
         packing=options.packing,
         append_eos=options.append_eos,
         wrap_special=options.wrap_special,
+        # The official conventions are these three: first token given, MIN_T, one drawn level.
         first_token_given=True if options.official else options.first_token_given,
         min_t=MIN_T if options.official else options.min_t,
     )
@@ -85,6 +86,7 @@ def say_convention(settings: ScoreSettings, overridden: Sequence[str], dataset: 
     other = {name: value for name, value in recipe.items() if value != getattr(settings.convention, name)}
     if other:
         named = ", ".join(f"{name}={value}" for name, value in other.items())
+        # To stderr: stdout holds the number alone.
         print(f"note: the text's own recipe says {named}; it is scored under the convention below", file=sys.stderr)
     whose = f"overridden: {', '.join(overridden)}" if overridden else "the model's own"
     drawn = "; one draw of t a block, as in the official code" if settings.by_level else ""
@@ -134,6 +136,7 @@ def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
     )
     if work.rank == 0:
         print(render(zero_shot.ZERO_SHOT_COLUMNS, [row.as_dict() for row in rows], options.format))
+    # A table with some sets is a result; one without any is a failure.
     return 0 if any(row.estimate is not None for row in rows) else 1
 
 

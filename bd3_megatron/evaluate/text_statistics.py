@@ -17,6 +17,7 @@ MAX_NGRAM = 4
 
 def unigram_entropy(tokens: Sequence[int]) -> float:
     """Entropy in nats of the tokens of one sample; 0 for none."""
+    # Of one sample at a time: over all samples together, different texts would look diverse though each repeats itself.
     total = len(tokens)
     return -sum(n / total * math.log(n / total) for n in Counter(tokens).values()) if total else 0.0
 

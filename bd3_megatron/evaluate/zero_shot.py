@@ -59,6 +59,7 @@ class SetRow:
         if self.estimate is None:
             return {"set": self.name, "missing": self.missing}
         found = self.estimate
+        # The text error includes the noise; with one sequence only the noise is known.
         half = NORMAL_95 * (found.stderr_text if found.stderr_text is not None else found.stderr_noise)
         ends = {"low": found.shifted(-half), "high": found.shifted(half)}
         return {"set": self.name, **ends, **found.as_dict()}
@@ -98,6 +99,7 @@ def zero_shot(
             folder = prepare_set(
                 recipes / SETS[name], work / name, tokenizer_folder=tokenizer_folder, local=(local or {}).get(name)
             )
+            # Not shuffled: sequences are numbered by their row, and so is their noise.
             dataset = TokenDataset.open(folder / "valid", seq_len=seq_len, shuffle=False)
             rows.append(SetRow(name, score(dataset)))
         # offline clusters have some sets and not others: the table says which and why
@@ -133,5 +135,6 @@ def _local_source(local: Path, spec: SourceSpec) -> Source:
         raise DataError(f"{local} does not exist; give the set's file or folder.")
     if local.is_file() and local.suffix in TEXT_SUFFIXES:
         return TextFiles(paths=(str(local),), documents_are="line")
+    # A single file has one split, which the library calls train.
     split = spec.split if local.is_dir() else "train"
     return HubDataset(path=str(local), split=split, column=spec.column)

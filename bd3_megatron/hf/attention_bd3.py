@@ -86,6 +86,7 @@ def grouped_attention(queries_BQNH: Tensor, keys_BGKH: Tensor, values_BGKH: Tens
     num_heads, num_groups = queries_BQNH.shape[2], keys_BGKH.shape[1]
     visible = None
     if sees_BQK is not None:
+        # Folded queries are rows head by head: each head of a group has the same visibility.
         visible = sees_BQK.repeat(1, num_heads // num_groups, 1)[:, None]
     folded = fold_groups(queries_BQNH, num_groups)
     mixed = F.scaled_dot_product_attention(folded, keys_BGKH, values_BGKH, attn_mask=visible)

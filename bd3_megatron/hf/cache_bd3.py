@@ -92,6 +92,7 @@ class KeyValueCache:
             self.write(layer, plan.slots, keys_BRGH, values_BRGH)
             keys_BGKH = self.keys_nBGCH[layer, :, :, : plan.span]
             values_BGKH = self.values_nBGCH[layer, :, :, : plan.span]
+            # Only the last layer has fewer queries than rows.
             sees_BQK = sees_kept if layer == num_layers - 1 else sees_all
             return grouped_attention(queries_BQNH, keys_BGKH, values_BGKH, sees_BQK)
 

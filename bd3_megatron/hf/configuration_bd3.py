@@ -84,6 +84,7 @@ class BD3Config(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        # The error about heads is raised below, with a sentence; here nothing may divide by 0.
         self.head_dim = hidden_size // max(num_attention_heads, 1) if head_dim is None else head_dim
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.qk_norm = qk_norm

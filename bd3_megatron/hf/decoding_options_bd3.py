@@ -22,6 +22,7 @@ from .philox import MAX_SEED
 from .token_choice_bd3 import TokenFilters
 from .window_bd3 import WINDOWS
 
+# Beyond it the draw is uniform in all but name.
 MAX_TEMPERATURE = 100.0
 
 
@@ -95,6 +96,7 @@ class DecodingOptions:
 
 
 RULES: dict[str, Callable[[DecodingOptions, int], DecodingRule]] = {
+    # Exact whatever the model: one token a forward, in the order in which the process would reveal them.
     "first_hitting": lambda options, block_size: FirstHitting(),
     "left_to_right": lambda options, block_size: LeftToRight(),
     "ancestral": lambda options, block_size: Ancestral(options.steps or block_size),

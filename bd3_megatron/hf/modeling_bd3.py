@@ -60,6 +60,7 @@ class BD3Model(BD3PreTrainedModel):
     def __init__(self, config: BD3Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         stack = Stack(config)
+        # Under the plain model's names, so that both read the same files.
         self.embed_tokens, self.layers, self.norm = stack.embed_tokens, stack.layers, stack.norm
         self.post_init()
 
@@ -90,6 +91,7 @@ class BD3Model(BD3PreTrainedModel):
         if attention_mask is not None:
             is_text_BL = binary_mask(attention_mask, input_ids)
             documents = torch.zeros_like(input_ids) if document_ids is None else document_ids
+            # Ids of documents are 0 or more, so -1 is nobody's.
             document_ids = documents.masked_fill(~is_text_BL, -1)
             # positions and blocks are counted from the first token of the text: padding in front moves nothing
             positions = (is_text_BL.cumsum(dim=1) - 1).clamp(min=0)
@@ -178,6 +180,7 @@ class BD3LanguageModel(BD3PreTrainedModel, GenerationMixin):
             ValueError: an argument that cannot be honoured.
         """
         given = inputs if input_ids is None else input_ids
+        # Dropout must be off while text is made; the caller's mode comes back after it.
         was_training = self.training
         self.eval()
         try:
@@ -187,6 +190,7 @@ class BD3LanguageModel(BD3PreTrainedModel, GenerationMixin):
                 self.config,
                 given,
                 generation_config=self.generation_config if generation_config is None else generation_config,
+                # None asks for nothing, as transformers' own arguments have it.
                 asked={name: value for name, value in options.items() if value is not None},
                 attention_mask=attention_mask,
                 seed=seed,
@@ -271,6 +275,7 @@ class BD3ForCausalLM(BD3LanguageModel):
             )
         trace = new_trace(self.config, output_hidden_states, output_attentions)
         logits = self.lm_head(self.model.hidden(input_ids, context_ids, document_ids, attention_mask, trace=trace))
+        # Shifted here: the logits of a position predict the token after it.
         loss = None if labels is None else mean_cross_entropy(logits[:, :-1], labels[:, 1:])
         output = CausalLMOutput(loss=loss, logits=logits, **kept(trace))
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -295,6 +300,7 @@ def check_labels(labels: Tensor, input_ids: Tensor, config: BD3Config) -> None:
     Raises:
         ValueError: how many labels stand where the input is not masked.
     """
+    # An autoregressive model never sees the token that it predicts.
     if predicts_next(config.objective):
         return
     num_shown = int(((labels != -100) & (input_ids != config.mask_token_id)).sum())

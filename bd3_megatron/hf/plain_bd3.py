@@ -243,6 +243,7 @@ def run_layers(
     for index, layer in enumerate(stack.layers):
         if trace is not None and trace.hidden_states is not None:
             trace.hidden_states.append(x_BRD)
+        # Every row must give keys to the layers before the last.
         kept = keep_BQ if index == len(stack.layers) - 1 else None
         if stack.gradient_checkpointing and stack.training:
             # only the layer's input is kept; dropout draws the same numbers when the layer runs again
@@ -278,6 +279,7 @@ def pair_hidden(
         ValueError: a context of another shape, or a context for the autoregressive objective.
     """
     shape, length = stack.shape, input_ids_BL.shape[1]
+    # A block of one token makes the block-causal rule the causal one.
     span = 1 if predicts_next(shape.objective) else shape.block_size
     check_context(input_ids_BL, context_ids_BL, shape.objective)
     if position_BL is None:
@@ -292,6 +294,7 @@ def pair_hidden(
     sees_BRR = block_causal_sees(block_BL) if halves == 1 else pair_sees(block_BL)
     if document_id_BL is not None:
         document_BR = document_id_BL.repeat(1, halves)
+        # A noisy row and the clean row of one position are of one document.
         sees_BRR = sees_BRR & (document_BR[:, :, None] == document_BR[:, None, :])
 
     def attend(queries_BQNH: Tensor, keys_BRGH: Tensor, values_BRGH: Tensor, layer: int) -> Tensor:
@@ -357,6 +360,7 @@ class PlainBD3(nn.Module):
         self.model = Stack(shape)
         self.lm_head = new_head(shape)
         if shape.tie_word_embeddings:
+            # One tensor under two names, as transformers ties them.
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
@@ -372,6 +376,7 @@ def plain_model(shape: ModelShape, state: dict[str, Tensor]) -> PlainBD3:
     Raises:
         RuntimeError: a key is missing, unexpected or of another shape (torch's own sentence).
     """
+    # In the dtype of the weights: loading would round them to the model's own.
     model = PlainBD3(shape).to(next(iter(state.values())).dtype)
     # folders store a tied table once
     if shape.tie_word_embeddings and "lm_head.weight" not in state:

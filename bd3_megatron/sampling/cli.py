@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if args.num_tokens is None and not args.infill:
         raise SamplingError("num_tokens is missing; pass --num-tokens N (or --infill to fill masks only).")
+    # Late, and after the prompts: what can be refused without torch is refused at once.
     from bd3_megatron.sampling.generate import Sampler
 
     sampler = Sampler.from_pretrained(args.folder, device=args.device, dtype=args.dtype, with_graphs=args.graphs)
@@ -104,12 +105,14 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
             raise SamplingError(f"prompt ids {listed!r} are not numbers; give them as 1,2,3.") from None
     if args.prompt_file is not None:
         prompts += read_text(args.prompt_file).removesuffix("\n").split("\n")
+    # The empty prompt starts from BOS.
     return prompts or [""]
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given; the others keep the engine's defaults."""
     given = {name: getattr(args, name) for name in OPTION_FLAGS}
+    # None means not given: the engine owns the defaults.
     options = {name: value for name, value in given.items() if value is not None}
     return options | ({} if args.stop_at_eos is None else {"stop_at_eos": args.stop_at_eos})
 
@@ -120,6 +123,7 @@ def _results(sampler: Sampler, args: argparse.Namespace, prompts: list[str | lis
     options = decoding_options(args)
     batch_size, display = args.batch_size, None
     if args.show_denoising:
+        # The display draws one line: two samples at once would overwrite each other.
         batch_size = 1
         display = DenoisingDisplay(sampler.tokenizer, sampler.config.mask_token_id, sys.stdout)
     if args.infill:
@@ -147,6 +151,7 @@ def _stream(sampler: Sampler, args: argparse.Namespace, prompts: list[str | list
         prompts[0], num_tokens=args.num_tokens, seed=args.seed, stop_strings=args.stop, **decoding_options(args)
     )
     for block in blocks:
+        # A character cut by the block's end comes with the next block.
         shown = block.text if block.text is not None else "".join(f"{token} " for token in block.tokens)
         print(shown, end="", flush=True)
     print()
@@ -170,6 +175,7 @@ def _print_figures(sampler: Sampler) -> None:
         return
     device = sampler.model.model.embed_tokens.weight.device
     for line in sampler.figures.lines(copy_bandwidth(device)):
+        # Figures apart from the texts, so that stdout can be piped.
         print(line, file=sys.stderr)
 
 

@@ -33,12 +33,14 @@ class DenoisingDisplay:
     def __call__(self, sample: int, start: int, ids: list[int]) -> None:
         """Show one block after one forward."""
         line = f"[{start:6d}] {self.drawn(ids)}"
+        # A file cannot be redrawn: a line a forward keeps the course readable.
         if not self._out.isatty():
             self._out.write(line + "\n")
             return
         if self._shown not in ((-1, -1), (sample, start)):
             self._out.write("\n")
         self._shown = (sample, start)
+        # Cut to the terminal's width: a wrapped line could not be redrawn.
         self._out.write(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
         self._out.flush()
 
@@ -53,6 +55,7 @@ class DenoisingDisplay:
     def _text(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return "".join(f" {token} " for token in tokens)
+        # Special tokens are shown: the display is for looking at what the model decides.
         return self._tokenizer.decode(tokens, skip_special_tokens=False).replace("\n", "⏎")
 
     def finish(self) -> None:

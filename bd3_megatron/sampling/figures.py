@@ -10,6 +10,7 @@ from torch import nn
 
 from bd3_megatron.sampling.packed_linear import PackedLinear
 
+# Larger than the caches, so that memory is measured and not they.
 COPY_BYTES = 64 * 2**20
 COPY_REPEATS = 4
 
@@ -59,10 +60,12 @@ class RunFigures:
 
 def weight_bytes(stack: nn.Module, lm_head: nn.Module, token_table: torch.Tensor) -> int:
     """Bytes of the weights that every forward reads; a tied output table counts, since the head reads it whole."""
+    # By identity: a tied table is two modules' parameter and is read once.
     weights = {id(p): p for p in (*stack.parameters(), *lm_head.parameters())}
     total = sum(p.numel() * p.element_size() for p in weights.values())
     total += sum(m.num_bytes for part in (stack, lm_head) for m in part.modules() if isinstance(m, PackedLinear))
     is_tied = any(p is token_table for p in lm_head.parameters())
+    # Of an untied token table a forward reads only the rows of its ids.
     return total if is_tied else total - token_table.numel() * token_table.element_size()
 
 

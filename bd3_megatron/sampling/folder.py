@@ -49,6 +49,7 @@ def read_config(folder: Path) -> BD3Config:
             "with tools/import_official.py."
         )
     try:
+        # The configuration's own checks decide what a model can be.
         return BD3Config(**described)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not a model's: {error}") from None
@@ -80,6 +81,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file_name in sorted(set(weight_map.values())):
         # the name alone: an index must not lead out of the folder
         state |= read_safetensors(folder / Path(file_name).name)
+    # Both ways: a shard from another export would bring tensors that nobody asked for.
     if set(state) != set(weight_map):
         raise CheckpointError(f"{folder} lacks tensors that its index names; copy the folder again, completely.")
     return state
@@ -94,6 +96,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; copy the folder again, completely.")
     try:
+        # safetensors hold data only; nothing in them can be executed.
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy or export the folder again.") from None

@@ -150,8 +150,10 @@ class Sampler:
         given = [
             encode_prompt(prompt, self.tokenizer, self.config.bos_token_id)
             for prompt in as_prompts(prompts)
+            # Each sample has its own key by the number of its repetition, see draws_bd3.
             for _ in range(num_samples)
         ]
+        # A mask in a prompt would be decoded with the block, in a request to continue text.
         if any(self.config.mask_token_id in ids for ids in given):
             raise SamplingError("a prompt holds the mask token; use infill to fill masks, or leave it out.")
         numbers = [(index // num_samples, index % num_samples) for index in range(len(given))]
@@ -277,6 +279,7 @@ class _Work:
         for low in range(0, len(order), self._batch_size):
             batch = order[low : low + self._batch_size]
             batch_start = time.perf_counter()
+            # A decoder a batch: its cache has the size of this batch's longest text.
             decoder = self._decoder([given[i] for i in batch], batch)
             for event in decoder.run([requests[i] for i in batch]):
                 now = time.perf_counter()
@@ -286,6 +289,7 @@ class _Work:
                     index = batch[event.request]
                     self.texts[index] = event.ids
                     results[index] = self._result(event, given[index], numbers[index], now - batch_start)
+            # Forwards that only commit finished blocks read the weights too.
             forwards += decoder.counts.denoising + decoder.counts.commit_only
             cache_bytes = max(cache_bytes, decoder.counts.cache_bytes)
         model = self._sampler.model
@@ -313,6 +317,7 @@ class _Work:
         config = self._sampler.config
         with as_sampling_errors():
             for request in requests:
+                # All of them before the first forward: a bad last prompt must not cost the others' time.
                 check_request(request, config, config.mask_token_id)
         return requests
 
@@ -328,6 +333,7 @@ class _Work:
                 sampler.model.lm_head,
                 self._options,
                 mask_id=sampler.config.mask_token_id,
+                # Always told to the engine; whether a text ends there is the option stop_at_eos.
                 eos_ids=() if sampler.config.eos_token_id is None else (sampler.config.eos_token_id,),
                 stop_check=stop_check,
                 observer=None if observer is None else lambda i, start, ids: observer(indices[i], start, ids),
@@ -338,6 +344,7 @@ class _Work:
         tokens = (event.ids or [])[len(given) :]
         text = None
         if self._sampler.tokenizer is not None:
+            # With the prompt's last tokens before it, so that the first space is kept.
             text = cut_at_stop(continuation_text(self._sampler.tokenizer, given, tokens), self._stop_strings)
         reason = event.stop_reason or "length"
         result = SampleResult(tokens, text, given, *numbers, event.num_forwards, seconds, reason)

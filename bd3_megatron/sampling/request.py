@@ -63,6 +63,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     listed = list(prompts)
+    # A list of numbers is one prompt of ids, not several prompts.
     if listed and all(isinstance(item, int) for item in listed):
         return [listed]  # type: ignore[list-item]
     if not listed:

@@ -13,6 +13,7 @@ from bd3_megatron.errors import SamplingError, TokenizerError
 from bd3_megatron.hf.text_bd3 import CONTEXT_TOKENS, continuation_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+# What decoders put for bytes that are no whole character yet.
 UNFINISHED_CHARACTER = "\ufffd"
 
 
@@ -43,6 +44,7 @@ def folder_tokenizer(folder: Path) -> HubTokenizer | None:
     try:
         tokenizer: HubTokenizer
         if (folder / "tokenizer.json").is_file():
+            # From the file alone: no class of the folder is looked up or run.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else:
             # With a configuration in hand transformers does not read the folder's, whose remote code it would ask about.
@@ -65,6 +67,7 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: HubTokenizer | None, b
             raise SamplingError(
                 "the prompt is text, but the folder has no tokenizer; give token ids, or export with a tokenizer."
             )
+        # The text alone: an added EOS would end the prompt.
         return list(tokenizer.encode(prompt, add_special_tokens=False))
     if len(prompt) > 0:
         return [int(token) for token in prompt]
@@ -85,8 +88,10 @@ class TextStream:
         """Text that can be shown now; a character whose bytes are not complete waits for the next call."""
         self._waiting += tokens
         fresh = continuation_text(self._tokenizer, self._shown, self._waiting)
+        # Not for ever: a model may really write broken bytes.
         if fresh.endswith(UNFINISHED_CHARACTER) and len(self._waiting) < CONTEXT_TOKENS:
             return ""
+        # A bounded context is enough to decode what follows, however long the text grows.
         self._shown = [*self._shown, *self._waiting][-CONTEXT_TOKENS:]
         self._waiting = []
         return fresh
