@@ -7,7 +7,7 @@ validation, which need lengths only, ask `budget.py`.
 from __future__ import annotations
 
 from bd3_megatron.config.budget import phase_steps, total_steps
-from bd3_megatron.config.objective import objective_of
+from bd3_megatron.config.objective import axes_of, objective_of
 from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.diffusion.curriculum import Curriculum, LrSegment, Phase
 from bd3_megatron.diffusion.noise_level import Interval
@@ -32,7 +32,8 @@ def curriculum_of(config: Config, *, num_steps: int | None = None) -> Curriculum
         first += steps or 0
     if not phases:
         size = objective_of(config).block_size
-        phases = [Phase(block_size=size, interval=Interval(*diffusion.interval_at(size)))]
+        interval = Interval(*diffusion.interval_at(size))
+        phases = [Phase(block_size=size, interval=interval, axes=axes_of(config, None))]
     return Curriculum(tuple(phases), total_steps(train, seq_len) if num_steps is None else num_steps, seq_len)
 
 
@@ -41,5 +42,6 @@ def _phase(config: Config, phase: PhaseConfig, steps: int | None) -> Phase:
         block_size=phase.block_size,
         steps=steps,
         interval=Interval(*(phase.interval or config.diffusion.interval_at(phase.block_size))),
+        axes=axes_of(config, phase),
         lr=LrSegment(start=phase.lr_start, end=phase.lr_end, warmup_steps=phase.lr_warmup_steps),
     )

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from bd3_megatron.config.schema import Config
+from bd3_megatron.config.schema import Config, PhaseConfig
+from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.diffusion.objective import Objective, objective_named
 
 
 def objective_of(config: Config, *, block_size: int | None = None) -> Objective:
-    """The objective of a run.
+    """The objective of a run, with the axes of the phase that the run starts with.
 
     Args:
         config: the run.
         block_size: S of a phase; None: the phase that the run starts with.
+
+    Raises:
+        ConfigError: axes that contradict each other.
     """
     diffusion = config.diffusion
-    first = diffusion.phases[0].block_size if diffusion.phases else diffusion.block_size
+    start = diffusion.phases[0] if diffusion.phases else None
+    first = diffusion.block_size if start is None else start.block_size
     return objective_named(
         diffusion.objective,
         block_size=first if block_size is None else block_size,
         views=diffusion.views,
-        count_all_tokens=diffusion.count_all_tokens,
+        axes=axes_of(config, start),
     )
+
+
+def axes_of(config: Config, phase: PhaseConfig | None) -> ObjectiveAxes:
+    """The axes of a phase; None: of a run without phases.
+
+    Raises:
+        ConfigError: axes that contradict each other.
+    """
+    own = None if phase is None else phase.axes
+    return (config.diffusion.axes if own is None else own).axes()
 
 
 def block_sizes(config: Config) -> list[int]:

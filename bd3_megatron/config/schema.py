@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from bd3_megatron.config.axes import AxesConfig
 from bd3_megatron.config.ranges import FilePath, Matches, Pattern, Range
 from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
 from bd3_megatron.errors import ConfigError, cut
@@ -205,6 +206,8 @@ class PhaseConfig:
     """Length in clean tokens, instead of steps."""
     interval: tuple[NoiseLevel, NoiseLevel] | None = None
     """Clipped noise interval of this phase, which no search changes; null: diffusion.interval, or what a search finds."""
+    axes: AxesConfig | None = None
+    """Axes of this phase, all of them; null: diffusion.axes."""
     # factors above 1 are a way to start anew with a higher rate
     lr_start: Annotated[float, Range(0, 1000)] = 1.0
     """Factor on the learning rate at the phase's first update."""
@@ -230,8 +233,8 @@ class DiffusionConfig:
     """Redraw blocks whose masked fraction leaves the interval, as the paper does. Biases the loss: off by default."""
     never_mask_first: bool = False
     """Keep position 0 visible (the paper's ignore_bos)."""
-    count_all_tokens: bool = False
-    """Divide by all tokens, as the official training loss does, not by those that may be masked."""
+    axes: AxesConfig = field(default_factory=AxesConfig)
+    """What else an objective decides, an axis a key; the defaults are BD3-LM."""
     views: Annotated[int, Range(1, 1000)] = 1
     """Noisy copies that share one clean pass."""
     search_every_steps: Annotated[int, Range(0, MOST_STEPS)] = 0

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bd3_megatron.config.objective import block_sizes, objective_of
-from bd3_megatron.config.schema import Config
+from bd3_megatron.config.objective import axes_of, block_sizes, objective_of
+from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.config.validate_data import check_data
 from bd3_megatron.config.validate_run import check_run
 from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either, shown
@@ -104,9 +104,27 @@ def _check_diffusion(config: Config) -> None:
             f"diffusion.views={diffusion.views} with block_size={seq_len}, the whole sequence: there is no clean half to "
             "share; use views=1."
         )
+    _check_axes(config)
     objective_of(config).refuse(num_phases=len(diffusion.phases), searches=diffusion.search_every_steps > 0)
     for number, phase in enumerate(diffusion.phases):
         _check_phase_length(number, phase.steps, phase.tokens, last=number == len(diffusion.phases) - 1)
+
+
+def _check_axes(config: Config) -> None:
+    diffusion = config.diffusion
+    if diffusion.objective == "ar":
+        return
+    phases: tuple[PhaseConfig | None, ...] = diffusion.phases or (None,)
+    for phase in phases:
+        size = diffusion.block_size if phase is None else phase.block_size
+        named = None if phase is None else phase.interval
+        axes_of(config, phase).refuse(
+            views=diffusion.views,
+            resample=diffusion.resample,
+            searches=diffusion.search_every_steps > 0,
+            interval=named or diffusion.interval_at(size),
+            num_blocks=config.data.seq_len // size,
+        )
 
 
 def _check_phase_length(number: int, steps: int | None, tokens: int | None, *, last: bool) -> None:

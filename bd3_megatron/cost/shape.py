@@ -126,7 +126,13 @@ def expected_masked_fraction(config: Config, *, interval: tuple[float, float] | 
         return 1.0
     phase = diffusion.phases[0].interval if diffusion.phases else None
     beta, omega = interval or phase or diffusion.interval_at(objective.block_size)
-    probability = _mean_probability(diffusion.noise_schedule, beta, omega)
+    if objective.axes.pairing == "complementary":
+        # whatever the first view of a pair masks, the second masks the rest
+        probability = 0.5
+    elif objective.axes.positions == "exact":
+        probability = _mean_rounded(diffusion.noise_schedule, beta, omega, objective)
+    else:
+        probability = _mean_probability(diffusion.noise_schedule, beta, omega)
     if diffusion.never_mask_first:
         # the other L - 1 positions are masked as the schedule says
         probability *= (config.data.seq_len - 1) / config.data.seq_len
@@ -145,6 +151,13 @@ def _mean_probability(name: str, beta: float, omega: float) -> float:
         "log": lambda t: ((1 + t) * math.log(1 + t) - t) / math.log(2),
     }[name]
     return (antiderivative(omega) - antiderivative(beta)) / (omega - beta)
+
+
+def _mean_rounded(name: str, beta: float, omega: float, objective: Objective) -> float:
+    """Mean share of a block's tokens where round(p S) of them are masked, by the midpoint rule."""
+    size, least, nodes = objective.block_size, objective.axes.least_masked, 1000
+    levels = (beta + (omega - beta) * (node + 0.5) / nodes for node in range(nodes))
+    return sum(max(least, math.floor(_probability(name, t) * size + 0.5)) for t in levels) / (nodes * size)
 
 
 def _probability(name: str, t: float) -> float:

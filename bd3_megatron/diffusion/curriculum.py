@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.errors import ConfigError, RangeError, check_divides
 
@@ -65,6 +66,8 @@ class Phase:
     """Length in optimizer steps; None: open, to the end of the run."""
     interval: Interval = Interval()
     """Noise levels are drawn from it."""
+    axes: ObjectiveAxes = BD3_LM
+    """What else the objective decides in the phase."""
     lr: LrSegment = LrSegment()
     """Learning-rate factor over the phase."""
 

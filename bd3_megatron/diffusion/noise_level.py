@@ -58,6 +58,7 @@ def noise_levels(
     interval: Interval,
     group_size: int,
     stratified: bool = True,
+    blocks_per_level: int = 1,
 ) -> Tensor:
     """The noise level of every block of some samples.
 
@@ -68,6 +69,7 @@ def noise_levels(
         interval: t is drawn from it.
         group_size: consecutive samples that share strata: the global batch size. The group is index // group_size.
         stratified: False draws every level independently (for comparison).
+        blocks_per_level: consecutive blocks that share a level; the last ones of a sample may be fewer.
 
     Returns:
         t_BK: float64 [B, K] in [beta, omega], on index_B's device.
@@ -83,16 +85,19 @@ def noise_levels(
     if index_B.numel() and int(index_B.min()) < 0:
         raise RangeError(f"index {int(index_B.min())} is negative; count samples from 0 in the order of consumption.")
     index_B1 = index_B[:, None]
-    block_K = torch.arange(num_blocks, device=index_B.device)
+    # shared levels are those of as many wider blocks, so that strata are over what is drawn
+    num_levels = -(-num_blocks // blocks_per_level)
+    block_K = torch.arange(num_levels, device=index_B.device)
     u_BK = rng.uniform(seed, Purpose.NOISE_LEVEL, index_B1, block_K)
     if stratified:
         # A group, the global batch, shares one set of equal strata, each used once; it may be cut among ranks and
         # micro-batches at will, and its last part may be missing.
-        num_strata = group_size * num_blocks
-        place_BK = (index_B1 % group_size) * num_blocks + block_K
+        num_strata = group_size * num_levels
+        place_BK = (index_B1 % group_size) * num_levels + block_K
         # Dealt by a permutation, so that no stratum is tied to a block index or a rank. The official code deals in
         # order: with one sequence a device, block b always gets t in [b/K, (b+1)/K].
         stratum_BK = rng.permutation_index(seed, Purpose.STRATA, index_B1 // group_size, num_strata, place_BK)
         u_BK = (stratum_BK + u_BK) / num_strata
+    u_BK = u_BK.repeat_interleave(blocks_per_level, dim=1)[:, :num_blocks]
     # The sum may round past omega by its last bit.
     return (interval.beta + interval.width * u_BK).clamp(interval.beta, interval.omega)

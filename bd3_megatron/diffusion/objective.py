@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
 from bd3_megatron.errors import ConfigError, check_shape, either
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Objective(ABC):
     """S, tokens denoised together; 1 for next token."""
     views: int = 1
     """Noisy copies that share one clean pass."""
+    axes: ObjectiveAxes = BD3_LM
+    """Masks, weights and denominator; next token has none of them."""
 
     name: ClassVar[str]
     """The value of `diffusion.objective` and of an exported folder's `objective`."""
@@ -51,8 +54,8 @@ class Objective(ABC):
     """There are noisy rows, a mask token, noise levels and intervals."""
 
     @abstractmethod
-    def at(self, block_size: int, *, views: int | None = None) -> Objective:
-        """The same objective in another phase; `views` None keeps their number."""
+    def at(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> Objective:
+        """The same objective in another phase; what is None stays."""
 
     @abstractmethod
     def noisy_rows(self, length: int) -> int:
@@ -101,7 +104,16 @@ class Objective(ABC):
 
     @abstractmethod
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
-        """Tokens of these rows in the loss's denominator; the mean is sum of weight x NLL over their global number."""
+        """These rows' share of the loss's denominator; the loss is the sum of weight x NLL over its global number."""
+
+    @property
+    @abstractmethod
+    def count_varies(self) -> bool:
+        """The denominator is another number in every batch although all samples are full of text."""
+
+    @abstractmethod
+    def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        """Tokens that could carry loss if all were masked, whatever the denominator counts."""
 
     @abstractmethod
     def refuse(self, *, num_phases: int, searches: bool) -> None:
@@ -116,14 +128,16 @@ class Objective(ABC):
 class BlockDiffusion(Objective):
     """Masked tokens of every block of S, given the noisy block and the clean blocks before it. S = L is MDLM."""
 
-    count_all_tokens: bool = False
-    """Divide by all tokens of the text, as the official training loss does, not by those that may be masked."""
-
     name: ClassVar[str] = "block"
     has_noise: ClassVar[bool] = True
 
-    def at(self, block_size: int, *, views: int | None = None) -> BlockDiffusion:
-        return replace(self, block_size=block_size, views=self.views if views is None else views)
+    def at(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> BlockDiffusion:
+        return replace(
+            self,
+            block_size=block_size,
+            views=self.views if views is None else views,
+            axes=self.axes if axes is None else axes,
+        )
 
     def noisy_rows(self, length: int) -> int:
         return self.views * length
@@ -149,11 +163,28 @@ class BlockDiffusion(Objective):
         is_padding_BL: Tensor | None = None,
     ) -> list[LossRows]:
         # corrupt() has left padding out of is_masked_BL, and documents do not matter: a row predicts its own token
-        return [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
+        rows = [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
+        if self.axes.denominator != "answer_length":
+            return rows
+        # sample by sample: the sum over a sample's rows is a mean over its tokens, and samples are counted
+        lengths_B1 = [copy.countable_BL.sum(dim=1, keepdim=True).clamp_min(1) for copy in copies]
+        return [replace(one, weight_BL=one.weight_BL / n_B1) for one, n_B1 in zip(rows, lengths_B1, strict=True)]
 
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         # Counted over all copies: with V views numerator and denominator both grow V times.
-        return sum(int((copy.text_BL if self.count_all_tokens else copy.countable_BL).sum()) for copy in copies)
+        kind = self.axes.denominator
+        if kind == "loss_rows":
+            return sum(int(one.has_loss_BL.sum()) for one in rows)
+        if kind == "answer_length":
+            return sum(int(copy.countable_BL.any(dim=1).sum()) for copy in copies)
+        return sum(int((copy.text_BL if kind == "all" else copy.countable_BL).sum()) for copy in copies)
+
+    @property
+    def count_varies(self) -> bool:
+        return self.axes.denominator == "loss_rows"
+
+    def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        return sum(int(copy.text_BL.sum()) for copy in copies)
 
     def refuse(self, *, num_phases: int, searches: bool) -> None:
         return
@@ -166,7 +197,7 @@ class NextToken(Objective):
     name: ClassVar[str] = "ar"
     has_noise: ClassVar[bool] = False
 
-    def at(self, block_size: int, *, views: int | None = None) -> NextToken:
+    def at(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> NextToken:
         return self
 
     def noisy_rows(self, length: int) -> int:
@@ -207,15 +238,22 @@ class NextToken(Objective):
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         return sum(int(one.has_loss_BL.sum()) for one in rows)
 
+    @property
+    def count_varies(self) -> bool:
+        return False
+
+    def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
+        return self.token_count(rows, copies)
+
     def refuse(self, *, num_phases: int, searches: bool) -> None:
-        if num_phases or searches or self.views != 1:
+        if num_phases or searches or self.views != 1 or self.axes != BD3_LM:
             raise ConfigError(
-                "objective=ar has no noise; remove diffusion.phases, diffusion.views and search_every_steps."
+                "objective=ar has no noise; remove diffusion.phases, diffusion.views, diffusion.axes and search_every_steps."
             )
 
 
 def objective_named(
-    name: str, *, block_size: int = 1, views: int = 1, count_all_tokens: bool = False
+    name: str, *, block_size: int = 1, views: int = 1, axes: ObjectiveAxes = BD3_LM
 ) -> BlockDiffusion | NextToken:
     """The objective of a configuration or of an exported folder.
 
@@ -223,13 +261,13 @@ def objective_named(
         name: "block" or "ar".
         block_size: S; next token has none and ignores it.
         views: noisy copies.
-        count_all_tokens: see `BlockDiffusion`.
+        axes: masks, weights and denominator.
 
     Raises:
         ConfigError: an unknown name.
     """
     if name == BlockDiffusion.name:
-        return BlockDiffusion(block_size=block_size, views=views, count_all_tokens=count_all_tokens)
+        return BlockDiffusion(block_size=block_size, views=views, axes=axes)
     if name == NextToken.name:
-        return NextToken(views=views)
+        return NextToken(views=views, axes=axes)
     raise ConfigError(f"objective={name!r} is unknown; use {either((BlockDiffusion.name, NextToken.name))}.")

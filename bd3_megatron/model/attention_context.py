@@ -17,6 +17,7 @@ from torch import Tensor
 from bd3_megatron.attention.select import Backend
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.schema import ParallelConfig
+from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 
@@ -55,8 +56,8 @@ class AttentionContext:
         return self._visible[int(ticket)]
 
 
-LayoutOf = Callable[[int, int], PairLayout]
-"""(block size, views) -> this rank's rows; the phases of a curriculum differ in nothing else."""
+LayoutOf = Callable[[int, int, ObjectiveAxes | None], PairLayout]
+"""(block size, views, axes or None for the first phase's) -> this rank's rows; phases differ in nothing else."""
 
 
 # A noisy block without a masked token is dead too, and stays: for t uniform it is one in S + 1 of the noisy half (6 % at
@@ -78,11 +79,11 @@ def layout_function(
 
     # A phase's rows are asked for at every step.
     @functools.cache
-    def layout_of(block_size: int, views: int) -> PairLayout:
+    def layout_of(block_size: int, views: int, axes: ObjectiveAxes | None) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
         divides = not parallel.sequence_parallel or ((views + 1) * length - block_size) % parallel.tp == 0
         return pair_layout(
-            objective.at(block_size, views=views),
+            objective.at(block_size, views=views, axes=axes),
             length=length,
             cp=parallel.cp,
             cp_rank=cp_rank,

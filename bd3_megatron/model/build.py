@@ -19,6 +19,7 @@ from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.shape import layers_per_chunk
+from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.model.attention_context import AttentionContext, LayoutOf, layout_function
 from bd3_megatron.model.bd3_model import ModelChunk, Root, Vocabulary
 from bd3_megatron.model.dropout import seed_dropout
@@ -66,7 +67,7 @@ class ParallelModel:
             skip_dead_rows=config.train.skip_dead_rows,
         )
         self._views = config.diffusion.views
-        self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views), backends)
+        self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views, None), backends)
         recompute = Recompute(config.train.recompute, config.train.recompute_layers)
         self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
@@ -103,18 +104,19 @@ class ParallelModel:
     def chunks(self) -> list[ModelChunk]:
         return self.root.local_chunks()
 
-    def enter_phase(self, block_size: int, *, views: int | None = None) -> None:
+    def enter_phase(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> None:
         """Change the rows for all layers; only between steps.
 
         Args:
             block_size: S from now on.
             views: noisy copies; None: as many as training has.
+            axes: of the objective; None: those of the run's first phase.
         """
-        self.context.layout = self.layout_at(block_size, views=views)
+        self.context.layout = self.layout_at(block_size, views=views, axes=axes)
 
-    def layout_at(self, block_size: int, *, views: int | None = None) -> PairLayout:
-        """The rows of a phase; `views` as in `enter_phase`."""
-        return self._layout_of(block_size, self._views if views is None else views)
+    def layout_at(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> PairLayout:
+        """The rows of a phase; arguments as in `enter_phase`."""
+        return self._layout_of(block_size, self._views if views is None else views, axes)
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

@@ -23,7 +23,7 @@ def phase_layout(config: Config, block_size: int, *, views: int, cp_rank: int) -
         cp_rank=cp_rank,
         skip_dead_rows=config.train.skip_dead_rows,
     )
-    return layout_of(block_size, views)
+    return layout_of(block_size, views, None)
 
 
 def attention_request(

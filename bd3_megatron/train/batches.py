@@ -21,6 +21,7 @@ from bd3_megatron.compat.device import use_device
 from bd3_megatron.config.schema import DiffusionConfig
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
@@ -43,9 +44,14 @@ class Noise:
     """Samples that share noise strata: the global batch."""
     block_size: int
     interval: Interval
+    axes: ObjectiveAxes = BD3_LM
+    is_complement: bool = False
+    """The second view of a complementary pair."""
 
     def of_view(self, view: int) -> Noise:
         """The noise of one of several noisy copies; that of view 0 is the noise of a run without views."""
+        if self.axes.pairing == "complementary" and view % 2:
+            return replace(self.of_view(view - 1), is_complement=True)
         # View 0 keeps the run's seed: switching views on changes nothing about the first copy.
         return self if view == 0 else replace(self, seed=generator_seed(self.seed, Purpose.VIEW, f"view {view}"))
 
@@ -53,7 +59,12 @@ class Noise:
         """The noisy copy of some samples; equal wherever it is computed."""
         num_blocks = clean.tokens_BL.shape[1] // self.block_size
         t_BK = noise_levels(
-            self.seed, clean.index_B, num_blocks=num_blocks, interval=self.interval, group_size=self.group_size
+            self.seed,
+            clean.index_B,
+            num_blocks=num_blocks,
+            interval=self.interval,
+            group_size=self.group_size,
+            blocks_per_level=self.axes.blocks_per_level(num_blocks),
         )
         return corrupt(
             clean.tokens_BL,
@@ -65,6 +76,9 @@ class Noise:
             resample_to=self.interval if config.resample else None,
             never_mask_first=config.never_mask_first,
             is_padding_BL=clean.is_padding_BL,
+            document_id_BL=clean.document_id_BL,
+            axes=self.axes,
+            is_complement=self.is_complement,
         )
 
 
@@ -75,9 +89,11 @@ class StepBatch:
     micro_batches: list[PairBatch]
     """On the training device."""
     token_count: int
-    """Tokens this data-parallel rank's samples put into the mean; equal on its tp, pp and cp ranks."""
+    """This data-parallel rank's share of the loss's denominator; equal on its tp, pp and cp ranks."""
     masked_count: int
-    """Of them, how many carry loss."""
+    """Rows that carry loss."""
+    text_count: int
+    """Rows that could carry loss if everything were masked."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,8 @@ class MicroBatch:
     """Tokens in the loss's denominator."""
     masked_count: int
     """Rows with loss."""
+    text_count: int
+    """Rows that could carry loss if everything were masked."""
 
 
 def make_micro_batch(clean: CleanBatch, noise: Noise, config: DiffusionConfig, layout: PairLayout) -> MicroBatch:
@@ -100,6 +118,7 @@ def make_micro_batch(clean: CleanBatch, noise: Noise, config: DiffusionConfig, l
         pair_rows(clean, copies, rows, layout),
         token_count=layout.objective.token_count(rows, copies),
         masked_count=sum(int(stream.has_loss_BL.sum()) for stream in rows),
+        text_count=layout.objective.text_count(rows, copies),
     )
 
 
@@ -257,6 +276,7 @@ class StepBatches:
             group_size=config.train.global_batch_size,
             block_size=drawing.layout.block_size,
             interval=drawing.interval,
+            axes=drawing.layout.objective.axes,
         )
         made = [make_micro_batch(clean, noise, config.diffusion, drawing.layout) for clean in read.clean]
         for one in made:
@@ -265,4 +285,5 @@ class StepBatches:
             [one.pair.to(device) for one in made],
             token_count=sum(one.token_count for one in made),
             masked_count=sum(one.masked_count for one in made),
+            text_count=sum(one.text_count for one in made),
         )

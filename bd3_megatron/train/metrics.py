@@ -27,7 +27,9 @@ class StepSums:
     weighted_nll_nats: float
     """Sum of weight x NLL over all samples, added in sample order."""
     token_count: int
+    """The loss's denominator."""
     masked_count: int
+    text_count: int
     bins: Tensor
     """float64 [2, NUM_BINS]."""
 
@@ -36,11 +38,16 @@ class StepSums:
         """Nats per token."""
         return self.weighted_nll_nats / max(1, self.token_count)
 
+    @property
+    def masked_fraction(self) -> float:
+        """Share of the rows that could carry loss that do."""
+        return self.masked_count / max(1, self.text_count)
+
     def metrics(self) -> dict[str, float]:
         """The record's loss and noise entries."""
         record = {
             "loss/train_nats_per_token": self.loss,
-            "noise/masked_fraction": self.masked_count / max(1, self.token_count),
+            "noise/masked_fraction": self.masked_fraction,
         }
         for number in range(NUM_BINS):
             count = float(self.bins[1, number])
@@ -55,7 +62,7 @@ class PendingSums:
     """A step's sums on their way to the host."""
 
     table: HostCopy
-    """float64 [samples + 2 x NUM_BINS + 2]."""
+    """float64 [samples + 2 x NUM_BINS + 3]."""
     num_samples: int
 
     def read(self) -> StepSums:
@@ -64,14 +71,21 @@ class PendingSums:
         return StepSums(
             # One sample after another: the order of this sum does not depend on the grid.
             weighted_nll_nats=sum(here[:num_samples].tolist()),
-            token_count=int(here[-2]),
-            masked_count=int(here[-1]),
+            token_count=int(here[-3]),
+            masked_count=int(here[-2]),
+            text_count=int(here[-1]),
             bins=here[num_samples : num_samples + 2 * NUM_BINS].view(2, NUM_BINS),
         )
 
 
 def reduce_step(
-    logs: Sequence[LossSums], topology: Topology, *, num_samples: int, token_count: int, masked_count: int
+    logs: Sequence[LossSums],
+    topology: Topology,
+    *,
+    num_samples: int,
+    token_count: int,
+    masked_count: int,
+    text_count: int,
 ) -> PendingSums:
     """Sum a step over the grid. Entry: logs on last stages only, partial over cp; exit: equal on every rank. Does not wait.
 
@@ -79,17 +93,17 @@ def reduce_step(
         logs: of this rank's micro-batches, in order.
         topology: the grid.
         num_samples: of the step over all ranks.
-        token_count, masked_count: of this data-parallel rank's samples.
+        token_count, masked_count, text_count: of this data-parallel rank's samples.
     """
     # One table for everything, so that a log line costs one all-reduce.
-    table = torch.zeros(num_samples + 2 * NUM_BINS + 2, dtype=torch.float64, device=topology.device)
+    table = torch.zeros(num_samples + 2 * NUM_BINS + 3, dtype=torch.float64, device=topology.device)
     # Tensor-parallel ranks have computed the same sums; one of them adds them.
     if logs and topology.tp_rank == 0:
         table[:num_samples] = _in_sample_order(logs, topology, num_samples)
         table[num_samples : num_samples + 2 * NUM_BINS] = torch.stack([log.bins for log in logs]).sum(0).flatten()
     # Counts are of whole sequences: one rank of a replica states them.
     if topology.tp_rank == 0 and topology.cp_rank == 0 and topology.is_first_stage:
-        table[-2], table[-1] = token_count, masked_count
+        table[-3], table[-2], table[-1] = token_count, masked_count, text_count
     dist.all_reduce(table)
     return PendingSums(HostCopy(table), num_samples)
 

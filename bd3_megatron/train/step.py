@@ -84,8 +84,8 @@ class TrainingStep:
         step, phase = state.step, plan.phase_at(state.step).phase
         interval, lr, num_samples = plan.interval(step, state.intervals), plan.lr(step), plan.batch_size(step)
         self.timeline.start_step(step + 1)
-        # Rows and visibility of this step's block size, before its batch is cut by them.
-        self.engine.model.enter_phase(phase.block_size)
+        # Rows, visibility and counts of this step's phase, before its batch is cut by them.
+        self.engine.model.enter_phase(phase.block_size, axes=phase.axes)
         if self.config.model.dropout > 0:
             # By the step and not by what ran before, so that a resumed run drops the same elements.
             seed_dropout(self.config.run.seed, step, self.topology)
@@ -127,21 +127,28 @@ class TrainingStep:
     def _draw_ahead(self, step: int, plan: RunPlan, state: TrainState, batches: StepBatches) -> None:
         """Let the next step be made while this one runs."""
         if step < plan.total_steps:
-            size = plan.phase_at(step).phase.block_size
-            batches.draw_ahead(step, self.engine.model.layout_at(size), plan.interval(step, state.intervals))
+            phase = plan.phase_at(step).phase
+            layout = self.engine.model.layout_at(phase.block_size, axes=phase.axes)
+            batches.draw_ahead(step, layout, plan.interval(step, state.intervals))
 
     def _global_count(self, batch: StepBatch) -> float | Tensor:
         """Tokens of the whole step in the mean: by arithmetic, or summed over dp where samples differ."""
         # Without padding every sample has as many tokens as any other; no collective is needed.
-        if self.config.data.packing == "wrap":
+        if self.config.data.packing == "wrap" and not self.engine.model.layout.objective.count_varies:
             return batch.token_count * self.topology.dp
         # Filled on the device, and the sum stays there, so that the host does not wait for it; exact up to 2^53 tokens.
         count = torch.full((1,), batch.token_count, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(count, group=self.topology.groups.dp)
-        return count[0]
+        # a step that masked nothing has a loss of zero, not of 0 / 0
+        return count[0].clamp_min(1)
 
 
 def _sums(logs: list[LossSums], batch: StepBatch, topology: Topology, num_samples: int) -> PendingSums:
     return reduce_step(
-        logs, topology, num_samples=num_samples, token_count=batch.token_count, masked_count=batch.masked_count
+        logs,
+        topology,
+        num_samples=num_samples,
+        token_count=batch.token_count,
+        masked_count=batch.masked_count,
+        text_count=batch.text_count,
     )

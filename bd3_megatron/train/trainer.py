@@ -293,7 +293,7 @@ class Trainer:
         return figures(
             self.config,
             times["time/step_seconds"],
-            sums.masked_count / max(1, sums.token_count),
+            sums.masked_fraction,
             self.topology.world_size,
             self.peak,
             sequences=outcome.num_samples,

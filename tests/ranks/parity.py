@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bd3_megatron.attention.select import named
 from bd3_megatron.checkpoint.pieces import owned_pieces
+from bd3_megatron.config.axes import AxesConfig
 from bd3_megatron.config.load import config_from_tree, replace_field
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -116,7 +117,8 @@ def noise_of(config: Config, *, block_size: int | None = None, mask_id: int = MA
     size = config.diffusion.block_size if block_size is None else block_size
     interval = Interval(*config.diffusion.interval_at(size))
     group = config.train.global_batch_size
-    return Noise(seed=config.run.seed, mask_id=mask_id, group_size=group, block_size=size, interval=interval)
+    axes = config.diffusion.axes.axes()
+    return Noise(seed=config.run.seed, mask_id=mask_id, group_size=group, block_size=size, interval=interval, axes=axes)
 
 
 def make_batch(config: Config, clean: CleanBatch, layout: PairLayout) -> PairBatch:
@@ -262,7 +264,8 @@ def plain_job(
         size, factor = plain_phase(config, step)
         model.model.shape = copy.copy(model.model.shape)
         model.model.shape.block_size = size
-        loss = plain_loss(model, config, clean, block_size=size, mask_id=mask_id)
+        phase = replace_field(config, "diffusion.axes", plain_axes(config, step))
+        loss = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
         rate = plain_rate(config, step) * factor
         for group in adam.param_groups:
             group["lr"] = rate
@@ -317,6 +320,16 @@ def plain_phase(config: Config, step: int) -> tuple[int, float]:
     return (1 if config.diffusion.objective == "ar" else config.diffusion.block_size), 1.0
 
 
+def plain_axes(config: Config, step: int) -> AxesConfig:
+    """Axes of a step: its phase's own, or the run's; phases are given in steps."""
+    first = 0
+    for phase in config.diffusion.phases:
+        if phase.steps is None or step < first + phase.steps:
+            return config.diffusion.axes if phase.axes is None else phase.axes
+        first += phase.steps
+    return config.diffusion.axes
+
+
 def plain_loss(
     model: PlainBD3, config: Config, clean: CleanBatch, *, block_size: int | None = None, mask_id: int = MASK_ID
 ) -> Tensor:
@@ -330,13 +343,22 @@ def plain_loss(
         if padding_BL is not None:
             counts_BL = counts_BL & ~padding_BL[:, 1:]
         return nll_BL[counts_BL].sum() / counts_BL.sum()
-    losses = []
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    denominator = config.diffusion.axes.denominator
     noise = noise_of(config, block_size=block_size, mask_id=mask_id)
     for view in range(config.diffusion.views):
         noisy = noise.of_view(view).corrupt(clean, config.diffusion)
         nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=mask_id)
-        losses.append((nll_BL * noisy.weight_BL)[noisy.is_masked_BL].sum() / noisy.countable_BL.sum())
-    return torch.stack(losses).mean()
+        for row, masked_L in enumerate(noisy.is_masked_BL):
+            sample, maskable = (
+                (nll_BL[row] * noisy.weight_BL[row])[masked_L].double().sum(),
+                noisy.countable_BL[row].sum(),
+            )
+            total = total + (sample / maskable if denominator == "answer_length" else sample)
+            text = len(masked_L) if padding_BL is None else (~padding_BL[row]).sum()
+            counts = {"maskable": maskable, "all": text, "loss_rows": masked_L.sum(), "answer_length": 1}
+            count += int(counts[denominator])
+    return total / count
 
 
 def plain_model(config: Config, *, vocab: int = VOCAB, mask_id: int = MASK_ID) -> PlainBD3:

@@ -36,7 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "interleaved pp and a curriculum seam": {
         "parallel": {"pp": 2, "vpp": 2},
         "model": {"num_layers": 4},
-        "diffusion": {"phases": [{"block_size": 8, "steps": 2}, {"block_size": 4, "lr_start": 0.5, "lr_end": 0.25}]},
+        "diffusion": {
+            "phases": [
+                {"block_size": 8, "steps": 2, "axes": {"row_weight": "flat", "level_per": "sample"}},
+                {"block_size": 4, "lr_start": 0.5, "lr_end": 0.25},
+            ]
+        },
     },
     "cp and views": {"parallel": {"cp": 2}, "diffusion": {"views": 2}},
     "zero 3 and MDLM": {"parallel": {"dp": 2, "zero_stage": 3}, "diffusion": {"block_size": 32}},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bd3_megatron.attention.dense import masked_softmax_attention
 from bd3_megatron.attention.visibility import Visibility
+from bd3_megatron.diffusion.axes import Denominator, ObjectiveAxes
 from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, noise_schedule
@@ -23,6 +24,7 @@ from tests.unit.diffusion.laws import all_masks, estimator_moment
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LINEAR = noise_schedule("loglinear")
+ALL = ObjectiveAxes(denominator="all")
 MASK = 5
 
 
@@ -58,8 +60,9 @@ def test_log_probabilities_and_both_official_losses(block_size: int) -> None:
         wanted = golden["logp_f64"][..., token][batch.is_masked_BL]
         assert torch.allclose(-nll[batch.is_masked_BL], wanted, rtol=0, atol=GOLDEN_FP64)
     nll = masked_token_nll(logits, batch.clean_BL, mask_id=49)
-    for form, count_all_tokens in (("train", True), ("eval", False)):
-        objective = BlockDiffusion(block_size=block_size, count_all_tokens=count_all_tokens)
+    forms: list[tuple[str, Denominator]] = [("train", "all"), ("eval", "maskable")]
+    for form, denominator in forms:
+        objective = BlockDiffusion(block_size=block_size, axes=ObjectiveAxes(denominator=denominator))
         losses, count = losses_and_count(objective, nll, batch)
         assert torch.allclose(losses, golden[f"{form}_nlls_f64"], rtol=0, atol=GOLDEN_FP64)
         assert count == golden[f"{form}_token_mask_f64"].sum()
@@ -215,7 +218,7 @@ def test_the_sum_is_over_masked_tokens_and_the_count_over_maskable_ones() -> Non
     by_hand = sum(2.0 * nll[b, i].item() for b in range(2) for i in range(6) if batch.is_masked_BL[b, i])
     losses, count = losses_and_count(BlockDiffusion(block_size=2), nll, batch)
     assert losses.sum().item() == by_hand and count == 10
-    assert losses_and_count(BlockDiffusion(block_size=2, count_all_tokens=True), nll, batch)[1] == 12
+    assert losses_and_count(BlockDiffusion(block_size=2, axes=ALL), nll, batch)[1] == 12
     blocks = block_losses(nll, batch)
     assert blocks.shape == (2, 3) and blocks.sum().item() * 2 == pytest.approx(by_hand)
 
@@ -235,7 +238,7 @@ def test_padding_is_counted_in_neither_form() -> None:
     batch = simple_batch(torch.arange(6).expand(2, 6) >= 4)
     nll = torch.ones(2, 6)
     assert losses_and_count(BlockDiffusion(block_size=2), nll, batch)[1] == 6
-    assert losses_and_count(BlockDiffusion(block_size=2, count_all_tokens=True), nll, batch)[1] == 8
+    assert losses_and_count(BlockDiffusion(block_size=2, axes=ALL), nll, batch)[1] == 8
 
 
 def test_what_stands_at_visible_positions_does_not_matter() -> None:
@@ -287,15 +290,17 @@ def test_rows_of_a_sample_of_sixteen_tokens(objective: Objective, noisy: int, cl
 
 
 def test_an_objective_is_found_by_its_name_and_moves_between_phases() -> None:
-    made = objective_named("block", block_size=8, views=2, count_all_tokens=True)
-    assert made == BlockDiffusion(block_size=8, views=2, count_all_tokens=True)
-    assert made.at(4) == BlockDiffusion(block_size=4, views=2, count_all_tokens=True)
+    made = objective_named("block", block_size=8, views=2, axes=ALL)
+    assert made == BlockDiffusion(block_size=8, views=2, axes=ALL)
+    assert made.at(4) == BlockDiffusion(block_size=4, views=2, axes=ALL)
+    assert made.at(4, axes=ObjectiveAxes()) == BlockDiffusion(block_size=4, views=2)
     assert made.at(4, views=1).views == 1
     assert objective_named("ar", block_size=16).block_size == 1 and NextToken().at(8) == NextToken()
     with pytest.raises(ConfigError, match=r"objective='gan' is unknown; use block or ar\."):
         objective_named("gan")
     with pytest.raises(
-        ConfigError, match=r"objective=ar has no noise; remove diffusion.phases, diffusion.views and search"
+        ConfigError,
+        match=r"objective=ar has no noise; remove diffusion.phases, diffusion.views, diffusion.axes and search",
     ):
         objective_named("ar", views=2).refuse(num_phases=0, searches=False)
 

@@ -166,14 +166,14 @@ def noisy_of(source: Samples, config: Config) -> NoisyBatch:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
-    "diffusion", [{}, {"never_mask_first": True}, {"never_mask_first": True, "count_all_tokens": True}], ids=str
+    "diffusion", [{}, {"never_mask_first": True}, {"never_mask_first": True, "axes": {"denominator": "all"}}], ids=str
 )
 def test_counts_are_those_of_the_objective(padded: bool, diffusion: dict[str, Any]) -> None:
     config, source = case(diffusion=diffusion), Samples(padded=padded)
     made = make_micro_batch(source.batch_for(torch.arange(8)), noise_of(), config.diffusion, layout_of(config, 4))
     text = 8 * LENGTH - sum(row % 9 for row in range(8)) * padded
     # the first token is text, and counts where all tokens do
-    exempt = 8 if config.diffusion.never_mask_first and not config.diffusion.count_all_tokens else 0
+    exempt = 8 if config.diffusion.never_mask_first and config.diffusion.axes.denominator != "all" else 0
     assert made.token_count == text - exempt
     assert made.masked_count == noisy_of(source, config).is_masked_BL.sum()
 

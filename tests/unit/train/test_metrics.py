@@ -55,7 +55,7 @@ def test_full_masking_falls_in_the_last_bin() -> None:
 def test_the_record_names_what_was_summed() -> None:
     bins = torch.zeros(2, NUM_BINS, dtype=torch.float64)
     bins[:, 3] = torch.tensor([12.0, 4.0])
-    sums = StepSums(weighted_nll_nats=50.0, token_count=20, masked_count=4, bins=bins)
+    sums = StepSums(weighted_nll_nats=50.0, token_count=20, masked_count=4, text_count=20, bins=bins)
     assert sums.metrics() == {
         "loss/train_nats_per_token": 2.5,
         "noise/masked_fraction": 0.2,
@@ -64,5 +64,5 @@ def test_the_record_names_what_was_summed() -> None:
 
 
 def test_a_step_without_tokens_has_loss_zero() -> None:
-    sums = StepSums(weighted_nll_nats=0.0, token_count=0, masked_count=0, bins=torch.zeros(2, NUM_BINS))
+    sums = StepSums(weighted_nll_nats=0.0, token_count=0, masked_count=0, text_count=0, bins=torch.zeros(2, NUM_BINS))
     assert sums.metrics() == {"loss/train_nats_per_token": 0.0, "noise/masked_fraction": 0.0}
