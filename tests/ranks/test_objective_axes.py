@@ -7,11 +7,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bd3_megatron.config.axes import AxesConfig
+from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import BD3Error
@@ -20,6 +22,7 @@ from tests import tolerances
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import Outcome, job_config, join_ranks, plain_job, rank_job
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "recipes"
 GRIDS: dict[str, dict[str, Any]] = {
     "one": {},
     "dp": {"dp": 2},
@@ -114,6 +117,23 @@ def forty() -> list[tuple[str, Case]]:
             continue
         found.append((grid, (axes, diffusion, chosen.random() < 0.5)))
     return found
+
+
+@pytest.mark.parametrize("name", ["sdar_cpt", "efficient_dlm", "dfactory_flat"])
+def test_a_shipped_recipe_trains_as_the_plain_model_does(name: str) -> None:
+    """Its objective, at blocks of 4, on a small model; three steps."""
+    recipe = load_config(CONFIGS / f"{name}.yaml")
+    config = job_config(tied=True, layers=1, parallel={"dp": 2})
+    config = dataclasses.replace(config, diffusion=dataclasses.replace(recipe.diffusion, block_size=4))
+    found = join_ranks(config, run_ranks(rank_job(config, documents=True, steps=3), config.parallel))
+    expected = plain_job(config, documents=True, steps=3)
+    compare_first_step(
+        dataclasses.replace(found, losses=found.losses[:1], norms=found.norms[:1]),
+        dataclasses.replace(expected, losses=expected.losses[:1], norms=expected.norms[:1]),
+        name,
+    )
+    assert len(found.losses) == 3
+    assert found.losses == pytest.approx(expected.losses, rel=tolerances.GRID_LOSSES_LATER)
 
 
 @pytest.mark.matrix

@@ -11,14 +11,16 @@ from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.validate import validate
 from bd3_megatron.config.yaml_file import parse_yaml
 
-CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
 SHIPPED = {"quickstart", "debug_cpu", "1b3", "7b"} | {
     f"{corpus}_110m_{kind}" for corpus in ("owt", "lm1b") for kind in ("b4", "b8", "b16", "mdlm", "ar")
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
 def test_config_loads_validates_and_survives_its_own_dump(path: Path) -> None:
     config = load_config(path)
     validate(config)
@@ -30,6 +32,17 @@ def test_only_the_papers_ten_runs_share_a_base(path: Path) -> None:
     base = parse_yaml(path.read_text(encoding="utf-8"), path.name).get("base")
     corpus = path.stem.partition("_")[0]
     assert base == (f"base/{corpus}_110m.yaml" if "_110m_" in path.stem else None)
+
+
+def test_recipes_are_their_authors_numbers_on_one_base() -> None:
+    assert all("base: ../ar_to_bd_qwen3_0b6.yaml" in path.read_text("utf-8") for path in RECIPES)
+    found = {path.stem: load_config(path) for path in RECIPES}
+    assert set(found) == {"sdar_cpt", "efficient_dlm", "dfactory_flat"}
+    sdar, efficient, flat = (found[name].diffusion for name in ("sdar_cpt", "efficient_dlm", "dfactory_flat"))
+    assert (sdar.block_size, sdar.axes.level_per, sdar.interval_at(4)) == (4, "sample", (1e-3, 1.0))
+    assert (found["sdar_cpt"].train.tokens, found["sdar_cpt"].optim.lr) == (50_000_000_000, 1e-5)
+    assert (efficient.axes.positions, efficient.axes.position_half_life) == ("exact", 0.25)
+    assert (flat.axes.row_weight, flat.axes.denominator, flat.interval_at(32)) == ("flat", "loss_rows", (0.3, 0.8))
 
 
 def test_all_shipped_names_are_there() -> None:

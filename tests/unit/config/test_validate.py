@@ -105,6 +105,18 @@ def test_legal_combinations_pass(file: Path, overrides: list[str]) -> None:
             r"^phases\[0\] gives neither steps nor tokens and is not the last",
         ),
         (["diffusion.phases=[{block_size: 4, interval: [0.9, 0.1]}]"], r"^interval \[0\.9, 0\.1\] is empty"),
+        (
+            ["diffusion.phases=[{block_size: 4, steps: 2}, {block_size: 4, axes: {least_masked: 1}}]"],
+            r"^axes\.least_masked=1 with positions=bernoulli",
+        ),
+        (
+            ["diffusion.phases=[{block_size: 4, steps: 2}, {block_size: 4, axes: {pairing: complementary}}]"],
+            r"^axes\.pairing=complementary with diffusion\.views=1",
+        ),
+        (
+            ["diffusion.objective=ar", "diffusion.axes.row_weight=flat"],
+            r"^objective=ar has no noise; remove .* diffusion\.axes and",
+        ),
         (["train.tokens=5"], r"^train\.steps=10 and train\.tokens=5: give exactly one of them\.$"),
         (["train.steps=null"], r"^train\.steps=None and train\.tokens=None: give exactly one"),
         (["train.warmup_batch_size=4"], r"belong together; give both or neither\.$"),

@@ -76,7 +76,7 @@ def test_tokens_are_included_with_the_stated_probabilities(half_life: float | No
 
     Five standard errors, chance of a false alarm 6e-7 for each of eight positions.
     """
-    p, size, k = 0.5, 4, 2
+    p, size, k = 0.375, 4, 2
     t = torch.full((2500, 8), p, dtype=torch.float64)
     batch = drawn(2500, {"positions": "exact", "position_half_life": half_life}, block=size, t=t)
     weights = [1.0 if half_life is None else 2 ** ((1 - p) * i / (half_life * size)) for i in range(size)]
