@@ -28,7 +28,6 @@ from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.objective import NextToken
-from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.errors import CheckpointError, DataError
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import (
@@ -41,12 +40,10 @@ from bd3_megatron.evaluate.perplexity import (
     read_share,
     score_table,
 )
+from bd3_megatron.evaluate.plain_forward import next_token_hidden, noisy_hidden, token_scores
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model
 from bd3_megatron.sampling.folder import check_model_tokenizer, read_config, read_weights
-
-LOGIT_BYTES = 64 * 2**20
-"""Size of one chunk's logits in fp32."""
 
 
 @dataclass(frozen=True)
@@ -234,36 +231,21 @@ def weighted_sums(
         device: where to compute.
         mask_id: never predicted.
     """
-    documents_BL = None if clean.document_id_BL is None else clean.document_id_BL.to(device)
     clean_BL = clean.tokens_BL.to(device)
     if noisy is None:
         rows = NextToken().loss_rows(
             clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
         )[0]
         target_BL, is_loss_BL, weight_BL = rows.target_BL, rows.has_loss_BL, rows.weight_BL
-        hidden_BLD = model.model(clean_BL, None, documents_BL)
+        hidden_BLD = next_token_hidden(model, clean_BL, clean.document_id_BL)
     else:
         target_BL, is_loss_BL, weight_BL = noisy.clean_BL, noisy.is_masked_BL, noisy.weight_BL
-        hidden_BLD = model.model(noisy.noisy_BL.to(device), clean_BL, documents_BL)
+        hidden_BLD = noisy_hidden(model, noisy.noisy_BL.to(device), clean_BL, clean.document_id_BL)
     rows_R = is_loss_BL.flatten().nonzero()[:, 0]
-    nll_R = _row_nll(model, hidden_BLD, target_BL, rows_R, mask_id=None if noisy is None else mask_id)
+    hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, rows_R.to(device))
+    target_R = target_BL.flatten()[rows_R].to(device)
+    nll_R, _ = token_scores(model, hidden_RD, target_R, mask_id=None if noisy is None else mask_id)
     # Sums in float64, so that the batch size shows in their last digits only.
     weighted_R = nll_R.double() * weight_BL.flatten()[rows_R].double().to(device)
     sample_R = (rows_R // clean.tokens_BL.shape[1]).to(device)
     return torch.zeros(len(clean_BL), dtype=torch.float64, device=device).index_add_(0, sample_R, weighted_R)
-
-
-def _row_nll(model: PlainBD3, hidden_BLD: Tensor, target_BL: Tensor, rows_R: Tensor, *, mask_id: int | None) -> Tensor:
-    """NLL of some rows [R], fp32 (fp64 for fp64 models)."""
-    device = hidden_BLD.device
-    hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, rows_R.to(device))
-    target_R = target_BL.flatten()[rows_R].to(device)
-    # the output table is applied to masked rows only, in chunks: logits of all rows would be the largest tensor by far
-    size = max(1, LOGIT_BYTES // (4 * model.model.shape.vocab_size))
-    parts = []
-    for hidden, target in zip(hidden_RD.split(size), target_R.split(size), strict=True):
-        logits = model.lm_head(hidden)
-        parts.append(
-            next_token_nll(logits, target) if mask_id is None else masked_token_nll(logits, target, mask_id=mask_id)
-        )
-    return torch.cat(parts) if parts else hidden_RD.new_zeros(0)
