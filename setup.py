@@ -60,6 +60,8 @@ setup(
     extras_require={
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
         "tensorboard": ["tensorboard>=2.15"],
+        # bd3 evaluate --tasks
+        "eval": ["lm_eval>=0.4.13"],
         # needs nvcc and an installed torch: pip install --no-build-isolation .[cuda]
         "cuda": ["flash-attn>=2.7", "transformer-engine[pytorch]>=2.0"],
     },
