@@ -26,6 +26,7 @@ OWNERS = {
     "sentencepiece": {"data"},
     "datasets": {"data"},
     "transformers": {"data", "hf", "sampling", "convert", "evaluate"},
+    "lm_eval": {"evaluate"},
     "apex": {"compat"},
     "transformer_engine": {"compat"},
     "flash_attn": {"compat"},
@@ -44,7 +45,8 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 POSITIONAL_ARGUMENTS = 5
 FOREIGN_SIGNATURES = {"forward", "backward", "named_parameters", "state_dict", "load_state_dict", "makedirs"}
-"""Methods whose signature torch or DeepSpeed chose."""
+FOREIGN_SIGNATURES |= {"loglikelihood", "loglikelihood_rolling", "generate_until"}
+"""Methods whose signature torch, DeepSpeed or lm-evaluation-harness chose."""
 CUDA_ELSEWHERE = {
     # attention stands left of compat and may not ask it; which kernel is fastest depends on the device's capability
     "bd3_megatron/attention/partial.py",

@@ -1,4 +1,4 @@
-"""`bd3 evaluate`: the arguments, and which task answers them: perplexity, the zero-shot table, or the frontier.
+"""`bd3 evaluate`: the arguments, and which part answers them: perplexity, the zero-shot table, tasks, or the frontier.
 
 Imports torch only when it runs.
 """
@@ -11,6 +11,8 @@ EXAMPLES = """
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data --exact --json
   bd3 evaluate FOLDER --zero-shot runs/zero_shot --local ptb=ptb.valid.txt --format markdown
+  bd3 evaluate FOLDER --tasks arc_easy,hellaswag --num-fewshot 5
+  bd3 evaluate FOLDER --tasks my_task --include-path tasks/ --json
   bd3 evaluate FOLDER --frontier --scoring-model GPT2 --rules first_hitting ancestral --temperatures 0.8 1.0
   torchrun --nproc-per-node 8 -m bd3_megatron.cli evaluate FOLDER --data DIR --draws 4
 """
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="FOLDER", help="exported model folder, or a run's folder")
     add("--data", metavar="DIR", help="prepared text to score: DIR with valid/, or one split of it")
     add("--split", default="valid", help="split of --data (default: valid)")
-    add("--draws", type=int, default=2, metavar="K", help="noise draws a sequence (default: 2)")
+    add("--draws", type=int, metavar="K", help="noise draws a sequence (default: 2; for --tasks see there)")
     add("--num-sequences", type=int, metavar="N", help="sequences, evenly spaced (default: all)")
     add("--exact", action="store_true", help="enumerate mask patterns: no noise, 2^block_size - 1 passes")
     add("--official", action="store_true", help="official conventions: one draw of t, first token not counted")
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("text", "markdown", "json"), default="text", help="of what is printed")
     _add_convention(parser.add_argument_group("convention (default: the model's own, as its run recorded it)"))
     _add_zero_shot(parser.add_argument_group("zero-shot table"))
+    _add_tasks(parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'bd3-megatron[eval]')"))
     _add_frontier(parser.add_argument_group("generated text"))
 
 
@@ -54,6 +57,25 @@ def _add_zero_shot(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sets", nargs="+", metavar="SET", help="ptb wikitext lm1b lambada ag_news pubmed arxiv")
     group.add_argument("--local", nargs="+", default=[], metavar="SET=FILE", help="files that stand in for the hub")
     group.add_argument("--recipes", metavar="DIR", help="recipes of the sets (default: configs/data of the checkout)")
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks or groups; blocks with up to 8 scored tokens have no noise, others 128 draws unless --draws says",
+    )
+    add("--include-path", "--include_path", metavar="DIR", help="folder of the tasks' own YAML files")
+    add(
+        "--num-fewshot",
+        "--num_fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: the task's)",
+    )
+    add("--limit", type=int, metavar="N", help="questions a task (default: all)")
 
 
 def _add_frontier(group: argparse._ArgumentGroup) -> None:
@@ -77,19 +99,22 @@ def check_options(options: argparse.Namespace) -> None:
     """
     from bd3_megatron.errors import ConfigError, RangeError
 
-    asked = [options.data is not None, options.zero_shot is not None, options.frontier]
+    asked = [options.data is not None, options.zero_shot is not None, options.tasks is not None, options.frontier]
     # One number at a time: two tasks would leave it open which one --json describes.
     if sum(asked) != 1:
-        raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot or --frontier.")
+        raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot, --tasks or --frontier.")
     for name, value in (
         ("num-sequences", options.num_sequences),
         ("draws", options.draws),
         ("batch-size", options.batch_size),
+        ("limit", options.limit),
     ):
         if value is not None and value < 1:
             raise RangeError(f"--{name} {value} is out of range; use 1 or more.")
     if options.official and options.exact:
         raise RangeError("--official draws its noise and --exact enumerates it; leave one out.")
+    if options.tasks is not None and (options.official or options.num_sequences is not None):
+        raise RangeError("--tasks takes neither --official nor --num-sequences; use --draws and --limit.")
     if options.official and options.first_token_given is False:
         raise RangeError("--official does not count the first token; leave --no-first-token-given out.")
 
@@ -97,13 +122,15 @@ def check_options(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do what was asked and print it; returns the exit code."""
     # Late: torch is not needed to print --help.
-    from bd3_megatron.evaluate import tasks
+    from bd3_megatron.evaluate import harness_tasks, tasks
 
     if options.json:
         options.format = "json"
     check_options(options)
     if options.frontier:
         return tasks.print_frontier(options)
+    if options.tasks is not None:
+        return harness_tasks.print_tasks(options)
     # Rows are shared by the processes of torchrun; sampling runs in one process.
     with tasks.joined(options) as work:
         task = tasks.print_perplexity if options.zero_shot is None else tasks.print_zero_shot

@@ -1,4 +1,5 @@
-"""The three tasks of `bd3 evaluate`, from parsed options to printed lines. Only rank 0 prints."""
+"""Perplexity, the zero-shot table and the frontier of `bd3 evaluate`, from parsed options to printed lines. Only rank 0
+prints."""
 
 from __future__ import annotations
 
@@ -24,6 +25,9 @@ from bd3_megatron.evaluate.tables import render
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
+
+DEFAULT_DRAWS = 2
+"""Noise draws of a sequence: the fewest that show their own noise."""
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def asked_settings(options: argparse.Namespace, config: BD3Config) -> tuple[Scor
     settings = ScoreSettings(
         convention=convention,
         num_sequences=options.num_sequences,
-        draws=1 if options.official else options.draws,
+        draws=1 if options.official else options.draws or DEFAULT_DRAWS,
         exact=options.exact,
         by_level=options.official,
         seed=options.seed,

@@ -1,4 +1,5 @@
-"""One checkpoint, one number: in the loop, `bd3 evaluate RUN`, `bd3 evaluate FOLDER`, and a reference of thirty lines."""
+"""One checkpoint, one number: in the loop, `bd3 evaluate RUN`, `bd3 evaluate FOLDER`, the model that lm-evaluation-harness
+asks, and a reference of thirty lines."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from bd3_megatron.cli import main
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
+from bd3_megatron.evaluate.harness import HarnessModel
 from bd3_megatron.evaluate.offline import load_model
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from tests.ranks.train_runs import record, train, train_config, write_data
@@ -117,6 +119,22 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, A
     return found
 
 
+def by_the_harness(folder: Path, case: Case) -> float:
+    """Nats per counted token, each row (isolated: each document of a row) being one text without a context."""
+    model = HarnessModel(str(folder), device="cpu", dtype="float64", exact=case.objective == "block")
+    first, texts, count = int(case.given or case.objective == "ar"), [], 0
+    for row in rows_of(case):
+        parts = itertools.groupby(
+            (place for place in row if place[2] != "pad"), key=lambda place: case.packing == "isolated" and place[1]
+        )
+        for places in (list(group) for _, group in parts):
+            # a text whose only token is given has nothing to score
+            if len(places) > first:
+                texts.append((("", ""), [], [token for token, _, _ in places]))
+                count += sum(kind == "text" for _, _, kind in places[first:])
+    return -sum(value for value, _ in model._loglikelihood_tokens(texts)) / count
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_caller_gives_the_same_number(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run, folder = prepared(tmp_path, case), tmp_path / "run", tmp_path / "hf"
@@ -140,6 +158,7 @@ def test_every_caller_gives_the_same_number(case: Case, tmp_path: Path, capsys: 
     expected = pytest.approx(reference(model, case), abs=EVALUATION)
     exact = [asked(capsys, place, "--data", data, "--exact") for place in (run, folder)]
     assert [found["nll_nats_per_token"] for found in exact] == [expected, expected]
+    assert by_the_harness(folder, case) == expected
     if case.block == 1:
         assert in_loop["eval/nll_nats_per_token"] == expected
 

@@ -182,4 +182,4 @@ def test_the_command_prints_the_frontier(
     points = json.loads(capsys.readouterr().out)
     assert code == 0 and [p["temperature"] for p in points] == [0.7, 1.0] and points[0]["perplexity"] > 1
     assert main(["evaluate", str(model_folder), "--frontier", "--data", "x"]) == 2
-    assert "give --data, --zero-shot or --frontier" in capsys.readouterr().err
+    assert "give --data, --zero-shot, --tasks or --frontier" in capsys.readouterr().err
