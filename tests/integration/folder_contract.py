@@ -109,6 +109,8 @@ def the_tokenizer_loads_without_a_question() -> None:
 def a_pipeline_writes_text_twice() -> None:
     for _ in range(2):
         write = pipeline("text-generation", model=FOLDER, trust_remote_code=True)
+        # an EOS token may come first, and ends the text
+        set_seed(1)
         found = write("w2 w3", max_new_tokens=6)[0]["generated_text"]
         assert found.startswith("w2 w3") and len(found) > 5, found
     again = write("w2 w3", max_new_tokens=6, return_full_text=False)[0]["generated_text"]

@@ -1,13 +1,19 @@
-"""Each part of a mixture is evaluated by itself, or a sentence says why not."""
+"""Each part of a mixture is evaluated by itself, or a sentence says why not; a stream leaves out what its folder holds out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from bd3_megatron.data.convention import EvaluationConvention
+from bd3_megatron.data.held_out import content_key, is_held_out
+from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.shards import ShardFolder
+from bd3_megatron.data.sources import text_source
+from bd3_megatron.data.stream_shard import StreamShard
+from bd3_megatron.train.dataset import StreamRows, open_data
 from bd3_megatron.train.held_out_sources import HeldOutSources, held_out_sources, source_names
-from tests.unit.data.corpora import documents, write_split
+from tests.unit.cost.cases import case
+from tests.unit.data.corpora import documents, english, write_split
 
 LENGTH = 8
 
@@ -55,3 +61,27 @@ def test_parts_are_named_by_the_shortest_ends_that_differ() -> None:
     assert source_names(["a/web", "b/web", "b/books"]) == ["a/web", "b/web", "b/books"]
     assert source_names(["/x/a/web", "/web"]) == ["a/web", "web"]
     assert source_names(["web", "./web"]) == ["web", "./web"]
+
+
+def test_the_stream_of_the_readme_trains_on_nothing_that_its_folder_holds_out(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    texts = [f"{english(5, seed=n)}{n}." for n in range(40)]
+    (corpus / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    source = text_source([str(corpus)])
+    prepare(PrepareRequest(out=tmp_path / "own", sources={"train": source}, tokenizer="bytes", valid_fraction=0.3))
+    stream = {"dataset": str(corpus), "shuffle_rows": 1, "shards": 1}
+    config = case(
+        data={"path": str(tmp_path / "own"), "stream": stream, "seq_len": LENGTH}, model={"vocab_size": None}, kind="s4"
+    )
+    rows = open_data(config).train
+    assert isinstance(rows, StreamRows)
+    shard, tokens, number = StreamShard(rows.stream, 0), [], 0
+    while shard.state_before(number).epoch == 0:
+        tokens += shard.row(number).tokens_BL.tolist()
+        number += 1
+    seen = {" ".join(text.split()) for text in bytes(t if t < 256 else 0 for t in tokens).decode().split("\0")}
+    held = {words for text in texts if is_held_out(content_key(words := " ".join(text.split())), 0.3)}
+    # both sides are there, and the last document of the pass may be cut off
+    assert len(held) > 4 and not seen & held
+    assert len({" ".join(text.split()) for text in texts} - held - seen) <= 1
