@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from bd3_megatron.errors import ConfigError, cut, shown
 
@@ -143,3 +143,6 @@ def _short(number: float) -> str:
     # 1e12 reads better than thirteen digits, where it says the same
     text = f"{number:g}".replace("e+0", "e").replace("e+", "e")
     return text if float(text) == number else str(number)
+
+
+PathText = Annotated[str, FilePath()]

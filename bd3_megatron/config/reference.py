@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.config import axes, schema
+from bd3_megatron.config import axes, experts, schema, stream
 from bd3_megatron.config.ranges import FilePath, Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, cut
@@ -169,7 +169,8 @@ def _field_texts() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring under it, from the sources of the schema."""
     # Python drops strings under fields, so they are read from the source
     found: dict[str, dict[str, str]] = {}
-    for node in (*ast.parse(inspect.getsource(schema)).body, *ast.parse(inspect.getsource(axes)).body):
+    modules = (schema, axes, experts, stream)
+    for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.ClassDef):
             found[node.name] = {
                 field.target.id: " ".join(text.value.value.split())

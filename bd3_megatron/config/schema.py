@@ -6,13 +6,15 @@ this file. A field whose default is null is derived (its text says how, a proper
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from bd3_megatron.config.axes import AxesConfig
-from bd3_megatron.config.ranges import FilePath, Matches, Pattern, Range
+from bd3_megatron.config.experts import ExpertsConfig
+from bd3_megatron.config.ranges import Matches, PathText, Range
+from bd3_megatron.config.stream import StreamConfig
 from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
-from bd3_megatron.errors import ConfigError, cut
 
 # ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
 MOST_STEPS = 10**9
@@ -22,7 +24,6 @@ MOST_TOKENS = 10**18
 Weight = Annotated[float, Range(0, 1e9)]
 NoiseLevel = Annotated[float, Range(MIN_T, 1)]
 Decay = Annotated[float, Range(0, 1, open_upper=True)]
-PathText = Annotated[str, FilePath()]
 NumPieces = Annotated[int, Range(2, 1e7)]
 # the bound of data/held_out.py: a part that is larger than the rest is a slip
 HeldOutShare = Annotated[float, Range(0, 0.5)]
@@ -69,6 +70,9 @@ class ModelConfig:
     # at 1 all channels turn at one speed, below it the last ones turn fastest
     rope_base: Annotated[float, Range(1, 1e12, open_lower=True)] = 10000.0
     """Base of the rotary frequencies."""
+    # LLaDA2 has 0.5
+    rotary_fraction: Annotated[float, Range(0, 1, open_lower=True)] = 1.0
+    """Share of a head's channels, the first ones, that positions turn; the rest carry none."""
     # 0 would divide by 0 where a row is constant
     layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5
     """Added to the variance in every norm."""
@@ -80,6 +84,17 @@ class ModelConfig:
     """Ids the model knows, mask id included; null: what the prepared data's tokenizer says."""
     vocab_multiple: Annotated[int, Range(1, 1e6)] = 128
     """Table rows are padded to this multiple; must be a multiple of tp, and stays fixed when a run changes its grid."""
+    experts: ExpertsConfig | None = None
+    """Mixture of experts in place of the MLP (modern style only); null: dense."""
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that positions turn."""
+        return round(self.head_width * self.rotary_fraction)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer`, from 0, is a mixture of experts."""
+        return self.experts is not None and layer >= self.experts.leading_dense_layers
 
     @property
     def kv_heads(self) -> int:
@@ -104,54 +119,6 @@ class StageConfig:
     """Length in optimizer steps; the last stage may leave both out and holds to the end."""
     tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
     """Length in clean tokens, instead of steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    column: str
-    """Rows are kept whose column passes every comparison given."""
-    equals: Annotated[str | int | float | bool, Range(-1e18, 1e18)] | None = None
-    """Exactly this."""
-    one_of: tuple[Annotated[str | int | float, Range(-1e18, 1e18)], ...] | None = None
-    """One of these."""
-    at_least: Annotated[float, Range(-1e18, 1e18)] | None = None
-    """Least number, or least number of characters of a text."""
-    at_most: Annotated[float, Range(-1e18, 1e18)] | None = None
-    """Greatest number, or greatest number of characters of a text."""
-    matches: Annotated[str, Pattern()] | None = None
-    """Regular expression found anywhere in the text."""
-
-    def __post_init__(self) -> None:
-        if (self.equals, self.one_of, self.at_least, self.at_most, self.matches) == (None,) * 5:
-            raise ConfigError(
-                f"a filter on column {cut(self.column)} compares nothing; give equals, one_of, at_least, at_most or matches."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    dataset: PathText
-    """Dataset file, folder or hub name, read as a stream and tokenised while training."""
-    name: str | None = None
-    """Configuration of the dataset, where it has several."""
-    split: str = "train"
-    """Split of the dataset."""
-    column: str = "text"
-    """Column that holds the text."""
-    data_files: str | None = None
-    """Pattern of files inside the dataset."""
-    revision: str | None = None
-    """Version on the hub; name one, or the stream may change under the run."""
-    filters: tuple[FilterConfig, ...] = ()
-    """Rows to keep."""
-    detokenizer: str = "none"
-    """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
-    # each keeps a window of rows in memory
-    shards: Annotated[int, Range(1, 10_000)] | None = None
-    """Number of stream shards, the shares the files are dealt to; sample i is of stream shard i mod shards.
-    null: one a file, at most 64."""
-    shuffle_rows: Annotated[int, Range(1, 1e7)] = 256
-    """Rows of a stream shard permuted together; 1: none. A resumed run tokenises at most this many again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +238,8 @@ class ParallelConfig:
     """Model chunks per pipeline stage (interleaved schedule); null: one."""
     cp: Annotated[int, Range(1, 10_000)] = 1
     """Context-parallel ranks: both streams are cut along the sequence."""
+    ep: Annotated[int, Range(1, 4096)] = 1
+    """Expert-parallel ranks: experts are dealt to neighbouring ranks of a pipeline stage, over tp, cp and dp."""
     dp: Annotated[int, Range(1, 1e6)] | None = None
     """Data-parallel replicas; null: what the other axes leave of the world (1 when started locally)."""
     sequence_parallel: bool = False
@@ -293,8 +262,13 @@ class ParallelConfig:
     def model_ranks(self) -> int:
         return self.tp * self.pp * self.cp
 
+    @property
+    def replicas(self) -> int:
+        """dp, or where it is open as few as expert-parallel ranks need: one without them."""
+        return self.dp or self.ep // math.gcd(self.ep, self.tp * self.cp)
+
     def world_size(self) -> int:
-        return self.model_ranks * (self.dp or 1)
+        return self.model_ranks * self.replicas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bd3_megatron.config.objective import axes_of, block_sizes, objective_of
 from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.config.validate_data import check_data
+from bd3_megatron.config.validate_experts import check_experts, check_experts_grid
 from bd3_megatron.config.validate_run import check_run
 from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either, shown
 
@@ -33,14 +34,14 @@ def validate(config: Config, *, world_size: int | None = None) -> None:
 
 
 def data_parallel_size(config: Config, world_size: int | None = None) -> int:
-    """dp of the run: given, or what the other axes leave of `world_size` (1 without one).
+    """dp of the run: given, or what the other axes leave of `world_size` (as few as can be without one).
 
     Raises:
         GridError: the axes do not multiply to the world size.
     """
     parallel = config.parallel
     if world_size is None:
-        return parallel.dp or 1
+        return parallel.replicas
     axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}"
     # started by torchrun or SLURM, the world is what the queue gave
     if parallel.dp is None:
@@ -72,6 +73,12 @@ def _check_model(config: Config) -> None:
             f"hidden_size={model.hidden_size} / num_heads={model.num_heads} makes heads of an odd width {model.head_width}, "
             "and rotary positions turn channels in pairs; set model.head_dim to an even number."
         )
+    if model.rotary_width % 2 or model.rotary_width == 0:
+        raise ConfigError(
+            f"rotary_fraction={model.rotary_fraction} of heads of {model.head_width} channels is {model.rotary_width}, and "
+            "positions turn channels in pairs; choose a fraction that leaves an even number."
+        )
+    check_experts(model)
     # the paper's code has none of the modern options
     if model.style == "paper":
         _check_paper_style(config)
@@ -156,6 +163,7 @@ def check_grid(config: Config, *, world_size: int | None = None) -> None:
             f"grad_reduce_dtype=bf16 with zero_stage={parallel.zero_stage}, offload_optimizer={parallel.offload_optimizer}: "
             "DeepSpeed reduces in fp32 there; use zero_stage=1 without offload_optimizer, or grad_reduce_dtype=fp32."
         )
+    check_experts_grid(config, dp)
     # ZeRO 2 cuts gradients as they come, and each micro-batch of a pipeline adds to them
     if parallel.pp > 1 and parallel.zero_stage > 1:
         raise GridError(

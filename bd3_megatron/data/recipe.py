@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bd3_megatron.config.load import build_named
-from bd3_megatron.config.ranges import Matches, Range
-from bd3_megatron.config.schema import HeldOutShare, NumPieces, PathText
+from bd3_megatron.config.ranges import Matches, PathText, Range
+from bd3_megatron.config.schema import HeldOutShare, NumPieces
 from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer

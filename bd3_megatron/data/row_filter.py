@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.config.schema import FilterConfig
+from bd3_megatron.config.stream import FilterConfig
 from bd3_megatron.errors import DataError
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import checkpoint_folders
 from bd3_megatron.config.objective import block_sizes
-from bd3_megatron.config.schema import Config, DataConfig, StreamConfig
+from bd3_megatron.config.schema import Config, DataConfig
+from bd3_megatron.config.stream import StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[3] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
-SHIPPED = {"quickstart", "debug_cpu", "1b3", "7b"} | {
+SHIPPED = {"quickstart", "debug_cpu", "debug_moe_cpu", "1b3", "7b"} | {
     f"{corpus}_110m_{kind}" for corpus in ("owt", "lm1b") for kind in ("b4", "b8", "b16", "mdlm", "ar")
 }
 
@@ -64,7 +64,14 @@ def test_paper_configs_hold_the_papers_recipe(path: Path) -> None:
     assert block_sizes(config) == expected.get(kind, [config.data.seq_len, int(kind[1:]) if kind[0] == "b" else 0])
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("1b3", 8), ("1b3", 64), ("7b", 64), ("7b", 512)])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        *(("1b3", 8), ("1b3", 64), ("7b", 64), ("7b", 512)),
+        *(("llada2_mini_16b", 64), ("llada2_mini_16b", 512), ("sdar_30b_a3b", 64), ("sdar_30b_a3b", 512)),
+        *(("llada2_flash_100b", 64), ("llada2_flash_100b", 512)),
+    ],
+)
 def test_large_configs_fit_the_grids_they_name(name: str, world_size: int) -> None:
     config = load_config(CONFIGS[NAMES.index(name)])
     validate(config, world_size=world_size)
