@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from bd3_megatron.checkpoint.layout import Manifest
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.hf.configuration_bd3 import BD3Config
+from bd3_megatron.model.router import routing_of
 
 
 def plain_config(
@@ -54,6 +56,8 @@ def plain_config(
         mask_token_id=mask_id,
         objective=objective,
         initializer_range=model.init_std,
+        partial_rotary_factor=model.rotary_fraction,
+        **_experts(model.experts),
         evaluation=None if evaluation is None else dict(evaluation),
         tokenizer_fingerprint=tokenizer_fingerprint,
         **cast(dict[str, Any], special_ids or {}),
@@ -64,3 +68,16 @@ def run_tokenizer(manifest: Manifest) -> dict[str, Any]:
     """Fingerprint and special ids of the tokenizer a run was trained with; empty in checkpoints of older versions."""
     recorded = manifest.train_state.get("tokenizer")
     return recorded if isinstance(recorded, dict) else {}
+
+
+def _experts(experts: ExpertsConfig | None) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.number,
+        "moe_intermediate_size": experts.width,
+        "shared_expert_intermediate_size": experts.shared_width or 0,
+        "first_k_dense_replace": experts.leading_dense_layers,
+        "router_bias": experts.bias,
+        **vars(routing_of(experts)),
+    }

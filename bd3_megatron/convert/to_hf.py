@@ -187,7 +187,9 @@ CONFIG_FIELDS = frozenset(
         *("head_dim", "intermediate_size", "qk_norm", "tie_word_embeddings", "layer_norm_eps", "rope_theta"),
         *("max_position_embeddings", "block_size", "mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"),
         *("objective", "residual_dropout", "initializer_range", "logit_alignment", "prefix_attention", "block_grid"),
-        "evaluation",
+        *("partial_rotary_factor", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        *("shared_expert_intermediate_size", "first_k_dense_replace", "score_function", "norm_topk_prob", "n_group"),
+        *("topk_group", "routed_scaling_factor", "router_bias", "evaluation"),
         "tokenizer_fingerprint",
     }
 )

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 STYLES = ("paper", "modern")
+SCORES = ("softmax", "sigmoid")
 LOGIT_ALIGNMENTS = {"block": "none", "ar": "shifted"}
 """Objective -> which row of the logits predicts a token: its own, or the row before."""
 
@@ -34,6 +35,12 @@ class BD3Config(PretrainedConfig):
         objective: "block" (logits of a position predict that position) or "ar" (they predict the next one).
         residual_dropout: probability on both residual branches in training mode; 0 in exported folders.
         initializer_range: standard deviation of fresh weights.
+        partial_rotary_factor: share of a head's first channels that positions turn.
+        num_experts: routed experts of a layer; 0: dense.
+        num_experts_per_tok, moe_intermediate_size: experts that compute a row, and the inner width of each.
+        shared_expert_intermediate_size: inner width of the expert that computes every row; 0: none.
+        first_k_dense_replace: first layers with a dense MLP.
+        score_function, norm_topk_prob, n_group, topk_group, routed_scaling_factor, router_bias: see `mlp_bd3.py`.
         evaluation: how the model's likelihood was measured in training (rows, counted tokens, smallest noise level), so
             that it can be measured alike; None: not recorded.
         tokenizer_fingerprint: which tokenizer made the ids that the model learned, 64 hex digits; None: not recorded.
@@ -68,6 +75,18 @@ class BD3Config(PretrainedConfig):
         objective: str = "block",
         residual_dropout: float = 0.0,
         initializer_range: float = 0.02,
+        partial_rotary_factor: float = 1.0,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 0,
+        moe_intermediate_size: int = 0,
+        shared_expert_intermediate_size: int = 0,
+        first_k_dense_replace: int = 0,
+        score_function: str = "softmax",
+        norm_topk_prob: bool = True,
+        n_group: int = 1,
+        topk_group: int = 1,
+        routed_scaling_factor: float = 1.0,
+        router_bias: bool = False,
         evaluation: dict[str, Any] | None = None,
         tokenizer_fingerprint: str | None = None,
         **kwargs: Any,
@@ -99,6 +118,18 @@ class BD3Config(PretrainedConfig):
         self.objective = objective
         self.residual_dropout = residual_dropout
         self.initializer_range = initializer_range
+        self.partial_rotary_factor = partial_rotary_factor
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.first_k_dense_replace = first_k_dense_replace
+        self.score_function = score_function
+        self.norm_topk_prob = norm_topk_prob
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.routed_scaling_factor = routed_scaling_factor
+        self.router_bias = router_bias
         self.evaluation = evaluation
         self.tokenizer_fingerprint = tokenizer_fingerprint
         # The three semantic switches in which engines that serve block-diffusion models differ: each is written into the
@@ -108,6 +139,12 @@ class BD3Config(PretrainedConfig):
         self.block_grid = "absolute"
         self._check_names()
         self._check_shapes()
+        self._check_experts()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that positions turn."""
+        return round(self.head_dim * self.partial_rotary_factor)
 
     def _check_names(self) -> None:
         if self.style not in STYLES:
@@ -132,4 +169,28 @@ class BD3Config(PretrainedConfig):
             raise ValueError(
                 f"block_size={self.block_size} does not divide max_position_embeddings="
                 f"{self.max_position_embeddings}; use a divisor."
+            )
+        if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} turns {self.rotary_dim} of {self.head_dim} channels; "
+                "rotary pairs need an even number of them."
+            )
+
+    def _check_experts(self) -> None:
+        number, chosen = self.num_experts, self.num_experts_per_tok
+        if not number:
+            return
+        if self.style == "paper":
+            raise ValueError(f"num_experts={number} with style='paper', whose MLP is dense; use 'modern'.")
+        if self.score_function not in SCORES:
+            raise ValueError(f"score_function={self.score_function!r} is unknown; use one of {', '.join(SCORES)}.")
+        if not 0 < chosen <= number or self.moe_intermediate_size < 1:
+            raise ValueError(
+                f"num_experts_per_tok={chosen} of num_experts={number} experts of width {self.moe_intermediate_size} is no "
+                "mixture; give 1 to num_experts of them and a width."
+            )
+        if self.n_group < 1 or number % self.n_group or not 0 < self.topk_group <= self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group}, topk_group={self.topk_group} do not divide {number} experts; use a divisor and at "
+                "most as many."
             )

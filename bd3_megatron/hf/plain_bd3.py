@@ -14,11 +14,11 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_bd3 import attention_weights, block_causal_sees, blocks_of, grouped_attention, pair_sees
+from .mlp_bd3 import ExpertMlp, ExpertShape, ModernMlp, PaperMlp
 
 # (queries_BQNH, keys_BRGH, values_BRGH, layer) -> mixed_BQNH
 LayerAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -27,16 +27,16 @@ NEXT_TOKEN = "ar"
 """The objective of an autoregressive model; the other is "block"."""
 
 
-class ModelShape(Protocol):
+class ModelShape(ExpertShape, Protocol):
     """What the plain model reads of a configuration; `BD3Config` is one."""
 
     vocab_size: int
     style: str
     num_hidden_layers: int
-    hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int
     intermediate_size: int
     qk_norm: bool
     tie_word_embeddings: bool
@@ -50,16 +50,19 @@ class ModelShape(Protocol):
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of one set of positions, each [B or 1, R, 1, H/2]; float64 for a float64 model, else float32."""
+    """Cosines and sines of one set of positions, each [B or 1, R, 1, r/2] for the r first channels of a head; float64 for a
+    float64 model, else float32."""
 
     cosine: Tensor
     sine: Tensor
 
     def rotate(self, x_BRNH: Tensor) -> Tensor:
         """Rotate each head by its position (rotate-half pairing), in the dtype of the table, returned in x's dtype."""
-        first, second = x_BRNH.to(self.cosine.dtype).chunk(2, dim=-1)
+        width = 2 * self.cosine.shape[-1]
+        first, second = x_BRNH[..., :width].to(self.cosine.dtype).chunk(2, dim=-1)
         turned = (first * self.cosine - second * self.sine, second * self.cosine + first * self.sine)
-        return torch.cat(turned, dim=-1).to(x_BRNH.dtype)
+        # channels beyond the turned ones carry no position
+        return torch.cat([*(half.to(x_BRNH.dtype) for half in turned), x_BRNH[..., width:]], dim=-1)
 
     def take(self, rows_BR: Tensor) -> Rotary:
         """The table of some rows of each sequence."""
@@ -74,7 +77,7 @@ def rotary_table(position_BR: Tensor, *, head_dim: int, theta: float, dtype: tor
 
     Args:
         position_BR: int64 [B or 1, R], >= 0.
-        head_dim: even width of a head.
+        head_dim: even number of a head's channels that are turned.
         theta: base of the frequencies theta^(-2i/H).
         dtype: the model's dtype; float64 gives float64, every other float32.
 
@@ -126,29 +129,12 @@ class SelfAttention(nn.Module):
         return self.o_proj(mixed_BQNH.flatten(-2))
 
 
-class PaperMlp(nn.Module):
-    """W_down gelu_tanh(W_up u + b_up) + b_down."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
-
-    def forward(self, u_BRD: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(u_BRD), approximate="tanh"))
-
-
-class ModernMlp(nn.Module):
-    """SwiGLU: W_down (silu(W_gate u) * W_up u)."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
-
-    def forward(self, u_BRD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(u_BRD)) * self.up_proj(u_BRD))
+def new_mlp(shape: ModelShape, index: int) -> nn.Module:
+    """The MLP of layer `index`, of the style, or its mixture of experts."""
+    if shape.num_experts and index >= shape.first_k_dense_replace:
+        return ExpertMlp(shape)
+    kind = PaperMlp if shape.style == "paper" else ModernMlp
+    return kind(shape.hidden_size, shape.intermediate_size)
 
 
 def new_norm(shape: ModelShape) -> nn.Module:
@@ -167,7 +153,7 @@ class Layer(nn.Module):
         self.input_layernorm = new_norm(shape)
         self.self_attn = SelfAttention(shape)
         self.post_attention_layernorm = new_norm(shape)
-        self.mlp = PaperMlp(shape) if shape.style == "paper" else ModernMlp(shape)
+        self.mlp = new_mlp(shape, index)
         self.dropout = nn.Dropout(shape.residual_dropout)
 
     def forward(self, x_BRD: Tensor, rotary: Rotary, attend: LayerAttention, keep_BQ: Tensor | None = None) -> Tensor:
@@ -239,7 +225,7 @@ def run_layers(
     """
     shape = stack.shape
     x_BRD = stack.embed_tokens(ids_BR)
-    rotary = rotary_table(position_BR, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=x_BRD.dtype)
+    rotary = rotary_table(position_BR, head_dim=shape.rotary_dim, theta=shape.rope_theta, dtype=x_BRD.dtype)
     for index, layer in enumerate(stack.layers):
         if trace is not None and trace.hidden_states is not None:
             trace.hidden_states.append(x_BRD)
