@@ -127,10 +127,11 @@ def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
 
     That function (parallel_state.py:548) makes every group of every axis on every rank, twins on gloo and groups for
     experts among them: 11,273 calls on 1,024 ranks. Of its names these are the ones that schedules, layers and the random
-    tracker read; a group of one rank stands for experts, which no model here has.
+    tracker read; experts here are never cut over tp, so a group of one rank stands for that.
 
     Args:
-        groups: tp, pp, cp, dp, dp_cp, mp, embd (None away from the ends of a pipeline), and ep and expt_tp, this rank alone.
+        groups: tp, pp, cp, dp, dp_cp, mp, embd (None away from the ends of a pipeline), ep, expt_dp, and expt_tp, which
+            is this rank alone.
         vpp: model chunks a stage holds, or None.
     """
     state: Any = sys.modules["megatron.core.parallel_state"]
@@ -141,6 +142,7 @@ def publish_groups(groups: ProcessGroupCollection, *, vpp: int | None) -> None:
     state._DATA_PARALLEL_GROUP, state._DATA_PARALLEL_GROUP_WITH_CP = groups.dp, groups.dp_cp
     # the random tracker folds expert ranks into its seeds (tensor_parallel/random.py:408)
     state._EXPERT_MODEL_PARALLEL_GROUP, state._EXPERT_TENSOR_PARALLEL_GROUP = groups.ep, groups.expt_tp
+    state._EXPERT_DATA_PARALLEL_GROUP = groups.expt_dp
     if vpp is not None:
         state._VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK, state._VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE = 0, vpp
     # destroy_model_parallel leaves the buffer of an earlier grid
@@ -153,7 +155,7 @@ def published_groups() -> ProcessGroupCollection | None:
     if not sys.modules["megatron.core.parallel_state"].model_parallel_is_initialized():
         return None
     return ProcessGroupCollection.use_mpu_process_groups(
-        ["tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "ep", "expt_tp"]
+        ["tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "ep", "expt_tp", "expt_dp"]
     )
 
 

@@ -31,6 +31,8 @@ class AttentionContext:
     """The backend of every block size that is trained."""
     # a batch holds its visibility, from before its forward until after its backward
     _visible: WeakValueDictionary[int, Visibility] = field(default_factory=WeakValueDictionary)
+    _loss_rows: WeakValueDictionary[int, Tensor] = field(default_factory=WeakValueDictionary)
+    _entered: int = 0
 
     @property
     def backend(self) -> Backend:
@@ -45,15 +47,28 @@ class AttentionContext:
         if visibility.noisy_rows and visibility.clean_key_rows:
             backend.prepare(visibility.without_clean_queries, device)
 
-    def ticket(self, visibility: Visibility) -> Tensor:
-        """What stands for a micro-batch's visibility on its way through the layers: int64 [] on the host."""
+    def ticket(self, visibility: Visibility, loss_row_R: Tensor | None = None) -> Tensor:
+        """What stands for a micro-batch on its way through the layers: int64 [2] on the host.
+
+        Args:
+            visibility: of its rows.
+            loss_row_R: its rows that carry loss, where layers with experts ask for them.
+        """
         # Held weakly: when the batch goes, its visibility and tables go, and the number may be used again.
         self._visible[id(visibility)] = visibility
-        return torch.tensor(id(visibility))
+        if loss_row_R is not None:
+            self._loss_rows[id(loss_row_R)] = loss_row_R
+        return torch.tensor([id(visibility), id(loss_row_R)])
 
-    def visibility(self, ticket: Tensor) -> Visibility:
-        """The visibility of a ticket, one object in all layers of a micro-batch."""
-        return self._visible[int(ticket)]
+    def enter(self, ticket: Tensor) -> Visibility:
+        """The visibility of a ticket, one object in all layers of a micro-batch, which is from now on the one in progress."""
+        visible, self._entered = ticket.tolist()
+        return self._visible[visible]
+
+    @property
+    def loss_row_R(self) -> Tensor:
+        """Rows that carry loss of the micro-batch whose attention ran last: a layer's experts follow its attention."""
+        return self._loss_rows[self._entered]
 
 
 LayoutOf = Callable[[int, int, ObjectiveAxes | None], PairLayout]

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.attention_context import AttentionContext
+from bd3_megatron.model.experts import ExpertLayer
 from bd3_megatron.model.head import VocabShard, weighted_nll
 from bd3_megatron.model.last_layer import LastLayer, set_recompute
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import EMBEDDING, padded_vocab
 from bd3_megatron.model.recompute import Recompute
 from bd3_megatron.model.rotary import rotary_angles, rotary_turn
+from bd3_megatron.model.router import Router
 from bd3_megatron.model.spec import block_submodules
 from bd3_megatron.parallel.topology import Topology
 
@@ -89,7 +91,7 @@ class ModelChunk(MegatronModule):
         topology: the grid.
         context: rows and attention backend, shared by all layers and chunks of this rank.
         chunk: virtual stage of this rank (0 without interleaving).
-        num_layers: of this chunk.
+        layers: of this chunk, counted over the whole model.
         recompute: what this chunk's first layers compute again in the backward.
         skip_dead_rows: the last layer computes only rows that carry loss.
     """
@@ -103,7 +105,7 @@ class ModelChunk(MegatronModule):
         *,
         context: AttentionContext,
         chunk: int,
-        num_layers: int,
+        layers: range,
         recompute: Recompute,
         skip_dead_rows: bool,
     ) -> None:
@@ -140,11 +142,11 @@ class ModelChunk(MegatronModule):
             config=config,
             spec=block_submodules(
                 config,
-                qk_norm=model.qk_norm,
+                model,
+                topology,
                 context=context,
-                num_layers=num_layers,
+                layers=layers,
                 trims_last=self.post_process and skip_dead_rows,
-                tp_group=self.tp_group,
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -168,6 +170,8 @@ class ModelChunk(MegatronModule):
         # it norms the same rows on every tensor-parallel rank: its gradients are whole
         for parameter in self.last_norm.parameters():
             parameter.sequence_parallel = False  # type: ignore[union-attr]
+        if isinstance(self.last_layer.mlp, ExpertLayer):
+            self.last_layer.mlp.counted.is_trimmed = True
 
     def _table(self, rows: int) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -193,11 +197,11 @@ class ModelChunk(MegatronModule):
         hidden = None if self.embedding is None else self._embed(self.embedding, batch.token_BP)
         # Positions in bf16 would be wrong from 256 on.
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
-        angles = rotary_angles(batch.position_PB, self.shape.head_width, self.shape.rope_base, dtype=wide)
+        angles = rotary_angles(batch.position_PB, self.shape.rotary_width, self.shape.rope_base, dtype=wide)
         turn = rotary_turn(angles)
         # once a micro-batch, or never where whoever made the batch has done it already
         self.context.prepare(batch.visibility, batch.token_BP.device)
-        ticket = self.context.ticket(batch.visibility)
+        ticket = self.context.ticket(batch.visibility, batch.loss_row_R)
         hidden = self.decoder(hidden, attention_mask=ticket, rotary_pos_emb=turn)
         if self.output_layer is None:
             return hidden
@@ -264,8 +268,21 @@ class Root(nn.Module):
             for name, parameter in chunk.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate):
                 yield prefix + chunk.global_name(name), parameter
 
+    def named_routers(self) -> Iterator[tuple[str, Router]]:
+        """(global name, router) of every layer with experts held here."""
+        for chunk in self.local_chunks():
+            for name, module in chunk.named_modules():
+                if isinstance(module, Router):
+                    yield chunk.global_name(name), module
+
+    def named_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, expert bias) of every layer that has one: the only buffers that are state."""
+        for name, router in self.named_routers():
+            if router.expert_bias is not None:
+                yield f"{name}.expert_bias", router.expert_bias
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """{global name: parameter}; there are no buffers to keep."""
+        """{global name: parameter}; expert biases are kept apart (`named_biases`)."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

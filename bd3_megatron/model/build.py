@@ -82,7 +82,7 @@ class ParallelModel:
                 topology,
                 context=self.context,
                 chunk=chunk,
-                num_layers=layers[chunk * topology.pp + topology.pp_rank],
+                layers=_layers_of(layers, chunk * topology.pp + topology.pp_rank),
                 recompute=recompute,
                 skip_dead_rows=config.train.skip_dead_rows,
             )
@@ -117,6 +117,12 @@ class ParallelModel:
     def layout_at(self, block_size: int, *, views: int | None = None, axes: ObjectiveAxes | None = None) -> PairLayout:
         """The rows of a phase; arguments as in `enter_phase`."""
         return self._layout_of(block_size, self._views if views is None else views, axes)
+
+
+def _layers_of(per_chunk: tuple[int, ...], chunk: int) -> range:
+    """The layers of a chunk, counted over the whole model."""
+    first = sum(per_chunk[:chunk])
+    return range(first, first + per_chunk[chunk])
 
 
 def _megatron_layout(layers: tuple[int, ...], pp: int) -> PipelineParallelLayerLayout:

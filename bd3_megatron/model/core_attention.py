@@ -97,7 +97,7 @@ class CoreAttention(nn.Module):
         Returns:
             [P, B, N / tp * H].
         """
-        outs = self._attend(query, key, value, self.context.visibility(attention_mask))
+        outs = self._attend(query, key, value, self.context.enter(attention_mask))
         # joined in megatron's layout: the projection behind would copy another one, and its backward once more
         return torch.cat([out.transpose(0, 1) for out in outs if out is not None]).flatten(2)
 
@@ -111,7 +111,7 @@ class CoreAttention(nn.Module):
         Returns:
             [rows, B, N / tp * H].
         """
-        visibility = self.context.visibility(ticket)
+        visibility = self.context.enter(ticket)
         if self.context.layout.num_noisy:
             visibility = visibility.without_clean_queries
         present = [out for out in self._attend(query, key, value, visibility) if out is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.bd3_model import Root
-from bd3_megatron.model.partition import full_shape, partition_of, shard
+from bd3_megatron.model.partition import full_shape, is_expert, partition_of, shard
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.rng import Purpose, generator_seed
 
@@ -33,14 +33,26 @@ def init_weights(root: Root, model: ModelConfig, topology: Topology, *, seed: in
     gated = model.style == "modern"
     for name, parameter in root.named_parameters():
         partition = partition_of(name, gated=gated)
-        # DeepSpeed reads these marks: replicated parameters enter the gradient norm once, cut ones piece by piece.
+        # DeepSpeed reads these marks: replicated parameters enter the gradient norm once, cut ones piece by piece. Experts
+        # are marked too, although tp does not cut them: each is on one rank, and no other would count it.
         parameter.tensor_model_parallel = partition.dim is not None  # type: ignore[attr-defined]
         parameter.partition_dim = -1 if partition.dim is None else partition.dim  # type: ignore[attr-defined]
         parameter.partition_stride = partition.strides  # type: ignore[attr-defined]
-        # The whole tensor is drawn and then cut: pieces drawn by each rank would depend on the grid.
-        whole = initial_value(name, full_shape(tuple(parameter.shape), partition, topology.tp), model, seed=seed)
+        rank, size = topology.along(partition.axis)
         with torch.no_grad():
-            parameter.copy_(shard(whole, partition, topology.tp_rank, topology.tp))
+            if is_expert(name):
+                first = rank * parameter.shape[0]
+                for index, expert in enumerate(parameter):
+                    expert.copy_(initial_expert(name, first + index, tuple(expert.shape), model, seed=seed))
+                continue
+            # The whole tensor is drawn and then cut: pieces drawn by each rank would depend on the grid.
+            whole = initial_value(name, full_shape(tuple(parameter.shape), partition, size), model, seed=seed)
+            parameter.copy_(shard(whole, partition, rank, size))
+
+
+def initial_expert(name: str, index: int, shape: tuple[int, ...], model: ModelConfig, *, seed: int) -> Tensor:
+    """The initial matrix of routed expert `index` of the stack called `name`: drawn alone, so that no rank draws others'."""
+    return initial_value(name.replace(".experts.", f".experts.{index}."), shape, model, seed=seed)
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, *, seed: int) -> Tensor:

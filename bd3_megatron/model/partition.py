@@ -1,4 +1,4 @@
-"""How each parameter is cut over tensor-parallel ranks: one table, by the last words of its name.
+"""How each parameter is cut over tensor- or expert-parallel ranks: one table, by the last words of its name.
 
 Names are global: `decoder.layers.<layer of the whole model>...`, whatever the pipeline split. Everything that cuts or
 joins tensors (initialisation, checkpoints, conversion) asks this table and no other.
@@ -15,6 +15,8 @@ from torch import Tensor
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD_WEIGHT = "output_layer.weight"
 HEAD_BIAS = "output_layer.bias"
+EXPERT_BIAS = "mlp.router.expert_bias"
+"""Inside a layer; a buffer and no parameter, because no gradient moves it."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Partition:
 
     dim: int | None
     strides: int = 1
+    axis: str = "tp"
+    """Axis over whose ranks it is cut: tp, or ep for experts."""
 
 
 def partition_of(name: str, *, gated: bool) -> Partition:
@@ -32,6 +36,9 @@ def partition_of(name: str, *, gated: bool) -> Partition:
         name: global parameter name.
         gated: the MLP's first matrix holds [gate; up] (SwiGLU).
     """
+    if is_expert(name):
+        # dealt out whole, each to one rank: gate and up stay together
+        return Partition(0, axis="ep")
     # Column-parallel: output rows are dealt to ranks, q, k and v by whole groups of heads.
     if name in (EMBEDDING, HEAD_WEIGHT, HEAD_BIAS) or ".linear_qkv." in name:
         return Partition(0)
@@ -43,8 +50,13 @@ def partition_of(name: str, *, gated: bool) -> Partition:
     return Partition(None)
 
 
+def is_expert(name: str) -> bool:
+    """Whether the parameter holds routed experts (the shared one is an MLP like others)."""
+    return ".mlp.experts." in name
+
+
 def shard(full: Tensor, partition: Partition, rank: int, size: int) -> Tensor:
-    """The piece of `full` that tensor-parallel rank `rank` of `size` holds (a view where possible)."""
+    """The piece of `full` that rank `rank` of `size` along the partition's axis holds (a view where possible)."""
     if partition.dim is None or size == 1:
         return full
     parts = full.chunk(partition.strides, dim=partition.dim)

@@ -54,11 +54,14 @@ def turned(heads: Tensor, turn: Tensor) -> Tensor:
 
     Args:
         heads: [P, B, heads, H].
-        turn: of `rotary_turn`.
+        turn: of `rotary_turn`; channels beyond its width carry no position.
 
     Returns:
         In the shape and dtype of `heads`.
     """
+    width = turn.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat([_Turned.apply(heads[..., :width].contiguous(), turn), heads[..., width:]], dim=-1)
     return _Turned.apply(heads, turn)
 
 

@@ -7,6 +7,7 @@ every parameter by its global name, independent of the grid.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.model.activation import COMPILED, elementwise_kernel
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention, PairAttention
+from bd3_megatron.model.experts import ExpertLayer
 from bd3_megatron.model.last_layer import LastLayer, QkvLinear
 from bd3_megatron.model.norms import LayerNorm, RMSNorm
 from bd3_megatron.model.recompute import Recompute, ThriftyMLP
@@ -113,24 +116,34 @@ def _mlp_class(tp_group: dist.ProcessGroup) -> type[ThriftyMLP]:
     return Mlp
 
 
+def _expert_class(
+    experts: ExpertsConfig, topology: Topology, context: AttentionContext, *, is_last: bool
+) -> type[ExpertLayer]:
+    class Experts(ExpertLayer):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config, experts, topology, context, is_last=is_last)
+
+    return Experts
+
+
 def block_submodules(
     config: TransformerConfig,
+    model: ModelConfig,
+    topology: Topology,
     *,
-    qk_norm: bool,
     context: AttentionContext,
-    num_layers: int,
+    layers: range,
     trims_last: bool,
-    tp_group: dist.ProcessGroup,
 ) -> TransformerBlockSubmodules:
     """The module specs of a chunk's layers and of the final norm.
 
     Args:
         config: megatron's.
-        qk_norm: norms on queries and keys.
+        model: ours.
+        topology: for the groups of MLPs and experts.
         context: shared by the core attentions.
-        num_layers: of the chunk.
+        layers: of the chunk, counted over the whole model.
         trims_last: the chunk's last layer is the model's last, and computes only rows that carry loss.
-        tp_group: tensor-parallel ranks, for the MLP.
     """
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     attention = ModuleSpec(
@@ -139,8 +152,8 @@ def block_submodules(
             linear_qkv=QkvLinear,
             core_attention=partial(CoreAttention, context=context),
             linear_proj=_RowWithoutBias,
-            q_layernorm=RMSNorm if qk_norm else None,
-            k_layernorm=RMSNorm if qk_norm else None,
+            q_layernorm=RMSNorm if model.qk_norm else None,
+            k_layernorm=RMSNorm if model.qk_norm else None,
         ),
     )
     parts = TransformerLayerSubmodules(
@@ -148,10 +161,15 @@ def block_submodules(
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=_mlp_class(tp_group),
+        mlp=_mlp_class(topology.groups.tp),
         mlp_bda=get_bias_dropout_add,
     )
-    layers = [ModuleSpec(module=TransformerLayer, submodules=parts)] * num_layers
-    if trims_last:
-        layers[-1] = ModuleSpec(module=LastLayer, submodules=parts)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+    specs = []
+    for layer in layers:
+        held = parts
+        if model.experts is not None and model.has_experts(layer):
+            is_last = layer == model.num_layers - 1
+            held = replace(parts, mlp=_expert_class(model.experts, topology, context, is_last=is_last))
+        is_trimmed = trims_last and layer == layers[-1]
+        specs.append(ModuleSpec(module=LastLayer if is_trimmed else TransformerLayer, submodules=held))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

@@ -26,6 +26,8 @@ class Grid:
     cp: int
     dp: int
     pp: int
+    ep: int = 1
+    """Expert-parallel ranks: neighbours in a pipeline stage, whatever axes they lie on."""
 
     @property
     def world_size(self) -> int:
@@ -41,6 +43,15 @@ class Grid:
         size = math.prod(getattr(self, axis) for axis in axes)
         last = self._ranks.movedim(kept, list(range(-len(kept), 0))).reshape(-1, size)
         return tuple(tuple(ranks) for ranks in last.tolist())
+
+    def expert_sets(self) -> RankSets:
+        """The ranks that together hold every expert of a stage: `ep` neighbours, each with its own experts."""
+        return tuple(tuple(ranks) for ranks in self._ranks.reshape(-1, self.ep).tolist())
+
+    def expert_data_sets(self) -> RankSets:
+        """The ranks of a stage that hold the same experts."""
+        by_stage = self._ranks.reshape(self.pp, -1, self.ep).transpose(1, 2)
+        return tuple(tuple(ranks) for ranks in by_stage.reshape(self.pp * self.ep, -1).tolist())
 
     def end_sets(self) -> RankSets:
         """First and last rank of every pipeline."""

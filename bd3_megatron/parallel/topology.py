@@ -28,6 +28,7 @@ class Topology:
     pp: int
     cp: int
     dp: int
+    ep: int
     vpp: int
     sequence_parallel: bool
     rank: int
@@ -43,6 +44,10 @@ class Topology:
     """Ranks that together hold one model (tp x pp): norms are summed over it."""
     embedding_group: dist.ProcessGroup | None = field(repr=False)
     """First and last stage, which both hold a tied table; None with one stage."""
+    expert_group: dist.ProcessGroup = field(repr=False)
+    """Ranks of a stage that together hold every expert once, over tp, cp and dp: rows travel over it."""
+    expert_data_group: dist.ProcessGroup = field(repr=False)
+    """Ranks of a stage with the same experts: the state of experts is cut over it."""
 
     @property
     def world_size(self) -> int:
@@ -51,6 +56,14 @@ class Topology:
     @property
     def shard_size(self) -> int:
         return self.dp * self.cp
+
+    @property
+    def ep_rank(self) -> int:
+        return dist.get_rank(self.expert_group)
+
+    def along(self, axis: str) -> tuple[int, int]:
+        """(this rank's coordinate, size) of an axis that cuts parameters: "tp" or "ep"."""
+        return (self.ep_rank, self.ep) if axis == "ep" else (self.tp_rank, self.tp)
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,7 +75,9 @@ class Topology:
 
     @property
     def grid(self) -> dict[str, int]:
-        return {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+        # checkpoints that are older than experts have no such axis
+        return sizes if self.ep == 1 else sizes | {"ep": self.ep}
 
     def holds(self, chunk: int) -> tuple[bool, bool]:
         """(is first, is last) of model chunk `chunk` of this rank in the order of layers."""
@@ -97,14 +112,16 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         raise GridError(
             f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis."
         )
-    grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp)
+    grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp, ep=config.ep)
+    if world_size // config.pp % config.ep:
+        raise GridError(f"ep={config.ep} does not divide the {world_size // config.pp} ranks of a stage; change ep.")
     vpp = config.vpp if (config.vpp or 1) > 1 else None
     # joining the same grid again in one process finds its groups
     groups = megatron_compat.published_groups()
     if groups is None:
         groups = _groups(grid, timeout)
         megatron_compat.publish_groups(groups, vpp=vpp)
-    elif (found := {axis: getattr(groups, axis).size() for axis in ("tp", "cp", "dp", "pp")}) != vars(grid):
+    elif (found := {axis: getattr(groups, axis).size() for axis in ("tp", "cp", "dp", "pp", "ep")}) != vars(grid):
         raise GridError(
             f"this process is on the grid {found} and cannot join {vars(grid)}; leave the first one before."
         )
@@ -113,6 +130,7 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         pp=grid.pp,
         cp=grid.cp,
         dp=grid.dp,
+        ep=grid.ep,
         vpp=vpp or 1,
         sequence_parallel=config.sequence_parallel,
         rank=rank,
@@ -125,13 +143,15 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         shard_group=groups.dp_cp,
         model_group=groups.mp,
         embedding_group=groups.embd if grid.pp > 1 else None,
+        expert_group=groups.ep,
+        expert_data_group=groups.expt_dp,
     )
 
 
 def _groups(grid: Grid, timeout: datetime.timedelta) -> ProcessGroupCollection:
     """The groups in use, made in the same order on every rank."""
     maker = GroupMaker(timeout)
-    groups = ProcessGroupCollection(
+    return ProcessGroupCollection(
         tp=maker.group(grid.sets("tp"), "tp"),
         # gathers of keys run while buckets of gradients are reduced over dp x cp
         cp=maker.group(grid.sets("cp"), "cp", own=True),
@@ -139,12 +159,12 @@ def _groups(grid: Grid, timeout: datetime.timedelta) -> ProcessGroupCollection:
         pp=maker.group(grid.sets("pp"), "pp"),
         dp_cp=maker.group(grid.sets("dp", "cp"), "dp_cp"),
         mp=maker.group(grid.sets("tp", "pp"), "tp_pp"),
-        ep=maker.group(grid.sets(), "self"),
+        ep=maker.group(grid.expert_sets(), "ep"),
+        expt_tp=maker.group(grid.sets(), "self"),
+        expt_dp=maker.group(grid.expert_data_sets(), "expert_dp"),
         # last: inner stages are in none of these sets, and gloo's names count the groups a rank has made so far
         embd=maker.group(grid.end_sets(), "embedding"),
     )
-    groups.expt_tp = groups.ep
-    return groups
 
 
 def leave() -> None:

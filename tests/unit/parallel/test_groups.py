@@ -53,7 +53,7 @@ def join_alone(parallel: ParallelConfig, *, rank: int, world_size: int) -> Topol
 
 @pytest.mark.parametrize("world_size", [8, 512, 1024])
 @pytest.mark.parametrize(
-    ("axes", "most"), [({}, 1), ({"tp": 2, "pp": 2, "cp": 2}, 8), ({"tp": 8}, 3), ({"pp": 8, "vpp": 2}, 5)]
+    ("axes", "most"), [({}, 1), ({"tp": 2, "pp": 2, "cp": 2}, 9), ({"tp": 8}, 3), ({"pp": 8, "vpp": 2}, 5)]
 )
 def test_a_rank_makes_few_groups_in_a_world_of_any_size(
     count_calls: list[Any], world_size: int, axes: dict[str, int], most: int

@@ -1,0 +1,66 @@
+"""The router of a layer with experts in the parallel model: fp32 logits, the choice, and counts of the load.
+
+Contract: rows in, `ExpertChoice` out; the rule is `choose_experts` of the plain model. Replicated over all ranks; under
+sequence parallelism each tensor-parallel rank has a partial gradient (marked as norms are).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bd3_megatron.config.experts import ExpertsConfig
+from bd3_megatron.hf.mlp_bd3 import ExpertChoice, choose_experts, router_logits
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The rule of choice under the names of a plain model's configuration."""
+
+    num_experts_per_tok: int
+    score_function: str
+    norm_topk_prob: bool
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+
+
+def routing_of(experts: ExpertsConfig) -> Routing:
+    """The rule of a configuration."""
+    return Routing(
+        num_experts_per_tok=experts.top_k,
+        score_function=experts.score,
+        norm_topk_prob=experts.normalize_top_k,
+        n_group=experts.groups,
+        topk_group=experts.group_top_k,
+        routed_scaling_factor=experts.scaling_factor,
+    )
+
+
+class Router(nn.Module):
+    """Chooses the experts of rows."""
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self, experts: ExpertsConfig, hidden_size: int, *, dtype: torch.dtype, sequence_parallel: bool
+    ) -> None:
+        super().__init__()
+        self.rule = routing_of(experts)
+        self.weight = nn.Parameter(torch.empty(experts.number, hidden_size, dtype=dtype))
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        # a plain attribute would not follow the module to its device
+        self.register_buffer("expert_bias", torch.zeros(experts.number) if experts.bias else None)
+        self.load_E: Tensor
+        self.register_buffer("load_E", torch.zeros(experts.number, dtype=torch.int64), persistent=False)
+
+    def forward(self, rows_RD: Tensor) -> tuple[Tensor, ExpertChoice]:
+        """Logits [R, E] in fp32 or wider, and the choice."""
+        logits_RE = router_logits(rows_RD, self.weight)
+        return logits_RE, choose_experts(logits_RE, self.rule, self.expert_bias)
+
+    def count(self, expert_RK: Tensor, counts_R: Tensor) -> None:
+        """Add the choices of rows with 1 in `counts_R` (int64) to the load."""
+        self.load_E.scatter_add_(0, expert_RK.flatten(), counts_R[:, None].expand_as(expert_RK).flatten())
