@@ -10,9 +10,15 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
 
 from bd3_megatron.compat.device import cuda_is_there
 
+EXPERT_GROUP = "experts"
+"""Name of the experts' parameter group and process groups."""
 COMPILED_ON_FIRST_USE = ("deepspeed_shm_comm", "shm_comm")
 IMPORTED_BY_INITIALIZE = ("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer")
 
@@ -38,3 +44,37 @@ def load_deepspeed() -> ModuleType:
     for name in IMPORTED_BY_INITIALIZE:
         importlib.import_module(name)
     return deepspeed
+
+
+def mark_experts(root: nn.Module, experts: list[nn.Parameter], *, group: Any, data_group: Any, number: int) -> None:
+    """Tell DeepSpeed which parameters are experts and which ranks hold the same ones. Before `deepspeed.initialize`.
+
+    Of its own mixture nothing is used: DeepSpeed looks for a module of its class, asks it to register process groups, and
+    finds a parameter's by two attributes. What is not told is silent: experts would be averaged with dense parameters.
+
+    Args:
+        root: what DeepSpeed is given.
+        experts: parameters of routed experts on this rank.
+        group: ranks that together hold every expert.
+        data_group: ranks with the same experts.
+        number: of experts in a layer.
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    # looked for at engine.py:2101, asked at engine.py:2149; the attributes are read at engine.py:2052
+    class ExpertMark(MoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # the parent would build experts and a gate
+            nn.Module.__init__(self)
+            self.num_experts = number
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            groups._EXPERT_PARALLEL_GROUP[EXPERT_GROUP] = group
+            groups._EXPERT_DATA_PARALLEL_GROUP[EXPERT_GROUP] = data_group
+            groups._EXPERT_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(group)
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(data_group)
+
+    for parameter in experts:
+        parameter.allreduce, parameter.group_name = False, EXPERT_GROUP  # type: ignore[attr-defined]
+    root.add_module("expert_mark", ExpertMark())

@@ -26,6 +26,8 @@ class FlatGroup:
     """Where each begins in the flat tensor."""
     owned: Tensor
     """The part this rank updates, [elements of the flat tensor / ranks] fp32."""
+    ranks: dist.ProcessGroup
+    """That have copies of the parameters: data and context parallel ones, or those with the same experts."""
 
 
 @dataclass
@@ -68,7 +70,8 @@ class ShardedGradients:
     Args:
         groups: of parameters.
         late: parameters whose gradients another sum must complete after the last backward.
-        ranks: to sum over (data and context parallel).
+        share: factor on every sum: one over the ranks whose losses are averaged. Of experts too, which fewer ranks share:
+            their rows come from all of those.
         bucket_elements: a bucket is closed when it holds at least so many.
         overlap: send buckets while the last backward runs; off: all at its end.
         wire: dtype in which sums travel; None: the one they are kept in.
@@ -76,7 +79,7 @@ class ShardedGradients:
 
     groups: Sequence[FlatGroup]
     late: Collection[nn.Parameter]
-    ranks: dist.ProcessGroup
+    share: float
     bucket_elements: int
     overlap: bool = True
     wire: torch.dtype | None = None
@@ -157,10 +160,14 @@ class ShardedGradients:
     def _memory(self, bucket: _Bucket) -> Tensor:
         """Where a bucket adds up: at its owner in the rank's own part, elsewhere in memory that lives until it is sent."""
         mine = self.owned[bucket.group]
-        if bucket.owner == dist.get_rank(self.ranks):
+        if bucket.owner == self._rank(bucket):
             start = bucket.start - bucket.owner * mine.numel()
             return mine[start : start + bucket.stop - bucket.start]
         return mine.new_empty(bucket.stop - bucket.start)
+
+    def _rank(self, bucket: _Bucket) -> int:
+        """This rank's number among those that the bucket is summed over."""
+        return dist.get_rank(self.groups[bucket.group].ranks)
 
     @staticmethod
     def _may_start(bucket: _Bucket) -> bool:
@@ -172,20 +179,24 @@ class ShardedGradients:
         if bucket.sum is None:
             # none of its parameters took part in the step
             bucket.sum = self._memory(bucket)
-        if dist.get_world_size(self.ranks) == 1:
+        ranks = self.groups[bucket.group].ranks
+        if dist.get_world_size(ranks) == 1:
             return
         sent = bucket.sum if self.wire is None else bucket.sum.to(self.wire)
-        root = dist.get_global_rank(self.ranks, bucket.owner)
-        work = dist.reduce(sent, dst=root, group=self.ranks, async_op=True)
+        root = dist.get_global_rank(ranks, bucket.owner)
+        work = dist.reduce(sent, dst=root, group=ranks, async_op=True)
         self.sent_bytes += sent.numel() * sent.element_size()
         self._on_the_way.append((work, sent, bucket))
         self._release()
 
     def _release(self) -> None:
         """Let go of what has arrived elsewhere; asks, does not wait."""
-        mine = dist.get_rank(self.ranks)
-        while self._on_the_way and self._on_the_way[0][2].owner != mine and self._on_the_way[0][0].is_completed():
-            self._on_the_way.pop(0)[2].sum = None
+        while self._on_the_way:
+            work, _, bucket = self._on_the_way[0]
+            if bucket.owner == self._rank(bucket) or not work.is_completed():
+                return
+            bucket.sum = None
+            self._on_the_way.pop(0)
 
     @property
     def num_started(self) -> int:
@@ -206,7 +217,7 @@ class ShardedGradients:
             self._start()
         for work, sent, bucket in self._on_the_way:
             work.wait()
-            if bucket.owner == dist.get_rank(self.ranks) and bucket.sum is not None and sent is not bucket.sum:
+            if bucket.owner == self._rank(bucket) and bucket.sum is not None and sent is not bucket.sum:
                 bucket.sum.copy_(sent)
         self._on_the_way = []
         for bucket in self.buckets:
@@ -217,7 +228,7 @@ class ShardedGradients:
                 f"a parameter saw {most} gradients in a step of {self._expected} micro-batches, so its sum over the "
                 "data-parallel ranks may have left too early; set parallel.overlap_grad_reduce=false"
             )
-        torch._foreach_mul_(self.owned, 1.0 / dist.get_world_size(self.ranks))
+        torch._foreach_mul_(self.owned, self.share)
 
     def _fill_with_zeros(self, slices: Sequence[_Slice]) -> None:
         for part in slices:
@@ -227,10 +238,10 @@ class ShardedGradients:
 
     def owned_slices(self, counts: Collection[nn.Parameter]) -> list[Tensor]:
         """This rank's mean gradients of the given parameters, piece by piece; after `finish`."""
-        mine = dist.get_rank(self.ranks)
         found = []
         for parameter in counts:
             for part in self._slices[parameter]:
+                mine = self._rank(part.bucket)
                 if part.bucket.owner == mine:
                     start = part.bucket.start + part.at - mine * self.owned[part.bucket.group].numel()
                     found.append(self.owned[part.bucket.group][start : start + part.last - part.first])

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from bd3_megatron.compat import deepspeed as deepspeed_compat
 from bd3_megatron.compat import optional
 from bd3_megatron.compat.device import HostCopy
 from bd3_megatron.config.schema import Config, OptimConfig
+from bd3_megatron.engine.balance import ExpertBalance, Loads
 from bd3_megatron.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_config, effective_stage
 from bd3_megatron.engine.ema import Ema
 from bd3_megatron.engine.grads import (
@@ -36,6 +38,7 @@ from bd3_megatron.model.bd3_model import LossOutput
 from bd3_megatron.model.build import ParallelModel
 from bd3_megatron.model.loss_sums import LossSums, loss_sums
 from bd3_megatron.model.pair_batch import PairBatch
+from bd3_megatron.model.partition import is_expert
 from bd3_megatron.parallel.topology import DeepSpeedMpu
 
 Veto = Callable[[list[LossSums]], bool]
@@ -53,6 +56,8 @@ class StepResult:
     numbers: HostCopy
     """float64 [2]: gradient norm, and 1 where the update was made."""
     vetoed: bool = False
+    loads: Loads = field(default_factory=dict)
+    """Of the experts on this rank's layers."""
 
     @property
     def grad_norm(self) -> float:
@@ -85,6 +90,14 @@ class ZeroEngine:
             # Hooks must be on the parameters before DeepSpeed adds its own.
             hook_partial_gradients(root, topology)
         deepspeed = deepspeed_compat.load_deepspeed()
+        if config.model.experts is not None:
+            deepspeed_compat.mark_experts(
+                root,
+                [parameter for name, parameter in root.named_parameters() if is_expert(name)],
+                group=topology.expert_group,
+                data_group=topology.expert_data_group,
+                number=config.model.experts.number,
+            )
         if self.stage == 3:
             for chunk in model.chunks:
                 # the head reads a table that belongs to the embedding: ZeRO-3 must gather it there too
@@ -109,6 +122,8 @@ class ZeroEngine:
         self._clip = config.optim.clip_grad_norm
         self._left_out = torch.zeros((), dtype=torch.float64, device=topology.device)
         self.ema = Ema(self.owned(), config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+        experts = config.model.experts
+        self.balance = None if experts is None else ExpertBalance(root, topology, experts)
 
     def _sharded_gradients(self, config: Config, size: int) -> ShardedGradients:
         held, topology = self.engine.optimizer, self.model.topology
@@ -124,13 +139,14 @@ class ZeroEngine:
                 parameters=parameters,
                 starts=[p.data.storage_offset() - flat.storage_offset() for p in parameters],
                 owned=owned,
+                ranks=topology.expert_data_group if is_moe_param(parameters[0]) else topology.shard_group,
             )
             for parameters, flat, owned in zip(members, flats, self.owned(), strict=True)
         ]
         return ShardedGradients(
             groups=groups,
             late=late_parameters(self.model.root, topology),
-            ranks=topology.shard_group,
+            share=1.0 / topology.shard_size,
             # enough buckets that the first leave early, however small the model
             bucket_elements=min(BUCKET_ELEMENTS, max(1, size // MIN_BUCKETS)),
             overlap=config.parallel.overlap_grad_reduce,
@@ -176,6 +192,8 @@ class ZeroEngine:
         self.model.root.train()
         if self.stage > 1:
             return self._result(self._managed(batches, loss_scale, span))
+        if self.balance is not None:
+            self.balance.begin()
         if self.gradients is not None:
             self.gradients.begin(len(batches))
         logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
@@ -184,7 +202,8 @@ class ZeroEngine:
                 self.gradients.finish()
         if veto is not None and veto(logs):
             self._drop_gradients()
-            return StepResult(logs, HostCopy(torch.tensor([float("nan"), 0.0], dtype=torch.float64)), vetoed=True)
+            left_out = HostCopy(torch.tensor([float("nan"), 0.0], dtype=torch.float64))
+            return StepResult(logs, left_out, vetoed=True, loads=self._loads(torch.zeros_like(self._left_out)))
         with span("optimizer"):
             if self.gradients is not None:
                 return self._sharded_update(logs, self.gradients)
@@ -201,7 +220,12 @@ class ZeroEngine:
         if self.ema is not None:
             self.ema.update(self.owned(), applied)
         self.engine.optimizer.update_lp_params()
-        return StepResult(logs, HostCopy(torch.stack([norm.double(), applied.double()])))
+        numbers = HostCopy(torch.stack([norm.double(), applied.double()]))
+        return StepResult(logs, numbers, loads=self._loads(applied))
+
+    def _loads(self, applied: Tensor) -> Loads:
+        """Loads of the experts in the step, by which their biases have moved where the update was made."""
+        return {} if self.balance is None else self.balance.finish(applied)
 
     def _result(self, logs: list[LossSums]) -> StepResult:
         """What DeepSpeed's own step did."""

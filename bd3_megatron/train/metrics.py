@@ -8,6 +8,7 @@ Costs: one fp64 all-reduce of (samples + 40) numbers a log line; nothing on othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.compat.device import HostCopy
+from bd3_megatron.config.schema import ModelConfig
+from bd3_megatron.engine.balance import Loads
 from bd3_megatron.model.loss_sums import NUM_BINS, LossSums
 from bd3_megatron.parallel.topology import Topology
 
@@ -76,6 +79,46 @@ class PendingSums:
             text_count=int(here[-1]),
             bins=here[num_samples : num_samples + 2 * NUM_BINS].view(2, NUM_BINS),
         )
+
+
+@dataclass(frozen=True)
+class PendingLoads:
+    """Loads of all layers' experts on their way to the host."""
+
+    table: HostCopy | None
+    """float64 [layers, E]; None: a model without experts."""
+    first: int
+    """First layer with experts."""
+
+    def metrics(self) -> dict[str, float]:
+        """The record's entries on the load of experts, layer by layer; waits for the device."""
+        record: dict[str, float] = {}
+        if self.table is None:
+            return record
+        for layer, load_E in enumerate(self.table.read()[self.first :], self.first):
+            share_E = load_E / load_E.sum().clamp_min(1.0)
+            # 1 where all experts are chosen alike, 0 where one is chosen always
+            entropy = float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
+            record[f"experts/load_entropy_layer_{layer:02d}"] = entropy
+            record[f"experts/largest_load_share_layer_{layer:02d}"] = float(share_E.max())
+        return record
+
+
+def begin_loads(loads: Loads, topology: Topology, model: ModelConfig) -> PendingLoads:
+    """Gather the loads of all layers. Collective over pipeline stages; equal on every rank.
+
+    Args:
+        loads: of this rank's layers, over all rows of the step.
+        topology: the grid.
+        model: whose layers.
+    """
+    if model.experts is None:
+        return PendingLoads(None, 0)
+    table = torch.zeros(model.num_layers, model.experts.number, dtype=torch.float64, device=topology.device)
+    for layer, load_E in loads.items():
+        table[layer] = load_E
+    dist.all_reduce(table, group=topology.groups.pp)
+    return PendingLoads(HostCopy(table), model.experts.leading_dense_layers)
 
 
 def reduce_step(

@@ -29,7 +29,7 @@ from bd3_megatron.train.dataset import RunData
 from bd3_megatron.train.document_pairs import step_pairs
 from bd3_megatron.train.hooks import Hooks, StepInfo
 from bd3_megatron.train.loggers import Loggers
-from bd3_megatron.train.metrics import PendingSums, StepSums
+from bd3_megatron.train.metrics import PendingLoads, PendingSums, StepSums, begin_loads
 from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.spikes import is_spike, remember
 from bd3_megatron.train.state import TrainState
@@ -43,6 +43,7 @@ class _Facts:
     """What a record needs of other ranks and of the device; reading it waits."""
 
     sums: PendingSums
+    loads: PendingLoads
     times: dict[str, float]
     slowest: Callable[[], dict[str, float]]
     pairs: Callable[[], Pairs | None]
@@ -250,6 +251,7 @@ class Trainer:
         times = time_metrics(self.timeline.finished())
         return _Facts(
             sums=outcome.begin_sums(),
+            loads=begin_loads(outcome.result.loads, self.topology, self.config.model),
             times=times,
             slowest=straggler_metrics(times, self.topology.device),
             pairs=step_pairs(
@@ -262,7 +264,12 @@ class Trainer:
             return
         outcome, sums = unread.outcome, facts.sums.read()
         times = facts.times | facts.slowest()
-        record = self._step_record(unread, sums) | self._speed(outcome, sums, times, facts.pairs()) | times
+        record = (
+            self._step_record(unread, sums)
+            | facts.loads.metrics()
+            | self._speed(outcome, sums, times, facts.pairs())
+            | times
+        )
         if not outcome.result.applied:
             record["event"] = "loss_spike" if outcome.result.vetoed else "not_finite"
         self.loggers.write(record)
