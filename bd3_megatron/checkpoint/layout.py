@@ -28,6 +28,8 @@ MANIFEST_DIGEST = "manifest.sha256"
 STATE_DIR = "deepspeed"
 # Shards of the averaged weights, tensor for tensor as the fp32 partitions lie in deepspeed/.
 EMA_DIR = "ema"
+# Expert biases of a stage: fp32, moved by no optimizer, so in no partition.
+BIAS_DIR = "biases"
 # In place of both in checkpoints of kind "whole" (imported or averaged weights).
 WEIGHTS_DIR = "weights"
 UNIVERSAL_SUFFIX = ".universal"
@@ -103,6 +105,11 @@ def rank_name(rank: int) -> str:
 def ema_name(rank: int) -> str:
     """Rank `rank`'s shards of the averaged weights."""
     return f"{EMA_DIR}/rank_{rank:05d}.safetensors"
+
+
+def bias_name(rank: int) -> str:
+    """The expert biases of a pipeline stage, as rank `rank` wrote them."""
+    return f"{BIAS_DIR}/rank_{rank:05d}.safetensors"
 
 
 def checkpoint_folders(checkpoints_dir: Path) -> list[Path]:

@@ -82,6 +82,9 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
         source = WholeTensors(UniversalReader(universal_form(reader)), engine)
     try:
         _fill(engine, manifest, source, reader.kinds())
+        with torch.no_grad():
+            for name, bias in engine.model.root.named_biases():
+                bias.copy_(reader.tensor(name))
     except CheckpointError as error:
         problem = str(error)
     # a rank that could not read must not leave the others in the collectives of publish
@@ -123,7 +126,7 @@ class WholeTensors:
         """As ElementSource."""
         # A universal form is whole over dp and tp; this rank's share is cut as at initialisation.
         partition = partition_of(piece.name, gated=self._gated)
-        mine = shard(self._reader.tensor(piece.name, kind), partition, self._topology.tp_rank, self._topology.tp)
+        mine = shard(self._reader.tensor(piece.name, kind), partition, *self._topology.along(partition.axis))
         return mine.flatten()[piece.offset : piece.offset + piece.numel]
 
 
@@ -143,17 +146,21 @@ def _is_same_layout(engine: ZeroEngine, path: Path, manifest: Manifest) -> bool:
 
 def _mismatch(engine: ZeroEngine, reader: CheckpointReader) -> str | None:
     """Why the checkpoint is not this model's; None when it is."""
-    gated, tp, there = engine.model.config.gated_linear_unit, engine.model.topology.tp, set(reader.names())
+    gated, topology, there = engine.model.config.gated_linear_unit, engine.model.topology, set(reader.names())
     for name, local in shard_shapes(engine).items():
         # The other direction is allowed: a file may hold parameters that this rank's stage does not own.
         if name not in there:
             return f"{reader.folder} holds no parameter '{name}'; it is of another model: check the model section."
-        expected = full_shape(local, partition_of(name, gated=gated), tp)
+        partition = partition_of(name, gated=gated)
+        expected = full_shape(local, partition, topology.along(partition.axis)[1])
         if reader.shape(name) != expected:
             return (
                 f"{reader.folder}: '{name}' has shape {list(reader.shape(name))}, this model needs {list(expected)}; "
                 "check the model section (vocab_multiple too)."
             )
+    for name, bias in engine.model.root.named_biases():
+        if name not in reader.bias_names() or reader.shape(name) != tuple(bias.shape):
+            return f"{reader.folder} holds no '{name}' of {bias.shape[0]} experts; check model.experts."
     return None
 
 

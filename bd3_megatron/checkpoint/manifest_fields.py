@@ -50,7 +50,7 @@ def _all_values(law: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _is_grid(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and set(value) == set(GRID_SIZES)
+        and set(value) - {"ep"} == set(GRID_SIZES)
         and all(is_count(n, 1, MAX_RANKS) for n in value.values())
     )
 
@@ -105,7 +105,12 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 SIDECAR: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
     "tp_rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
+    "ep_rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
     "pp_rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
+    "biases": (
+        lambda v: isinstance(v, list) and all(_is_text(n) and is_parameter_name(n) for n in v),
+        "parameter names",
+    ),
     "state_file": (lambda v: isinstance(v, str) and bool(_STATE_FILE.fullmatch(v)), "the name of a .pt file"),
     "zero_stage": (lambda v: is_count(v, 0, 3), "0, 1, 2 or 3"),
     "kinds": (lambda v: isinstance(v, list) and all(_is_text(kind) for kind in v), "a list of names"),
@@ -114,10 +119,13 @@ SIDECAR: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Law of each field of a rank's sidecar that readers use, and its words."""
 
+YOUNGER_FIELDS: dict[str, Any] = {"ep_rank": 0, "biases": []}
+"""What sidecars do not say that were written before models had experts."""
+
 
 def _is_shape(item: tuple[str, Any]) -> bool:
     name, shape = item
-    if not is_parameter_name(name) or not isinstance(shape, list) or len(shape) > 2:
+    if not is_parameter_name(name) or not isinstance(shape, list) or len(shape) > 3:
         return False
     return all(is_count(n, 1, MAX_ROWS) for n in shape)
 
@@ -163,7 +171,7 @@ def check_sidecar(tree: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: the first such field.
     """
-    _check_fields(tree, SIDECAR, path)
+    _check_fields({**YOUNGER_FIELDS, **tree}, SIDECAR, path)
     unknown = next((piece[0] for piece in tree["pieces"] if piece[0] not in tree["shapes"]), None)
     if unknown is not None:
         raise CheckpointError(f"{path}: a piece names '{unknown:.80}', which has no shape; use another checkpoint.")

@@ -21,11 +21,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
-from bd3_megatron.checkpoint.layout import STATE_DIR, WEIGHTS_DIR, Manifest, ema_name, inside, rank_name, read_manifest
+from bd3_megatron.checkpoint.layout import (
+    STATE_DIR,
+    WEIGHTS_DIR,
+    Manifest,
+    bias_name,
+    ema_name,
+    inside,
+    rank_name,
+    read_manifest,
+)
 from bd3_megatron.checkpoint.manifest_fields import check_sidecar, is_parameter_name
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.errors import CheckpointError
-from bd3_megatron.model.partition import Partition, partition_of
+from bd3_megatron.model.partition import EXPERT_BIAS, Partition, partition_of
 
 RELEASE_BYTES = 2**27
 """Mapped files are closed after this much was read through them, so that their pages do not count as this process's."""
@@ -41,6 +50,7 @@ class StoredPiece:
 
     rank: int
     tp_rank: int
+    ep_rank: int
     pp_rank: int
     index: int
     start: int
@@ -75,6 +85,7 @@ class ShardedReader:
         # A kind can be read only if every rank saved it.
         self._kinds: set[str] = set(KIND_OF.values())
         self._stored: dict[str, _Stored] = {}
+        self._bias_file: dict[str, str] = {}
         for rank in range(manifest.world_size):
             self._take_sidecar(rank, read_sidecar(folder, rank) if sidecars is None else sidecars[rank])
         self._open: dict[Path, Any] = {}
@@ -84,16 +95,22 @@ class ShardedReader:
         """Global parameter names, in order of depth."""
         return sorted(self._stored, key=_depth)
 
+    def bias_names(self) -> list[str]:
+        """Global names of expert biases, which are no parameters and have weights alone, in order of depth."""
+        return sorted(self._bias_file, key=_depth)
+
     def kinds(self) -> list[str]:
         """What `tensor` can be asked for: fp32 (the model), exp_avg, exp_avg_sq, ema."""
         return sorted(self._kinds)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole parameter, padding rows of the vocabulary included."""
+        if name in self._bias_file:
+            return tuple(self._bias(name).shape)
         shape, partition = list(self._find(name).shape), partition_of(name, gated=self._gated)
         if partition.dim is not None:
             # The sidecars hold the shape of one tensor-parallel shard.
-            shape[partition.dim] *= self.manifest.grid["tp"]
+            shape[partition.dim] *= self._size_along(partition)
         return tuple(shape)
 
     def tensor(self, name: str, which: str = "model") -> Tensor:
@@ -107,14 +124,17 @@ class ShardedReader:
             CheckpointError: an unknown name, state that was not saved, or pieces that do not fit together.
         """
         kind = checked_kind(which, self._kinds, self.folder)
+        if name in self._bias_file and kind in ("fp32", "ema"):
+            # no average is kept of what the optimizer does not move
+            return self._bias(name)
         partition = partition_of(name, gated=self._gated)
-        tp = 1 if partition.dim is None else self.manifest.grid["tp"]
+        size = 1 if partition.dim is None else self._size_along(partition)
         # before memory is taken: a sidecar from outside may name any shape
-        pieces = [self._pieces(name, tp_rank) for tp_rank in range(tp)]
+        pieces = [self._pieces(name, rank, partition.axis) for rank in range(size)]
         try:
             whole = torch.empty(self.shape(name), dtype=torch.float32)
-            for tp_rank, mine in enumerate(pieces):
-                targets = views_of_shard(whole, partition, (tp_rank, tp))
+            for rank, mine in enumerate(pieces):
+                targets = views_of_shard(whole, partition, (rank, size))
                 if len(targets) == 1 and targets[0].is_contiguous():
                     # cut along rows: straight into place
                     self._fill_shard(targets[0].view(-1), mine, kind)
@@ -130,15 +150,23 @@ class ShardedReader:
             ) from None
         return whole
 
+    def _bias(self, name: str) -> Tensor:
+        with open_safetensors(inside(self.folder, self._bias_file[name])) as opened:
+            return opened.get_tensor(name).float()
+
     def close(self) -> None:
         """Let go of every mapped file."""
         self._open.clear()
         self._read_bytes = 0
 
-    def _pieces(self, name: str, tp_rank: int) -> list[StoredPiece]:
-        """The pieces of one tensor-parallel rank's shard, in the order of its elements, without a hole."""
+    def _size_along(self, partition: Partition) -> int:
+        # checkpoints from before there were experts know no ep
+        return self.manifest.grid.get(partition.axis, 1)
+
+    def _pieces(self, name: str, rank: int, axis: str) -> list[StoredPiece]:
+        """The pieces of the shard of rank `rank` along `axis`, in the order of its elements, without a hole."""
         stored = self._find(name)
-        mine = [piece for piece in stored.pieces if piece.tp_rank == tp_rank]
+        mine = [piece for piece in stored.pieces if (piece.ep_rank if axis == "ep" else piece.tp_rank) == rank]
         # a table tied across the pipeline is on two stages
         # Its copies are equal, for their gradients are summed; the first stage's is read.
         first_stage = min((piece.pp_rank for piece in mine), default=0)
@@ -151,7 +179,7 @@ class ShardedReader:
             filled += piece.numel
         if filled != wanted:
             raise CheckpointError(
-                f"{self.folder}: '{name}' has {filled} of {wanted} elements on tp rank {tp_rank}; use another checkpoint."
+                f"{self.folder}: '{name}' has {filled} of {wanted} elements on {axis} rank {rank}; use another checkpoint."
             )
         return pieces
 
@@ -192,6 +220,7 @@ class ShardedReader:
     def _take_sidecar(self, rank: int, tree: dict[str, Any]) -> None:
         self._state_file[rank], self._stage[rank] = tree["state_file"], tree["zero_stage"]
         self._kinds &= set(tree["kinds"])
+        self._bias_file |= dict.fromkeys(tree.get("biases", []), bias_name(rank))
         for name, shape in tree["shapes"].items():
             known = self._stored.setdefault(name, _Stored(tuple(shape)))
             dim = partition_of(name, gated=self._gated).dim
@@ -201,7 +230,9 @@ class ShardedReader:
                     "too few dimensions to be cut; use another checkpoint."
                 )
         for name, index, start, numel, offset in tree["pieces"]:
-            piece = StoredPiece(rank, tree["tp_rank"], tree["pp_rank"], index, start, numel, offset)
+            piece = StoredPiece(
+                rank, tree["tp_rank"], tree.get("ep_rank", 0), tree["pp_rank"], index, start, numel, offset
+            )
             self._stored[name].pieces.append(piece)
 
 
@@ -222,7 +253,11 @@ class WholeReader:
 
     def names(self) -> list[str]:
         """Global parameter names, in order of depth."""
-        return sorted(self._file_of, key=_depth)
+        return sorted((name for name in self._file_of if not name.endswith(EXPERT_BIAS)), key=_depth)
+
+    def bias_names(self) -> list[str]:
+        """As ShardedReader's."""
+        return sorted((name for name in self._file_of if name.endswith(EXPERT_BIAS)), key=_depth)
 
     def kinds(self) -> list[str]:
         """Weights only."""

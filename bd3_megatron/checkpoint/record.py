@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint.files import tensor_bytes, write_safetensors, write_torch
-from bd3_megatron.checkpoint.layout import STATE_DIR, FileRecord, ema_name
+from bd3_megatron.checkpoint.layout import STATE_DIR, FileRecord, bias_name, ema_name
 from bd3_megatron.checkpoint.pieces import MOMENTS, owned_pieces, shard_shapes
 from bd3_megatron.checkpoint.universal_info import universal_info
 
@@ -66,11 +66,13 @@ class RankRecord:
     rank: int
     states: dict[str, Any]
     averages: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    """Of experts, by global name; from one rank a stage."""
     description: dict[str, Any]
 
     def num_bytes(self) -> int:
         """Of the tensors."""
-        return tensor_bytes([self.states, self.averages])
+        return tensor_bytes([self.states, self.averages, self.biases])
 
     def write(self, folder: Path) -> dict[str, FileRecord]:
         """Write everything below `folder`; returns what was written, by name relative to it."""
@@ -80,6 +82,9 @@ class RankRecord:
         if self.averages:
             name = ema_name(self.rank)
             written[name] = write_safetensors(folder / name, self.averages, {})
+        if self.biases:
+            name = bias_name(self.rank)
+            written[name] = write_safetensors(folder / name, self.biases, {})
         return written
 
     def sidecar(self, written: Mapping[str, FileRecord]) -> bytes:
@@ -102,12 +107,15 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
     """
     # Only for this call: whatever it raises, the engine gets its own back.
     keeping, real = KeepingEngine(), engine.engine.checkpoint_engine
+    has_experts = engine.engine.has_moe_layers
     engine.engine.checkpoint_engine = keeping
     try:
         info = universal_info(gated=engine.model.config.gated_linear_unit)
+        # DeepSpeed's own layout of experts (engine.py:5089) asks modules that are not there; pieces hold them here
+        engine.engine.has_moe_layers = False
         engine.engine.save_checkpoint(str(folder), tag=STATE_DIR, client_state=info, save_latest=False)
     finally:
-        engine.engine.checkpoint_engine = real
+        engine.engine.checkpoint_engine, engine.engine.has_moe_layers = real, has_experts
     shards = [] if engine.ema is None else engine.ema.shards
     averages: dict[str, Tensor] = {f"shard.{index}": shard.detach() for index, shard in enumerate(shards)}
     states = keeping.kept
@@ -122,7 +130,17 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
         # The safetensors writer takes host memory; torch.save moves device tensors itself.
         averages = {name: tensor.cpu() for name, tensor in averages.items()}
     rank = engine.model.topology.rank
-    return RankRecord(rank=rank, states=states, averages=averages, description=_description(engine, list(states)))
+    biases = _stage_biases(engine)
+    description = _description(engine, list(states)) | {"biases": sorted(biases)}
+    return RankRecord(rank=rank, states=states, averages=averages, biases=biases, description=description)
+
+
+def _stage_biases(engine: ZeroEngine) -> dict[str, Tensor]:
+    """Copies of the expert biases on the first rank of a pipeline stage: they are equal on all of its ranks."""
+    topology = engine.model.topology
+    if (topology.tp_rank, topology.cp_rank, topology.dp_rank) != (0, 0, 0):
+        return {}
+    return {name: bias.detach().cpu().clone() for name, bias in engine.model.root.named_biases()}
 
 
 def _description(engine: ZeroEngine, files: list[str]) -> dict[str, Any]:
@@ -130,6 +148,7 @@ def _description(engine: ZeroEngine, files: list[str]) -> dict[str, Any]:
     return {
         "rank": topology.rank,
         "tp_rank": topology.tp_rank,
+        "ep_rank": topology.ep_rank,
         "pp_rank": topology.pp_rank,
         # DeepSpeed also writes a model file; elements are read from the optimizer's alone.
         "state_file": next(name for name in files if name.endswith("optim_states.pt")),

@@ -23,6 +23,7 @@ from bd3_megatron.checkpoint.pieces import MOMENTS
 from bd3_megatron.checkpoint.read import CheckpointReader
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
+from bd3_megatron.compat.deepspeed import EXPERT_GROUP
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, write_text
@@ -145,6 +146,8 @@ def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
     group = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.adam_eps}
     groups = [{**group, "weight_decay": optim.weight_decay, "name": "decayed"}]
     groups.append({**group, "weight_decay": 0.0, "name": "plain"})
+    if manifest.config["model"].get("experts") is not None:
+        groups.append({**group, "weight_decay": optim.weight_decay, "name": EXPERT_GROUP})
     version = manifest.software.get("deepspeed", "0.19.8")
     state = {"ds_version": version, "clip_grad": optim.clip_grad_norm, "param_groups": groups}
     write_torch(out / ZERO_DIR / "optimizer_state.pt", state)

@@ -16,7 +16,7 @@ UNIVERSAL_VERSION = 0.2
 ROWS = r".*\.linear_(proj|fc2)\.weight$"
 # Cut along rows inside each of two stacked matrices.
 STACKED = r".*\.linear_fc1\.weight$"
-REPLICATED = r".*(layernorm\.(weight|bias)|linear_fc2\.bias)$"
+REPLICATED = r".*(layernorm\.(weight|bias)|linear_fc2\.bias|router\.weight)$"
 
 
 def universal_info(*, gated: bool) -> dict[str, Any]:

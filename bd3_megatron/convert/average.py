@@ -91,9 +91,9 @@ def average(paths: Sequence[Path], out: Path, *, raw: bool = False) -> Manifest:
     readers = [open_checkpoint(path) for path in paths]
     # All or none: a mean of averages and of trained weights is neither.
     which = "model" if raw or any("ema" not in reader.kinds() for reader in readers) else "ema"
-    shapes = {name: readers[0].shape(name) for name in readers[0].names()}
+    shapes = _shapes(readers[0])
     for reader in readers[1:]:
-        if {name: reader.shape(name) for name in reader.names()} != shapes:
+        if _shapes(reader) != shapes:
             raise CheckpointError(
                 f"{reader.folder} and {readers[0].folder} are of different models; average one run's."
             )
@@ -104,6 +104,11 @@ def average(paths: Sequence[Path], out: Path, *, raw: bool = False) -> Manifest:
     # Written whole by one process; no optimizer state of a mean exists.
     described = replace(newest, grid=single, zero_stage=1, world_size=1, engine={}, origin=origin, files={})
     return write_whole(out, described, shapes, lambda name: _mean(readers, name, which))
+
+
+def _shapes(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    # expert biases are averaged with the routers that they belong to
+    return {name: reader.shape(name) for name in (*reader.names(), *reader.bias_names())}
 
 
 def _mean(readers: Sequence[CheckpointReader], name: str, which: str) -> Tensor:

@@ -80,7 +80,7 @@ class CheckpointSource:
         self._table = table
         self._which = which
         self._parallel_name = {plain: name for name in table.parallel_names() for plain in table.plain_names(name)}
-        missing = sorted(set(table.parallel_names()) ^ set(reader.names()))
+        missing = sorted(set(table.parallel_names()) ^ {*reader.names(), *reader.bias_names()})
         if missing:
             raise ConversionError(
                 f"{reader.folder} and its configuration disagree on {len(missing)} parameters, {missing[0]} among them; "

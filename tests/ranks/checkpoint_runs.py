@@ -28,7 +28,13 @@ BLOCK = 4
 
 
 def tiny(
-    *, layers: int = 2, style: str = "modern", tie: bool = True, optim: dict[str, Any] | None = None, **parallel: Any
+    *,
+    layers: int = 2,
+    style: str = "modern",
+    tie: bool = True,
+    optim: dict[str, Any] | None = None,
+    experts: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> Config:
     """A model of at least `layers` layers: as many as the pipeline's stages ask for."""
     modern = style == "modern"
@@ -42,6 +48,7 @@ def tiny(
         "qk_norm": modern,
         "tie_embeddings": tie and modern,
         "vocab_multiple": 8,
+        "experts": experts,
     }
     return config_from_tree(
         {

@@ -82,6 +82,8 @@ def differing(first: Path, second: Path) -> list[str]:
     assert one.names() == two.names() and one.kinds() == two.kinds() == ["ema", "exp_avg", "exp_avg_sq", "fp32"]
     assert one.manifest.engine == two.manifest.engine
     found = [(name, kind) for name in one.names() for kind in one.kinds()]
+    found += [(name, "fp32") for name in one.bias_names()]
+    assert one.bias_names() == two.bias_names()
     return [f"{n}/{k}" for n, k in found if not torch.equal(one.tensor(n, k), two.tensor(n, k))]
 
 

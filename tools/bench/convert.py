@@ -174,7 +174,7 @@ def _write_rank(folder: Path, rank: int, config: Config, shapes: dict[str, tuple
         "shapes": local,
         "pieces": list(_pieces(groups, local)),
     }
-    record = RankRecord(rank=rank, states={}, averages={}, description=description)
+    record = RankRecord(rank=rank, states={}, averages={}, biases={}, description=description)
     write_bytes(folder / rank_name(rank), record.sidecar(written))
     return written | {rank_name(rank): record_of(folder / rank_name(rank))}
 
