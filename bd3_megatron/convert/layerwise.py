@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3_megatron.attention.visibility import sees
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.plain_source import PlainSource
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.hf.attention_bd3 import block_causal_sees, blocks_of, grouped_attention, pair_sees
+from bd3_megatron.hf.mlp_bd3 import choose_experts
 from bd3_megatron.hf.plain_bd3 import Layer, ModelShape, new_norm, rotary_table
 from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
+from bd3_megatron.model.router import routing_of
 from bd3_megatron.rng import Purpose, uniform
 
 _SEED = 1
@@ -76,7 +79,7 @@ def final_states(
     rule = block_causal_sees if clean_BL is None else pair_sees
     sees_BRR = rule(blocks_of(torch.arange(length, device=noisy_BL.device)[None], span))
     position_BR = torch.arange(length).repeat(ids_BR.shape[1] // length)[None]
-    rotary = rotary_table(position_BR, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=torch.float32)
+    rotary = rotary_table(position_BR, head_dim=shape.rotary_dim, theta=shape.rope_theta, dtype=torch.float32)
 
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
         return grouped_attention(q_BQNH, k_BRGH.transpose(1, 2), v_BRGH.transpose(1, 2), sees_BRR)
@@ -165,7 +168,12 @@ def parallel_logits(
         prefix = f"decoder.layers.{layer}."
         u_BRD = _norm(x_BRD, weight, prefix + "input_layernorm", model)
         x_BRD = x_BRD + _attention(u_BRD, weight, prefix + "self_attention.", model, (position_R, sees_RR))
-        x_BRD = x_BRD + _mlp(_norm(x_BRD, weight, prefix + "pre_mlp_layernorm", model), weight, prefix + "mlp.", model)
+        u_BRD, inner = _norm(x_BRD, weight, prefix + "pre_mlp_layernorm", model), prefix + "mlp."
+        if model.experts is not None and model.has_experts(layer):
+            bias_E = produce(inner + "router.expert_bias") if model.experts.bias else None
+            x_BRD = x_BRD + _mixture(u_BRD, weight, inner, model.experts, bias_E)
+        else:
+            x_BRD = x_BRD + _mlp(u_BRD, weight, inner, model)
     x_BLD = _norm(x_BRD[:, :length], weight, "decoder.final_layernorm", model)
     table_VD = produce(EMBEDDING if model.tie_embeddings else HEAD_WEIGHT)
     logits = _scored(lambda start, end: table_VD[start:end].to(rounded_to), vocab_size, x_BLD)
@@ -190,7 +198,8 @@ def _attention(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig,
     if model.qk_norm:
         q = _norm(q, produce, prefix + "q_layernorm", model)
         k = _norm(k, produce, prefix + "k_layernorm", model)
-    q, k = _rotate(q, position_R, model.rope_base), _rotate(k, position_R, model.rope_base)
+    turns = (position_R, model.rope_base, model.rotary_width)
+    q, k = _rotate(q, *turns), _rotate(k, *turns)
     scores = torch.einsum("bqgsh,bkgoh->bgsqk", q, k) / width**0.5
     # Written out, without a fused kernel: the proof must not share one with what it proves.
     weights = scores.masked_fill(~sees_RR, float("-inf")).softmax(-1)
@@ -198,14 +207,30 @@ def _attention(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig,
     return mixed @ produce(prefix + "linear_proj.weight").T
 
 
-def _rotate(x: Tensor, position_R: Tensor, base: float) -> Tensor:
-    """Rotate-half positions on [B, R, groups, heads, H]."""
-    half = x.shape[-1] // 2
+def _rotate(x: Tensor, position_R: Tensor, base: float, rotary_width: int) -> Tensor:
+    """Rotate-half positions on the first channels of [B, R, groups, heads, H]."""
+    half = rotary_width // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = (position_R.double()[:, None] * frequency)[:, None, None, :]
     cosine, sine = angle.cos().float(), angle.sin().float()
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    first, second, rest = x[..., :half], x[..., half:rotary_width], x[..., rotary_width:]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
+
+
+def _mixture(u_BRD: Tensor, produce: Produce, prefix: str, experts: ExpertsConfig, bias_E: Tensor | None) -> Tensor:
+    u_RD = u_BRD.flatten(0, 1)
+    choice = choose_experts(u_RD @ produce(prefix + "router.weight").T, routing_of(experts), bias_E)
+    first, second = produce(prefix + "experts.linear_fc1.weight"), produce(prefix + "experts.linear_fc2.weight")
+    out_RD = torch.zeros_like(u_RD)
+    for expert in range(experts.number):
+        # the weight of an expert that a row has not chosen is 0
+        weight_R = (choice.weight_RK * (choice.expert_RK == expert)).sum(1)
+        gate, value = (u_RD @ first[expert].T).chunk(2, dim=-1)
+        out_RD += weight_R[:, None] * ((F.silu(gate) * value) @ second[expert].T)
+    if experts.shared_width is not None:
+        gate, value = (u_RD @ produce(prefix + "shared_experts.linear_fc1.weight").T).chunk(2, dim=-1)
+        out_RD += (F.silu(gate) * value) @ produce(prefix + "shared_experts.linear_fc2.weight").T
+    return out_RD.view_as(u_BRD)
 
 
 def _mlp(u_BRD: Tensor, produce: Produce, prefix: str, model: ModelConfig) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.errors import ConversionError
-from bd3_megatron.model.partition import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, padded_vocab
+from bd3_megatron.model.partition import EMBEDDING, EXPERT_BIAS, HEAD_BIAS, HEAD_WEIGHT, is_expert, padded_vocab
 
 _ONE_TO_ONE = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -30,6 +30,14 @@ _ONE_TO_ONE = {
     # Only the paper's style has it, whose first matrix has no gate.
     "mlp.linear_fc1.bias": "mlp.up_proj.bias",
 }
+_MLP = ("mlp.linear_fc2.weight", "mlp.linear_fc2.bias", "mlp.linear_fc1.bias")
+_EXPERT_ONE_TO_ONE = {
+    "mlp.router.weight": "mlp.gate.weight",
+    EXPERT_BIAS: "mlp.gate.expert_bias",
+    "mlp.shared_experts.linear_fc2.weight": "mlp.shared_experts.down_proj.weight",
+}
+_EXPERT_FC1, _EXPERT_FC2 = "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight"
+_SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
 _QKV = "self_attention.linear_qkv.weight"
 _FC1 = "mlp.linear_fc1.weight"
 _OUTER = {
@@ -60,10 +68,14 @@ class NameTable:
         biased = model.style == "paper"
         yield EMBEDDING
         for layer in range(model.num_layers):
+            sparse = model.has_experts(layer)
             for short in (*_ONE_TO_ONE, _QKV, _FC1):
                 if (short.endswith("bias") and not biased) or ("_layernorm" in short and _is_absent(short, model)):
                     continue
-                yield f"decoder.layers.{layer}.{short}"
+                if not (sparse and short in (*_MLP, _FC1)):
+                    yield f"decoder.layers.{layer}.{short}"
+            if sparse:
+                yield from (f"decoder.layers.{layer}.{short}" for short in _expert_names(model))
         yield "decoder.final_layernorm.weight"
         if biased:
             yield "decoder.final_layernorm.bias"
@@ -86,6 +98,12 @@ class NameTable:
         prefix = f"model.layers.{layer}."
         if short == _QKV:
             return {prefix + k: v for k, v in self._split_qkv(whole).items()}
+        if self._is_sparse(layer) and short in (_EXPERT_FC1, _EXPERT_FC2, _SHARED_FC1):
+            wanted = self.plain_names(name)
+            matrices = whole.chunk(2) if short == _SHARED_FC1 else _matrices(whole, len(wanted))
+            return dict(zip(wanted, matrices, strict=True))
+        if self._is_sparse(layer) and short in _EXPERT_ONE_TO_ONE:
+            return {prefix + _EXPERT_ONE_TO_ONE[short]: whole}
         if short == _FC1 and self.model.style == "modern":
             # megatron stacks the SwiGLU matrices, gate first.
             gate, up = whole.chunk(2)
@@ -113,6 +131,10 @@ class NameTable:
         if short == _FC1:
             parts = ("gate", "up") if self.model.style == "modern" else ("up",)
             return [f"{prefix}mlp.{part}_proj.weight" for part in parts]
+        if self._is_sparse(layer) and short in (_EXPERT_FC1, _EXPERT_FC2, _SHARED_FC1):
+            return [prefix + inner for inner in self._expert_parts(short)]
+        if self._is_sparse(layer) and short in _EXPERT_ONE_TO_ONE:
+            return [prefix + _EXPERT_ONE_TO_ONE[short]]
         if short not in _ONE_TO_ONE:
             raise ConversionError(
                 f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py."
@@ -132,10 +154,28 @@ class NameTable:
         parts = [plain[key] for key in wanted]
         if name in _VOCABULARY:
             return self._pad(parts[0])
-        if len(parts) == 3:
+        if name.endswith(_QKV):
             return self._join_qkv(*parts)
+        if is_expert(name):
+            per_expert = len(parts) // self._num_experts
+            return torch.stack(parts).unflatten(0, (self._num_experts, per_expert)).flatten(1, 2)
         # Gate, then up.
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _is_sparse(self, layer: str) -> bool:
+        return layer.isdecimal() and self.model.has_experts(int(layer))
+
+    @property
+    def _num_experts(self) -> int:
+        assert self.model.experts is not None
+        return self.model.experts.number
+
+    def _expert_parts(self, short: str) -> list[str]:
+        """Plain names inside a layer: gate and up of each expert in turn, or its down matrix."""
+        if short == _SHARED_FC1:
+            return [f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up")]
+        parts = ("gate", "up") if short == _EXPERT_FC1 else ("down",)
+        return [f"mlp.experts.{e}.{part}_proj.weight" for e in range(self._num_experts) for part in parts]
 
     def _pad(self, rows: Tensor) -> Tensor:
         padding = padded_vocab(self.vocab_size, self.model.vocab_multiple) - rows.shape[0]
@@ -168,3 +208,18 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _is_absent(short: str, model: ModelConfig) -> bool:
     return ("q_layernorm" in short or "k_layernorm" in short) and not model.qk_norm
+
+
+def _expert_names(model: ModelConfig) -> Iterator[str]:
+    assert model.experts is not None
+    yield "mlp.router.weight"
+    if model.experts.bias:
+        yield EXPERT_BIAS
+    yield from (_EXPERT_FC1, _EXPERT_FC2)
+    if model.experts.shared_width is not None:
+        yield from (_SHARED_FC1, "mlp.shared_experts.linear_fc2.weight")
+
+
+def _matrices(whole: Tensor, parts: int) -> list[Tensor]:
+    """The plain matrices of a stack [E, ...], gate before up."""
+    return list(whole.unflatten(1, (parts // whole.shape[0], -1)).flatten(0, 1))

@@ -198,6 +198,11 @@ def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]
 def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
     if config.style != "modern":
         raise ConversionError(f"style={config.style} cannot be written as {layout}; it needs RMSNorm and SwiGLU.")
+    if config.num_experts or config.partial_rotary_factor != 1.0:
+        raise ConversionError(
+            f"num_experts={config.num_experts}, partial_rotary_factor={config.partial_rotary_factor} cannot be written as "
+            f"{layout}, which is dense and turns whole heads; use the exported folder itself."
+        )
     if not config.qk_norm:
         raise ConversionError(f"qk_norm=false cannot be written as {layout}, whose queries and keys are normed.")
     if layout == "sdar" and not objective_named(config.objective).has_noise:

@@ -39,7 +39,7 @@ class OfficialForm:
         sees_1RR = block_causal_sees(blocks_of(torch.arange(length, device=ids_1R.device)[None], shape.block_size))
         x_1RD = self._model.model.embed_tokens(ids_1R)
         position_1R = torch.arange(length)[None]
-        rotary = rotary_table(position_1R, head_dim=shape.head_dim, theta=shape.rope_theta, dtype=x_1RD.dtype)
+        rotary = rotary_table(position_1R, head_dim=shape.rotary_dim, theta=shape.rope_theta, dtype=x_1RD.dtype)
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
             return grouped_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), sees_1RR)

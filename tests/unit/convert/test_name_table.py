@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import plain_config
@@ -21,7 +22,9 @@ MODERN = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_hidden_size=24, qk_norm=True, vocab_multiple=8
 )
 PAPER = ModelConfig(style="paper", num_layers=2, hidden_size=16, num_heads=2, vocab_multiple=8)
+EXPERTS = ExpertsConfig(number=3, top_k=2, width=6, shared_width=4, leading_dense_layers=1, bias=True)
 MODELS = {
+    "experts": replace(MODERN, experts=EXPERTS, rotary_fraction=0.5),
     "modern": MODERN,
     "tied": replace(MODERN, tie_embeddings=True),
     "no qk norm, wide heads": replace(MODERN, qk_norm=False, head_dim=6),
@@ -75,7 +78,9 @@ def test_queries_keys_and_values_lie_by_group() -> None:
     assert fused[::width, 0].tolist() == [1.0, 1.0, 2.0, 3.0, 4.0, 4.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "encoder.x", "decoder.layers.0"])
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.0.mlp.router.weight", "decoder.layers.x.mlp.latent", "encoder.x", "decoder.layers.0"]
+)
 def test_an_unknown_name_is_refused(name: str) -> None:
     table: Any = NameTable(MODERN, VOCAB)
     with pytest.raises(ConversionError, match="has no place in the plain model"):
