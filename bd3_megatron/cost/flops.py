@@ -88,7 +88,7 @@ class _Rows:
 
 
 def row_flops(shape: Shape) -> dict[str, float]:
-    """Forward FLOPs of one row in one layer: q, kv, o, mlp."""
+    """Forward FLOPs of one row in one layer: q, kv, o, mlp of a dense layer, experts of the others."""
     return {
         # 2 D N H (q), 2 D 2 G H (k, v), 2 N H D (o), m 2 D F (MLP; m = 3 gated, 2 plain). A pair costs 4 N H (q k^T
         # and p v), the logits of a row 2 D V.
@@ -96,7 +96,15 @@ def row_flops(shape: Shape) -> dict[str, float]:
         "kv": 2 * shape.hidden * shape.kv_width,
         "o": 2 * shape.q_width * shape.hidden,
         "mlp": 2 * shape.mlp_matrices * shape.hidden * shape.ffn,
+        "experts": _expert_flops(shape),
     }
+
+
+def _expert_flops(shape: Shape) -> int:
+    """The router's matrix, and the experts that compute a row: all of them do the same work."""
+    if shape.experts is None:
+        return 0
+    return 2 * shape.hidden * (shape.experts.number + shape.mlp_matrices * shape.active_ffn)
 
 
 def convention_flops(config: Config, *, block_size: int | None = None, pairs: Pairs | None = None) -> Flops:
@@ -235,10 +243,13 @@ def _layers(shape: Shape, rows: _Rows, before: int, last: int) -> dict[str, floa
     row, pair = row_flops(shape), 4 * shape.q_width
     projections = before * rows.full * (row["q"] + row["kv"] + row["o"])
     projections += last * (rows.last_kv * row["kv"] + rows.last * (row["q"] + row["o"]))
+    sparse, sparse_last = shape.num_sparse(0, before), last * shape.num_sparse(shape.layers - 1, shape.layers)
+    dense_rows = (before - sparse) * rows.full + (last - sparse_last) * rows.last
+    sparse_rows = sparse * rows.full + sparse_last * rows.last
     return {
         "projections": float(projections),
         "attention": float(pair * (before * rows.pairs + last * rows.last_pairs)),
-        "mlp": float((before * rows.full + last * rows.last) * row["mlp"]),
+        "mlp": float(dense_rows * row["mlp"] + sparse_rows * row["experts"]),
     }
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.parameters import layer_parameters, parameters_per_rank
+from bd3_megatron.cost.parameters import experts_per_rank, layer_parameters, parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,
     expected_masked_fraction,
+    expert_shards,
     last_layer_is_recomputed,
     last_layer_is_trimmed,
     layers_per_stage,
@@ -184,8 +185,10 @@ class _States:
 def _states(config: Config, stage: int, engine: EngineAssumptions) -> _States:
     count, shards, zero = parameters_per_rank(config, stage), zero_shards(config), zero_stage(config)
     # fp32 runs: weights 4P, gradients 4P, master 4P/W, Adam 8P/W, EMA 4P/W (gradients 4P/W with ZeRO 2 and 3 or one
-    # micro-batch, weights 4P/W with 3); bf16 runs: weights 2P, fp32 gradients, the rest alike
-    shard = -(-count // shards)
+    # micro-batch, weights 4P/W with 3); bf16 runs: weights 2P, fp32 gradients, the rest alike. Experts have ranks of
+    # their own to share with.
+    experts = experts_per_rank(config, stage)
+    shard = -(-(count - experts) // shards) + -(-experts // expert_shards(config))
     weights = engine.element_bytes * (shard if zero == 3 else count)
     # ZeRO 1 adds up micro-batches' gradients of the whole model; a single one's leave as they come, a few at a time
     whole = zero == 1 and (micro_batches(config) > 1 or config.parallel.offload_optimizer)
@@ -229,8 +232,7 @@ def layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptio
         "qkv": rows * (q + kv + q + kv / 2) * b,
         "attention_kernel": rows * (q * b + FP32 * shape.heads / tp),
         "attention_output": rows * q * b,
-        "mlp": rows * _mlp_width(shape) / tp * b,
-        "mlp_active": rows * shape.ffn / tp * b,
+        **_mlp_rows(config, shape, engine, rows, cut),
         "dropout": 2 * cut * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
     }
 
@@ -256,8 +258,7 @@ def last_layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssu
         "rotary": 2.0 * scored * shape.head_width * b,
         "attention_kernel": stream * (q * b + FP32 * shape.heads / tp),
         "attention_output": scored * q * b,
-        "mlp": scored * _mlp_width(shape) / tp * b,
-        "mlp_active": scored * shape.ffn / tp * b,
+        **_mlp_rows(config, shape, engine, scored, scored),
         "dropout": 2 * scored * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
     }
 
@@ -271,6 +272,25 @@ def _qk_norm_bytes(shape: Shape, b: int) -> float:
     """A statistic a head, and grouped queries as rows of heads; the rest is in the stacked q, k, v that is kept anyway."""
     grouped = 2 * shape.q_width > shape.kv_width
     return FP32 * (shape.q_width + shape.kv_width / 2) / shape.head_width + (shape.q_width * b if grouped else 0)
+
+
+def _mlp_rows(config: Config, shape: Shape, engine: EngineAssumptions, rows: float, cut: float) -> dict[str, float]:
+    """Inner rows of the MLP; of a mixture, at even load, what its experts, their exchange and the router keep.
+
+    Args:
+        rows: of the micro-batch on a tensor-parallel group.
+        cut: of them on this rank.
+    """
+    b, tp, experts = engine.element_bytes, config.parallel.tp, shape.experts
+    if experts is None:
+        return {"mlp": rows * _mlp_width(shape) / tp * b, "mlp_active": rows * shape.ffn / tp * b}
+    copies, shared = cut * experts.top_k, rows * (experts.shared_width or 0) / tp
+    # rows as experts take and give them; logits, scores and weights in fp32, and the rows widened for the router
+    router = FP32 * cut * (3 * experts.number + (shape.hidden if b < FP32 else 0))
+    return {
+        "mlp": (copies * (2 * experts.width + 2 * shape.hidden) + 2 * shared) * b + router,
+        "mlp_active": (copies * experts.width + shared) * b,
+    }
 
 
 def _mlp_width(shape: Shape) -> int:
@@ -312,7 +332,7 @@ def _gradients(config: Config, shape: Shape, engine: EngineAssumptions, *, score
     else:
         rows = pipeline_rows(config, shape) * config.train.micro_batch_size
         cut = rows / _row_cut(config)
-    inner = (3 if not shape.paper else 2) * shape.ffn / config.parallel.tp
+    inner = (3 if not shape.paper else 2) * (shape.active_ffn if shape.experts else shape.ffn) / config.parallel.tp
     return (rows * inner + 2 * cut * shape.hidden) * engine.element_bytes
 
 

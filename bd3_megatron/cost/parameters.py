@@ -23,13 +23,17 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     cut: int | None
+    is_expert: bool = False
+    """A routed expert's: on one expert-parallel rank, whole."""
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
 
     def count_per_rank(self, tp: int) -> int:
-        """Elements a tensor-parallel rank holds."""
+        """Elements a tensor-parallel rank holds, routed experts aside."""
+        if self.is_expert:
+            return 0
         return self.count if self.cut is None else self.count // tp
 
     @property
@@ -54,14 +58,32 @@ def layer_parameters(shape: Shape, index: int) -> tuple[Parameter, ...]:
     if shape.qk_norm:
         table += [Parameter(f"{prefix}self_attn.{n}_norm.weight", (shape.head_width,), None) for n in "qk"]
     table += _norm(f"{prefix}post_attention_layernorm", shape)
-    for name in ("up",) if shape.paper else ("gate", "up"):
-        table.append(Parameter(f"{prefix}mlp.{name}_proj.weight", (ffn, hidden), 0))
-    table.append(Parameter(f"{prefix}mlp.down_proj.weight", (hidden, ffn), 1))
+    if shape.num_sparse(index, index + 1):
+        return (*table, *_mixture(f"{prefix}mlp.", shape))
+    table += _mlp(f"{prefix}mlp.", shape, ffn)
     if shape.paper:
         table.append(Parameter(f"{prefix}mlp.up_proj.bias", (ffn,), 0))
         # added after the sum over tensor-parallel ranks, so every rank holds it whole
         table.append(Parameter(f"{prefix}mlp.down_proj.bias", (hidden,), None))
     return tuple(table)
+
+
+def _mlp(prefix: str, shape: Shape, width: int, *, is_expert: bool = False) -> list[Parameter]:
+    rows, columns = (None, None) if is_expert else (0, 1)
+    names = ("up",) if shape.paper else ("gate", "up")
+    first = [Parameter(f"{prefix}{n}_proj.weight", (width, shape.hidden), rows, is_expert) for n in names]
+    return [*first, Parameter(f"{prefix}down_proj.weight", (shape.hidden, width), columns, is_expert)]
+
+
+def _mixture(prefix: str, shape: Shape) -> list[Parameter]:
+    experts = shape.experts
+    assert experts is not None
+    table = [Parameter(f"{prefix}gate.weight", (experts.number, shape.hidden), None)]
+    for expert in range(experts.number):
+        table += _mlp(f"{prefix}experts.{expert}.", shape, experts.width, is_expert=True)
+    if experts.shared_width is not None:
+        table += _mlp(f"{prefix}shared_experts.", shape, experts.shared_width)
+    return table
 
 
 def _norm(name: str, shape: Shape) -> list[Parameter]:
@@ -98,6 +120,17 @@ def parameter_count(config: Config, *, padded: bool = False) -> int:
     return sum(p.count for p in parameter_table(config, padded=padded))
 
 
+def active_parameter_count(config: Config) -> int:
+    """Numbers that compute one row: of the routed experts only those that it chooses; a tied table counts once."""
+    experts = config.model.experts
+    if experts is None:
+        return parameter_count(config)
+    table = parameter_table(config)
+    routed = sum(p.count for p in table if p.is_expert)
+    # all of them are of one size
+    return sum(p.count for p in table if not p.is_expert) + routed * experts.top_k // experts.number
+
+
 def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]:
     pp = config.parallel.pp
     table: list[Parameter] = []
@@ -115,12 +148,18 @@ def _outside_layers(config: Config, shape: Shape, stage: int) -> list[Parameter]
 
 def parameters_per_rank(config: Config, stage: int) -> int:
     """Numbers a rank of pipeline stage `stage` holds before ZeRO (every tensor-parallel rank the same)."""
-    return _counted(config, stage, lambda p: p.count_per_rank(config.parallel.tp))
+    dense = _counted(config, stage, lambda p: p.count_per_rank(config.parallel.tp))
+    return dense + experts_per_rank(config, stage)
+
+
+def experts_per_rank(config: Config, stage: int) -> int:
+    """Numbers of routed experts among them."""
+    return _counted(config, stage, lambda p: p.count if p.is_expert else 0) // config.parallel.ep
 
 
 def copied_per_rank(config: Config, stage: int) -> int:
     """Numbers of stage `stage` that every tensor-parallel rank holds whole: norms, biases of row-parallel matrices."""
-    return _counted(config, stage, lambda p: p.count if p.cut is None else 0)
+    return _counted(config, stage, lambda p: p.count if p.cut is None and not p.is_expert else 0)
 
 
 def summed_over_tp(config: Config, stage: int) -> int:
@@ -136,7 +175,11 @@ def summed_over_tp(config: Config, stage: int) -> int:
 
 
 def _counted(config: Config, stage: int, count: Callable[[Parameter], int]) -> int:
-    # layers are equal
+    # all layers are equal but the leading dense ones, which are on the first stage
     shape = shape_of(config)
-    layer = sum(count(p) for p in layer_parameters(shape, 0))
-    return layers_per_stage(config)[stage] * layer + sum(count(p) for p in _outside_layers(config, shape, stage))
+    held = layers_per_stage(config)[stage]
+    first = sum(layers_per_stage(config)[:stage])
+    sparse = shape.num_sparse(first, first + held)
+    last = sum(count(p) for p in layer_parameters(shape, shape.layers - 1)) if sparse else 0
+    dense = sum(count(p) for p in layer_parameters(shape, 0)) if held > sparse else 0
+    return (held - sparse) * dense + sparse * last + sum(count(p) for p in _outside_layers(config, shape, stage))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.stages import split_layers
@@ -44,6 +45,7 @@ class Shape:
     qk_norm: bool
     tied: bool
     dropout: float
+    experts: ExpertsConfig | None = None
 
     @property
     def block(self) -> int:
@@ -53,6 +55,19 @@ class Shape:
     @property
     def views(self) -> int:
         return self.objective.views
+
+    def num_sparse(self, first: int, last: int) -> int:
+        """Layers with experts among layers `first` to `last` - 1."""
+        if self.experts is None:
+            return 0
+        return max(0, last - max(first, self.experts.leading_dense_layers))
+
+    @property
+    def active_ffn(self) -> int:
+        """Inner MLP channels that compute a row in a layer of the kind that most layers are."""
+        if self.experts is None:
+            return self.ffn
+        return self.experts.top_k * self.experts.width + (self.experts.shared_width or 0)
 
     @property
     def noisy_rows(self) -> int:
@@ -110,6 +125,7 @@ def shape_of(config: Config, *, block_size: int | None = None) -> Shape:
         qk_norm=model.qk_norm,
         tied=model.tie_embeddings,
         dropout=model.dropout,
+        experts=model.experts,
     )
 
 
@@ -171,8 +187,8 @@ def _probability(name: str, t: float) -> float:
 
 
 def data_parallel(config: Config) -> int:
-    """dp of the grid; 1 where the configuration leaves it to the world size."""
-    return config.parallel.dp or 1
+    """dp of the grid; as few as can be where the configuration leaves it to the world size."""
+    return config.parallel.replicas
 
 
 def micro_batches(config: Config) -> int:
@@ -184,6 +200,11 @@ def micro_batches(config: Config) -> int:
 def zero_shards(config: Config) -> int:
     """Ranks that share one optimizer state: data-parallel times context-parallel."""
     return data_parallel(config) * config.parallel.cp
+
+
+def expert_shards(config: Config) -> int:
+    """Ranks that share one optimizer state of experts: those of a pipeline stage that hold the same ones."""
+    return zero_shards(config) * config.parallel.tp // config.parallel.ep
 
 
 def zero_stage(config: Config) -> int:
@@ -243,7 +264,10 @@ def head_in_layers(config: Config) -> float:
     model = config.model
     # matrices alone: attention's pairs are left out, so that the head weighs a little too much at long lengths
     attention = model.hidden_size * model.head_width * (2 * model.num_heads + 2 * model.kv_heads)
-    layer = attention + (2 if model.style == "paper" else 3) * model.hidden_size * model.ffn_width
+    width = model.ffn_width
+    if model.experts is not None:
+        width = model.experts.top_k * model.experts.width + (model.experts.shared_width or 0)
+    layer = attention + (2 if model.style == "paper" else 3) * model.hidden_size * width
     padded = -(-(model.vocab_size or 0) // model.vocab_multiple) * model.vocab_multiple
     return 0.5 * model.hidden_size * padded / (2 * layer)
 

@@ -12,6 +12,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "modern": {"style": "modern", "num_kv_heads": 2},
     "modern_tied_qk": {"style": "modern", "num_kv_heads": 4, "qk_norm": True, "tie_embeddings": True},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "experts": {"num_kv_heads": 2, "experts": {"number": 6, "top_k": 2, "width": 16, "leading_dense_layers": 1}},
+    "shared": {"num_kv_heads": 4, "experts": {"number": 4, "top_k": 1, "width": 24, "shared_width": 8}},
+}
+"""Styles with experts."""
 KINDS: dict[str, dict[str, Any]] = {
     "s1": {"block_size": 1, "interval": [1.0, 1.0]},
     "s4": {"block_size": 4},
@@ -32,7 +37,7 @@ def case(*, style: str = "modern", kind: str = "s4", **sections: dict[str, Any])
             "ffn_hidden_size": 48,
             "vocab_size": 60,
             "vocab_multiple": 64,
-            **STYLES[style],
+            **(STYLES | MIXTURES)[style],
         },
         "data": {"seq_len": 32},
         "diffusion": dict(KINDS[kind]),

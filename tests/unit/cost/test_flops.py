@@ -15,6 +15,7 @@ from bd3_megatron.attention import structured
 from bd3_megatron.attention.streams import Stream
 from bd3_megatron.attention.visibility import Visibility, sees
 from bd3_megatron.config.schema import Config
+from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.cost.flops import (
     Execution,
     RowsKind,
@@ -27,33 +28,24 @@ from bd3_megatron.cost.flops import (
 from bd3_megatron.cost.pairs import attended_pairs, executed_pairs
 from bd3_megatron.cost.shape import expected_masked_fraction, shape_of
 from bd3_megatron.cost.step import step_flops
+from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3, run_layers
-from tests.unit.cost.cases import KINDS, STYLES, case, gpt2_small
+from tests.unit.cost.cases import KINDS, MIXTURES, STYLES, case, gpt2_small
 
 RELATIVE = 1e-3
 
 
-class _PlainShape:
+def _plain_shape(config: Config) -> BD3Config:
     """The plain model's view of a configuration."""
-
-    def __init__(self, config: Config) -> None:
-        shape = shape_of(config)
-        self.vocab_size = shape.vocab
-        self.style = config.model.style
-        self.num_hidden_layers = shape.layers
-        self.hidden_size = shape.hidden
-        self.num_attention_heads = shape.heads
-        self.num_key_value_heads = shape.kv_heads
-        self.head_dim = shape.head_width
-        self.intermediate_size = shape.ffn
-        self.qk_norm = shape.qk_norm
-        self.tie_word_embeddings = shape.tied
-        self.layer_norm_eps = 1e-5
-        self.rope_theta = 1e4
-        self.max_position_embeddings = shape.length
-        self.block_size = shape.block
-        self.objective = config.diffusion.objective
-        self.residual_dropout = 0.0
+    shape = shape_of(config)
+    return plain_config(
+        config.model,
+        vocab_size=shape.vocab,
+        seq_len=shape.length,
+        block_size=shape.block,
+        mask_id=59,
+        objective=config.diffusion.objective,
+    )
 
 
 def _cpu_forward(q: Any, k: Any, v: Any, dropout: Any = 0, causal: bool = False, *_: Any, **__: Any) -> float:
@@ -86,11 +78,11 @@ def _ids(config: Config, batch: int = 2) -> Tensor:
     return torch.randint(0, 60, (batch, config.data.seq_len), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [*STYLES, *MIXTURES])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plain_model_runs_what_is_counted(style: str, kind: str) -> None:
     config = case(style=style, kind=kind)
-    model, ids = PlainBD3(_PlainShape(config)), _ids(config)
+    model, ids = PlainBD3(_plain_shape(config)), _ids(config)
     context = None if kind == "ar" else ids
     matrices, attention = _counted(lambda: model(ids, context))
     # all rows of all layers, a dense mask, logits of the noisy half over the unpadded vocabulary
@@ -130,7 +122,7 @@ class _MinimalPass:
 
     def __init__(self, config: Config, documents: list[int]) -> None:
         self.config, self.shape = config, shape_of(config)
-        self.model = PlainBD3(_PlainShape(config))
+        self.model = PlainBD3(_plain_shape(config))
         length, block = self.shape.length, self.shape.block
         document_L = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
         ends = torch.tensor(documents).cumsum(0)[document_L] - 1
