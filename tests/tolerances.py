@@ -40,3 +40,7 @@ ROWS_FP32 = 5e-7  # of the largest; norms, rotary turns and activations in fp32 
 ROWS_BF16 = 3 * 2**-9  # of the largest; the same in bf16: the result and up to two steps before it are rounded
 # relative to the largest; each of the ranks' partial sums is rounded to bf16 (2^-9), as the first summand is
 GRADIENTS_SENT_IN_BF16 = 4 * 2**-9
+
+SMALLEST_CHOICE_GAP = 2e-6
+"""Between the scores of the last chosen and the first left-out expert (or group) of any row of a parity test. Scores of two
+grids differ by about 1e-7, and by more after steps whose parameters differ by up to 1e-6."""

@@ -8,6 +8,7 @@ learning rate, batch size, block size and token count of every step.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,11 +30,12 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.engine.zero_engine import ZeroEngine
+from bd3_megatron.hf.mlp_bd3 import ExpertMlp, Gate, choose_experts
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
-from bd3_megatron.model.init_weights import initial_value
+from bd3_megatron.model.init_weights import initial_expert, initial_value
 from bd3_megatron.model.pair_batch import PairBatch
-from bd3_megatron.model.partition import partition_of, unshard
+from bd3_megatron.model.partition import is_expert, partition_of, unshard
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
@@ -137,6 +139,12 @@ class Outcome:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
     """Exponential moving averages of the parameters."""
+    loads: list[dict[int, list[int]]] = field(default_factory=list)
+    """Of every step: layer -> rows that chose each expert."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """Of experts after the last step, by plain names."""
+    smallest_gap: float = math.inf
+    """Of a plain job with experts: the least distance between the last chosen and the first left-out expert of any row."""
 
 
 def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
@@ -151,7 +159,8 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
         engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}
-        out |= {"losses": [], "norms": [], "rates": [], "grads": {}}
+        out["ep_rank"] = topology.ep_rank
+        out |= {"losses": [], "norms": [], "rates": [], "grads": {}, "loads": []}
 
         def keep_gradients(loss: float) -> bool:
             out["grads"] = _whole_over_shards(engine, topology)
@@ -161,6 +170,8 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
             out["losses"].append(outcome.sums().loss)
             out["norms"].append(outcome.result.grad_norm)
             out["rates"].append(engine.optimizer.param_groups[0]["lr"])
+            out["loads"].append({layer: load_E.tolist() for layer, load_E in outcome.result.loads.items()})
+        out["biases"] = {n: bias.clone() for n, bias in model.root.named_biases()}
         with deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3):
             out["parameters"] = {n: p.detach().clone() for n, p in model.root.named_parameters()}
         with (
@@ -203,8 +214,9 @@ def _whole_over_shards(engine: ZeroEngine, topology: Topology) -> dict[str, Tens
     for piece in owned_pieces(engine):
         held = engine.gradients.owned[piece.index][piece.start : piece.start + piece.numel]
         grads[piece.name][piece.offset : piece.offset + piece.numel] = held
-    for grad in grads.values():
-        torch.distributed.all_reduce(grad, group=topology.shard_group)
+    for name, grad in grads.items():
+        held_by = topology.expert_data_group if is_expert(name) else topology.shard_group
+        torch.distributed.all_reduce(grad, group=held_by)
     return {name: grads[name].view_as(p) for name, p in engine.model.root.named_parameters()}
 
 
@@ -212,13 +224,19 @@ def join_ranks(config: Config, results: list[dict[str, Any]], *, vocab: int = VO
     """Whole tensors under plain names from what the ranks returned."""
     first = results[0]
     outcome = Outcome(first["losses"], first["norms"], first["rates"])
+    for by_rank in zip(*(result["loads"] for result in results), strict=True):
+        outcome.loads.append({layer: load for loads in by_rank for layer, load in loads.items()})
+    table = NameTable(config.model, vocab)
+    outcome.biases = {k: v for r in results for n, b in r["biases"].items() for k, v in table.to_plain(n, b).items()}
     kinds = {"grads": outcome.first_grads, "parameters": outcome.parameters, "averages": outcome.averages}
     for kind, into in kinds.items():
         pieces: dict[str, dict[int, Tensor]] = {}
         for result in results:
             tp_rank, cp_rank, dp_rank, _ = result["place"]
-            if cp_rank == 0 and dp_rank == 0:
-                for name, tensor in result[kind].items():
+            for name, tensor in result[kind].items():
+                if is_expert(name):
+                    pieces.setdefault(name, {})[result["ep_rank"]] = tensor
+                elif cp_rank == 0 and dp_rank == 0:
                     pieces.setdefault(name, {})[tp_rank] = tensor
         into.update(plain_names(config, pieces, vocab=vocab))
     return outcome
@@ -256,6 +274,7 @@ def plain_job(
         eps=optim.adam_eps,
     )
     outcome, consumed = Outcome(), 0
+    watch = ChoiceWatch(model)
     averages = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(steps):
         samples = plain_batch_size(config, step)
@@ -264,6 +283,8 @@ def plain_job(
         size, factor = plain_phase(config, step)
         model.model.shape = copy.copy(model.model.shape)
         model.model.shape.block_size = size
+        if config.model.experts is not None:
+            watch.begin(config, clean, size)
         phase = replace_field(config, "diffusion.axes", plain_axes(config, step))
         loss = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
         rate = plain_rate(config, step) * factor
@@ -277,11 +298,64 @@ def plain_job(
         outcome.rates.append(rate)
         outcome.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad_norm).item())
         adam.step()
+        if config.model.experts is not None:
+            watch.finish(config.model.experts.bias_rate)
+            outcome.loads.append(watch.loads)
         keep = min(optim.ema_decay, (2 + step) / (11 + step))
         averages = {n: keep * averages[n] + (1 - keep) * p.detach() for n, p in model.named_parameters()}
     outcome.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
     outcome.averages = averages
+    outcome.biases = {n: b.clone() for n, b in model.named_buffers()}
+    outcome.smallest_gap = watch.smallest_gap
     return outcome
+
+
+@dataclass
+class ChoiceWatch:
+    """Counts the choices of experts that a plain model makes, and moves its biases: by rules written out here anew."""
+
+    model: PlainBD3
+    smallest_gap: float = math.inf
+    loads: dict[int, list[int]] = field(default_factory=dict)
+    """Of the step."""
+    _counted: dict[bool, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, mlp in self._mixtures():
+            mlp.gate.register_forward_hook(functools.partial(self._note, layer=layer, rule=mlp.shape))
+
+    def _mixtures(self) -> list[tuple[int, ExpertMlp]]:
+        return [(n, layer.mlp) for n, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, ExpertMlp)]
+
+    def begin(self, config: Config, clean: CleanBatch, block_size: int) -> None:
+        """Before the forward of a step: rows [noisy; clean] count that no grid skips."""
+        noisy = noise_of(config, block_size=block_size).of_view(0).corrupt(clean, config.diffusion)
+        rows_BR = torch.ones(clean.tokens_BL.shape[0], 2 * LENGTH, dtype=torch.bool)
+        rows_BR[:, 2 * LENGTH - block_size :] = False
+        last_BR = torch.cat([noisy.is_masked_BL, torch.zeros_like(noisy.is_masked_BL)], dim=1)
+        self._counted, self.loads = {False: rows_BR.flatten(), True: last_BR.flatten()}, {}
+
+    def _note(self, gate: Gate, _: Any, logits_RE: Tensor, *, layer: int, rule: Any) -> None:
+        choice = choose_experts(logits_RE.detach(), rule, gate.expert_bias)
+        best_RK = choice.score_RE.topk(rule.num_experts_per_tok + 1, dim=-1).values
+        gaps = [(best_RK[:, -2] - best_RK[:, -1]).min().item()]
+        if rule.n_group > 1:
+            score_RE = logits_RE.detach().sigmoid() + (0.0 if gate.expert_bias is None else gate.expert_bias)
+            pairs_RG = score_RE.unflatten(1, (rule.n_group, -1)).topk(2, dim=-1).values.sum(-1)
+            best_RG = pairs_RG.topk(rule.topk_group + 1, dim=-1).values
+            gaps.append((best_RG[:, -2] - best_RG[:, -1]).min().item())
+        self.smallest_gap = min(self.smallest_gap, *gaps)
+        counted_R = self._counted.get(layer == len(self.model.model.layers) - 1)
+        if counted_R is not None and counted_R.shape[0] == logits_RE.shape[0]:
+            chosen = choice.expert_RK[counted_R].flatten().tolist()
+            self.loads[layer] = [chosen.count(expert) for expert in range(logits_RE.shape[1])]
+
+    def finish(self, rate: float) -> None:
+        """After the update: biases of experts below the mean load rise, of those above it fall."""
+        for layer, mlp in self._mixtures():
+            if mlp.gate.expert_bias is not None:
+                counts = torch.tensor(self.loads[layer], dtype=torch.float64)
+                mlp.gate.expert_bias += rate * (counts.mean() - counts).sign().float()
 
 
 def plain_rate(config: Config, step: int) -> float:
@@ -378,13 +452,20 @@ def plain_model(config: Config, *, vocab: int = VOCAB, mask_id: int = MASK_ID) -
     state: dict[str, Tensor] = {}
     for name in table.parallel_names():
         shapes = _parallel_shape(name, table, plain)
-        state.update(table.to_plain(name, initial_value(name, shapes, shape, seed=config.run.seed)))
+        state.update(table.to_plain(name, _initial(name, shapes, config)))
     if shape.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     plain.load_state_dict(state)
     return plain
 
 
+def _initial(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
+    seed = config.run.seed
+    if is_expert(name):
+        return torch.stack([initial_expert(name, e, shape[1:], config.model, seed=seed) for e in range(shape[0])])
+    return initial_value(name, shape, config.model, seed=seed)
+
+
 def _parallel_shape(name: str, table: NameTable, plain: PlainBD3) -> tuple[int, ...]:
-    held = dict(plain.named_parameters())
+    held = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
     return tuple(table.to_parallel(name, held).shape)
