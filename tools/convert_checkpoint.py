@@ -58,6 +58,7 @@ def convert_own_folder(parsed: argparse.Namespace) -> list[str]:
     """Write our own folder; returns what to say."""
     import torch
 
+    # Late: torch is not needed to print --help.
     from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 
     report = convert_checkpoint(

@@ -44,6 +44,7 @@ def build_parser() -> CommandParser:
     """The arguments of this tool."""
     found = CommandParser(prog="report", description="One page about one or several runs.")
     found.add_argument("run", nargs="+", help="folder of a run (run.dir)")
+    # One file, so that it can be mailed or kept with the run.
     found.add_argument("-o", "--out", default="report.html", help="file to write (default: report.html)")
     found.add_argument("--title", help="of the page (default: the runs' names)")
     found.add_argument(

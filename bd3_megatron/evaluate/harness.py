@@ -37,6 +37,7 @@ DRAWS = 128
 """Noise draws of the other blocks, as in LLaDA's evaluation (arXiv 2502.09992)."""
 MAX_NEW_TOKENS = 256
 """New tokens where a task names no number: the harness's own default."""
+# The names under which tasks and back ends of the harness ask for a number of tokens.
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens")
 FILTER_NAMES = ("top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -90,9 +91,11 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         folder = Path(path)
+        # Configuration only; the weights come last.
         opened = open_model(folder)
         self.config, self.batch_size = opened.config, _whole_number("batch_size", batch_size)
         hub = folder_tokenizer(folder)
+        # Tasks stop at an end token, and unconditional scoring starts behind one.
         if hub is None or self.config.eos_token_id is None:
             raise TokenizerError(
                 f"{folder} has no tokenizer with an end token; export the run again with its tokenizer, or copy its files."
@@ -111,6 +114,7 @@ class HarnessModel(TemplateLM):
         self._settings = ScoreSettings(
             convention=self.convention, draws=DRAWS if draws is None else draws, exact=exact, seed=self._seed
         )
+        # Draws that were asked for are drawn, except where one pattern is all there is.
         self._num_enumerated = NUM_ENUMERATED if draws is None else 1
         # what cannot be scored is refused before the weights are read
         self._settings.plan(
@@ -175,6 +179,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        # Every request is scored by itself: no result depends on what else was asked for.
         texts = [self._text(given, scored) for _, given, scored in requests]
         results = self._scored("loglikelihood", texts)
         for (request, _, _), result in zip(requests, results, strict=True):
@@ -199,10 +204,12 @@ class HarnessModel(TemplateLM):
         texts: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for number, (_, arguments) in enumerate(request.args for request in requests):
+            # Requests of one task share their arguments, and one call of the sampler serves them all.
             groups.setdefault(json.dumps(arguments, sort_keys=True), []).append(number)
         for numbers in groups.values():
             length, until, options = _generation(requests[numbers[0]].args[1])
             encoded = [[*self.row_start, *self.tok_encode(requests[n].args[0])] for n in numbers]
+            # A text must begin with something, also where the task gives an empty prompt.
             prompts = [prompt or self.text_start or [self.eot_token_id] for prompt in encoded]
             self._say_beyond("generate_until", [len(prompt) + length for prompt in prompts])
             found = sampler.generate(
@@ -212,6 +219,7 @@ class HarnessModel(TemplateLM):
                 batch_size=self.batch_size,
                 stop_strings=until,
                 stop_at_eos=True,
+                # A task's own arguments win over the model's.
                 **self._decoding | options,
             )
             texts |= {n: result.text or "" for n, result in zip(numbers, found, strict=True)}
@@ -250,12 +258,14 @@ class HarnessModel(TemplateLM):
         ids = [*self.tok_encode(string), *([self.eot_token_id] if self.convention.append_eos else [])]
         rule = self.convention.packing_rule(self.config.max_position_embeddings)
         start = self.text_start
+        # Filled up as training rows are: the end tokens behind a text are part of its bound.
         num_fill = -(len(start) + len(ids)) % rule.fill
         return self._text(start, [*ids, *[self.eot_token_id] * num_fill], num_fill)
 
     def _scored(self, what: str, texts: Sequence[ScoredText]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the greedy text); of nothing: 0."""
         self._say_beyond(what, [len(text.ids) for text in texts])
+        # An empty continuation has probability 1, and the empty text is what greedy decoding writes.
         asked = [number for number, text in enumerate(texts) if len(text.ids) > text.given]
         found = score_texts(
             self.model,
@@ -292,6 +302,7 @@ def _generation(arguments: Mapping[str, Any]) -> tuple[int, list[str], dict[str,
     Raises:
         SamplingError: an argument that block decoding does not have.
     """
+    # None means not asked for.
     given = {name: value for name, value in arguments.items() if value is not None}
     until = given.pop("until", [])
     until = [until] if isinstance(until, str) else list(until)
@@ -315,6 +326,7 @@ def _whole_number(name: str, value: int | str) -> int:
     Raises:
         RangeError: no whole number from 1 on.
     """
+    # The harness reads model_args as text, and offers batch_size=auto.
     if not str(value).isdecimal() or int(value) < 1:
         raise RangeError(f"{name}={value} is no whole number from 1 on; give one, such as 8 (auto is not offered).")
     return int(value)

@@ -46,6 +46,7 @@ def evaluate_tasks(folder: str, names: Sequence[str], options: argparse.Namespac
         raise ConfigError(
             "--tasks needs lm-evaluation-harness, which is not installed; pip install 'bd3-megatron[eval]', or lm_eval."
         )
+    # Optional and slow to import: only --tasks pays for it.
     from lm_eval import simple_evaluate
 
     from bd3_megatron.evaluate.harness import HarnessModel
@@ -65,12 +66,14 @@ def evaluate_tasks(folder: str, names: Sequence[str], options: argparse.Namespac
         first_token_given=options.first_token_given,
         min_t=options.min_t,
     )
+    # The harness's own loop: few-shot examples, filters and metrics are its definitions, not ours.
     found = simple_evaluate(
         model,
         tasks=list(names),
         task_manager=manager,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
+        # Texts of every request: gigabytes with some tasks, and nothing of them is printed here.
         log_samples=False,
         bootstrap_iters=BOOTSTRAP_SAMPLES,
     )
@@ -85,6 +88,7 @@ def print_tasks(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.folder} is not a folder; give an exported model folder.")
     found = evaluate_tasks(options.folder, names, options)
     if options.format == "json":
+        # What a reader needs to compare; the rest is the harness's book-keeping.
         kept = {name: found[name] for name in ("results", "n-shot", "n-samples", "config", "versions")}
         print(json.dumps(kept, indent=2, default=str))
         return 0
@@ -130,6 +134,7 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> Any:
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path {include_path} is not a folder; give the folder of the tasks' YAML files.")
     if include_path is not None:
+        # The user's files first: the harness's own index means reading all of its task files.
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(own.all_tasks):
             return own

@@ -126,7 +126,9 @@ def blocks_hidden(model: PlainBD3, past: CleanKeys, noisy_BGS: Tensor, start_BG:
     device, (batch, groups, size) = noisy_BGS.device, noisy_BGS.shape
     length = past.keys_nBGCH[0].shape[2] if past.keys_nBGCH else 0
     row_group_R = torch.arange(groups, device=device).repeat_interleave(size)
+    # Noisy blocks of one sequence do not see each other.
     own_RR = (row_group_R[:, None] == row_group_R).expand(batch, -1, -1)
+    # A noisy block sees the clean blocks before its own, as in the pair.
     before_BRC = torch.arange(length, device=device) < start_BG.repeat_interleave(size, dim=1)[:, :, None]
     sees_BRK = torch.cat([before_BRC, own_RR], dim=2)
 
@@ -160,6 +162,7 @@ def token_scores(model: PlainBD3, hidden_RD: Tensor, target_R: Tensor, *, mask_i
         logits = model.lm_head(hidden)
         one = next_token_nll(logits, target) if mask_id is None else masked_token_nll(logits, target, mask_id=mask_id)
         if mask_id is not None:
+            # SUBS: the mask is never what greedy decoding writes.
             logits = logits.index_fill(1, torch.tensor([mask_id], device=logits.device), -torch.inf)
         nll.append(one)
         best.append(logits.argmax(dim=1) == target)

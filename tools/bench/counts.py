@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_megatron.attention.select import Backend, named
@@ -45,6 +46,7 @@ from bd3_megatron.train.trainer import Trainer
 from tools.bench.harness import RESULTS, table
 from tools.bench.host_reads import HostReads, Operations
 
+# Small: operations a layer depend on neither width nor vocabulary.
 ROWS_LENGTH, BLOCK, WORDS = 256, 16, 512
 
 
@@ -66,6 +68,7 @@ def _alone() -> Iterator[None]:
     """A process group of this process, ended again where there was none before."""
     mine = not dist.is_initialized()
     if mine:
+        # megatron wants a process group, also for one rank; a store in memory needs no port.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -134,6 +137,7 @@ def layer_counts(attention: str, packing: str) -> LayerCounts:
     backend = Backend("one kernel", _one_kernel, "counted") if attention == "one kernel" else named(attention)
     found = []
     with _alone():
+        # The difference of two depths: what is paid once a model, such as embedding and head, drops out.
         for layers in (2, 4):
             config = small_config(layers=layers, packing=packing)
             model = _model(config, backend)
@@ -182,6 +186,7 @@ def group_calls(world_size: int, **axes: int) -> tuple[int, set[datetime.timedel
 
     parallel = ParallelConfig(**axes)  # type: ignore[arg-type]
     timeout = datetime.timedelta(seconds=parallel.collective_timeout_seconds)
+    # torch's fake group: a thousand ranks' arithmetic on one process, nothing is sent.
     dist.init_process_group("fake", rank=world_size - 1, world_size=world_size, store=FakeStore(), timeout=timeout)
     try:
         for name in real:
@@ -202,6 +207,7 @@ def head_counts(vocab: int, rows: int = 4096, hidden: int = 2048) -> tuple[int, 
     target_R = torch.empty(rows, dtype=torch.int64, device="meta")
     weight_R = torch.empty(rows, device="meta")
     shard = VocabShard(0, vocab, None, None)
+    # On meta tensors every operation is dispatched and none is run.
     operations = Operations()
     with operations:
         weighted_nll(hidden_RD, table_VD, None, target_R, weight_R, shard=shard)[0].backward()
@@ -226,7 +232,9 @@ def draw_seconds(tokens: int = 8192) -> float:
         tokens_BL=torch.zeros(tokens // 1024, 1024, dtype=torch.int64), index_B=torch.arange(tokens // 1024)
     )
     noise = Noise(seed=1, mask_id=WORDS - 1, group_size=8, block_size=BLOCK, interval=Interval())
+    # Once untimed: the first call makes tables that are kept.
     make_micro_batch(clean, noise, config.diffusion, layout)
+    # This thread's own CPU time: neighbours do not count.
     start = time.thread_time()
     for _ in range(3):
         make_micro_batch(clean, noise, config.diffusion, layout)
@@ -251,6 +259,7 @@ def step_host_reads(trainer: Trainer) -> dict[str, int]:
             prepare=trainer.engine.model.context.prepare,
         ),
     )
+    # The first update makes Adam's state and is like no other.
     trainer.training_step.run(trainer.plan, trainer.state, batches)
     trainer.state.step += 1
     reads = HostReads([*engine.model.root.parameters(), *engine.owned()])
@@ -261,6 +270,7 @@ def step_host_reads(trainer: Trainer) -> dict[str, int]:
         with reads.counting():
             return real(micro_batches, **settings)
 
+    # Put in front of the product's own step and taken away again: the step itself is not copied.
     engine.train_step = counted  # type: ignore[method-assign, assignment]
     try:
         outcome = trainer.training_step.run(trainer.plan, trainer.state, batches)

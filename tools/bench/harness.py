@@ -23,6 +23,7 @@ from bd3_megatron.errors import UsageError
 from bd3_megatron.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Kept with the code: a claim of speed is read beside what it is about.
 RESULTS = REPOSITORY / "tools" / "bench" / "results"
 MIB = 2**20
 

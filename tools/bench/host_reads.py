@@ -56,6 +56,7 @@ class Operations(TorchDispatchMode):
         if not func.is_view and not str(func).startswith(_FREE):
             self.kernels += 1
             tensors = _tensors((args, kwargs, result))
+            # By identity: a tensor that is read and written in place counts once.
             self.moved_bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
         return result
 
@@ -91,6 +92,7 @@ class HostReads(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[HostReads]:
         """Inside, reads are counted."""
+        # Both: some reads are methods without an operation, others operations without a method.
         with _Methods(self), self:
             yield self
 
@@ -98,6 +100,7 @@ class HostReads(TorchDispatchMode):
         """These are on the device too."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            # By storage: a view is where its base is.
             self._storages[storage._cdata] = storage
 
     def is_on_device(self, tensor: Any) -> bool:
@@ -107,6 +110,7 @@ class HostReads(TorchDispatchMode):
     def note(self, kind: str) -> None:
         """Remember a read by the line of ours, or of an engine's, that asked for it."""
         here = Path(__file__).name
+        # From the innermost outwards: the first frame of the product names the line to change.
         for frame in reversed(traceback.extract_stack()):
             path = frame.filename
             if any(part in path for part in ("bd3_megatron", "megatron", "deepspeed")) and not path.endswith(here):
@@ -116,6 +120,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
+        # Collectives run on the device whatever tensors they are given.
         touched = any(map(self.is_on_device, given)) or str(func).startswith("c10d")
         if touched and self._waits(func, args):
             self.note(str(func).removesuffix(".default"))
