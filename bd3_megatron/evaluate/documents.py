@@ -14,6 +14,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from bd3_megatron.data.batch import CleanBatch
@@ -255,7 +256,9 @@ def _forms_of(
     device, size = model.lm_head.weight.device, model.model.shape.block_size
     # the last block of a view sees all that its others see; behind a shorter past stand tokens that nobody sees
     past_BC = pad_sequence([torch.tensor(list(view[-1].past), dtype=torch.int64) for view in views], batch_first=True)
-    past = clean_keys(model, past_BC.to(device))
+    # few lengths, since a GPU's backends are compared anew for each: an eighth of L apart
+    step = 1 if device.type == "cpu" else max(size, model.model.shape.max_position_embeddings // 8 // size * size)
+    past = clean_keys(model, pad(past_BC, (0, -past_BC.shape[1] % step)).to(device))
 
     def stacked(of: Callable[[_Block], Tensor]) -> Tensor:
         return pad_sequence([torch.cat([of(block) for block in view]) for view in views], batch_first=True).to(device)

@@ -150,9 +150,8 @@ def score_table(plan: NoisePlan, *, num_rows: int, num_sequences: int | None) ->
     Raises:
         RangeError: no sequence.
     """
-    wanted = num_rows if num_sequences is None else min(num_sequences, num_rows)
-    if wanted < 1:
-        raise RangeError(f"{num_sequences} of {num_rows} sequences leave nothing to score; ask for 1 or more.")
+    row_id_N = rows_to_score(num_rows=num_rows, num_sequences=num_sequences)
+    wanted = len(row_id_N)
     sequence_N = torch.arange(wanted)
     sequence_R = sequence_N.repeat_interleave(plan.draws)
     draw_R = torch.arange(plan.draws).repeat(wanted)
@@ -162,8 +161,16 @@ def score_table(plan: NoisePlan, *, num_rows: int, num_sequences: int | None) ->
         probed = torch.arange(probes) * wanted // probes
         sequence_R = torch.cat([sequence_R, probed])
         draw_R = torch.cat([draw_R, torch.ones(probes, dtype=torch.int64)])
+    return ScoreTable(row_id_N, sequence_R, draw_R)
+
+
+def rows_to_score(*, num_rows: int, num_sequences: int | None) -> Tensor:
+    """Which rows of a split are scored: int64 [N], rising; arguments and errors as in `score_table`."""
+    wanted = num_rows if num_sequences is None else min(num_sequences, num_rows)
+    if wanted < 1:
+        raise RangeError(f"{num_sequences} of {num_rows} sequences leave nothing to score; ask for 1 or more.")
     # evenly spaced over the split, in integer arithmetic, so that every rank and every run takes the same rows
-    return ScoreTable(sequence_N * num_rows // wanted, sequence_R, draw_R)
+    return torch.arange(wanted) * num_rows // wanted
 
 
 @dataclass(frozen=True)

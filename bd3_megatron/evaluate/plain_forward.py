@@ -26,6 +26,8 @@ from bd3_megatron.hf.plain_bd3 import ModelShape, PlainBD3, run_layers
 
 LOGIT_BYTES = 64 * 2**20
 """Size of one chunk's logits in fp32."""
+PROBE_BATCH = 2
+"""Sequences on which a GPU's backends are compared; what they are asked later may be more or fewer."""
 
 
 def noisy_hidden(model: PlainBD3, noisy_BL: Tensor, clean_BL: Tensor, document_id_BL: Tensor | None) -> Tensor:
@@ -42,7 +44,7 @@ def noisy_hidden(model: PlainBD3, noisy_BL: Tensor, clean_BL: Tensor, document_i
         rows = Visibility.noisy_only(length, document_id_BL)
         return _sequence_hidden(model, noisy_BL, rows)
     rows = Visibility.pair(length, shape.block_size, document_id_BL)
-    backend = _backend_for(model, rows, len(noisy_BL))
+    backend = _backend_for(model, rows)
     last, scale = shape.num_hidden_layers - 1, shape.head_dim**-0.5
 
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
@@ -67,7 +69,7 @@ def next_token_hidden(model: PlainBD3, ids_BL: Tensor, document_id_BL: Tensor | 
 def _sequence_hidden(model: PlainBD3, ids_BL: Tensor, rows: Visibility) -> Tensor:
     """Hidden states of one stream alone."""
     shape, is_noisy = model.model.shape, bool(rows.noisy_rows)
-    backend = _backend_for(model, rows, len(ids_BL))
+    backend = _backend_for(model, rows)
 
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
         stream = Stream(q_BQNH, k_BRGH, v_BRGH)
@@ -97,7 +99,7 @@ def clean_keys(model: PlainBD3, ids_BC: Tensor) -> CleanKeys:
     shape, (batch, length) = model.model.shape, ids_BC.shape
     keys, values = [], []
     rows = Visibility.clean_only(length, shape.block_size) if length else None
-    backend = None if rows is None else _backend_for(model, rows, batch)
+    backend = None if rows is None else _backend_for(model, rows)
 
     def attend(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, layer: int) -> Tensor:
         keys.append(k_BRGH.transpose(1, 2))
@@ -169,11 +171,11 @@ def token_scores(model: PlainBD3, hidden_RD: Tensor, target_R: Tensor, *, mask_i
     return torch.cat(nll[1:] or nll), torch.cat(best)
 
 
-def _backend_for(model: PlainBD3, rows: Visibility, batch: int) -> Attend:
+def _backend_for(model: PlainBD3, rows: Visibility) -> Attend:
     """The attention backend of the rows: structured where it serves, else what is fastest of the others."""
     weight = model.lm_head.weight
     has_documents = rows.document_id_BL is not None
-    return _backend(_RowKind.of(model.model.shape, rows), weight.device.type, weight.dtype, batch, has_documents)
+    return _backend(_RowKind.of(model.model.shape, rows), weight.device.type, weight.dtype, has_documents)
 
 
 @dataclass(frozen=True)
@@ -199,12 +201,12 @@ class _RowKind:
 
 
 @lru_cache(maxsize=256)
-def _backend(kind: _RowKind, device_type: str, dtype: torch.dtype, batch: int, has_documents: bool) -> Attend:
+def _backend(kind: _RowKind, device_type: str, dtype: torch.dtype, has_documents: bool) -> Attend:
     heads, groups, width = kind.heads
     request = AttentionRequest(
         device_type=device_type,
         dtype=dtype,
-        batch=batch,
+        batch=PROBE_BATCH,
         rows=kind.rows(),
         num_heads=heads,
         num_kv_heads=groups,
@@ -212,5 +214,6 @@ def _backend(kind: _RowKind, device_type: str, dtype: torch.dtype, batch: int, h
         documents=has_documents,
         needs_grad=False,
     )
-    # stock kernels need no compiler and no timing, so they come before the race that `choose` runs on a GPU
-    return structured.attend if structured.refuse(request) is None else choose("auto", request).attend
+    # Stock kernels need no compiler, so they come before the others; on a GPU `choose` holds each against the dense
+    # reference first.
+    return choose("structured" if structured.refuse(request) is None else "auto", request).attend

@@ -19,15 +19,18 @@ from bd3_megatron.diffusion.noise_schedule import MIN_T
 from bd3_megatron.errors import BackendError, ConfigError
 from bd3_megatron.evaluate import generative, zero_shot
 from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, model_convention, open_model, open_split
-from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings
+from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, rows_to_score
 from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.tables import render
+from bd3_megatron.evaluate.text_units import text_tokenizer, text_units
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.sampling.generate import Sampler
 from bd3_megatron.sampling.text import folder_tokenizer
 
 DEFAULT_DRAWS = 2
 """Noise draws of a sequence: the fewest that show their own noise."""
+MEASURES = (("bits_per_byte", ".4f", "bits per byte"), ("word_perplexity", ".2f", "perplexity per word"))
+"""Key, form and unit of the measures that do not depend on the tokenizer."""
 
 
 @contextmanager
@@ -107,11 +110,38 @@ def print_perplexity(options: argparse.Namespace, work: Work) -> int:
     model = opened.load(device=work.device, dtype=_dtype(options))
     result = evaluate_plain(model, dataset, settings, work, mask_id=opened.config.mask_token_id)
     if work.rank == 0:
-        how = {"convention": settings.convention.to_json(), "overridden": list(overridden)}
-        print(json.dumps(result.as_dict() | how) if options.format == "json" else result.sentence())
-        if options.format != "json":
-            say_convention(settings, overridden, dataset)
+        measures = text_measures(Path(options.data), dataset, settings, result)
+        if options.format == "json":
+            how = {"convention": settings.convention.to_json(), "overridden": list(overridden)}
+            print(json.dumps(result.as_dict() | measures | how))
+            return 0
+        print(result.sentence())
+        if measures:
+            said = ", ".join(
+                f"{measures[name]:{form}} {unit}" for name, form, unit in MEASURES if measures[name] is not None
+            )
+            print(f"{said} ({measures['num_bytes']:,} bytes, {measures['num_words']:,} words)")
+        say_convention(settings, overridden, dataset)
     return 0
+
+
+def text_measures(
+    data: Path, dataset: TokenDataset, settings: ScoreSettings, result: Estimate
+) -> dict[str, float | int | None]:
+    """Bits per byte and perplexity per word of the scored rows; nothing, said on stderr, where no tokenizer is there.
+
+    Raises:
+        TokenizerError: the tokenizer beside the text is damaged, or did not make it.
+    """
+    tokenizer = text_tokenizer(dataset, data)
+    if tokenizer is None:
+        print(
+            f"note: no tokenizer lies beside {data}; bits per byte and perplexity per word are left out",
+            file=sys.stderr,
+        )
+        return {}
+    row_id_N = rows_to_score(num_rows=dataset.num_rows, num_sequences=settings.num_sequences)
+    return text_units(dataset, row_id_N, tokenizer).measures(result.nll_nats_per_token)
 
 
 def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
