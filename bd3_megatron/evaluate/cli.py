@@ -82,6 +82,7 @@ def _add_frontier(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--frontier", action="store_true", help="sample under every rule and temperature and measure the texts")
     add("--scoring-model", metavar="FOLDER", help="local autoregressive model for generative perplexity")
+    add("--references", metavar="FILE", help="human texts, one a line, for MAUVE (with --scoring-model and mauve-text)")
     add("--rules", nargs="+", default=["first_hitting"], metavar="RULE", help="decoding rules (default: first_hitting)")
     add("--temperatures", nargs="+", type=float, default=[1.0], metavar="T", help="(default: 1.0)")
     add("--steps", type=int, help="forwards a block, for rules that take them")

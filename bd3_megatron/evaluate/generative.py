@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bd3_megatron.errors import TokenizerError
+from bd3_megatron.evaluate.mauve_score import mauve_score
 from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.tables import Column
 from bd3_megatron.evaluate.text_statistics import text_statistics
@@ -26,6 +27,7 @@ GENERATION_COLUMNS = (
     Column("forwards_per_token", "forwards/token", ".3f"),
     Column("distinct_2", "distinct-2", ".3f"),
     Column("length_median_tokens", "median length", ".0f"),
+    Column("mauve", "MAUVE", ".3f"),
 )
 
 
@@ -39,6 +41,8 @@ class GenerationRequest:
     batch_size: int = 16
     prompts: Sequence[str] = ("",)
     """Texts to continue, in turn; an empty one starts from BOS."""
+    references: Sequence[str] = ()
+    """Human texts for MAUVE, whose package must be there; none: it is left out."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Decoding options that all settings share."""
 
@@ -56,7 +60,7 @@ def measure_samples(
 
     Returns:
         rule, temperature and the other options; perplexity, perplexity_stderr, corpus_perplexity;
-        forwards_per_token; everything of `text_statistics`; texts (a few, for reading).
+        mauve, where there are references; forwards_per_token; everything of `text_statistics`; texts (a few, for reading).
 
     Raises:
         TokenizerError: a scoring model was given, but the folder has no tokenizer to make texts with.
@@ -87,6 +91,8 @@ def measure_samples(
             "perplexity_stderr": found.stderr,
             "corpus_perplexity": found.corpus_perplexity,
         }
+        if request.references:
+            point["mauve"] = mauve_score(scorer, request.references, texts)
     # forwards that served each sample: a batch's own count would depend on the batch size
     point["forwards_per_token"] = sum(result.num_forwards for result in results) / max(1, num_tokens)
     return point | text_statistics([result.tokens for result in results]) | {"texts": texts[:3]}

@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -132,6 +134,18 @@ class ScoringModel:
             corpus_perplexity=math.exp(min(total, 700.0)),
             num_texts=len(found),
         )
+
+    @torch.inference_mode()
+    def features(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The last hidden state of each text's last token, float32 [texts, D]; texts without a token are left out."""
+        device, rows = next(self.model.parameters()).device, []
+        for text in texts:
+            # the newest tokens, since the last one is what counts
+            ids = self.tokenizer.encode(text, add_special_tokens=False)[-self.window :]
+            if ids:
+                found = self.model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True)
+                rows.append(found.hidden_states[-1][0, -1].float().cpu().numpy())
+        return np.stack(rows) if rows else np.zeros((0, 1), dtype=np.float32)
 
     @torch.inference_mode()
     def _windows(self, ids_L: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.noise_schedule import MIN_T
 from bd3_megatron.errors import BackendError, ConfigError
 from bd3_megatron.evaluate import generative, zero_shot
+from bd3_megatron.evaluate.mauve_score import mauve_is_there
 from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, model_convention, open_model, open_split
 from bd3_megatron.evaluate.perplexity import Estimate, ScoreSettings, rows_to_score
 from bd3_megatron.evaluate.scoring_model import ScoringModel
@@ -188,13 +189,14 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
 
 def print_frontier(options: argparse.Namespace) -> int:
     """`--frontier`, in one process."""
-    device = device_of(options)
+    device, references = device_of(options), reference_texts(options)
     folder = Path(options.folder)
     model, config = load_model(folder, device=device, dtype=_dtype(options))
     sampler = Sampler(model, config, folder_tokenizer(folder))
     scorer = None if options.scoring_model is None else ScoringModel.load(options.scoring_model, device=device)
     shared = {"top_p": options.top_p} | ({} if options.steps is None else {"steps": options.steps})
     request = generative.GenerationRequest(
+        references=references,
         num_samples=options.num_samples,
         num_tokens=options.num_tokens,
         seed=options.seed,
@@ -204,6 +206,27 @@ def print_frontier(options: argparse.Namespace) -> int:
     points = generative.frontier(sampler, scorer, request, generative.grid_of(options.rules, options.temperatures))
     print(render(generative.GENERATION_COLUMNS, points, options.format))
     return 0
+
+
+def reference_texts(options: argparse.Namespace) -> list[str]:
+    """The texts of `--references`; none, said on stderr, where MAUVE's package is not installed.
+
+    Raises:
+        ConfigError: there is no such file, or nothing to embed its texts with.
+    """
+    if options.references is None:
+        return []
+    path = Path(options.references)
+    if options.scoring_model is None:
+        raise ConfigError(
+            "--references gives MAUVE its texts, which the scoring model embeds; give --scoring-model FOLDER."
+        )
+    if not path.is_file():
+        raise ConfigError(f"--references {path} is not a file; give a file of texts, one a line.")
+    if not mauve_is_there():
+        print("note: MAUVE is left out: its package is not installed (pip install mauve-text)", file=sys.stderr)
+        return []
+    return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _dtype(options: argparse.Namespace) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.errors import CheckpointError, DataError, SamplingError, TokenizerError
 from bd3_megatron.evaluate.generative import GenerationRequest, frontier, grid_of, measure_samples
+from bd3_megatron.evaluate.mauve_score import mauve_is_there
 from bd3_megatron.evaluate.scoring_model import ScoringModel
 from bd3_megatron.evaluate.text_statistics import distinct_ngrams, text_statistics, unigram_entropy
 from bd3_megatron.sampling.generate import Sampler
@@ -183,3 +184,34 @@ def test_the_command_prints_the_frontier(
     assert code == 0 and [p["temperature"] for p in points] == [0.7, 1.0] and points[0]["perplexity"] > 1
     assert main(["evaluate", str(model_folder), "--frontier", "--data", "x"]) == 2
     assert "give --data, --zero-shot, --tasks or --frontier" in capsys.readouterr().err
+
+
+def test_mauve_is_measured_where_its_package_is_there_and_said_to_be_left_out_elsewhere(
+    model_folder: Path, scorer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "human.txt").write_text("".join(f"w{n} w{n + 1}\n" for n in range(2, 10)), encoding="utf-8")
+    asked = ["evaluate", str(model_folder), "--frontier", "--num-samples", "8", "--num-tokens", "16", "--device", "cpu"]
+    references = ["--references", str(tmp_path / "human.txt")]
+    assert main([*asked, *references]) == 2
+    assert "the scoring model embeds; give --scoring-model FOLDER" in capsys.readouterr().err
+    scored = [*asked, "--scoring-model", str(scorer_folder)]
+    assert main([*scored, "--references", str(tmp_path / "none.txt")]) == 2
+    assert "is not a file; give a file of texts, one a line" in capsys.readouterr().err
+    assert main([*scored, *references, "--json"]) == 0
+    said = capsys.readouterr()
+    (point,) = json.loads(said.out)
+    if mauve_is_there():
+        assert 0 < point["mauve"] <= 1
+    else:
+        assert "mauve" not in point and "note: MAUVE is left out: its package is not installed" in said.err
+
+
+def test_features_are_the_last_hidden_state_of_each_text(scorer: ScoringModel) -> None:
+    texts = ["w2 w3 w4", "", "w5"]
+    found = scorer.features(texts)
+    assert found.shape[0] == 2
+    ids = torch.tensor([scorer.tokenizer.encode("w2 w3 w4", add_special_tokens=False)])
+    with torch.no_grad():
+        expected = scorer.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    torch.testing.assert_close(torch.from_numpy(found[0]), expected.float(), atol=tolerances.EXACT_FP64, rtol=0)
+    assert scorer.features([""]).shape[0] == 0
