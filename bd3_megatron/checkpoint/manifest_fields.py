@@ -1,7 +1,7 @@
 """What every field of a manifest may hold, and of a rank's sidecar: files that may come from outside.
 
 A field of the wrong type or beyond its bounds is refused in one sentence that names it, its law and its value; nothing is
-allocated, opened or counted on its word. Knows nothing of meanings beyond that.
+allocated, opened or counted before its field is checked. Knows nothing of meanings beyond that.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (lambda v: v in ("sharded", "whole"), "sharded or whole"),
     "files": (lambda v: _all_values(_is_file_record)(v) and len(v) > 0, "size and SHA-256 of one file or more"),
 }
-"""Law of each field, and its words."""
+"""Law of each field, and how a refusal states it."""
 
 SIDECAR: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda v: is_count(v, 0, MAX_RANKS), "a whole number from 0"),
@@ -117,7 +117,7 @@ SIDECAR: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shapes": (lambda v: isinstance(v, dict) and all(map(_is_shape, v.items())), "shapes of parameters by name"),
     "pieces": (lambda v: isinstance(v, list) and all(map(_is_piece, v)), "a list of [name and four whole numbers]"),
 }
-"""Law of each field of a rank's sidecar that readers use, and its words."""
+"""Law of each field of a rank's sidecar that readers use, and how a refusal states it."""
 
 YOUNGER_FIELDS: dict[str, Any] = {"ep_rank": 0, "biases": []}
 """What sidecars do not say that were written before models had experts."""

@@ -45,6 +45,7 @@ def lint_folder(folder: Path, engine: Engine) -> list[LintRemark]:
     Raises:
         CheckpointError: the folder has no readable config.json or weights.
     """
+    # Only config.json must be there; everything else may be what is wrong.
     config = read_export_json(folder / "config.json")
     weights = FolderSource(folder)
     checks: list[Callable[[], Iterator[LintRemark]]] = [

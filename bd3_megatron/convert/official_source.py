@@ -104,6 +104,7 @@ def _read_lightning(path: Path, *, raw: bool) -> OfficialSource:
     content, skipped = read_foreign(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} has no state_dict; give a Lightning checkpoint of BD3-LM.")
+    # Official training compiles its model, which leaves a prefix in every name.
     state = strip_compile_prefix(_tensors(content["state_dict"], path))
     notes = _skipped_notes(skipped)
     if raw:

@@ -80,6 +80,7 @@ class CheckpointSource:
         self._table = table
         self._which = which
         self._parallel_name = {plain: name for name in table.parallel_names() for plain in table.plain_names(name)}
+        # Both ways: a parameter too many is as much another model as one too few.
         missing = sorted(set(table.parallel_names()) ^ {*reader.names(), *reader.bias_names()})
         if missing:
             raise ConversionError(

@@ -178,6 +178,7 @@ class BD3Config(PretrainedConfig):
 
     def _check_experts(self) -> None:
         number, chosen = self.num_experts, self.num_experts_per_tok
+        # 0 is a dense model: the other fields then say nothing.
         if not number:
             return
         if self.style == "paper":

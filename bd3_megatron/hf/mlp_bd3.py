@@ -80,12 +80,15 @@ def choose_experts(logits_RE: Tensor, rule: RoutingRule, bias_E: Tensor | None =
     """
     sigmoid = rule.score_function == "sigmoid"
     score_RE = logits_RE.sigmoid() if sigmoid else logits_RE.softmax(-1)
+    # The choice itself has no gradient; the router learns through the weights below.
     wanted_RE = score_RE.detach()
     if bias_E is not None:
+        # The bias steers the load and must not change what a chosen expert contributes.
         wanted_RE = wanted_RE + bias_E.to(wanted_RE.dtype)
     if rule.n_group > 1:
         wanted_RE = _in_best_groups(wanted_RE, rule.n_group, rule.topk_group)
     expert_RK = wanted_RE.topk(rule.num_experts_per_tok, dim=-1).indices
+    # Of the scores without bias, with gradient.
     weight_RK = score_RE.gather(1, expert_RK)
     if rule.norm_topk_prob:
         # sigmoids may all round to 0
@@ -97,6 +100,7 @@ def _in_best_groups(wanted_RE: Tensor, groups: int, kept: int) -> Tensor:
     grouped_RGe = wanted_RE.unflatten(-1, (groups, -1))
     best_RG = grouped_RGe.topk(GROUP_BEST, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
     is_kept_RG = torch.zeros(grouped_RGe.shape[:2], dtype=torch.bool, device=wanted_RE.device).scatter(1, best_RG, True)  # noqa: FBT003
+    # -inf, so that no expert outside the admitted groups is chosen, whatever its score.
     return grouped_RGe.masked_fill(~is_kept_RG[..., None], float("-inf")).flatten(1)
 
 
@@ -134,6 +138,7 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.num_experts, shape.hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+        # A buffer: it is moved by the load and not by gradients, and is stored with the weights.
         self.register_buffer("expert_bias", torch.zeros(shape.num_experts) if shape.router_bias else None)
 
     def forward(self, u_RD: Tensor) -> Tensor:
@@ -149,6 +154,7 @@ class Gate(nn.Module):
 
 def router_logits(u_RD: Tensor, weight_ED: Tensor) -> Tensor:
     """Logits [R, E] in fp32, or fp64 for a model of that dtype."""
+    # Scores of two experts may differ by less than bf16 tells apart, and the choice is a comparison.
     wide = torch.promote_types(weight_ED.dtype, torch.float32)
     return F.linear(u_RD.to(wide), weight_ED.to(wide))
 
@@ -172,6 +178,7 @@ class ExpertMlp(nn.Module):
         out_RD = torch.zeros_like(u_RD)
         # experts that no row has chosen are never touched: a decoding step reads the weights of its rows' experts alone
         for expert in choice.expert_RK.unique().tolist():
+            # A row chooses an expert at most once, so each is added once.
             row_n, slot_n = (choice.expert_RK == expert).nonzero(as_tuple=True)
             weight_n1 = choice.weight_RK[row_n, slot_n, None].to(u_RD.dtype)
             out_RD = out_RD.index_add(0, row_n, self.experts[expert](u_RD[row_n]) * weight_n1)

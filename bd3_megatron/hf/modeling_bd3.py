@@ -312,7 +312,7 @@ def check_labels(labels: Tensor, input_ids: Tensor, config: BD3Config) -> None:
 
 
 def new_trace(config: BD3Config, hidden_states: bool | None, attentions: bool | None) -> Trace:
-    """What a forward must keep; None takes the configuration's word."""
+    """What a forward must keep; None: as the configuration says."""
     wants_states = config.output_hidden_states if hidden_states is None else hidden_states
     wants_weights = config.output_attentions if attentions is None else attentions
     return Trace([] if wants_states else None, {} if wants_weights else None)

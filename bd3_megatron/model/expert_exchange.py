@@ -32,6 +32,7 @@ def through_experts(
         compute: of this rank's experts. Collective: all ranks of the group call alike, with any number of rows.
     """
     top_k = expert_RK.shape[1]
+    # Stable: rows of one expert keep their order, so the same rows are added in the same order on every run.
     order_n = expert_RK.flatten().argsort(stable=True)
     back_n = _inverse(order_n)
     sent_nD = _Spread.apply(rows_RD, order_n, back_n, top_k)
@@ -47,7 +48,9 @@ def through_experts(
 
 def _exchanged(sent_nD: Tensor, counts_E: Tensor, group: dist.ProcessGroup, compute: Compute) -> Tensor:
     counts_Se = counts_E.new_empty(group.size(), counts_E.shape[0] // group.size())
+    # Counts first: every rank must know how many rows will come.
     dist.all_to_all_single(counts_Se.view(-1), counts_E, group=group)
+    # One transfer to the host for both lists.
     there, here = torch.stack([counts_E.view_as(counts_Se).sum(1), counts_Se.sum(1)]).tolist()
     rows_mD = _AllToAll.apply(sent_nD, there, here, group)
     # rows come source by source, and each source's by expert
@@ -75,6 +78,7 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (back_n,) = ctx.saved_tensors
+        # By permutation and sum over K, not by index_add, whose order a GPU chooses.
         return upstream.index_select(0, back_n).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
 
@@ -104,6 +108,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        # The same parts, sent back.
         return _all_to_all(upstream, ctx.here, ctx.there, ctx.group), None, None, None
 
 
@@ -119,6 +124,7 @@ class Dealt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.num_rows, ctx.group = rows_RD.shape[0], group
+        # Every n-th row, so that parts differ in length by one at most.
         return rows_RD[group.rank() :: group.size()].contiguous()
 
     @staticmethod

@@ -59,6 +59,7 @@ def is_grouped(rows_nD: Tensor, weight: Tensor) -> bool:
 
 def grouped_product(rows_nD: Tensor, weight: Tensor, counts_e: Tensor) -> Tensor:
     """As `looped_product`, in one kernel that reads the counts on the device."""
+    # int32, as the kernel wants its offsets.
     ends = counts_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_nD, weight.transpose(1, 2), offs=ends)
 
@@ -122,6 +123,7 @@ class ExpertLayer(nn.Module):
         rows_RD = hidden_states.flatten(0, -2)
         num_rows = rows_RD.shape[0]
         if self.deals_rows:
+            # Else every tensor-parallel rank would compute the same experts on the same rows.
             rows_RD = Dealt.apply(rows_RD, self.tp_group)
         _, choice = self.router(rows_RD)
         # once a micro-batch, whether or not the layer is computed again in the backward; never in evaluation
@@ -130,10 +132,12 @@ class ExpertLayer(nn.Module):
             counts_R = self.counted.mask(layout, loss_row_R, rows_RD.shape[0], hidden_states.shape[1])
             self.router.count(choice.expert_RK, counts_R)
         out_RKD = through_experts(rows_RD, choice.expert_RK, self.num_experts, self.group, self.experts)
+        # Weighted after the experts, in the order of the row's choice: the same sum on every grid.
         mixed_RD = (out_RKD * choice.weight_RK[..., None].to(out_RKD.dtype)).sum(1)
         if self.deals_rows:
             mixed_RD = Collected.apply(mixed_RD, num_rows, self.tp_group)
         mixed = mixed_RD.view_as(hidden_states)
         if self.shared_experts is not None:
+            # Of all rows: it is cut over tp as an MLP is, and needs no exchange.
             mixed = mixed + self.shared_experts(hidden_states)[0]
         return mixed, None

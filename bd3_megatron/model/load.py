@@ -57,6 +57,7 @@ class CountedRows:
             batch_size: B.
         """
         device = loss_row_R.device
+        # It is handed exactly the rows that carry loss.
         if self.is_trimmed:
             return torch.ones(num_rows, dtype=torch.int64, device=device)
         if self.is_last:
@@ -66,6 +67,7 @@ class CountedRows:
             whole = self._positions(layout, device).repeat_interleave(
                 batch_size, output_size=layout.num_rows * batch_size
             )
+        # As sequence parallelism cuts the rows of the layer.
         return whole.chunk(self.part[1])[self.part[0]]
 
     def _positions(self, layout: PairLayout, device: torch.device) -> Tensor:

@@ -49,6 +49,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.rule = routing_of(experts)
+        # Whole on every rank: it is small, and every row must be scored against all experts.
         self.weight = nn.Parameter(torch.empty(experts.number, hidden_size, dtype=dtype))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         # a plain attribute would not follow the module to its device
@@ -63,4 +64,5 @@ class Router(nn.Module):
 
     def count(self, expert_RK: Tensor, counts_R: Tensor) -> None:
         """Add the choices of rows with 1 in `counts_R` (int64) to the load."""
+        # Integers: their sum does not depend on the order in which a device adds.
         self.load_E.scatter_add_(0, expert_RK.flatten(), counts_R[:, None].expand_as(expert_RK).flatten())

@@ -1,7 +1,7 @@
 """Runs of the miniature as processes of `bd3 train`: in the order their branches need, a few at a time.
 
 Decides: a run whose status.json says finished is not started again, so a miniature that was broken off goes on where it
-stopped. A run that fails ends the miniature with its own last words. Only processes started here are ended.
+stopped. A run that fails ends the miniature with the last line of its log. Only processes started here are ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUN_POLL_SECONDS = 0.2
 
 
 class RunFailed(BD3Error):
-    """A training run of the miniature that ended with an error; carries its last words."""
+    """A training run of the miniature that ended with an error; carries the last line of its log."""
 
     exit_code = 1
 
