@@ -14,6 +14,7 @@ from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.stages import split_layers
+from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.diffusion.objective import Objective
 from bd3_megatron.errors import ConfigError
 
@@ -129,15 +130,23 @@ def shape_of(config: Config, *, block_size: int | None = None) -> Shape:
     )
 
 
-def expected_masked_fraction(config: Config, *, interval: tuple[float, float] | None = None) -> float:
+def expected_masked_fraction(
+    config: Config,
+    *,
+    interval: tuple[float, float] | None = None,
+    block_size: int | None = None,
+    axes: ObjectiveAxes | None = None,
+) -> float:
     """Mean share of a noisy stream's positions that are masked, over t uniform in the interval (AR: 1, every row predicts).
 
     Closed integrals of the mask probabilities t, 1 - cos(pi t / 2), t^2, sqrt(t), log2(1 + t).
 
     Args:
         interval: (beta, omega) in use, when a search has moved it; None: the configuration's, of the first phase.
+        block_size, axes: of the phase in force; None: of the first.
     """
-    objective, diffusion = objective_of(config), config.diffusion
+    first, diffusion = objective_of(config), config.diffusion
+    objective = first.at(first.block_size if block_size is None else block_size, axes=axes)
     if not objective.has_noise:
         return 1.0
     phase = diffusion.phases[0].interval if diffusion.phases else None

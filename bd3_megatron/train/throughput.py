@@ -17,6 +17,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.flops import Execution
 from bd3_megatron.cost.pairs import Pairs
 from bd3_megatron.cost.step import step_flops
+from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.planner.peaks import TERA, PeakTflops
 
 CPU_MATRIX = 768
@@ -91,6 +92,7 @@ def figures(
     sequences: int | None = None,
     block_size: int | None = None,
     interval: tuple[float, float] | None = None,
+    axes: ObjectiveAxes | None = None,
     pairs: Pairs | None = None,
     execution: Execution | None = None,
 ) -> Figures:
@@ -103,7 +105,7 @@ def figures(
         devices: ranks that took part.
         peak_tflops: of one device.
         sequences: G of the step; None: train.global_batch_size.
-        block_size, interval: in use, when a curriculum or a search has moved them.
+        block_size, interval, axes: in use, when a curriculum or a search has moved them.
         pairs: mean allowed pairs a sequence, with isolated documents.
         execution: what ran; None: what the engine does for this configuration.
     """
@@ -114,6 +116,7 @@ def figures(
         sequences=n,
         block_size=block_size,
         interval=interval,
+        axes=axes,
         pairs=pairs,
         execution=execution,
     )

@@ -306,6 +306,7 @@ class Trainer:
             sequences=outcome.num_samples,
             block_size=outcome.phase.block_size,
             interval=(outcome.interval.beta, outcome.interval.omega),
+            axes=outcome.phase.axes,
             pairs=pairs,
         ).metrics()
 

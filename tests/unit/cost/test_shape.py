@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.cost.shape import expected_masked_fraction, layers_per_stage, pipeline_rows, shape_of
+from bd3_megatron.diffusion.axes import ObjectiveAxes
+from bd3_megatron.diffusion.corrupt import corrupt
+from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import BlockDiffusion
 from bd3_megatron.errors import ConfigError
@@ -37,6 +41,28 @@ def test_a_first_token_that_is_never_masked_lowers_the_mean() -> None:
     config = case(diffusion={"interval": [0.3, 0.8], "never_mask_first": True})
     assert expected_masked_fraction(config) == pytest.approx(0.55 * 31 / 32)
     assert expected_masked_fraction(config, interval=(0.5, 1.0)) == pytest.approx(0.75 * 31 / 32)
+
+
+@pytest.mark.parametrize(("axes", "wanted"), [({}, None), ({"pairing": "complementary"}, 0.5)], ids=str)
+def test_a_pair_of_views_masks_half(axes: dict[str, Any], wanted: float | None) -> None:
+    config = case(diffusion={"interval": [0.2, 0.4], "views": 2, "axes": axes})
+    assert expected_masked_fraction(config) == pytest.approx(0.3 if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_exact_counts_of_a_phase_have_the_mean_of_what_is_drawn(least: int) -> None:
+    """n = 400 samples of 16 levels in 6,400 strata: the counts leave the mean of their law by less than one stratum a count."""
+    axes = ObjectiveAxes(positions="exact", least_masked=least)
+    index = torch.arange(400)
+    t = noise_levels(1, index, num_blocks=16, interval=Interval(0.001, 0.3), group_size=400)
+    drawn = corrupt(
+        torch.zeros(400, 32, dtype=torch.int64), t, index_B=index, seed=1, mask_id=5,
+        schedule=noise_schedule("cosine"), axes=axes,
+    )  # fmt: skip
+    config = case(diffusion={"noise_schedule": "cosine", "block_size": 8})
+    found = expected_masked_fraction(config, interval=(0.001, 0.3), block_size=2, axes=axes)
+    assert found == pytest.approx(drawn.is_masked_BL.double().mean().item(), abs=1e-3)
+    assert found != pytest.approx(expected_masked_fraction(config, interval=(0.001, 0.3)), abs=1e-2)
 
 
 def test_the_baseline_predicts_every_row() -> None:
