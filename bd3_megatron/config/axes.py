@@ -40,6 +40,9 @@ class AxesConfig:
     denominator: Denominator = ObjectiveAxes.denominator
     """The loss is divided by the step's tokens that may be masked, by all its tokens (the official training loss), by its
     masked tokens, or sample by sample by the tokens that may be masked and then by samples (answer_length: SDAR)."""
+    confidence: Annotated[float, Range(0, 1000)] = ObjectiveAxes.confidence
+    """Factor on the entropy of masked tokens that are the model's first choice, added to their NLL under the same weight
+    (CAP of LLaDA 2.0: 2.0); it makes right predictions sharper, for parallel decoding. 0: none."""
 
     def axes(self) -> ObjectiveAxes:
         """The axes as the objective asks for them.

@@ -43,6 +43,8 @@ class ObjectiveAxes:
     """Weight of a loss row: p'(t) / p(t), 1, or by how near the visible tokens are."""
     denominator: Denominator = "maskable"
     """What the weighted sum is divided by, over the whole step."""
+    confidence: float = 0.0
+    """Factor beta of the entropy of rows whose target is the likeliest token; 0: no such term."""
 
     def __post_init__(self) -> None:
         if (self.level_per == "group") != (self.group_blocks is not None):

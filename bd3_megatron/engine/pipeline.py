@@ -81,9 +81,9 @@ class Pipeline:
         self, batch: PairBatch, output: LossOutput, loss_scale: float | Tensor
     ) -> tuple[Tensor, Tensor, LossSums]:
         # megatron counts tokens in int; ours are counted once for the whole step, so it is given none
-        weighted_sum, nll_R = output
+        weighted_sum, nll_R, entropy_R = output
         no_tokens = torch.zeros((), dtype=torch.int, device=nll_R.device)
-        return scaled_loss(weighted_sum, loss_scale), no_tokens, loss_sums(batch, nll_R)
+        return scaled_loss(weighted_sum, loss_scale), no_tokens, loss_sums(batch, nll_R, entropy_R)
 
 
 def scaled_loss(weighted_sum: Tensor, loss_scale: float | Tensor) -> Tensor:

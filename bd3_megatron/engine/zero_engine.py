@@ -251,13 +251,13 @@ class ZeroEngine:
             # Told each time: DeepSpeed's own count of micro-batches would be wrong in a step of another batch size.
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             with span("forward"):
-                weighted_sum, nll_R = self.engine(batch)
+                weighted_sum, nll_R, entropy_R = self.engine(batch)
             with span("backward"):
                 # The scale is ours: DeepSpeed's would divide by the number of micro-batches once more.
                 self.engine.backward(scaled_loss(weighted_sum, loss_scale), scale_wrt_gas=False)
             with span("optimizer"):
                 self.engine.step()
-            logs.append(loss_sums(batch, nll_R))
+            logs.append(loss_sums(batch, nll_R, entropy_R))
         return logs
 
     def evaluate(self, batches: Sequence[PairBatch]) -> list[LossSums]:

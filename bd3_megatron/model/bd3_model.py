@@ -47,9 +47,10 @@ class Vocabulary:
     """Never predicted (SUBS); None for a model without a mask token (AR baseline)."""
 
 
-LossOutput = tuple[Tensor, Tensor]
-"""Of one micro-batch, this context-parallel rank's rows: the scalar sum of weight x NLL in nats, with gradient, and the
-NLL of each loss row [R], without. A plain tuple, because ZeRO-3 looks for tensors in nothing else."""
+LossOutput = tuple[Tensor, Tensor, Tensor | None]
+"""Of one micro-batch, this context-parallel rank's rows: the scalar loss sum in nats, with gradient, and of each loss row the
+NLL and, where there is a confidence term, its entropy, [R], without. A plain tuple, because ZeRO-3 looks for tensors in
+nothing else."""
 
 
 class _Embedding(nn.Module):
@@ -78,7 +79,9 @@ class Head(nn.Module):
         weight_VD = self.weight if self.weight is not None else tied_weight_VD
         if weight_VD is None:
             raise RuntimeError("a head without a table of its own needs the embedding's")
-        return weighted_nll(rows_RD, weight_VD, self.bias, batch.target_R, batch.weight_R, shard=shard)
+        return weighted_nll(
+            rows_RD, weight_VD, self.bias, batch.target_R, batch.weight_R, shard=shard, confidence=batch.confidence
+        )
 
 
 class ModelChunk(MegatronModule):

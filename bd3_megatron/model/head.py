@@ -40,8 +40,9 @@ def weighted_nll(
     row_weight_R: Tensor,
     *,
     shard: VocabShard,
-) -> tuple[Tensor, Tensor]:
-    """Sum of row_weight x NLL over the rows, and the NLL of each row.
+    confidence: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sum of row_weight x (NLL + confidence x entropy where the target is the likeliest id), and the parts of each row.
 
     Args:
         hidden_RD: [R, D] final hidden states at the loss rows; replicated over the group.
@@ -49,16 +50,18 @@ def weighted_nll(
         target_R: int64 [R] ids to predict.
         row_weight_R: float32 [R].
         shard: which ids these rows are.
+        confidence: factor beta of the confidence term (CAP of LLaDA 2), >= 0.
 
     Returns:
-        (scalar fp32 sum with gradient, fp32 [R] NLL in nats without); replicated over the group. The gradient with
-        respect to hidden_RD is partial: this rank's ids only.
+        (scalar fp32 sum with gradient, fp32 [R] NLL in nats without, fp32 [R] entropy in nats where the target is the
+        likeliest id and 0 elsewhere, without; None at confidence 0); replicated over the group. The gradient with respect
+        to hidden_RD is partial: this rank's ids only.
     """
     # inside a Function, needs_input_grad says True even under no_grad: evaluation would pay for gradients
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_RD, weight_VD, bias_V)
     )
-    return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard, needs_grad)
+    return _WeightedNll.apply(hidden_RD, weight_VD, bias_V, target_R, row_weight_R, shard, confidence, needs_grad)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -71,10 +74,12 @@ class _WeightedNll(torch.autograd.Function):
         target_R: Tensor,
         row_weight_R: Tensor,
         shard: VocabShard,
+        confidence: float,
         needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         nll_R = torch.empty(hidden_RD.shape[0], dtype=wide, device=hidden_RD.device)
+        entropy_R = torch.empty_like(nll_R) if confidence else None
         # the table's gradient, in fp32, lives from here to the backward of the micro-batch
         grads = _Gradients(hidden_RD, weight_VD, bias_V, wide) if needs_grad else None
         # without kernels that multiply bf16 into fp32, the inputs are widened, once for all chunks
@@ -86,15 +91,21 @@ class _WeightedNll(torch.autograd.Function):
             local = target_R[part] - shard.start
             here = (local >= 0) & (local < weight_VD.shape[0])
             local = torch.where(here, local, 0)
-            nll_R[part] = _softmax_in_place(logits, local, here, shard)
+            nll_R[part], below_R = _softmax_in_place(logits, local, here, shard)
+            # logits now hold probabilities
+            if entropy_R is not None:
+                entropy_R[part] = _entropy(logits, below_R, confidence, shard, with_gradient=grads is not None)
             if grads is not None:
-                # logits now hold probabilities: d nll / d logits = p - onehot
+                # d nll / d logits = p - onehot, and what the confidence term has added to p
                 logits.scatter_add_(1, local[:, None], -here.to(wide)[:, None])
                 grads.add(part, logits.mul_(row_weight_R[part, None]), hidden[part], table)
         if grads is not None:
             ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.mark_non_differentiable(nll_R)
-        return (nll_R * row_weight_R).sum(), nll_R
+        if entropy_R is None:
+            ctx.mark_non_differentiable(nll_R)
+            return (nll_R * row_weight_R).sum(), nll_R, None
+        ctx.mark_non_differentiable(nll_R, entropy_R)
+        return ((nll_R + confidence * entropy_R) * row_weight_R).sum(), nll_R, entropy_R
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +113,7 @@ class _WeightedNll(torch.autograd.Function):
         scale = upstream[0]
         hidden, weight, bias = ctx.saved_tensors
         d_bias = None if bias is None else bias * scale
-        return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None, None
+        return (hidden * scale.to(hidden.dtype)), weight.mul_(scale), d_bias, None, None, None, None, None
 
 
 def _chunk_rows(weight_VD: Tensor, shard: VocabShard) -> int:
@@ -159,8 +170,8 @@ def _logits(
     return logits
 
 
-def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> Tensor:
-    """Turn logits into probabilities over all ranks' ids; returns the NLL of the targets [R]."""
+def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities over all ranks' ids; returns the targets' NLL and logit less the largest, both [R]."""
     # a rank whose ids are all padding has only -inf; a finite floor keeps -inf - (-inf) out
     # The largest logit is taken out before exp, over all ranks' ids, or large logits would overflow.
     peak = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
@@ -175,4 +186,24 @@ def _softmax_in_place(logits: Tensor, local: Tensor, here: Tensor, shard: VocabS
         dist.all_reduce(both, group=shard.group)
         total, target_logit = both
     logits /= total[:, None]
-    return total.log() - target_logit
+    return total.log() - target_logit, target_logit
+
+
+def _entropy(
+    probability: Tensor, below_R: Tensor, confidence: float, shard: VocabShard, *, with_gradient: bool
+) -> Tensor:
+    """Entropy over all ranks' ids where the target is the likeliest [R]; its gradient by the logits is added in place.
+
+    Args:
+        probability: [R, V_local].
+        below_R: logit of the target less the largest logit, 0 where the target is the likeliest id.
+    """
+    each = torch.special.xlogy(probability, probability)
+    entropy_R = -each.sum(1)
+    if shard.group is not None:
+        dist.all_reduce(entropy_R, group=shard.group)
+    factor_R = confidence * (below_R == 0).to(entropy_R.dtype)
+    if with_gradient:
+        # d H / d logits = -p (log p + H)
+        probability.mul_((1 - factor_R * entropy_R)[:, None]).sub_(each.mul_(factor_R[:, None]))
+    return entropy_R * (below_R == 0)

@@ -21,6 +21,8 @@ class LossSums:
     """float64 [B, K], sum of weight x NLL of each diffusion block, nats."""
     bins: Tensor
     """float64 [2, NUM_BINS], NLL sums and row counts by noise level."""
+    weighted_entropy: Tensor | None = None
+    """float64 scalar, sum of weight x entropy of the rows whose target is the likeliest id, nats; None without that term."""
 
     @property
     def weighted_nll_B(self) -> Tensor:
@@ -28,12 +30,13 @@ class LossSums:
         return self.weighted_nll_BK.sum(1)
 
 
-def loss_sums(batch: PairBatch, nll_R: Tensor) -> LossSums:
+def loss_sums(batch: PairBatch, nll_R: Tensor, entropy_R: Tensor | None = None) -> LossSums:
     """The sums of a micro-batch.
 
     Args:
         batch: what the last stage computed.
         nll_R: float [R] NLL of its loss rows, nats.
+        entropy_R: float [R] entropy of the rows that the confidence term takes, 0 elsewhere; None without it.
     """
     # In fp64, so that the sums do not depend on how rows are dealt to ranks and micro-batches beyond its last digits.
     nll_R = nll_R.double()
@@ -45,4 +48,5 @@ def loss_sums(batch: PairBatch, nll_R: Tensor) -> LossSums:
     bin_R = (batch.level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
     bins[0].index_add_(0, bin_R, nll_R)
     bins[1].index_add_(0, bin_R, torch.ones_like(nll_R))
-    return LossSums(weighted.view(batch.batch_size, batch.num_blocks), bins)
+    confident = None if entropy_R is None else (entropy_R.double() * batch.weight_R).sum()
+    return LossSums(weighted.view(batch.batch_size, batch.num_blocks), bins, confident)

@@ -42,6 +42,8 @@ class PairBatch:
     """int64 diffusion block of the row in its whole sequence."""
     num_blocks: int
     """K of a whole sequence."""
+    confidence: float = 0.0
+    """Factor of the confidence term."""
 
     @property
     def batch_size(self) -> int:
@@ -97,6 +99,7 @@ def pair_rows(
         level_R=at_loss_rows([one.level_BL for one in streams]),
         block_R=block_P[rows // tokens_BL.shape[0]],
         num_blocks=layout.length // layout.block_size,
+        confidence=layout.objective.axes.confidence,
     )
 
 

@@ -35,6 +35,8 @@ class StepSums:
     text_count: int
     bins: Tensor
     """float64 [2, NUM_BINS]."""
+    weighted_entropy_nats: float = 0.0
+    """Sum of weight x entropy of the rows that the confidence term takes, its factor left out."""
 
     @property
     def loss(self) -> float:
@@ -52,6 +54,9 @@ class StepSums:
             "loss/train_nats_per_token": self.loss,
             "noise/masked_fraction": self.masked_fraction,
         }
+        # terms are logged apart, so that the bound stays comparable between runs
+        if self.weighted_entropy_nats:
+            record["loss/confidence_nats_per_token"] = self.weighted_entropy_nats / max(1, self.token_count)
         for number in range(NUM_BINS):
             count = float(self.bins[1, number])
             if count:
@@ -65,7 +70,7 @@ class PendingSums:
     """A step's sums on their way to the host."""
 
     table: HostCopy
-    """float64 [samples + 2 x NUM_BINS + 3]."""
+    """float64 [samples + 2 x NUM_BINS + 4]."""
     num_samples: int
 
     def read(self) -> StepSums:
@@ -78,6 +83,7 @@ class PendingSums:
             masked_count=int(here[-2]),
             text_count=int(here[-1]),
             bins=here[num_samples : num_samples + 2 * NUM_BINS].view(2, NUM_BINS),
+            weighted_entropy_nats=float(here[-4]),
         )
 
 
@@ -139,11 +145,14 @@ def reduce_step(
         token_count, masked_count, text_count: of this data-parallel rank's samples.
     """
     # One table for everything, so that a log line costs one all-reduce.
-    table = torch.zeros(num_samples + 2 * NUM_BINS + 3, dtype=torch.float64, device=topology.device)
+    table = torch.zeros(num_samples + 2 * NUM_BINS + 4, dtype=torch.float64, device=topology.device)
     # Tensor-parallel ranks have computed the same sums; one of them adds them.
     if logs and topology.tp_rank == 0:
         table[:num_samples] = _in_sample_order(logs, topology, num_samples)
         table[num_samples : num_samples + 2 * NUM_BINS] = torch.stack([log.bins for log in logs]).sum(0).flatten()
+        entropies = [log.weighted_entropy for log in logs if log.weighted_entropy is not None]
+        if entropies:
+            table[-4] = torch.stack(entropies).sum()
     # Counts are of whole sequences: one rank of a replica states them.
     if topology.tp_rank == 0 and topology.cp_rank == 0 and topology.is_first_stage:
         table[-3], table[-2], table[-1] = token_count, masked_count, text_count

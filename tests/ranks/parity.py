@@ -145,6 +145,8 @@ class Outcome:
     """Of experts after the last step, by plain names."""
     smallest_gap: float = math.inf
     """Of a plain job with experts: the least distance between the last chosen and the first left-out expert of any row."""
+    confidences: list[float] = field(default_factory=list)
+    """Confidence terms without their factor, nats per token."""
 
 
 def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
@@ -160,14 +162,16 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
         engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}
         out["ep_rank"] = topology.ep_rank
-        out |= {"losses": [], "norms": [], "rates": [], "grads": {}, "loads": []}
+        out |= {"losses": [], "norms": [], "rates": [], "confidences": [], "grads": {}, "loads": []}
 
         def keep_gradients(loss: float) -> bool:
             out["grads"] = _whole_over_shards(engine, topology)
             return False
 
         for outcome in updates(config, topology, engine, RandomRows(documents), steps, keep_gradients):
-            out["losses"].append(outcome.sums().loss)
+            sums = outcome.sums()
+            out["losses"].append(sums.loss)
+            out["confidences"].append(sums.weighted_entropy_nats / sums.token_count)
             out["norms"].append(outcome.result.grad_norm)
             out["rates"].append(engine.optimizer.param_groups[0]["lr"])
             out["loads"].append({layer: load_E.tolist() for layer, load_E in outcome.result.loads.items()})
@@ -223,7 +227,7 @@ def _whole_over_shards(engine: ZeroEngine, topology: Topology) -> dict[str, Tens
 def join_ranks(config: Config, results: list[dict[str, Any]], *, vocab: int = VOCAB) -> Outcome:
     """Whole tensors under plain names from what the ranks returned."""
     first = results[0]
-    outcome = Outcome(first["losses"], first["norms"], first["rates"])
+    outcome = Outcome(first["losses"], first["norms"], first["rates"], confidences=first["confidences"])
     for by_rank in zip(*(result["loads"] for result in results), strict=True):
         outcome.loads.append({layer: load for loads in by_rank for layer, load in loads.items()})
     table = NameTable(config.model, vocab)
@@ -286,15 +290,16 @@ def plain_job(
         if config.model.experts is not None:
             watch.begin(config, clean, size)
         phase = replace_field(config, "diffusion.axes", plain_axes(config, step))
-        loss = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
+        loss, confidence = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
         rate = plain_rate(config, step) * factor
         for group in adam.param_groups:
             group["lr"] = rate
         adam.zero_grad()
-        loss.backward()
+        (loss + phase.diffusion.axes.confidence * confidence).backward()
         if step == 0:
             outcome.first_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         outcome.losses.append(loss.item())
+        outcome.confidences.append(confidence.item() if phase.diffusion.axes.confidence else 0.0)
         outcome.rates.append(rate)
         outcome.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad_norm).item())
         adam.step()
@@ -406,8 +411,8 @@ def plain_axes(config: Config, step: int) -> AxesConfig:
 
 def plain_loss(
     model: PlainBD3, config: Config, clean: CleanBatch, *, block_size: int | None = None, mask_id: int = MASK_ID
-) -> Tensor:
-    """Nats per token of the plain model on some samples."""
+) -> tuple[Tensor, Tensor]:
+    """Nats per token of the plain model on some samples, and its confidence term without its factor."""
     tokens_BL, documents_BL, padding_BL = clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL
     if config.diffusion.objective == "ar":
         nll_BL = next_token_nll(model(tokens_BL, None, documents_BL)[:, :-1], tokens_BL[:, 1:])
@@ -416,23 +421,30 @@ def plain_loss(
             counts_BL = documents_BL[:, 1:] == documents_BL[:, :-1]
         if padding_BL is not None:
             counts_BL = counts_BL & ~padding_BL[:, 1:]
-        return nll_BL[counts_BL].sum() / counts_BL.sum()
-    total, count = torch.zeros((), dtype=torch.float64), 0
+        loss = nll_BL[counts_BL].sum() / counts_BL.sum()
+        return loss, torch.zeros_like(loss)
+    total, confidence, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     denominator = config.diffusion.axes.denominator
     noise = noise_of(config, block_size=block_size, mask_id=mask_id)
     for view in range(config.diffusion.views):
         noisy = noise.of_view(view).corrupt(clean, config.diffusion)
-        nll_BL = masked_token_nll(model(noisy.noisy_BL, tokens_BL, documents_BL), tokens_BL, mask_id=mask_id)
+        logits_BLV = model(noisy.noisy_BL, tokens_BL, documents_BL)
+        nll_BL = masked_token_nll(logits_BLV, tokens_BL, mask_id=mask_id)
+        allowed_BLV = torch.cat([logits_BLV[..., :mask_id], logits_BLV[..., mask_id + 1 :]], dim=-1)
+        law_BL = torch.distributions.Categorical(logits=allowed_BLV)
+        sharp_BL = law_BL.entropy() * (nll_BL.detach() <= -law_BL.logits.max(-1).values.detach() + 1e-6)
         for row, masked_L in enumerate(noisy.is_masked_BL):
             sample, maskable = (
                 (nll_BL[row] * noisy.weight_BL[row])[masked_L].double().sum(),
                 noisy.countable_BL[row].sum(),
             )
-            total = total + (sample / maskable if denominator == "answer_length" else sample)
+            share = 1 / maskable if denominator == "answer_length" else 1
+            total = total + sample * share
+            confidence = confidence + (sharp_BL[row] * noisy.weight_BL[row])[masked_L].double().sum() * share
             text = len(masked_L) if padding_BL is None else (~padding_BL[row]).sum()
             counts = {"maskable": maskable, "all": text, "loss_rows": masked_L.sum(), "answer_length": 1}
             count += int(counts[denominator])
-    return total / count
+    return total / count, confidence / count
 
 
 def plain_model(config: Config, *, vocab: int = VOCAB, mask_id: int = MASK_ID) -> PlainBD3:

@@ -41,8 +41,14 @@ COVERING: dict[str, list[Case]] = {
         ({"denominator": "loss_rows", "row_weight": "flat"}, {}, False),
         ({"denominator": "answer_length", "level_per": "sample"}, {"never_mask_first": True}, True),
     ],
-    "tp sp": [({"positions": "exact", "least_masked": 1, "position_half_life": 0.25}, {}, False)],
-    "pp": [({"pairing": "complementary", "positions": "exact", "denominator": "loss_rows"}, {"views": 2}, False)],
+    "tp sp": [({"positions": "exact", "least_masked": 1, "position_half_life": 0.25, "confidence": 20.0}, {}, True)],
+    "pp": [
+        (
+            {"pairing": "complementary", "positions": "exact", "denominator": "loss_rows", "confidence": 20.0},
+            {"views": 2},
+            False,
+        )
+    ],
     "cp": [({"pairing": "complementary", "row_weight": "cart"}, {"views": 2, "noise_schedule": "cosine"}, True)],
 }
 
@@ -69,6 +75,7 @@ def check(grid: str, cases: list[Case]) -> None:
 
 def compare_first_step(found: Outcome, expected: Outcome, case: str) -> None:
     assert found.losses == pytest.approx(expected.losses, rel=tolerances.GRID_LOSS), case
+    assert found.confidences == pytest.approx(expected.confidences, rel=tolerances.GRID_LOSS), case
     assert found.norms == pytest.approx(expected.norms, rel=tolerances.GRID_NORM), case
     assert found.first_grads
     for name, grad in found.first_grads.items():
@@ -85,7 +92,7 @@ def values(name: str) -> tuple[Any, ...]:
     """Every value of an axis that is a choice, two of one that is a number."""
     hint = typing.get_type_hints(AxesConfig)[name]
     numbers: dict[str, tuple[Any, ...]] = {
-        "group_blocks": (None, 3), "least_masked": (0, 1), "position_half_life": (None, 0.25),
+        "group_blocks": (None, 3), "least_masked": (0, 1), "position_half_life": (None, 0.25), "confidence": (0.0, 20.0),
     }  # fmt: skip
     return numbers.get(name) or typing.get_args(hint)
 
@@ -128,8 +135,8 @@ def test_a_shipped_recipe_trains_as_the_plain_model_does(name: str) -> None:
     found = join_ranks(config, run_ranks(rank_job(config, documents=True, steps=3), config.parallel))
     expected = plain_job(config, documents=True, steps=3)
     compare_first_step(
-        dataclasses.replace(found, losses=found.losses[:1], norms=found.norms[:1]),
-        dataclasses.replace(expected, losses=expected.losses[:1], norms=expected.norms[:1]),
+        dataclasses.replace(found, losses=found.losses[:1], norms=found.norms[:1], confidences=[]),
+        dataclasses.replace(expected, losses=expected.losses[:1], norms=expected.norms[:1], confidences=[]),
         name,
     )
     assert len(found.losses) == 3

@@ -40,7 +40,7 @@ def test_a_key_is_explained_with_type_range_default_and_text(name: str, expected
 
 def test_a_section_and_a_list_are_explained_key_by_key_and_a_bare_name_is_found() -> None:
     assert explain("watch").count("watch.") >= 4
-    assert explain("diffusion.phases").count("diffusion.phases[].") == 7 + 9
+    assert explain("diffusion.phases").count("diffusion.phases[].") == 7 + 10
     assert explain("lr") == explain("optim.lr")
     assert explain("every_steps").count("every_steps:") == 3
 

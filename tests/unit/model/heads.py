@@ -22,6 +22,11 @@ class HeadProblem:
 
     def answer(self) -> tuple[Tensor, list[Tensor]]:
         """(NLL [R], gradients of the weighted sum by hidden, weight and bias)."""
+        nll_R, _, grads = self.sharpened(0.0)
+        return nll_R, grads
+
+    def sharpened(self, confidence: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(NLL [R], entropy [R] where the target is the likeliest id, gradients of the weighted sum with that term)."""
         inputs = [t.detach().requires_grad_() for t in (self.hidden_RD, self.weight_VD, self.bias_V) if t is not None]
         logits = inputs[0] @ inputs[1].t() + (inputs[2] if len(inputs) == 3 else 0.0)
         allowed = torch.arange(logits.shape[1]) < self.vocab_size
@@ -30,11 +35,22 @@ class HeadProblem:
         nll_R = torch.nn.functional.cross_entropy(
             logits.masked_fill(~allowed, -torch.inf), self.target_R, reduction="none"
         )
-        return nll_R.detach(), list(torch.autograd.grad((nll_R * self.row_weight_R).sum(), inputs))
+        law = torch.distributions.Categorical(logits=logits[:, allowed])
+        first_R = logits.masked_fill(~allowed, -torch.inf).argmax(1)
+        entropy_R = law.entropy() * (first_R == self.target_R)
+        total = ((nll_R + confidence * entropy_R) * self.row_weight_R).sum()
+        return nll_R.detach(), entropy_R.detach(), list(torch.autograd.grad(total, inputs))
 
 
 def head_problem(
-    *, rows: int = 13, width: int = 6, vocab_size: int = 21, table: int = 24, bias: bool = True, never: int | None = 20
+    *,
+    rows: int = 13,
+    width: int = 6,
+    vocab_size: int = 21,
+    table: int = 24,
+    bias: bool = True,
+    never: int | None = 20,
+    right_rows: int = 0,
 ) -> HeadProblem:
     """Random fp64 inputs; the table has padding rows beyond the vocabulary."""
     generator = torch.Generator().manual_seed(1)
@@ -42,7 +58,7 @@ def head_problem(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return HeadProblem(
+    problem = HeadProblem(
         hidden_RD=draw(rows, width),
         weight_VD=draw(table, width),
         bias_V=draw(table) if bias else None,
@@ -51,3 +67,7 @@ def head_problem(
         vocab_size=vocab_size,
         never=never,
     )
+    # the first rows predict what the model finds likeliest
+    logits = problem.hidden_RD @ problem.weight_VD.t() + (0.0 if problem.bias_V is None else problem.bias_V)
+    problem.target_R[:right_rows] = logits[:right_rows, :20].argmax(1)
+    return problem

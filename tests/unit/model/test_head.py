@@ -17,7 +17,7 @@ def solved(
     tensors = (problem.hidden_RD, problem.weight_VD, problem.bias_V)
     inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
     shard = VocabShard(0, problem.vocab_size, problem.never, None)
-    total, nll_R = weighted_nll(*inputs, problem.target_R, problem.row_weight_R.to(dtype), shard=shard)
+    total, nll_R, _ = weighted_nll(*inputs, problem.target_R, problem.row_weight_R.to(dtype), shard=shard)
     (3.0 * total).backward()
     return total.detach(), nll_R, [t.grad.double() / 3.0 for t in inputs if t is not None]
 
@@ -40,6 +40,24 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     )
     for found, expected in zip(grads, expected_grads, strict=True):
         assert torch.allclose(found, expected, rtol=0, atol=tolerances.EXACT_FP64 * 10)
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_the_confidence_term_is_the_entropy_of_right_rows(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "head_chunk_bytes", lambda *_, **__: 4 * 24 * chunk_rows)
+    problem = head_problem(right_rows=6)
+    inputs = [t.detach().requires_grad_() for t in (problem.hidden_RD, problem.weight_VD, problem.bias_V)]
+    shard = VocabShard(0, problem.vocab_size, problem.never, None)
+    total, nll_R, entropy_R = weighted_nll(*inputs, problem.target_R, problem.row_weight_R, shard=shard, confidence=2.0)
+    expected_R, expected_entropy_R, grads = problem.sharpened(2.0)
+    assert (expected_entropy_R > 0).sum() >= 6 and (expected_entropy_R == 0).any()
+    assert torch.allclose(nll_R, expected_R, rtol=0, atol=tolerances.EXACT_FP64)
+    assert torch.allclose(entropy_R, expected_entropy_R, rtol=0, atol=tolerances.EXACT_FP64)
+    wanted = ((expected_R + 2.0 * expected_entropy_R) * problem.row_weight_R).sum().item()
+    assert total.item() == pytest.approx(wanted, abs=tolerances.EXACT_FP64 * 100)
+    total.backward()
+    for tensor, expected in zip(inputs, grads, strict=True):
+        assert torch.allclose(tensor.grad, expected, rtol=0, atol=tolerances.EXACT_FP64 * 10)
 
 
 def test_what_may_not_be_predicted_gets_no_gradient() -> None:
@@ -91,7 +109,7 @@ def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     weight = problem.weight_VD.requires_grad_()
     shard = VocabShard(0, 21, 20, None)
     with torch.no_grad():
-        total, _ = weighted_nll(
+        total, _, _ = weighted_nll(
             problem.hidden_RD, weight, problem.bias_V, problem.target_R, problem.row_weight_R, shard=shard
         )
     assert not total.requires_grad

@@ -56,6 +56,9 @@ def test_the_record_names_what_was_summed() -> None:
     bins = torch.zeros(2, NUM_BINS, dtype=torch.float64)
     bins[:, 3] = torch.tensor([12.0, 4.0])
     sums = StepSums(weighted_nll_nats=50.0, token_count=20, masked_count=4, text_count=20, bins=bins)
+    # another term is another entry: the bound stays what it is
+    with_term = replace(sums, weighted_entropy_nats=5.0).metrics()
+    assert with_term == {**sums.metrics(), "loss/confidence_nats_per_token": 0.25}
     assert sums.metrics() == {
         "loss/train_nats_per_token": 2.5,
         "noise/masked_fraction": 0.2,
