@@ -126,7 +126,7 @@ def forty() -> list[tuple[str, Case]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["sdar_cpt", "efficient_dlm", "dfactory_flat"])
+@pytest.mark.parametrize("name", ["sdar_cpt", "efficient_dlm", "dfactory_flat", "llada2_cap"])
 def test_a_shipped_recipe_trains_as_the_plain_model_does(name: str) -> None:
     """Its objective, at blocks of 4, on a small model; three steps."""
     recipe = load_config(CONFIGS / f"{name}.yaml")
