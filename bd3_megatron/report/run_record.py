@@ -116,12 +116,7 @@ class RunRecord:
 
 
 def _is_kind(key: str) -> bool:
-    return (
-        key.startswith("time/")
-        and key.endswith("_seconds")
-        and key != "time/step_seconds"
-        and not key.startswith("time/pause")
-    )
+    return key.startswith("time/") and key.endswith("_seconds") and not key.startswith(("time/step", "time/pause"))
 
 
 def finite(record: MetricsRecord, key: str) -> float | None:

@@ -53,6 +53,8 @@ class StepSplit:
     """None: between two steps."""
     seconds: float
     by_kind: Mapping[str, float]
+    follows_step: bool = False
+    """A pause after a step: not the wait for the first one."""
 
 
 class _ClockMark(Event):
@@ -81,6 +83,7 @@ class _Chain:
     """Marks of one step or pause; `kinds[i]` owns the time from mark i to mark i + 1."""
 
     step: int | None
+    follows_step: bool = False
     marks: list[Event] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
 
@@ -156,7 +159,7 @@ class Timeline:
         """Close the chain at a mark that is also the first of the next one, so that no time falls between."""
         owner = self._open[-1] if self._open else "other"
         self._mark(owner)
-        closed, self._current = self._current, _Chain(step)
+        closed, self._current = self._current, _Chain(step, follows_step=self._current.step is not None)
         last = closed.marks[-1]
         self._current.marks.append(last)
         self._current.kinds.append(owner)
@@ -177,7 +180,7 @@ def _split(chain: _Chain) -> StepSplit:
     for owner, start, end in zip(chain.kinds, chain.marks, chain.marks[1:], strict=False):
         # torch's events give milliseconds.
         by_kind[owner] += start.elapsed_time(end) / 1e3
-    return StepSplit(chain.step, sum(by_kind.values()), MappingProxyType(dict(by_kind)))
+    return StepSplit(chain.step, sum(by_kind.values()), MappingProxyType(dict(by_kind)), chain.follows_step)
 
 
 def time_metrics(splits: Sequence[StepSplit]) -> dict[str, float]:
@@ -188,7 +191,8 @@ def time_metrics(splits: Sequence[StepSplit]) -> dict[str, float]:
 
     Returns:
         time/step_seconds and time/KIND_seconds as means a step (only kinds that occurred); time/pause_seconds and
-        time/pause_KIND_seconds as sums over the pauses. Without a step, the pauses only.
+        time/pause_KIND_seconds as sums over the pauses. Without a step, the pauses only. time/step_and_pause_seconds is the
+        clock of speed: a mean step with its share of what lies between steps and has no name of its own.
     """
     steps = [s for s in splits if s.step is not None]
     pauses = [s for s in splits if s.step is None]
@@ -197,6 +201,9 @@ def time_metrics(splits: Sequence[StepSplit]) -> dict[str, float]:
         record["time/step_seconds"] = sum(s.seconds for s in steps) / len(steps)
         for kind, seconds in _sums(steps).items():
             record[f"time/{kind}_seconds"] = seconds / len(steps)
+        # evaluation and checkpoints are somebody's choice; records, questions and loops are what a step costs
+        unnamed = sum(s.by_kind.get("other", 0.0) for s in pauses if s.follows_step)
+        record["time/step_and_pause_seconds"] = record["time/step_seconds"] + unnamed / len(steps)
     if pauses:
         record["time/pause_seconds"] = sum(s.seconds for s in pauses)
         for kind, seconds in _sums(pauses).items():

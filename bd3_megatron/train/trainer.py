@@ -299,7 +299,7 @@ class Trainer:
             return {}
         return figures(
             self.config,
-            times["time/step_seconds"],
+            times["time/step_and_pause_seconds"],
             sums.masked_fraction,
             self.topology.world_size,
             self.peak,

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bd3_megatron.config.load import replace_field
 from bd3_megatron.cost.pairs import attended_pairs, mean_pairs
-from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.planner.peaks import PeakTflops
 from bd3_megatron.report.run_record import read_run
+from bd3_megatron.train.batches import StepBatch, StepBatches
 from bd3_megatron.train.build import build_trainer
 from bd3_megatron.train.throughput import figures
 from bd3_megatron.train.timeline import Timeline
@@ -47,17 +46,18 @@ def test_a_data_delay_shows_as_data_wait_and_nowhere_else(tmp_path: Path) -> Non
     config = train_config(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": STEPS})
 
     def on_rank(topology: Topology) -> None:
-        prompt, delays = TokenDataset.batch_for, [0.0]
+        prompt, delays = StepBatches.next, [0.0]
         # this process is the rank's own: what is changed in it ends with it
         Timeline.__init__.__kwdefaults__["clock"] = lambda: time.perf_counter() + sum(delays)
         trainer = build_trainer(config, topology)
 
-        def late(self: TokenDataset, index_B: Tensor) -> CleanBatch:
-            if trainer.state.step % 2 == 0 and int(index_B[0]) % BATCH == 0:
+        def late(self: StepBatches, step: int, *more: Any) -> StepBatch:
+            # what is left of a delay once the step before could not hide it: the training thread waits for the batch
+            if step % 2 == 0:
                 delays.append(DELAY_SECONDS)
-            return prompt(self, index_B)
+            return prompt(self, step, *more)
 
-        TokenDataset.batch_for = late  # type: ignore[method-assign]
+        StepBatches.next = late  # type: ignore[method-assign]
         trainer.run()
 
     run_ranks(on_rank, config.parallel)
@@ -89,7 +89,7 @@ def test_figures_count_the_documents_that_were_trained_on(parallel: dict[str, An
     pairs = mean_pairs(
         [attended_pairs(LENGTH, 4, [len(list(run)) for _, run in groupby(row)]) for row in ids_BL.tolist()]
     )
-    devices, seconds = config.parallel.world_size(), record["time/step_seconds"]
+    devices, seconds = config.parallel.world_size(), record["time/step_and_pause_seconds"]
     expected = figures(
         run, seconds, record["noise/masked_fraction"], devices, PeakTflops(1.0, "given"), pairs=pairs
     ).metrics()

@@ -128,6 +128,21 @@ def test_pauses_between_steps_belong_to_no_step() -> None:
     assert sum(kinds) == pytest.approx(record["time/step_seconds"])
 
 
+def test_speed_counts_what_lies_between_steps_and_has_no_name() -> None:
+    clock = _Clock()
+    timeline = Timeline(clock=clock)
+    clock.wait(60.0)
+    _step(timeline, clock, 1)
+    clock.wait(0.5)
+    with timeline.span("checkpoint"):
+        clock.wait(3.0)
+    _step(timeline, clock, 2)
+    record = time_metrics(timeline.finished())
+    # two steps of 2.1 s and half a second between them; neither the start nor the checkpoint is a step's cost
+    assert record["time/step_and_pause_seconds"] == pytest.approx((2 * 2.1 + 0.5) / 2)
+    assert record["time/step_seconds"] == pytest.approx(2.1)
+
+
 def test_a_step_cut_short_by_an_error_keeps_its_spans_closed() -> None:
     clock = _Clock()
     timeline = Timeline(clock=clock)
