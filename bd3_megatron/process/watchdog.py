@@ -123,19 +123,41 @@ class Watchdog:
                 self._give_up(loop, waited)
 
     def _give_up(self, loop: int, waited: float) -> None:
+        # limits follow each rank's own median, so the others may be a little later
+        patience = max(REPORTS_SECONDS, 0.1 * self.limit_seconds)
+        faulthandler.dump_traceback_later(2 * (patience + REPORTS_SECONDS) + LAST_RESORT_SECONDS, exit=True)
+        verdict = self._folder / "verdict.txt"
         # whatever goes wrong here, the process must end: others wait for it
         try:
-            own = self._write_report(loop)
-            reports = self._reports()
-            verdict = blamed(reports, self._world_size)
-            sentence = (
-                f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): {verdict}"
-            )
+            self._write_report(loop)
+            # One rank reads everybody's report: all of them reading all would be a million files on 1,000 ranks. It is rank
+            # 0, or where rank 0 does not answer the lowest that has written one.
+            if self._rank > 0:
+                _wait_until(verdict.exists, patience + REPORTS_SECONDS)
+            if not verdict.exists() and self._rank == min(self._reported()):
+                self._name_the_blamed(verdict, waited, patience if self._rank == 0 else 0.0)
+            # the first rank to end has the others killed, the author among them
+            _wait_until(verdict.exists, patience + REPORTS_SECONDS)
+            sentence = verdict.read_text(encoding="utf-8").strip()
             print(f"bd3: error: {sentence}; stacks of all ranks in {self._folder}", file=sys.stderr, flush=True)
-            # all ranks read the same reports and reach one verdict: the lowest of them writes it
-            self._publish(sentence, is_author=own.rank == min(report.rank for report in reports))
         finally:
             os._exit(HUNG)
+
+    def _name_the_blamed(self, verdict: Path, waited: float, patience: float) -> None:
+        _wait_until(lambda: len(self._reported()) == self._world_size, patience)
+        files = [self._folder / f"rank-{rank}.json" for rank in sorted(self._reported())]
+        reports = [HangReport(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        sentence = (
+            f"no step for {waited:.0f} s after step {self._step} (limit {self.limit_seconds:.0f} s): "
+            f"{blamed(reports, self._world_size)}"
+        )
+        write_status(self._run_dir, "hung", reason=sentence, step=self._step, exit_code=HUNG)
+        write_text(verdict, f"{sentence}\n")
+
+    def _reported(self) -> list[int]:
+        """Ranks whose report is there, by one listing of the folder."""
+        names = (name for name in os.listdir(self._folder) if name.startswith("rank-") and name.endswith(".json"))
+        return [int(name.removeprefix("rank-").removesuffix(".json")) for name in names]
 
     def _write_report(self, loop: int) -> HangReport:
         folder = self._folder
@@ -148,24 +170,11 @@ class Watchdog:
         write_json(folder / f"rank-{self._rank}.json", asdict(report), indent=None)
         return report
 
-    def _publish(self, sentence: str, *, is_author: bool) -> None:
-        verdict = self._folder / "verdict.txt"
-        if is_author:
-            write_status(self._run_dir, "hung", reason=sentence, step=self._step, exit_code=HUNG)
-            write_text(verdict, f"{sentence}\n")
-        # the first rank to end has the others killed, the author among them
-        deadline = time.monotonic() + REPORTS_SECONDS
-        while not verdict.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
 
-    def _reports(self) -> list[HangReport]:
-        # limits follow each rank's own median, so the others may be a little later
-        deadline = time.monotonic() + max(REPORTS_SECONDS, 0.1 * self.limit_seconds)
-        while True:
-            files = sorted(self._folder.glob("rank-*.json"))
-            if len(files) == self._world_size or time.monotonic() > deadline:
-                return [HangReport(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-            time.sleep(0.1)
+def _wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def where(frame: FrameType | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,23 @@ def watched(folder: Path, topology: Topology) -> Watchdog:
     return Watchdog(watch, folder, rank=topology.rank, world_size=topology.world_size)
 
 
+def reads_of_reports(topology: Topology, folder: Path) -> None:
+    """From here on this rank notes every report that it reads."""
+    read = Path.read_text
+
+    def noted(self: Path, *args: Any, **options: Any) -> str:
+        if self.name.startswith("rank-") and self.suffix == ".json":
+            with (folder / f"reads-{topology.rank}").open("a") as file:
+                file.write("x")
+        return read(self, *args, **options)
+
+    Path.read_text = noted  # type: ignore[method-assign]
+
+
 def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(tmp_path: Path) -> None:
     def on_rank(topology: Topology) -> None:
         watchdog = watched(tmp_path, topology)
+        reads_of_reports(topology, tmp_path)
         with watchdog.watching(0):
             for step in range(1, 4):
                 if step == 3 and topology.rank == 1:
@@ -43,8 +58,11 @@ def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(tmp_pat
     assert found["status"] == "hung" and found["step"] == 2
     assert "after step 2 (limit 2 s): rank 1 (node node1) is in no collective" in found["reason"]
     assert found["reason"].endswith("the others wait in all_reduce")
+    # rank 0 reads one report a rank, the others none
+    assert [file.name for file in tmp_path.glob("reads-*")] == ["reads-0"]
+    assert (tmp_path / "reads-0").stat().st_size == 3
     stacks = [(tmp_path / f"logs/hang/rank-{rank}.txt").read_text() for rank in range(3)]
-    assert "wait" in stacks[1] and all("in agreed" in stacks[rank] for rank in (0, 2))
+    assert "wait" in stacks[1] and all("in ask" in stacks[rank] for rank in (0, 2))
 
 
 def test_a_stopped_rank_is_named_by_its_silence(tmp_path: Path) -> None:
