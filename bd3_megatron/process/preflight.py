@@ -96,15 +96,19 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
     """
     started = time.perf_counter()
     bad_nodes = os.environ.get("BD3_BAD_NODES")
-    reports: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(reports, examine(Path(config.run.dir), topology))
-    findings = remarks_on(reports, device_type=topology.device.type)
+    is_first = topology.rank == 0
+    # All reports go to one rank and its findings to all: every rank with every report would be a million reports on 1,000.
+    reports: list[Any] | None = [None] * topology.world_size if is_first else None
+    dist.gather_object(examine(Path(config.run.dir), topology), reports)
+    box: list[Any] = [remarks_on(reports, device_type=topology.device.type) if reports else []]
+    dist.broadcast_object_list(box, src=0, device=topology.device)
+    findings: list[NodeRemark] = box[0]
     # a slow node ends the run only where the next attempt can go without it
     stops = [f for f in findings if f.kind == "fault" or (f.kind == "slow" and bad_nodes)]
     for finding in findings:
         say(f"preflight: {finding.sentence}")
     if stops:
-        if topology.rank == 0 and bad_nodes:
+        if is_first and bad_nodes:
             for node in sorted({f.node for f in stops}):
                 append_line(Path(bad_nodes), node)
         raise NodeFailure(
@@ -112,7 +116,8 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
             "(cluster.exclude, or submit with --exclude-bad), or set watch.preflight=false to run all the same."
         )
     _check_space(config, topology)
-    say(summary(reports, time.perf_counter() - started))
+    if reports:
+        say(summary(reports, time.perf_counter() - started))
 
 
 def examine(run_dir: Path, topology: Topology) -> RankReport:
@@ -292,10 +297,14 @@ def _odd_versions(reports: Sequence[RankReport]) -> list[NodeRemark]:
 
 def _slow(reports: Sequence[RankReport], factor: float) -> list[NodeRemark]:
     found = []
+    by_node: dict[str, list[float]] = {}
     for r in reports:
-        # the node's median finds one slow device in a box, the job's a box that is slow as a whole
-        node = statistics.median_low([o.product_seconds for o in reports if o.node == r.node])
-        usual = min(node, statistics.median_low([o.product_seconds for o in reports]))
+        by_node.setdefault(r.node, []).append(r.product_seconds)
+    # the node's median finds one slow device in a box, the job's a box that is slow as a whole
+    medians = {node: statistics.median_low(seconds) for node, seconds in by_node.items()}
+    whole = statistics.median_low([r.product_seconds for r in reports])
+    for r in reports:
+        usual = min(medians[r.node], whole)
         if r.product_seconds > factor * usual:
             times = f"{1e3 * r.product_seconds:.1f} ms against {1e3 * usual:.1f} ms"
             sentence = f"rank {r.rank} on node {r.node} is slow: a matrix product takes {times}"

@@ -88,3 +88,19 @@ def test_the_summary_is_one_line() -> None:
         "preflight: 3 ranks on 2 nodes, matrix product 10.00 ms, all-reduce tp 2.00 GB/s; 0.2 s"
     )
     assert summary(found[:1], 0.25).startswith("preflight: 1 rank on 1 node, ")
+
+
+def test_a_thousand_reports_are_judged_in_one_pass() -> None:
+    """Every report is looked at a few times, however many there are."""
+    looks = 0
+
+    class Counting(RankReport):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looks
+            looks += name == "product_seconds"
+            return super().__getattribute__(name)
+
+    found = [Counting(**vars(one)) for one in reports(*[{}] * 1024)]
+    looks = 0
+    assert remarks_on(found, device_type="cuda") == []
+    assert looks <= 4 * 1024
