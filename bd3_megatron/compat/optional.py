@@ -15,8 +15,6 @@ from bd3_megatron.errors import ConfigError
 # Package -> (module, the name that would be used): an import that merely succeeds proves nothing.
 PROBES = {
     "apex": ("apex.optimizers", "FusedAdam"),
-    "transformer_engine": ("transformer_engine.pytorch", "Linear"),
-    "flash_attn": ("flash_attn", "flash_attn_func"),
 }
 
 
@@ -28,11 +26,6 @@ def find(package: str) -> Any | None:
     # a half-installed CUDA package may raise anything at import (OSError, RuntimeError, AttributeError)
     except Exception:
         return None
-
-
-def package_report() -> dict[str, str]:
-    """One sentence a package: used, absent, or an impostor of the same name."""
-    return {package: _sentence(package) for package in PROBES}
 
 
 def require(package: str) -> Any:
@@ -48,8 +41,6 @@ def require(package: str) -> Any:
 
 
 def _sentence(package: str) -> str:
-    if find(package) is not None:
-        return f"{package} is there and used"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; not needed"
     if package == "apex":

@@ -154,6 +154,21 @@ class ZeroEngine:
         )
 
     @property
+    def kernels(self) -> dict[str, str]:
+        """Which optimizer runs and how ranks exchange gradients and weights, for the log and the record."""
+        backend = torch.distributed.get_backend(self.model.topology.shard_group)
+        made = f"{type(self.optimizer).__module__.partition('.')[0]} {type(self.optimizer).__name__}"
+        fused = ", fused" if self.optimizer.param_groups[0].get("fused") else ""
+        held = self.gradients
+        if held is None:
+            path = f"ZeRO {self.stage} by DeepSpeed"
+        else:
+            wire = held.wire or held.owned[0].dtype
+            when = "during the last backward" if held.overlap else "after the last backward"
+            path = f"ZeRO 1, gradients reduced to their owners in {str(wire).removeprefix('torch.')} {when}"
+        return {"optimizer": f"{made}{fused}", "communication": f"{backend}, {path}"}
+
+    @property
     def skipped_steps(self) -> int:
         """Updates left out because a gradient was not finite; waits for the device."""
         return int(self.engine.skipped_steps) + int(self._left_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -86,11 +86,11 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     dtype = training_dtype(config.train.precision, device)
     # Before the model: its layers are made for the backends of all phases.
     backends, why = agreed_backends(config, topology, dtype)
-    say(f"attention: {why}")
     if config.watch.leak_check:
         say(diagnose_together(config, backends, topology, dtype))
-    say(f"rows: {check_rows_together(config, topology, dtype)}")
+    rows = check_rows_together(config, topology, dtype)
     engine = _engine(config, topology, data, backends, dtype)
+    kernels = _told({"attention": why, "rows": rows, **engine.kernels}, say)
     # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.identity, say)
     plan = RunPlan(config, state.step, state.samples_consumed)
@@ -126,7 +126,15 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         peak=device_peak(config, topology),
         loggers=loggers,
         timeline=timeline,
+        kernels=kernels,
     )
+
+
+def _told(kernels: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:
+    """The kernels that run, said one a line."""
+    for name, what in kernels.items():
+        say(f"{name}: {what}")
+    return kernels
 
 
 def _engine(

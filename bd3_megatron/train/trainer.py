@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class Trainer:
     loggers: Loggers | None
     """On rank 0; None elsewhere."""
     timeline: Timeline
+    kernels: Mapping[str, str]
+    """What runs, by the kind of its work: attention, rows, optimizer, communication."""
     batches: StepBatches | None = None
     """What the steps read; None before the first."""
     training_step: TrainingStep = field(init=False)
@@ -322,6 +324,7 @@ class Trainer:
                 "grid": self.topology.grid,
                 "zero_stage": self.engine.stage,
                 "git_commit": source_commit(),
+                "kernels": dict(self.kernels),
                 "throughput/peak_tflops": self.peak.tflops,
                 "throughput/peak_source": self.peak.source,
             }

@@ -81,6 +81,10 @@ def test_an_answer_read_late_is_the_same_run(tmp_path: Path, monkeypatch: pytest
         with planted(monkeypatch, "gradient", [3], value=float("nan")):
             states = run_ranks(on_rank, config.parallel)
         lines = [json.loads(line) for line in (tmp_path / f"lag{lag}/metrics.jsonl").read_text().splitlines()]
+        kernels = lines[0]["kernels"]
+        assert kernels["optimizer"] == "torch AdamW, fused" and kernels.keys() >= {"attention", "rows"}
+        sums = "gradients reduced to their owners in float32 during the last backward"
+        assert kernels["communication"] == f"gloo, ZeRO 1, {sums}"
         kept = ("step", "tokens", "loss", "noise", "event", "optim/lr", "optim/grad_norm", "optim/skipped")
         return states, [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines]
 

@@ -83,6 +83,8 @@ def test_once_on_one_rank_leaves_the_update_out_on_all(
         def watched(batches: StepBatches) -> bool:
             kept = [[t.clone() for t in tensors] for tensors in (trainer.engine.owned(), trainer.engine.ema.shards)]
             vetoed = step(batches)
+            # what the update did is known from here on
+            trainer._read(late=0)
             now = (trainer.engine.owned(), trainer.engine.ema.shards)
             moved = [
                 any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(kept, now, strict=True)

@@ -27,10 +27,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_unrelated_apex_is_named_and_left_alone(packages: Path) -> None:
     (packages / "apex/__init__.py").write_text("def main(): ...\n")
     assert optional.find("apex") is None
-    sentence = (
-        "the installed `apex` is not NVIDIA Apex (the package index has an unrelated project of that name); ignored"
-    )
-    assert optional.package_report()["apex"] == sentence
     with pytest.raises(
         ConfigError, match=r"^apex was asked for, but the installed `apex` is not NVIDIA Apex .*`auto`\.$"
     ):
@@ -41,17 +37,14 @@ def test_the_right_apex_is_found_by_its_optimizer(packages: Path) -> None:
     (packages / "apex/optimizers.py").write_text("class FusedAdam: ...\n")
     (packages / "apex/__init__.py").write_text("")
     assert optional.find("apex").__name__ == optional.require("apex").__name__ == "FusedAdam"
-    assert optional.package_report()["apex"] == "apex is there and used"
 
 
 def test_a_package_that_does_not_import_is_as_good_as_absent(packages: Path) -> None:
-    (packages / "flash_attn/__init__.py").write_text("raise OSError('libcudart.so is missing')\n")
-    assert optional.find("flash_attn") is None
-    assert optional.package_report()["flash_attn"] == "flash_attn is installed but does not import here; ignored"
+    (packages / "apex/__init__.py").write_text("raise OSError('libcudart.so is missing')\n")
+    assert optional.find("apex") is None
 
 
 def test_an_absent_package_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optional, "PROBES", {"no_such_package": ("no_such_package.optimizers", "Adam")})
-    assert optional.package_report() == {"no_such_package": "no_such_package is not installed; not needed"}
     with pytest.raises(ConfigError, match=r"^no_such_package was asked for, but no_such_package is not installed"):
         optional.require("no_such_package")
