@@ -1,10 +1,10 @@
-"""Autoregressive folders as Hugging Face users have them, read under plain names: Qwen3, Qwen2.5, Llama, and SDAR.
+"""Autoregressive folders as Hugging Face users have them, read under plain names: Qwen3 (also MoE), Qwen2.5, Llama, SDAR.
 
 Decides: which configurations the modern style expresses exactly. Names are the plain model's own (Qwen3's), so weights
 pass through; only the vocabulary changes: rows are cut or added to reach V, and the mask's row, which no autoregressive
 model has trained, is made from the others (mean), drawn like them (noise) or kept. An autoregressive model's logits
 predict the next token; that is recorded as the origin's alignment, because block diffusion trains without the shift.
-Refuses: attention or MLP biases that are not zero, scaled rotary positions, sliding windows, experts, other activations.
+Refuses: attention or MLP biases that are not zero, scaled rotary positions, sliding windows, other activations.
 Source: transformers' configuration_qwen3.py, configuration_qwen2.py, configuration_llama.py (4.5x and 5.x spellings).
 """
 
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bd3_megatron.convert.expert_stacks import SplitExperts
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config
@@ -25,8 +26,9 @@ from bd3_megatron.sampling.folder import read_export_json
 
 MaskInit = Literal["mean", "noise", "keep"]
 # Qwen2.5 folders say qwen2.
-MODEL_TYPES = ("qwen3", "qwen2", "llama", "sdar")
-BLOCK_DIFFUSION_TYPES = ("sdar",)
+MIXTURE_TYPES = ("qwen3_moe", "sdar_moe")
+MODEL_TYPES = ("qwen3", "qwen2", "llama", "sdar", *MIXTURE_TYPES)
+BLOCK_DIFFUSION_TYPES = ("sdar", "sdar_moe")
 EMBED_TOKENS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
@@ -80,11 +82,12 @@ def read_ar_folder(folder: Path) -> ArFolder:
             "head_dim": int(tree.get("head_dim") or hidden // heads),
             "intermediate_size": int(tree["intermediate_size"]),
             # Not a field of these configurations: the class has the norms or has not.
-            "qk_norm": model_type in ("qwen3", "sdar"),
+            "qk_norm": model_type in ("qwen3", "sdar", *MIXTURE_TYPES),
             "tie_word_embeddings": bool(tree.get("tie_word_embeddings", False)),
             # The default of all these classes.
             "layer_norm_eps": float(tree.get("rms_norm_eps", 1e-6)),
             "rope_theta": _rope_theta(tree, folder),
+            **(_mixture(tree, folder) if model_type in MIXTURE_TYPES else {}),
         },
         vocab_size=int(tree["vocab_size"]),
         max_length=int(tree.get("max_position_embeddings", 2048)),
@@ -116,8 +119,28 @@ def _refuse_what_we_lack(tree: dict[str, Any], folder: Path) -> None:
         raise ConversionError(
             f"{folder} has {windows[0]} layers, which cannot be expressed; use a model with full attention."
         )
-    if tree.get("num_experts") or tree.get("num_local_experts"):
+    is_mixture = str(tree.get("model_type")) in MIXTURE_TYPES
+    if not is_mixture and (tree.get("num_experts") or tree.get("num_local_experts")):
         raise ConversionError(f"{folder} is a mixture of experts, which cannot be expressed; use a dense model.")
+
+
+def _mixture(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """BD3Config's fields on experts of a folder in Qwen3-MoE's words."""
+    dense = tree.get("mlp_only_layers") or []
+    # layers without experts must come first: the training model deals layers out by that rule
+    if tree.get("decoder_sparse_step", 1) != 1 or list(dense) != list(range(len(dense))):
+        raise ConversionError(
+            f"{folder} has decoder_sparse_step={tree.get('decoder_sparse_step', 1)}, mlp_only_layers={dense!s:.100}: only "
+            "leading layers can be dense here; use another model."
+        )
+    return {
+        # transformers 5 names it as other models do
+        "num_experts": int(tree.get("num_experts") or tree["num_local_experts"]),
+        "num_experts_per_tok": int(tree["num_experts_per_tok"]),
+        "moe_intermediate_size": int(tree["moe_intermediate_size"]),
+        "first_k_dense_replace": len(dense),
+        "norm_topk_prob": bool(tree.get("norm_topk_prob", False)),
+    }
 
 
 def _rope_theta(tree: dict[str, Any], folder: Path) -> float:
@@ -173,7 +196,7 @@ class ArSource:
         self._config = config
         self._mask_init = mask_init
         self._seed = seed
-        self._folder = FolderSource(source.folder)
+        self._folder = SplitExperts(FolderSource(source.folder))
         self._names = self._usable_names()
         self._last = ("", torch.empty(0))
 

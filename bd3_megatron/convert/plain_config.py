@@ -6,10 +6,24 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from bd3_megatron.checkpoint.layout import Manifest
-from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.model.router import routing_of
+
+MIXTURE_FIELDS = {
+    "num_experts": "number",
+    "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "width",
+    "shared_expert_intermediate_size": "shared_width",
+    "first_k_dense_replace": "leading_dense_layers",
+    "score_function": "score",
+    "norm_topk_prob": "normalize_top_k",
+    "n_group": "groups",
+    "topk_group": "group_top_k",
+    "routed_scaling_factor": "scaling_factor",
+    "router_bias": "bias",
+}
+"""BD3Config's fields on experts, and what the section model.experts calls them."""
 
 
 def plain_config(
@@ -57,7 +71,7 @@ def plain_config(
         objective=objective,
         initializer_range=model.init_std,
         partial_rotary_factor=model.rotary_fraction,
-        **_experts(model.experts),
+        **mixture_fields(model),
         evaluation=None if evaluation is None else dict(evaluation),
         tokenizer_fingerprint=tokenizer_fingerprint,
         **cast(dict[str, Any], special_ids or {}),
@@ -70,9 +84,12 @@ def run_tokenizer(manifest: Manifest) -> dict[str, Any]:
     return recorded if isinstance(recorded, dict) else {}
 
 
-def _experts(experts: ExpertsConfig | None) -> dict[str, Any]:
+def mixture_fields(model: ModelConfig) -> dict[str, Any]:
+    """BD3Config's fields on experts, of a dense model too."""
+    experts = model.experts
     if experts is None:
-        return {}
+        absent = BD3Config()
+        return {field: getattr(absent, field) for field in MIXTURE_FIELDS}
     return {
         "num_experts": experts.number,
         "moe_intermediate_size": experts.width,

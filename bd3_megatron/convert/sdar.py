@@ -174,11 +174,28 @@ def layout_config(config: BD3Config, layout: ExportLayout, *, dtype: torch.dtype
     }
     # Qwen3 has no fields of ours, and its readers refuse or ignore unknown ones.
     if layout == "qwen3":
-        return described
+        return described | (_mixture_config(config) if config.num_experts else {})
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
     auto_map = {"AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.SDARConfig"}
     ours = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, "auto_map": auto_map}
     return described | switches | ours
+
+
+def _mixture_config(config: BD3Config) -> dict[str, Any]:
+    """The entries in which Qwen3-MoE's config.json differs from Qwen3's."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(config.first_k_dense_replace)),
+        # the load is balanced in training here, by no loss of theirs
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
 
 
 def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]:
@@ -195,14 +212,33 @@ def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]
     return described
 
 
+def _check_mixture(config: BD3Config, layout: ExportLayout) -> None:
+    """Refuse experts that Qwen3-MoE's modelling file does not compute."""
+    if layout == "sdar":
+        raise ConversionError(
+            f"num_experts={config.num_experts} cannot be written as sdar, whose engines take the dense model; use the exported "
+            "folder itself, or --layout qwen3 for objective=ar."
+        )
+    plain = {"score_function": "softmax", "router_bias": False, "shared_expert_intermediate_size": 0, "n_group": 1}
+    plain |= {"routed_scaling_factor": 1.0}
+    for field, wanted in plain.items():
+        if getattr(config, field) != wanted:
+            raise ConversionError(
+                f"{field}={getattr(config, field)} cannot be written as {layout}, whose experts have {wanted}; use the exported "
+                "folder itself."
+            )
+
+
 def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
     if config.style != "modern":
         raise ConversionError(f"style={config.style} cannot be written as {layout}; it needs RMSNorm and SwiGLU.")
-    if config.num_experts or config.partial_rotary_factor != 1.0:
+    if config.partial_rotary_factor != 1.0:
         raise ConversionError(
-            f"num_experts={config.num_experts}, partial_rotary_factor={config.partial_rotary_factor} cannot be written as "
-            f"{layout}, which is dense and turns whole heads; use the exported folder itself."
+            f"partial_rotary_factor={config.partial_rotary_factor} cannot be written as {layout}, which turns whole heads; use "
+            "the exported folder itself."
         )
+    if config.num_experts:
+        _check_mixture(config, layout)
     if not config.qk_norm:
         raise ConversionError(f"qk_norm=false cannot be written as {layout}, whose queries and keys are normed.")
     if layout == "sdar" and not objective_named(config.objective).has_noise:

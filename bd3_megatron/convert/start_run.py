@@ -27,6 +27,7 @@ from bd3_megatron.convert.from_ar import MODEL_TYPES, ArSource, MaskInit, descri
 from bd3_megatron.convert.from_checkpoint import checked_difference
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.name_table import NameTable
+from bd3_megatron.convert.plain_config import MIXTURE_FIELDS, mixture_fields
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
 from bd3_megatron.convert.to_hf import check_ids, checked_shapes
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
@@ -48,6 +49,7 @@ MODEL_FIELDS = {
     "tie_word_embeddings": "tie_embeddings",
     "layer_norm_eps": "layer_norm_eps",
     "rope_theta": "rope_base",
+    "partial_rotary_factor": "rotary_fraction",
 }
 """BD3Config's fields, and what our ModelConfig calls them."""
 KEYS = {"kv_heads": "num_kv_heads", "head_width": "head_dim", "ffn_width": "ffn_hidden_size"}
@@ -186,6 +188,12 @@ def refuse_other_shape(described: BD3Config, config: Config) -> None:
         if wanted != given:
             # Every key at once: the section can be mended in one go.
             wrong.append(f"model.{KEYS.get(ours, ours)}={wanted} (is {given})")
+    wanted_mixture = {field: getattr(described, field) for field in MIXTURE_FIELDS}
+    given_mixture = mixture_fields(config.model)
+    for field, wanted in wanted_mixture.items():
+        # how many are chosen, and how, says nothing of a dense model
+        if wanted != given_mixture[field] and (described.num_experts or given_mixture["num_experts"]):
+            wrong.append(f"in model.experts {MIXTURE_FIELDS[field]}={wanted} (is {given_mixture[field]})")
     if wrong:
         raise ConversionError(f"the model section does not describe the source; set {', '.join(wrong)}.")
 

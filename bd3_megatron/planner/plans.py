@@ -20,7 +20,7 @@ from bd3_megatron.errors import ConfigError, GridError, divisors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import GIB, Machine
 from bd3_megatron.planner.peaks import TERA
-from bd3_megatron.planner.timing import StepTime, step_time
+from bd3_megatron.planner.timing import StepTime, refuse_experts, step_time
 
 # a bound on the search: matrices are large enough for full efficiency long before, and memory grows with it
 MAX_MICRO_BATCH = 32
@@ -113,8 +113,9 @@ def rank_plans(config: Config, devices: int, machine: Machine, constants: Consta
         constants: of the time model.
 
     Raises:
-        ConfigError: not one grid is legal; says which law the last one broke.
+        ConfigError: the model has experts; or not one grid is legal: says which law the last one broke.
     """
+    refuse_experts(config)
     plans: list[Plan] = []
     illegal, last_reason = 0, ""
     # validation is the law: a plan that it refuses would be refused at the start of the run, too

@@ -30,6 +30,7 @@ from bd3_megatron.cost.shape import (
     zero_stage,
 )
 from bd3_megatron.cost.traffic import Collective, Transfer, small_collectives, transfers
+from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import Machine
 from bd3_megatron.planner.peaks import TERA
@@ -100,6 +101,19 @@ class _Setting:
         return self.config.parallel.model_ranks * data_parallel(self.config)
 
 
+def refuse_experts(config: Config) -> None:
+    """Refuse a model whose exchange of rows the time model does not know.
+
+    Raises:
+        ConfigError: the model has experts.
+    """
+    if config.model.experts is not None:
+        raise ConfigError(
+            f"model.experts (number={config.model.experts.number}): the planner does not time the exchange of rows between "
+            "experts; measure the grids that the shipped mixtures name (configs/README.md)."
+        )
+
+
 def step_time(config: Config, machine: Machine, constants: Constants | None = None) -> StepTime:
     """Predict one optimizer step.
 
@@ -107,7 +121,11 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
         config: a validated configuration whose dp is set.
         machine: device and links.
         constants: fitted, or None for the machine's defaults.
+
+    Raises:
+        ConfigError: the model has experts.
     """
+    refuse_experts(config)
     shape = shape_of(config)
     ran, masked = execution_of(config), expected_masked_fraction(config)
     flops = executed_flops(config, ran, masked)

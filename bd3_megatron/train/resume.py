@@ -46,7 +46,7 @@ MEANING_SECTIONS = ("model", "tokenizer")
 """Shapes, or what stored weights and token ids stand for."""
 MEANING_KEYS = ("diffusion.objective",)
 # They need to be named like any other learning setting, but give no stored number another meaning.
-LEARNING_KEYS = ("model.dropout", "model.init_std")
+LEARNING_KEYS = ("model.dropout", "model.init_std", "model.experts.bias_rate", "model.experts.counted_rows")
 """Of the model section, what changes how it learns but not what its weights are."""
 VALUE_CHARACTERS = 60
 

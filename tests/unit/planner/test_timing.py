@@ -11,6 +11,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.flops import convention_flops
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import bytes_by_axis
+from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import machine_of
 from bd3_megatron.planner.timing import step_time
@@ -193,3 +194,10 @@ def test_a_predicted_step_is_never_faster_than_the_peak() -> None:
     config = _big({"dp": 1})
     flops = 64 * convention_flops(config).total
     assert step_time(config, A100).total > flops / 312e12
+
+
+def test_models_with_experts_are_not_timed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.experts \(number=6\): the planner does not time the exchange of rows"
+    ):
+        step_time(case(style="experts"), A100, FREE)
