@@ -242,6 +242,15 @@ def read_json(path: Path, remedy: str, *, kind: type[BD3Error] = DataError) -> d
     return content
 
 
+def json_record(line: str | bytes) -> dict[str, Any] | None:
+    """One line of a record as a JSON object; None where it is none, as a line that was being written."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 @contextmanager
 def disk_errors(doing: str, remedy: str, *, kind: type[BD3Error] = DataError) -> Iterator[None]:
     """Turn errors of the operating system inside the block into one sentence.

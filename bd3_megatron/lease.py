@@ -61,6 +61,16 @@ class Holder:
     token: str
     """Random, so that no two leases are alike."""
 
+    def is_sound(self) -> bool:
+        """Whether the values could be a process's: a file may hold anything."""
+        texts = isinstance(self.job, str | None) and all(
+            isinstance(text, str) for text in (self.host, self.machine, self.token)
+        )
+        counts = (self.process, self.ticks, self.attempt)
+        # ids of processes have 31 bits at most, dates end with the year 9999
+        numbers = all(type(count) is int and 0 <= count < 2**63 for count in counts) and 0 < self.process < 2**31
+        return texts and numbers and type(self.started) in (int, float) and 0 <= self.started < 253402300799
+
     def described(self) -> str:
         """Host, process, job and start, for people."""
         job = f"SLURM job {self.job}" if self.job else "no SLURM job"
@@ -363,10 +373,11 @@ def read_holder(path: Path) -> Holder | None:
 
 def _parsed(content: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(content))
+        found = Holder(**json.loads(content))
     # half written, or not ours at all
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
+    return found if found.is_sound() else None
 
 
 def _create(path: Path, holder: Holder) -> bool:

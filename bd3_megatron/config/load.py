@@ -193,6 +193,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if any(value == a and type(value) is type(a) for a in args):
             return value
         raise ConfigError(f"{where}={shown(value)} is not allowed; use {either(args)}.")
+    if hint is Any:
+        return value
+    if origin is list:
+        return list(_typed_tuple(value, (args[0], ...), where))
     if origin is tuple:
         return _typed_tuple(value, args, where)
     if origin is dict:

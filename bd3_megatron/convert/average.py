@@ -8,7 +8,6 @@ Source: LAWA / checkpoint merging as in LLaDA2 (arXiv 2512.15745), which average
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.verify import problem_of, verify
 from bd3_megatron.checkpoint.whole import write_whole
 from bd3_megatron.errors import CheckpointError
+from bd3_megatron.files import json_record
 
 LOSS = "eval/nll_nats_per_token"
 
@@ -63,13 +63,10 @@ def evaluated_losses(metrics: Path) -> dict[int, float]:
     """Held-out loss, nats per token, of every step that was evaluated."""
     losses: dict[int, float] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get(LOSS), int | float):
+        record = json_record(line) or {}
+        if type(record.get("step")) is int and type(record.get(LOSS)) is float:
             # A step evaluated twice (after a resume) counts with its later value.
-            losses[int(record["step"])] = float(record[LOSS])
+            losses[record["step"]] = record[LOSS]
     return losses
 
 

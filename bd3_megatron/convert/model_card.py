@@ -17,6 +17,7 @@ from bd3_megatron.convert.plain_config import run_tokenizer
 from bd3_megatron.data.convention import convention_from_json
 from bd3_megatron.data.tokenizer_fingerprint import SHOWN_DIGITS
 from bd3_megatron.diffusion.objective import objective_named
+from bd3_megatron.files import json_record
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
 _CARD = """---
@@ -182,15 +183,10 @@ def _evaluation(metrics: Path, step: int) -> dict[str, Any] | None:
     """The evaluation nearest before the checkpoint; None where there is none."""
     best: dict[str, Any] | None = None
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if (
-            isinstance(record, dict)
-            and record.get("eval/perplexity") is not None
-            and int(record.get("step", 0)) <= step
-        ):
+        record = json_record(line) or {}
+        at = record.get("step")
+        if type(at) is int and at <= step and type(record.get("eval/perplexity")) is float:
+            # Records are in order of steps, so the last that fits is the nearest.
             best = record
     return best
 
@@ -199,7 +195,7 @@ def _perplexity(found: dict[str, Any]) -> str:
     """With its standard error."""
     # of the texts and of the noise: independent, and small against 1, so that they are relative errors of the perplexity
     errors = [found.get(f"eval/stderr_{of}_nats_per_token") for of in ("text", "noise")]
-    total = math.hypot(*(error for error in errors if error is not None))
+    total = math.hypot(*(error for error in errors if type(error) is float))
     spread = f" ± {found['eval/perplexity'] * total:.2g} (standard error)" if total else ""
     return f"{found['eval/perplexity']:.4g}{spread} at step {found['step']:,}"
 
@@ -207,8 +203,9 @@ def _perplexity(found: dict[str, Any]) -> str:
 def _convention(found: dict[str, Any] | None, manifest: Manifest) -> str:
     """Which rows and tokens the number is of; a number without its convention compares with none."""
     said = []
-    if found is not None and found.get("eval/num_tokens") is not None:
-        said.append(f"{found['eval/num_tokens']:,} tokens of {found.get('eval/num_sequences', 0):,} held-out sequences")
+    counts = [] if found is None else [found.get(f"eval/num_{name}") for name in ("tokens", "sequences")]
+    if counts and all(type(count) is int for count in counts):
+        said.append(f"{counts[0]:,} tokens of {counts[1]:,} held-out sequences")
     if manifest.evaluation:
         said.append(convention_from_json(manifest.evaluation, "the manifest").sentence())
     return "; ".join(said) or "unknown"

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_megatron.config.load import build
+from bd3_megatron.config.ranges import Range
 from bd3_megatron.data.cleaning import clean
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer
@@ -23,11 +25,12 @@ from bd3_megatron.data.packing import Ints, PackedArrays, PackingRule
 from bd3_megatron.data.source import BadDocument
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_open import load_tokenizer
-from bd3_megatron.errors import DataError
+from bd3_megatron.errors import ConfigError, DataError
 from bd3_megatron.rng import Purpose, permutation_index
 
 # The key of a permutation is the number of the stream shard above 40 bits of window number, so no two share an order.
 _WINDOW_BITS = 40
+Count = Annotated[int, Range(0, 2**_WINDOW_BITS - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,12 @@ class StreamPlan:
 class StreamShardState:
     """The position of a stream shard before a window of rows."""
 
-    window: int = 0
-    epoch: int = 0
+    window: Count = 0
+    epoch: Count = 0
     """How often the files of the stream shard have ended."""
     # A document may span rows: the state points to its beginning and counts what earlier rows took, since a tokenizer
     # cannot start in the middle of a text.
-    used_places: int = 0
+    used_places: Count = 0
     """Places of the document at `stream` that earlier rows took."""
     stream: dict[str, Any] | None = None
     """The datasets library's own state before that document; None: the beginning."""
@@ -254,5 +257,16 @@ class StreamShard:
 
 
 def shard_states(content: Mapping[str, Any]) -> dict[int, StreamShardState]:
-    """States of stream shards from JSON, where keys are texts."""
-    return {int(shard): StreamShardState(**state) for shard, state in content.items()}
+    """States of stream shards from JSON, where keys are texts.
+
+    Raises:
+        DataError: not what a checkpoint holds.
+    """
+    if not isinstance(content, Mapping) or not all(shard.isdecimal() for shard in content):
+        raise DataError("the saved stream state names no stream shards by number; use another checkpoint.")
+    try:
+        return {int(shard): build(StreamShardState, state, f"shards.{shard}") for shard, state in content.items()}
+    except ConfigError as error:
+        raise DataError(
+            f"the saved stream state is damaged ({str(error).rstrip('.')}); use another checkpoint."
+        ) from error

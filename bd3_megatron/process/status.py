@@ -14,9 +14,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from bd3_megatron.errors import BD3Error, FileError
+from bd3_megatron.config.load import build
+from bd3_megatron.config.ranges import Range
+from bd3_megatron.errors import BD3Error, ConfigError, FileError
 from bd3_megatron.files import write_json
 from bd3_megatron.lease import LEASE_FILE, is_held, node_name
 
@@ -26,6 +28,8 @@ REASON_CHARACTERS = 600
 CRASHED = 1
 """Exit code of a programming error, a dead rank and a hang."""
 
+# to the year 9999, where dates end
+Seconds = Annotated[float, Range(0, 253402300799)]
 State = Literal["running", "finished", "stopped", "failed", "crashed", "hung", "died"]
 
 
@@ -43,17 +47,17 @@ class RunStatus:
     """Class of the error; None where there was none."""
     exit_code: int = 0
     """By the table of exit codes in `errors`."""
-    step: int = 0
+    step: Annotated[int, Range(0, 2**53)] = 0
     """Updates made when this was written."""
-    attempt: int = 1
+    attempt: Annotated[int, Range(1, 2**53)] = 1
     """Launches of this run folder so far."""
     job: str | None = None
     """SLURM job id; None outside SLURM."""
     host: str = ""
     """Machine of the rank that wrote this."""
-    started: float = 0.0
+    started: Seconds = 0.0
     """When the attempt began, seconds since the epoch."""
-    time: float = 0.0
+    time: Seconds = 0.0
     """When this was written, seconds since the epoch."""
 
 
@@ -185,13 +189,17 @@ def _write_copy(status: RunStatus) -> None:
 def _read(folder: Path) -> RunStatus | None:
     try:
         tree = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(tree, dict) or tree.get("status") not in get_args(State):
+    if not isinstance(tree, dict):
         return None
     names = {field.name for field in dataclasses.fields(RunStatus)}
-    # older versions wrote fewer fields, and newer ones may write more
-    return RunStatus(**{k: v for k, v in tree.items() if k in names})
+    try:
+        # older versions wrote fewer fields, and newer ones may write more
+        found: RunStatus = build(RunStatus, {k: v for k, v in tree.items() if k in names}, where="status")
+    except ConfigError:
+        return None
+    return found
 
 
 def _write(folder: Path, status: RunStatus) -> None:

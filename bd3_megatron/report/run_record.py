@@ -7,7 +7,6 @@ time over wall time since the first start: lost work, restarts, checkpoints and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import DataError, shown
+from bd3_megatron.files import json_record
 from bd3_megatron.process.status import RunStatus, read_status
 
 MetricsRecord = Mapping[str, Any]
@@ -170,7 +170,7 @@ def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:
     for number, line in enumerate(complete, start=1):
         if not line.strip():
             continue
-        record = _parse(line)
+        record = json_record(line)
         # torn, yet followed by a line break: the next attempt began a new line after it
         if record is None and number == len(complete) and not rest:
             return records, True
@@ -182,14 +182,6 @@ def read_records(path: Path) -> tuple[list[MetricsRecord], bool]:
             )
         records.append(record)
     return records, bool(rest.strip())
-
-
-def _parse(line: str) -> MetricsRecord | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _wrong_key(record: MetricsRecord) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bd3_megatron.checkpoint.layout import checkpoint_folders, step_of
+from bd3_megatron.checkpoint.layout import MANIFEST, checkpoint_folders, step_of
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
@@ -161,7 +161,7 @@ class Hooks:
         # A second time from the same checkpoint, the run could circle.
         if found is None or found[1].step == state.rolled_back_to:
             return None
-        loaded = TrainState.from_json(load(self.engine, found[0]).train_state)
+        loaded = TrainState.from_json(load(self.engine, found[0]).train_state, str(found[0] / MANIFEST))
         after = replace(
             loaded,
             samples_consumed=state.samples_consumed,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.config.schema import Config
-from bd3_megatron.files import write_bytes
+from bd3_megatron.files import json_record, write_bytes
 
 Values = Mapping[str, Any]
 
@@ -71,11 +71,9 @@ def cut_record(path: Path, step: int) -> None:
     kept = []
     # The last element is empty, or a line that a killed process did not finish.
     for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("step", 0) <= step and (step > 0 or "event" in record):
+        record = json_record(line)
+        at = None if record is None else record.get("step", 0)
+        if record is not None and type(at) is int and at <= step and (step > 0 or "event" in record):
             kept.append(line + b"\n")
     write_bytes(path, b"".join(kept))
 

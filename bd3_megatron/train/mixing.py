@@ -9,9 +9,12 @@ Refuses: histories with more sources than are named now. Sources are known by th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from bd3_megatron.config.schema import DataConfig
+from bd3_megatron.config.load import build_named
+from bd3_megatron.config.ranges import Range
+from bd3_megatron.config.schema import MOST_TOKENS, DataConfig, Weight
 from bd3_megatron.data.mixture import Stage
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.train.plan import RunPlan
@@ -68,17 +71,33 @@ def _planned(data: DataConfig, plan: RunPlan) -> list[tuple[int, Weights]]:
     return planned
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedStage:
+    """A stage as a checkpoint holds it."""
+
+    start: Annotated[int, Range(0, MOST_TOKENS)]
+    """First sample."""
+    weights: tuple[Weight, ...]
+    """By source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStages:
+    """What `stages_state` made."""
+
+    stages: tuple[SavedStage, ...] = ()
+
+
 def _read(saved: Mapping[str, Any] | None, num_sources: int) -> list[Stage]:
-    stages = (saved or {}).get("stages", [])
+    # a stream's state has other keys
+    known = {"stages": (saved or {}).get("stages", [])}
+    stages = build_named(SavedStages, known, "the checkpoint's train_state.data").stages
     for stage in stages:
-        before = len(stage["weights"])
+        before = len(stage.weights)
         if before > num_sources:
             raise ConfigError(
                 f"the run has mixed {before} sources and the configuration names {num_sources}; name them all in their "
                 "order, with weight 0 for those no longer wanted."
             )
-    return [
-        # Sources that were added since had weight 0 before.
-        Stage(start=s["start"], weights=(*map(float, s["weights"]), *[0.0] * (num_sources - len(s["weights"]))))
-        for s in stages
-    ]
+    # Sources that were added since had weight 0 before.
+    return [Stage(start=s.start, weights=(*s.weights, *[0.0] * (num_sources - len(s.weights)))) for s in stages]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.checkpoint.layout import checkpoint_folders
+from bd3_megatron.checkpoint.layout import MANIFEST, checkpoint_folders
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.config.load import config_from_tree, flatten
@@ -117,7 +117,7 @@ def resume(
         say(f"no checkpoint in {run_dir}: starts anew")
         return TrainState(**identity.to_json())
     path, manifest = found
-    state = TrainState.from_json(manifest.train_state)
+    state = TrainState.from_json(manifest.train_state, str(path / MANIFEST))
     # checkpoints of older versions do not know their data
     known = DataIdentity(tokenizer=state.tokenizer or identity.tokenizer, rows=state.rows or identity.rows)
     changed = changes(config_from_tree(manifest.config), config, data=(known, identity))

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from bd3_megatron.config.load import build
+from bd3_megatron.config.ranges import Range
+from bd3_megatron.config.schema import NoiseLevel
+from bd3_megatron.errors import CheckpointError, ConfigError
+
+# what a float64 of a record still tells apart
+Count = Annotated[int, Range(0, 2**53)]
+BlockSize = Annotated[int, Range(1, 1e8)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,27 +30,46 @@ class DataIdentity:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CountedSource:
+    """Size of one source, as the train state holds it."""
+
+    rows: Count
+    documents: Count
+    tokens: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedData:
+    """What `DataIdentity.rows` holds."""
+
+    train: tuple[CountedSource, ...]
+    """By source."""
+    valid: CountedSource | None
+    """Of the held-out split."""
+
+
 @dataclass
 class TrainState:
     """Mutable; the trainer owns it."""
 
-    step: int = 0
+    step: Count = 0
     """Optimizer updates made."""
-    samples_consumed: int = 0
+    samples_consumed: Count = 0
     """Samples of the data order that are used up; skipped batches count."""
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     """Diffusion block S of the update that led to this state; None before the first, and in checkpoints of older versions."""
-    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    intervals: dict[BlockSize, tuple[NoiseLevel, NoiseLevel]] = field(default_factory=dict)
     """Block size -> searched interval (beta, omega)."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Updates left out so far (loss or gradients not finite, loss spikes)."""
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: Count = 0
     """Updates left out since the last one that was made."""
-    finite_step: int = 0
+    finite_step: Count = 0
     """The newest state whose weights are known to give a finite loss and gradient; its checkpoint is kept."""
     recent_losses: list[float] = field(default_factory=list)
     """What the loss-spike guard compares with; empty while it is off."""
-    rolled_back_to: int | None = None
+    rolled_back_to: Count | None = None
     """The checkpoint a spike last sent the run back to; a second spike behind it is skipped, or a run could circle."""
     tokenizer: dict[str, Any] | None = None
     """Fingerprint and special ids of the tokenizer that made the data; None in checkpoints of older versions."""
@@ -56,8 +85,25 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> TrainState:
-        """The state that `to_json` wrote (JSON turns integer keys into text)."""
-        # JSON turns integer keys into text and tuples into lists.
-        intervals = {int(size): (pair[0], pair[1]) for size, pair in tree.get("intervals", {}).items()}
-        return cls(**{**tree, "intervals": intervals})
+    def from_json(cls, tree: Mapping[str, Any], where: str) -> TrainState:
+        """The state that `to_json` wrote.
+
+        Args:
+            tree: plain data.
+            where: the file it is from, for the sentence.
+
+        Raises:
+            CheckpointError: an unknown field, or a value of another type or outside its range.
+        """
+        intervals = tree.get("intervals", {})
+        if isinstance(intervals, Mapping):
+            # JSON turns whole numbers into text where they are keys
+            whole = {int(size) if str(size).isdecimal() else size: pair for size, pair in intervals.items()}
+            tree = {**tree, "intervals": whole}
+        try:
+            made: TrainState = build(cls, tree, where="train_state")
+            if made.rows is not None:
+                build(CountedData, made.rows, where="train_state.rows")
+        except ConfigError as error:
+            raise CheckpointError(f"{where} is damaged ({str(error).rstrip('.')}); use another checkpoint.") from error
+        return made

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,7 @@ from bd3_megatron.lease import (
     this_process,
     verdict_on,
 )
+from tests.json_mutations import num_refused
 
 ME = replace(this_process(), job="35", attempt=1)
 ELSEWHERE = replace(ME, host="n7", machine="another boot", token="other", job=None, attempt=0)
@@ -330,3 +332,17 @@ def test_a_process_is_known_by_its_number_and_its_start() -> None:
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     assert start_ticks(child) is None and is_running(child, ticks) is False, "a zombie has ended"
     os.waitpid(child, 0)
+
+
+def test_a_changed_lease_is_a_holder_or_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+
+    def read(tree: dict[str, Any]) -> None:
+        path.write_text(json.dumps(tree))
+        found = look(path, ME)
+        assert found is not None
+        verdict_on(found, ME, has_moved=False, watched_seconds=0.0)
+        if found.holder is not None:
+            found.holder.described()
+
+    assert num_refused(asdict(ME), "lease", 100, read) == 0

@@ -25,6 +25,7 @@ from bd3_megatron.process.status import (
     record_steps,
     write_status,
 )
+from tests.json_mutations import num_refused
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -203,3 +204,15 @@ def test_the_readme_describes_every_field_and_state() -> None:
     assert [f.name for f in dataclasses.fields(RunStatus) if f"`{f.name}`" not in part] == []
     states = ("running", "finished", "stopped", "failed", "crashed", "hung", "died")
     assert [state for state in states if f"`{state}`" not in part] == []
+
+
+def test_a_changed_report_is_read_or_counts_as_none(run: Path) -> None:
+    began = dataclasses.asdict(begin_attempt(run))
+
+    def read(tree: dict[str, Any]) -> None:
+        (run / "status.json").write_text(json.dumps(tree))
+        read_status(run)
+        record_steps(run, begin_attempt(run), step=3)
+        record_death(run, "rank 1 died", launched=0.0)
+
+    assert num_refused(began, "status", 60, read) == 0

@@ -14,6 +14,7 @@ from bd3_megatron.data.mixture import Mixture, Stage
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.train.mixing import mixture_stages, stages_state
 from bd3_megatron.train.plan import RunPlan
+from tests.json_mutations import num_refused
 from tests.unit.cost.cases import case
 
 WEB, BOOKS = {"web": 3.0, "books": 1.0}, {"books": 1.0, "code": 1.0}
@@ -103,3 +104,13 @@ def test_a_source_taken_away_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match=sentence):
         resumed(run(mixture={"a": 1.0}), 5, 40, before)
+
+
+def test_a_changed_history_is_read_or_refused_in_one_sentence() -> None:
+    config = run(stages=IN_STEPS)
+    saved = json.loads(json.dumps(stages_state(begun(config))))
+
+    def read(tree: dict[str, Any]) -> None:
+        mixture_stages(config.data, RunPlan(config, 10, 80), tree)
+
+    assert 20 < num_refused(saved, "mixing", 100, read) < 100
