@@ -95,6 +95,28 @@ def stream(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+def check_writable(path: Path) -> None:
+    """Refuse now what `write_bytes` would refuse after hours of work; writes nothing.
+
+    Raises:
+        FileError: a folder, a device, or below what is no folder or may not be written to.
+    """
+    try:
+        # /dev/stdout leads to a pipe that has no name
+        _check_replaceable(path)
+        if path.is_dir():
+            raise FileError(f"{path} is a folder; name a file.")
+        there = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+    except FileError:
+        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 @contextmanager
 def whole(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
     """A temporary name at which the body makes a file or a folder, which becomes `path` when the body ends.

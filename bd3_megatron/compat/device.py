@@ -1,6 +1,7 @@
 """Which device a rank trains on, and the few device calls that have no device-neutral form.
 
-Decides: CUDA when it is there, else CPU with gloo. Refuses nothing. The rest of the package speaks `torch.device`.
+Decides: CUDA when it is there, else CPU with gloo. Refuses devices that are named and not there. The rest of the package
+speaks `torch.device`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import resource
 
 import torch
+
+from bd3_megatron.errors import BackendError, shown
 
 # glibc's malloc.h: from how many bytes on a block is mapped by itself, and how many free ones may lie at the heap's end
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -29,6 +32,28 @@ def rank_device(local_rank: int) -> torch.device:
     # calls that name no device use the current one
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device that a person names for one process; None: an accelerator where there is one, else the CPU.
+
+    Raises:
+        BackendError: torch knows no such device, or it is not there.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BackendError(f"device={shown(name)} is not known; use cpu, cuda or cuda:NUMBER.") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    there = torch.accelerator.device_count() if accelerator is not None and device.type == accelerator.type else 0
+    if (device.index or 0) >= there:
+        have = f"cpu or {device.type}:0 to {device.type}:{there - 1}" if there else "cpu"
+        raise BackendError(f"device={shown(name)} is not visible to this process; use {have}.")
+    return device
 
 
 def raise_open_files_limit(wanted: int = 65_536) -> int:

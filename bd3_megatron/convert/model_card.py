@@ -203,7 +203,7 @@ def _perplexity(found: dict[str, Any]) -> str:
 def _convention(found: dict[str, Any] | None, manifest: Manifest) -> str:
     """Which rows and tokens the number is of; a number without its convention compares with none."""
     said = []
-    counts = [] if found is None else [found.get(f"eval/num_{name}") for name in ("tokens", "sequences")]
+    counts = [] if found is None else [found.get("eval/num_tokens"), found.get("eval/num_sequences", 0)]
     if counts and all(type(count) is int for count in counts):
         said.append(f"{counts[0]:,} tokens of {counts[1]:,} held-out sequences")
     if manifest.evaluation:

@@ -6,7 +6,19 @@ Imports torch only when it runs.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from bd3_megatron.errors import CheckpointError, ConfigError, RangeError, shown
+
+COUNTS = {
+    "num_sequences": 10**12,
+    "draws": 10**6,
+    "batch_size": 10**6,
+    "num_samples": 10**7,
+    "num_tokens": 10**7,
+    "limit": 10**7,
+}
+"""Options that count something, with the greatest number that can have been meant; the least is 1."""
 EXAMPLES = """
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data
   bd3 evaluate runs/quickstart/hf --data runs/quickstart/data --exact --json
@@ -98,26 +110,39 @@ def check_options(options: argparse.Namespace) -> None:
         ConfigError: not exactly one task.
         RangeError: numbers out of range, or flags that contradict each other.
     """
-    from bd3_megatron.errors import ConfigError, RangeError
-
     asked = [options.data is not None, options.zero_shot is not None, options.tasks is not None, options.frontier]
     # One number at a time: two tasks would leave it open which one --json describes.
     if sum(asked) != 1:
         raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot, --tasks or --frontier.")
-    for name, value in (
-        ("num-sequences", options.num_sequences),
-        ("draws", options.draws),
-        ("batch-size", options.batch_size),
-        ("limit", options.limit),
-    ):
-        if value is not None and value < 1:
-            raise RangeError(f"--{name} {value} is out of range; use 1 or more.")
+    for name, most in COUNTS.items():
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= most:
+            raise RangeError(f"--{name.replace('_', '-')} {shown(value)} is out of range; use 1 to {most}.")
+    # the key of the counter-based generator has 48 bits
+    if not 0 <= options.seed < 2**48:
+        raise RangeError(f"--seed {shown(options.seed)} is out of range; use 0 to 2^48 - 1.")
     if options.official and options.exact:
         raise RangeError("--official draws its noise and --exact enumerates it; leave one out.")
     if options.tasks is not None and (options.official or options.num_sequences is not None):
         raise RangeError("--tasks takes neither --official nor --num-sequences; use --draws and --limit.")
     if options.official and options.first_token_given is False:
         raise RangeError("--official does not count the first token; leave --no-first-token-given out.")
+    if options.frontier:
+        _check_frontier(options)
+
+
+def _check_frontier(options: argparse.Namespace) -> None:
+    from bd3_megatron.evaluate.generative import grid_of, shared_options
+    from bd3_megatron.sampling.request import new_options
+
+    shared = shared_options(options.top_p, options.steps)
+    for setting in grid_of(options.rules, options.temperatures):
+        new_options(options.seed, {**shared, **setting})
+    # a model of ours may load for minutes before the scoring model's turn comes
+    if options.scoring_model is not None and not (Path(options.scoring_model) / "config.json").is_file():
+        raise CheckpointError(
+            f"--scoring-model {shown(options.scoring_model)} holds no config.json; give a model's folder."
+        )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -105,6 +105,11 @@ def frontier(
     return [measure_samples(sampler, scorer, request, **setting) for setting in settings]
 
 
+def shared_options(top_p: float, steps: int | None) -> dict[str, Any]:
+    """Decoding options that all settings share; None: the engine's own."""
+    return {"top_p": top_p} | ({} if steps is None else {"steps": steps})
+
+
 def grid_of(rules: Sequence[str], temperatures: Sequence[float]) -> list[dict[str, Any]]:
     """Every rule at every temperature."""
     return [{"rule": rule, "temperature": temperature} for rule in rules for temperature in temperatures]

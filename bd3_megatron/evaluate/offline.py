@@ -85,10 +85,9 @@ class ModelFolder:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
         try:
             model = plain_model(self.config, state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
+        except ValueError as error:
             raise CheckpointError(
-                f"{self.path} holds weights of another model ({reason}); export the folder again."
+                f"{self.path} holds weights of another model ({error}); export the folder again."
             ) from None
         return model.to(device)
 

@@ -15,8 +15,9 @@ import torch
 
 from bd3_megatron.compat.device import collective_backend, cuda_is_there, rank_device
 from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.data.text_reading import read_text
 from bd3_megatron.diffusion.noise_schedule import MIN_T
-from bd3_megatron.errors import BackendError, ConfigError
+from bd3_megatron.errors import BackendError, ConfigError, TokenizerError, shown
 from bd3_megatron.evaluate import generative, zero_shot
 from bd3_megatron.evaluate.mauve_score import mauve_is_there
 from bd3_megatron.evaluate.offline import Work, evaluate_plain, load_model, model_convention, open_model, open_split
@@ -37,7 +38,7 @@ MEASURES = (("bits_per_byte", ".4f", "bits per byte"), ("word_perplexity", ".2f"
 @contextmanager
 def joined(options: argparse.Namespace) -> Iterator[Work]:
     """This process's part of the work; inside, the processes that torchrun started are one group."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, ranks = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
     device = device_of(options)
     if ranks > 1:
         torch.distributed.init_process_group(collective_backend(device), rank=rank, world_size=ranks)
@@ -57,10 +58,10 @@ def device_of(options: argparse.Namespace) -> torch.device:
     if options.device == "cpu":
         return torch.device("cpu")
     if options.device not in (None, "cuda"):
-        raise BackendError(f"--device {options.device} is not known; use cpu or cuda.")
+        raise BackendError(f"--device {shown(options.device)} is not known; use cpu or cuda.")
     if options.device == "cuda" and not cuda_is_there():
         raise BackendError("--device cuda was asked for and no CUDA device is visible; use --device cpu.")
-    return rank_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return rank_device(_variable("LOCAL_RANK", 0))
 
 
 def asked_settings(options: argparse.Namespace, config: BD3Config) -> tuple[ScoreSettings, tuple[str, ...]]:
@@ -151,6 +152,8 @@ def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
     recipes = Path(options.recipes) if options.recipes else Path(__file__).resolve().parents[2] / "configs" / "data"
     if not recipes.is_dir():
         raise ConfigError(f"{recipes} holds no recipes; give --recipes DIR (configs/data of a checkout).")
+    names, local = options.sets or list(zero_shot.SETS), named_paths(options.local)
+    zero_shot.check_sets(names)
     opened = open_model(folder)
     config = opened.config
     # how rows are cut is each set's recipe, as in the paper's table; what is counted of them is the model's convention
@@ -161,13 +164,13 @@ def print_zero_shot(options: argparse.Namespace, work: Work) -> int:
         return evaluate_plain(model, dataset, settings, work, mask_id=config.mask_token_id)
 
     rows = zero_shot.zero_shot(
-        options.sets or list(zero_shot.SETS),
+        names,
         score,
         recipes=recipes,
         work=Path(options.zero_shot),
         tokenizer_folder=folder,
         seq_len=config.max_position_embeddings,
-        local=named_paths(options.local),
+        local=local,
     )
     if work.rank == 0:
         print(render(zero_shot.ZERO_SHOT_COLUMNS, [row.as_dict() for row in rows], options.format))
@@ -183,25 +186,28 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
     """
     for pair in pairs:
         if "=" not in pair:
-            raise ConfigError(f"--local {pair!r} names no file; write SET=FILE.")
-    return {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}
+            raise ConfigError(f"--local {shown(pair)} names no file; write SET=FILE.")
+    named = {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}
+    zero_shot.check_sets(named)
+    return named
 
 
 def print_frontier(options: argparse.Namespace) -> int:
     """`--frontier`, in one process."""
     device, references = device_of(options), reference_texts(options)
     folder = Path(options.folder)
-    model, config = load_model(folder, device=device, dtype=_dtype(options))
-    sampler = Sampler(model, config, folder_tokenizer(folder))
+    tokenizer = folder_tokenizer(folder)
+    if options.scoring_model is not None and tokenizer is None:
+        raise TokenizerError(f"{folder} holds no tokenizer, so its samples are no text to score; copy its files there.")
     scorer = None if options.scoring_model is None else ScoringModel.load(options.scoring_model, device=device)
-    shared = {"top_p": options.top_p} | ({} if options.steps is None else {"steps": options.steps})
+    sampler = Sampler(*load_model(folder, device=device, dtype=_dtype(options)), tokenizer)
     request = generative.GenerationRequest(
         references=references,
         num_samples=options.num_samples,
         num_tokens=options.num_tokens,
         seed=options.seed,
         batch_size=options.batch_size,
-        options=shared,
+        options=generative.shared_options(options.top_p, options.steps),
     )
     points = generative.frontier(sampler, scorer, request, generative.grid_of(options.rules, options.temperatures))
     print(render(generative.GENERATION_COLUMNS, points, options.format))
@@ -226,7 +232,15 @@ def reference_texts(options: argparse.Namespace) -> list[str]:
     if not mauve_is_there():
         print("note: MAUVE is left out: its package is not installed (pip install mauve-text)", file=sys.stderr)
         return []
-    return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [line for line in read_text(path).split("\n") if line.strip()]
+
+
+def _variable(name: str, default: int) -> int:
+    """What torchrun says of this process."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{name}={shown(text)} is no whole number; start with torchrun, or unset it.")
+    return int(text)
 
 
 def _dtype(options: argparse.Namespace) -> torch.dtype | None:

@@ -7,7 +7,7 @@ Costs tokenising each set once under the work folder, then one evaluation a set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bd3_megatron.data.prepare import prepare
 from bd3_megatron.data.recipe import SourceSpec, load_recipe
 from bd3_megatron.data.source import Source
 from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles
-from bd3_megatron.errors import ConfigError, DataError, TokenizerError, cut, either
+from bd3_megatron.errors import ConfigError, DataError, TokenizerError, cut, either, shown
 from bd3_megatron.evaluate.perplexity import Estimate
 from bd3_megatron.evaluate.tables import NORMAL_95, Column
 
@@ -65,6 +65,17 @@ class SetRow:
         return {"set": self.name, **ends, **found.as_dict()}
 
 
+def check_sets(names: Iterable[str]) -> None:
+    """Refuse names of sets that are not known, before anything is loaded or prepared.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    for name in names:
+        if name not in SETS:
+            raise ConfigError(f"zero-shot set {shown(name)} is not known; use {either(SETS)}.")
+
+
 def zero_shot(
     names: Sequence[str],
     score: Callable[[TokenDataset], Estimate],
@@ -89,10 +100,7 @@ def zero_shot(
     Raises:
         ConfigError: an unknown set.
     """
-    # before anything is prepared, which takes minutes
-    for name in (*names, *(local or {})):
-        if name not in SETS:
-            raise ConfigError(f"zero-shot set {name!r} is not known; use {either(SETS)}.")
+    check_sets((*names, *(local or {})))
     rows = []
     for name in names:
         try:

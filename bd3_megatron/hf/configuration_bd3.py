@@ -12,6 +12,26 @@ from transformers import PretrainedConfig
 
 STYLES = ("paper", "modern")
 SCORES = ("softmax", "sigmoid")
+WHOLE_NUMBERS = {
+    "vocab_size": 2**31,
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**20,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "head_dim": 10_000,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**31,
+    "block_size": 2**31,
+}
+"""Field -> its greatest value; the least is 1."""
+NUMBERS = {
+    "layer_norm_eps": (1e-12, 0.1),
+    "rope_theta": (1.0, 1e12),
+    "residual_dropout": (0.0, 1.0),
+    "initializer_range": (0.0, 1.0),
+}
+"""Field -> its least and greatest value."""
+TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 LOGIT_ALIGNMENTS = {"block": "none", "ar": "shifted"}
 """Objective -> which row of the logits predicts a token: its own, or the row before."""
 
@@ -137,6 +157,7 @@ class BD3Config(PretrainedConfig):
         self.logit_alignment = LOGIT_ALIGNMENTS.get(objective)
         self.prefix_attention = "block_causal"
         self.block_grid = "absolute"
+        self._check_values()
         self._check_names()
         self._check_shapes()
         self._check_experts()
@@ -146,11 +167,34 @@ class BD3Config(PretrainedConfig):
         """Channels of a head that positions turn."""
         return round(self.head_dim * self.partial_rotary_factor)
 
+    def _check_values(self) -> None:
+        """Types and ranges, because config.json comes from outside."""
+        for name, greatest in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            self._check(name, f"a whole number from 1 to {greatest}", type(value) is int and 1 <= value <= greatest)
+        for name, (low, high) in NUMBERS.items():
+            value = getattr(self, name)
+            self._check(
+                name, f"a number from {low:g} to {high:g}", type(value) in (int, float) and low <= value <= high
+            )
+        for name in TOKEN_IDS:
+            value = getattr(self, name)
+            self._check(name, "a token id or null", value is None or (type(value) is int and 0 <= value < 2**31))
+        for name in ("qk_norm", "tie_word_embeddings"):
+            self._check(name, "true or false", type(getattr(self, name)) is bool)
+        fingerprint = self.tokenizer_fingerprint
+        self._check("tokenizer_fingerprint", "text or null", fingerprint is None or isinstance(fingerprint, str))
+        self._check("evaluation", "an object or null", self.evaluation is None or isinstance(self.evaluation, dict))
+
+    def _check(self, name: str, law: str, is_right: bool) -> None:  # noqa: FBT001
+        if not is_right:
+            raise ValueError(f"{name}={getattr(self, name)!r:.80} is not {law}; correct it.")
+
     def _check_names(self) -> None:
         if self.style not in STYLES:
-            raise ValueError(f"style={self.style!r} is unknown; use one of {', '.join(STYLES)}.")
+            raise ValueError(f"style={self.style!r:.80} is unknown; use one of {', '.join(STYLES)}.")
         if self.objective not in LOGIT_ALIGNMENTS:
-            raise ValueError(f"objective={self.objective!r} is unknown; use one of {', '.join(LOGIT_ALIGNMENTS)}.")
+            raise ValueError(f"objective={self.objective!r:.80} is unknown; use one of {', '.join(LOGIT_ALIGNMENTS)}.")
         # transformers builds a configuration without arguments to find defaults: a missing mask id is legal until used.
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(

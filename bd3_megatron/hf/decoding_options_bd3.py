@@ -24,6 +24,11 @@ from .window_bd3 import WINDOWS
 
 # Beyond it the draw is uniform in all but name.
 MAX_TEMPERATURE = 100.0
+MAX_STEPS = 100_000
+"""The paper takes at most 10,000 for 1,024 tokens."""
+MAX_TOP_K = 2**31 - 1
+PENALTIES = (0.01, 100.0)
+"""Logits times or over a number beyond these may leave fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ class DecodingOptions:
     min_p: float = 0.0
     """least probability relative to the best token, in [0, 1)"""
     repetition_penalty: float = 1.0
-    """> 0; 1 = off; applies to visible tokens"""
+    """0.01 to 100; 1 = off; applies to visible tokens"""
     window: str = "recomputed"
     """context beyond the trained length: recomputed or evicted (see window_bd3)"""
     stop_at_eos: bool = False
@@ -64,19 +69,20 @@ class DecodingOptions:
         check_name("rule", self.rule, RULES)
         check_name("window", self.window, WINDOWS)
         check_range("seed", self.seed, "0 to 2^48 - 1", is_inside=0 <= self.seed <= MAX_SEED)
-        check_range("steps", self.steps, "1 or more", is_inside=self.steps is None or self.steps >= 1)
+        is_count = self.steps is None or 1 <= self.steps <= MAX_STEPS
+        check_range("steps", self.steps, f"1 to {MAX_STEPS}", is_inside=is_count)
         check_range("threshold", self.threshold, "0 to 1", is_inside=0 <= self.threshold <= 1)
         check_range("entropy_bound", self.entropy_bound, "0 nats or more", is_inside=self.entropy_bound >= 0)
         is_temperature = 0 <= self.temperature <= MAX_TEMPERATURE
         check_range("temperature", self.temperature, f"0 (greedy) to {MAX_TEMPERATURE:g}", is_inside=is_temperature)
         check_range("top_p", self.top_p, "more than 0 and at most 1", is_inside=0 < self.top_p <= 1)
-        check_range("top_k", self.top_k, "0 (all tokens) or more", is_inside=self.top_k >= 0)
+        check_range("top_k", self.top_k, "0 (all tokens) or more", is_inside=0 <= self.top_k <= MAX_TOP_K)
         check_range("min_p", self.min_p, "at least 0 and less than 1", is_inside=0 <= self.min_p < 1)
         check_range(
             "repetition_penalty",
             self.repetition_penalty,
-            "more than 0 (1 = off)",
-            is_inside=self.repetition_penalty > 0,
+            f"{PENALTIES[0]:g} to {PENALTIES[1]:g} (1 = off)",
+            is_inside=PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
         )
 
     def new_rule(self, block_size: int) -> DecodingRule:
@@ -112,10 +118,10 @@ RULES: dict[str, Callable[[DecodingOptions, int], DecodingRule]] = {
 def check_name(name: str, value: str, known: Iterable[str]) -> None:
     """Refuse a name outside a table."""
     if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
+        raise ValueError(f"{name}={value!r:.80} is unknown; use one of {', '.join(known)}.")
 
 
 def check_range(name: str, value: object, law: str, *, is_inside: bool) -> None:
     """Refuse a number outside its range."""
     if not is_inside:
-        raise ValueError(f"{name}={value} is out of range; use {law}.")
+        raise ValueError(f"{name}={value!s:.80} is out of range; use {law}.")

@@ -360,12 +360,20 @@ def plain_model(shape: ModelShape, state: dict[str, Tensor]) -> PlainBD3:
     """A plain model holding `state` (names without prefix; a tied model has no `lm_head.weight`), in its dtype.
 
     Raises:
-        RuntimeError: a key is missing, unexpected or of another shape (torch's own sentence).
+        ValueError: a tensor is missing, unexpected or of another shape.
     """
+    # folders store a tied table once
+    if shape.tie_word_embeddings and "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    # without memory: a wrong size in a configuration must not allocate it
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in PlainBD3(shape).state_dict().items()}
+    for name in sorted(expected.keys() | state.keys()):
+        stored = list(state[name].shape) if name in state else "missing"
+        wanted = list(expected[name]) if name in expected else "unknown"
+        if stored != wanted:
+            raise ValueError(f"{name:.80} is {stored} in the file and {wanted} by the configuration")
     # In the dtype of the weights: loading would round them to the model's own.
     model = PlainBD3(shape).to(next(iter(state.values())).dtype)
-    # folders store a tied table once
-    if shape.tie_word_embeddings and "lm_head.weight" not in state:
-        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state)
     return model.eval()

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# In fp32 the logits over a smaller one would be 0 / 0 = NaN; at this one only equals of the best token are drawn.
+LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -68,7 +71,9 @@ class TokenFilters:
         else:
             # The best logit is taken off first: a tiny temperature must not overflow to inf - inf.
             centred_BRV = drawn_from_BRV - drawn_from_BRV.amax(dim=-1, keepdim=True)
-            token_BR = draw(self.filtered((centred_BRV / self.temperature).softmax(dim=-1)), uniform_BR)
+            token_BR = draw(
+                self.filtered((centred_BRV / max(self.temperature, LEAST_TEMPERATURE)).softmax(dim=-1)), uniform_BR
+            )
         if not with_scores:
             return Choice(token_BR, logits_BRV.new_empty(0), logits_BRV.new_empty(0))
         return Choice(token_BR, *scores(logits_BRV, token_BR))

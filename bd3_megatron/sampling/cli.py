@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_megatron.data.text_reading import read_text
-from bd3_megatron.errors import SamplingError
-from bd3_megatron.files import write_text
+from bd3_megatron.errors import SamplingError, shown
+from bd3_megatron.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from bd3_megatron.sampling.generate import Sampler
@@ -72,10 +72,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BD3Error: whatever cannot be served, as one sentence.
     """
+    check_arguments(args)
     prompts = read_prompts(args)
-    if args.num_tokens is None and not args.infill:
-        raise SamplingError("num_tokens is missing; pass --num-tokens N (or --infill to fill masks only).")
-    # Late, and after the prompts: what can be refused without torch is refused at once.
+    # Late, and after the prompts: what can be refused without the model is refused at once.
     from bd3_megatron.sampling.generate import Sampler
 
     sampler = Sampler.from_pretrained(args.folder, device=args.device, dtype=args.dtype, with_graphs=args.graphs)
@@ -90,6 +89,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        SamplingError: numbers out of range, text that is none, options that contradict each other.
+        FileError: --out cannot be written.
+    """
+    from bd3_megatron.sampling.request import check_count, check_text, new_options
+
+    if args.num_tokens is None and not args.infill:
+        raise SamplingError("num_tokens is missing; pass --num-tokens N (or --infill to fill masks only).")
+    for name in ("num_tokens", "num_samples", "batch_size"):
+        if getattr(args, name) is not None:
+            check_count(name, getattr(args, name))
+    for name, texts in (("--prompt", args.prompt or ()), ("--stop", args.stop)):
+        for text in texts:
+            check_text(name, text)
+    if not all(args.stop):
+        raise SamplingError("a stop string is empty; give at least one character.")
+    if args.stream and (args.num_samples != 1 or args.infill):
+        raise SamplingError("stream shows one text; give one prompt and one sample, without --infill.")
+    if args.stream and args.out is not None:
+        raise SamplingError("--out holds finished texts and --stream shows one as it grows; leave one of them out.")
+    new_options(args.seed, decoding_options(args))
+    if args.out is not None:
+        check_writable(args.out)
+
+
 def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
     """Prompts of all three kinds, in that order; a single empty one (BOS) when none is given.
 
@@ -102,7 +129,7 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
         try:
             prompts.append([int(token) for token in listed.replace(",", " ").split()])
         except ValueError:
-            raise SamplingError(f"prompt ids {listed!r} are not numbers; give them as 1,2,3.") from None
+            raise SamplingError(f"prompt ids {shown(listed)} are not numbers; give them as 1,2,3.") from None
     if args.prompt_file is not None:
         prompts += read_text(args.prompt_file).removesuffix("\n").split("\n")
     # The empty prompt starts from BOS.
@@ -145,7 +172,7 @@ def _results(sampler: Sampler, args: argparse.Namespace, prompts: list[str | lis
 
 
 def _stream(sampler: Sampler, args: argparse.Namespace, prompts: list[str | list[int]]) -> int:
-    if len(prompts) != 1 or args.num_samples != 1 or args.infill:
+    if len(prompts) != 1:
         raise SamplingError("stream shows one text; give one prompt and one sample, without --infill.")
     blocks = sampler.stream(
         prompts[0], num_tokens=args.num_tokens, seed=args.seed, stop_strings=args.stop, **decoding_options(args)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
-from bd3_megatron.errors import CheckpointError
+from bd3_megatron.errors import CheckpointError, cut, shown
 from bd3_megatron.files import read_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
@@ -45,14 +45,14 @@ def read_config(folder: Path) -> BD3Config:
     model_type = described.pop("model_type", None)
     if model_type != MODEL_TYPE:
         raise CheckpointError(
-            f"{folder} holds model_type={model_type!r}; expected {MODEL_TYPE!r}: official weights become such a folder "
+            f"{folder} holds model_type={shown(model_type)}; expected {MODEL_TYPE!r}: official weights become such a folder "
             "with tools/import_official.py."
         )
     try:
         # The configuration's own checks decide what a model can be.
         return BD3Config(**described)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a model's: {error}") from None
+    except Exception as error:  # transformers, which reads fields of its own, raises many kinds
+        raise CheckpointError(f"{folder / 'config.json'} is not a model's: {cut(str(error), 400)}") from None
 
 
 def check_model_tokenizer(folder: Path, config: BD3Config) -> None:
@@ -78,6 +78,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index_path} has no weight_map; export the folder again.")
     state: dict[str, Tensor] = {}
+    if not all(isinstance(file_name, str) for file_name in weight_map.values()):
+        raise CheckpointError(f"{index_path} names files that are no text; export the folder again.")
     for file_name in sorted(set(weight_map.values())):
         # the name alone: an index must not lead out of the folder
         state |= read_safetensors(folder / Path(file_name).name)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from bd3_megatron.errors import CheckpointError, SamplingError
+from bd3_megatron.compat.device import named_device
+from bd3_megatron.errors import CheckpointError, SamplingError, shown
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.draws_bd3 import sample_keys
 from bd3_megatron.hf.forward_bd3 import EagerForward, Forward, ReplayedForward, record_graph
@@ -67,9 +68,8 @@ class Sampler:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.figures = None
         self.forward: Forward = EagerForward(model.model, model.lm_head)
+        _check_graphs(model.model.embed_tokens.weight.device, with_graphs=with_graphs)
         if with_graphs:
-            if model.model.embed_tokens.weight.device.type == "cpu":
-                raise SamplingError("graphs were asked for on the CPU, which has none; leave them out.")
             self.forward = ReplayedForward(model.model, model.lm_head, record_graph)
 
     @staticmethod
@@ -91,24 +91,26 @@ class Sampler:
         Raises:
             CheckpointError: the folder is missing, damaged, or its weights are not its configuration's.
             TokenizerError: its tokenizer cannot be loaded, or is another one than the model's run had.
-            SamplingError: an unknown dtype.
+            SamplingError: an unknown dtype, or graphs on the CPU.
+            BackendError: a device that is not there.
         """
         path = Path(folder)
+        # what can be refused is refused before the weights are read
+        chosen = named_device(None if device is None else str(device))
+        _check_graphs(chosen, with_graphs=with_graphs)
         config = read_config(path)
         check_model_tokenizer(path, config)
         wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if dtype is not None and wanted not in DTYPES.values():
-            raise SamplingError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+            raise SamplingError(f"dtype={shown(dtype)} is unknown; use one of {', '.join(DTYPES)}.")
         try:
             model = plain_model(config, read_weights(path))
-        except RuntimeError as error:
+        except ValueError as error:
             raise CheckpointError(
                 f"{path} holds weights of another model ({error}); export the folder again."
             ) from None
         # the weights are read before the device is touched: a damaged folder must not wake an accelerator
-        if device is None:
-            device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        model = model.to(device=device, dtype=wanted)
+        model = model.to(device=chosen, dtype=wanted)
         pack_linear_layers(model, is_tied=config.tie_word_embeddings)
         return Sampler(model, config, folder_tokenizer(path), with_graphs=with_graphs)
 
@@ -238,6 +240,11 @@ class Sampler:
             result.seconds,
             result.stop_reason,
         )
+
+
+def _check_graphs(device: torch.device, *, with_graphs: bool) -> None:
+    if with_graphs and device.type == "cpu":
+        raise SamplingError("graphs were asked for on the CPU, which has none; leave them out.")
 
 
 class _Work:

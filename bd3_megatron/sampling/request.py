@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.errors import SamplingError
+from bd3_megatron.errors import SamplingError, shown
 from bd3_megatron.hf.decoding_options_bd3 import DecodingOptions
 
 Prompt = str | Sequence[int]
+MOST = 10**7
+"""Samples, tokens of one and samples together; what a machine cannot hold is above it."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,22 @@ def new_options(seed: int, options: dict[str, Any]) -> DecodingOptions:
 
 
 def check_count(name: str, value: int) -> None:
-    """Refuse a number of things below 1.
+    """Refuse a number of things below 1, or of more than can have been meant.
 
     Raises:
         SamplingError: value, law and remedy.
     """
-    if value < 1:
-        raise SamplingError(f"{name}={value} is out of range; use 1 or more.")
+    if not 1 <= value <= MOST:
+        raise SamplingError(f"{name}={shown(value)} is out of range; use 1 to {MOST}.")
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse a text that has no UTF-8: the shell handed over other bytes.
+
+    Raises:
+        SamplingError: names the option.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SamplingError(f"{name} {shown(text)} is not UTF-8; give it in UTF-8, or token ids.") from None

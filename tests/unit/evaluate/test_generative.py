@@ -182,8 +182,6 @@ def test_the_command_prints_the_frontier(
     )
     points = json.loads(capsys.readouterr().out)
     assert code == 0 and [p["temperature"] for p in points] == [0.7, 1.0] and points[0]["perplexity"] > 1
-    assert main(["evaluate", str(model_folder), "--frontier", "--data", "x"]) == 2
-    assert "give --data, --zero-shot, --tasks or --frontier" in capsys.readouterr().err
 
 
 def test_mauve_is_measured_where_its_package_is_there_and_said_to_be_left_out_elsewhere(
@@ -215,3 +213,26 @@ def test_features_are_the_last_hidden_state_of_each_text(scorer: ScoringModel) -
         expected = scorer.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
     torch.testing.assert_close(torch.from_numpy(found[0]), expected.float(), atol=tolerances.EXACT_FP64, rtol=0)
     assert scorer.features([""]).shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "x"], "give --data, --zero-shot, --tasks or --frontier"),
+        (["--rules", "first_hitting", "magic"], "rule='magic' is unknown"),
+        (["--temperatures", "1.0", "nan"], "temperature=nan is out of range"),
+        (["--top-p", "0"], "top_p=0.0 is out of range"),
+        (["--steps", "0"], "steps=0 is out of range"),
+        (["--seed", "-1"], "--seed -1 is out of range"),
+        (["--num-samples", "0"], "--num-samples 0 is out of range; use 1 to"),
+        (["--num-tokens", "1000000000"], "--num-tokens 1000000000 is out of range"),
+        (["--scoring-model", "no/scorer"], "--scoring-model 'no/scorer' holds no config.json"),
+        (["--device", "tpu"], "--device 'tpu' is not known"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "no/such/folder", "--frontier", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1

@@ -188,10 +188,10 @@ def test_a_recipe_that_the_convention_overrides_is_said(
         (["--packing", "stack"], "packing='stack' is not known; use wrap, isolated or pad"),
         (["--min-t", "0"], "min_t=0 is outside [0.001, 1)"),
         (["--official", "--no-first-token-given"], "leave --no-first-token-given out"),
-        (["--draws", "0"], "--draws 0 is out of range; use 1 or more"),
-        (["--num-sequences", "0"], "--num-sequences 0 is out of range; use 1 or more"),
+        (["--draws", "0"], "--draws 0 is out of range; use 1 to 1000000"),
+        (["--num-sequences", "0"], "--num-sequences 0 is out of range; use 1 to"),
         (["--official", "--exact"], "--official draws its noise and --exact enumerates it; leave one out"),
-        (["--device", "tpu"], "--device tpu is not known; use cpu or cuda"),
+        (["--device", "tpu"], "--device 'tpu' is not known; use cpu or cuda"),
         (["--split", "test", "--data", "nowhere"], "nowhere does not exist"),
     ],
 )

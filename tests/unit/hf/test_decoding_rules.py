@@ -167,7 +167,7 @@ def test_every_rule_says_whether_it_is_exact() -> None:
         ({"rule": "magic"}, "rule='magic' is unknown; use one of first_hitting"),
         ({"window": "broken"}, "window='broken' is unknown; use one of recomputed, evicted"),
         ({"seed": -1}, "seed=-1 is out of range"),
-        ({"steps": 0}, "steps=0 is out of range; use 1 or more"),
+        ({"steps": 0}, "steps=0 is out of range; use 1 to 100000"),
         ({"threshold": 1.5}, "threshold=1.5 is out of range; use 0 to 1"),
         ({"entropy_bound": -1}, "entropy_bound=-1 is out of range"),
         ({"temperature": -0.1}, "temperature=-0.1 is out of range; use 0"),
@@ -175,7 +175,10 @@ def test_every_rule_says_whether_it_is_exact() -> None:
         ({"top_p": 0}, "top_p=0 is out of range; use more than 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 is out of range"),
         ({"min_p": 1}, "min_p=1 is out of range"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 is out of range"),
+        ({"top_k": 10**30}, "top_k=1000.*0 is out of range"),
+        ({"steps": 10**9}, "steps=1000000000 is out of range"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 is out of range; use 0.01 to 100"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf is out of range"),
     ],
 )
 def test_options_outside_their_range_are_refused(options: dict[str, object], sentence: str) -> None:

@@ -64,7 +64,7 @@ def test_a_draw_inverts_the_cumulative_weight_and_skips_weight_zero() -> None:
 def test_temperature_divides_logits_and_a_tiny_one_is_greedy() -> None:
     logits = torch.tensor([[[1.0, 3.0, 2.0]]])
     uniform = torch.full((1, 1), 0.999, dtype=torch.float64)
-    for temperature, token in ((1e-30, 1), (0.0, 1), (100.0, 2)):
+    for temperature, token in ((1e-30, 1), (1e-100, 1), (0.0, 1), (100.0, 2)):
         filters = TokenFilters(mask_id=None, temperature=temperature)
         assert filters.choose(logits, uniform, None, with_scores=False).token_BR.item() == token
 

@@ -105,14 +105,38 @@ def test_masks_in_a_prompt_are_filled(folder: Path, capsys: pytest.CaptureFixtur
         ),
         (["--num-tokens", "4", "--temperature", "-1"], "temperature=-1.0 is out of range"),
         (["--num-tokens", "4", "--rule", "magic"], "rule='magic' is unknown"),
+        (["--num-tokens", "0"], "num_tokens=0 is out of range; use 1 to"),
+        (["--num-tokens", "4", "--num-samples", "1000000000"], "num_samples=1000000000 is out of range"),
+        (["--num-tokens", "4", "--batch-size", "-1"], "batch_size=-1 is out of range"),
+        (["--num-tokens", "4", "--seed", "-1"], "seed=-1 is out of range; use 0 to 2^48 - 1"),
+        (["--num-tokens", "4", "--device", "tpu9"], "device='tpu9' is not known; use cpu, cuda or cuda:NUMBER"),
+        (["--num-tokens", "4", "--device", "cuda:99"], "device='cuda:99' is not visible to this process; use cpu"),
+        (["--num-tokens", "4", "--device", "cpu", "--graphs"], "graphs were asked for on the CPU"),
+        (
+            ["--num-tokens", "4", "--prompt", "a\udcff"],
+            "--prompt 'a\\udcff' is not UTF-8; give it in UTF-8, or token ids",
+        ),
+        (["--num-tokens", "4", "--stop", ""], "a stop string is empty"),
+        (["--num-tokens", "4", "--out", "/proc/version/out.jsonl"], "out.jsonl cannot be written"),
+        (["--num-tokens", "4", "--out", "/proc"], "/proc is a folder; name a file"),
+        (["--num-tokens", "4", "--out", "/dev/null"], "/dev/null is a device or a pipe"),
+        (["--num-tokens", "4", "--out", "a.jsonl", "--stream"], "leave one of them out"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(
-    folder: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+def test_mistakes_are_one_line_and_exit_code_2_before_anything_is_loaded(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["sample", str(folder), *arguments]) == 2
+    assert main(["sample", "no/such/folder", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_the_smallest_temperature_is_greedy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for temperature in ("0", "1e-100"):
+        assert main(["sample", str(folder), "--num-tokens", "8", "--temperature", temperature]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_prompts_come_from_flags_and_files(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_dtype_and_device_are_chosen_at_loading(bare: Sampler, tmp_path: Path) -
         ([[1] * 33], {}, "the prompt has 33 tokens and the window 32; give its last 32 tokens or fewer"),
         ([[99]], {}, "token ids 99 to 99 are outside the vocabulary; use 0 to 20"),
         ([[1, MASK]], {}, "a prompt holds the mask token; use infill to fill masks"),
-        ([[1]], {"num_tokens": 0}, "num_tokens=0 is out of range; use 1 or more"),
+        ([[1]], {"num_tokens": 0}, "num_tokens=0 is out of range; use 1 to 10000000"),
         ([[1]], {"num_samples": 0}, "num_samples=0 is out of range"),
         ([[1]], {"batch_size": 0}, "batch_size=0 is out of range"),
         ([[1]], {"rule": "magic"}, "rule='magic' is unknown; use one of first_hitting"),
