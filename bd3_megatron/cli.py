@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bd3_megatron import __version__
-from bd3_megatron.command import print_error, run_command
+from bd3_megatron.command import CommandParser, print_error, run_command
 from bd3_megatron.errors import BD3Error
 
 NAME = "bd3"
@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with arguments filled in for the chosen sub-command only (so that only its module is imported)."""
-    parser = argparse.ArgumentParser(
-        prog="bd3", description="Block-diffusion language models: train, evaluate, sample."
-    )
+    parser = CommandParser(prog=NAME, description="Block-diffusion language models: train, evaluate, sample.")
     parser.add_argument("--version", action="version", version=f"bd3 {__version__}")
     parsers = parser.add_subparsers(metavar="COMMAND", required=True)
     # argparse itself asks for all arguments of all sub-commands beforehand

@@ -30,7 +30,7 @@ from bd3_megatron.rng import Purpose, permutation_index
 
 # The key of a permutation is the number of the stream shard above 40 bits of window number, so no two share an order.
 _WINDOW_BITS = 40
-Count = Annotated[int, Range(0, 2**_WINDOW_BITS - 1)]
+WindowCount = Annotated[int, Range(0, 2**_WINDOW_BITS - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,12 @@ class StreamPlan:
 class StreamShardState:
     """The position of a stream shard before a window of rows."""
 
-    window: Count = 0
-    epoch: Count = 0
+    window: WindowCount = 0
+    epoch: WindowCount = 0
     """How often the files of the stream shard have ended."""
     # A document may span rows: the state points to its beginning and counts what earlier rows took, since a tokenizer
     # cannot start in the middle of a text.
-    used_places: Count = 0
+    used_places: WindowCount = 0
     """Places of the document at `stream` that earlier rows took."""
     stream: dict[str, Any] | None = None
     """The datasets library's own state before that document; None: the beginning."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bd3_megatron.errors import CheckpointError, ConfigError, RangeError, shown
 
-COUNTS = {
+COUNTED_OPTIONS = {
     "num_sequences": 10**12,
     "draws": 10**6,
     "batch_size": 10**6,
@@ -114,7 +114,7 @@ def check_options(options: argparse.Namespace) -> None:
     # One number at a time: two tasks would leave it open which one --json describes.
     if sum(asked) != 1:
         raise ConfigError("evaluate does one thing at a time; give --data, --zero-shot, --tasks or --frontier.")
-    for name, most in COUNTS.items():
+    for name, most in COUNTED_OPTIONS.items():
         value = getattr(options, name)
         if value is not None and not 1 <= value <= most:
             raise RangeError(f"--{name.replace('_', '-')} {shown(value)} is out of range; use 1 to {most}.")

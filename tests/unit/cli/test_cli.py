@@ -150,12 +150,22 @@ def test_a_programming_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
         cli.main(["doctor"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["bogus"], ["train"]])
-def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert "usage: bd3" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required: COMMAND; see bd3 --help."),
+        (["bogus"], "argument COMMAND: invalid choice: 'bogus' (choose from 'train', 'evaluate', "),
+        (["train"], "the following arguments are required: CONFIG, section.key=value; see bd3 train --help."),
+        (["train", "a.yaml", "--steps", "3"], "unrecognized arguments: --steps 3; see bd3 --help."),
+        (["sample", "a", "--num-tokens", "x" * 5000], "argument --num-tokens: invalid int value: 'xxx"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_the_prefix_of_all_errors(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bd3: error: ") and sentence in said and said.count("\n") == 1 and len(said) < 640
 
 
 def test_the_installed_command_is_this_module(clean_environment: Mapping[str, str]) -> None:
