@@ -37,6 +37,8 @@ class HashingFile:
         self._file = file
         self._digest = hashlib.sha256()
         self.bytes = 0
+        self.failure: OSError | None = None
+        """What the disk said when it took no more."""
 
     def write(self, data: Any) -> int:
         """Write a buffer."""
@@ -44,7 +46,11 @@ class HashingFile:
         # Hashed before it is written: a disk that changes bytes is found when the file is verified.
         self._digest.update(view)
         self.bytes += view.nbytes
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         return view.nbytes
 
     def flush(self) -> None:
@@ -60,8 +66,12 @@ def write_torch(path: Path, state: Any) -> FileRecord:
     """torch.save, flushed to the disk."""
     with stream(path) as file:
         hashing = HashingFile(file)
-        # torch.save needs no more of a file than write() and flush().
-        torch.save(state, hashing)  # type: ignore[arg-type]
+        try:
+            # torch.save needs no more of a file than write() and flush().
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch reports a full disk as an archive at an unexpected position
+            raise hashing.failure or error from None
     return hashing.record()
 
 

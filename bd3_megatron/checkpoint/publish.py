@@ -108,7 +108,7 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
 
 
 def _remove_excess_files(temporary: Path, manifest: Manifest) -> None:
-    """DeepSpeed drops recovery scripts beside its state, which load pickles without care: only what is listed stays."""
+    """Only what is listed enters a checkpoint: no script or pickle that somebody left beside the state."""
     for name in excess_files(temporary, manifest):
         (temporary / name).unlink()
 

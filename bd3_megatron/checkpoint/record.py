@@ -109,6 +109,9 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
     keeping, real = KeepingEngine(), engine.engine.checkpoint_engine
     has_experts = engine.engine.has_moe_layers
     engine.engine.checkpoint_engine = keeping
+    # deepspeed/runtime/engine.py _copy_recovery_script (0.19) writes a script beside the state, which a full disk makes a
+    # traceback, and which loads pickles without care
+    engine.engine._copy_recovery_script = lambda path: None
     try:
         info = universal_info(gated=engine.model.config.gated_linear_unit)
         # DeepSpeed's own layout of experts (engine.py:5089) asks modules that are not there; pieces hold them here
@@ -116,6 +119,7 @@ def record_rank(engine: ZeroEngine, folder: Path, *, copied: bool) -> RankRecord
         engine.engine.save_checkpoint(str(folder), tag=STATE_DIR, client_state=info, save_latest=False)
     finally:
         engine.engine.checkpoint_engine, engine.engine.has_moe_layers = real, has_experts
+        del engine.engine._copy_recovery_script
     shards = [] if engine.ema is None else engine.ema.shards
     averages: dict[str, Tensor] = {f"shard.{index}": shard.detach() for index, shard in enumerate(shards)}
     states = keeping.kept

@@ -20,7 +20,7 @@ from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, Manifest, rank_name
 from bd3_megatron.checkpoint.publish import delete_old, publish, sweep
 from bd3_megatron.checkpoint.record import RankRecord, record_rank
 from bd3_megatron.config.schema import Config
-from bd3_megatron.errors import CheckpointError
+from bd3_megatron.errors import CheckpointError, FileError
 from bd3_megatron.files import write_bytes
 
 if TYPE_CHECKING:
@@ -188,6 +188,9 @@ def _attempt(action: Callable[[], object]) -> str | None:
         action()
     except CheckpointError as error:
         return str(error)
+    except FileError as error:
+        # it names the file, the system's reason and the remedy
+        return f"{str(error).rstrip('.')}; earlier checkpoints are intact."
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the other ranks must be told
         return f"the checkpoint could not be written ({type(error).__name__}: {error}); earlier ones are intact."
     return None

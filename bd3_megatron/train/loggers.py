@@ -19,7 +19,8 @@ from tqdm import tqdm
 from bd3_megatron.checkpoint.describe import source_commit
 from bd3_megatron.config.load import to_tree
 from bd3_megatron.config.schema import Config
-from bd3_megatron.files import json_record, write_bytes
+from bd3_megatron.errors import FileError
+from bd3_megatron.files import disk_errors, json_record, write_bytes
 
 Values = Mapping[str, Any]
 
@@ -56,8 +57,9 @@ class Record:
 
     def write(self, record: Values) -> None:
         """One line, flushed, so that a killed run loses nothing it has said."""
-        self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
+        with disk_errors(f"writing {self._path}", "free some space, then run the same command again", kind=FileError):
+            self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

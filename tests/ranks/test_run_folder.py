@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 
 from bd3_megatron.process.status import read_status
 from bd3_megatron.train.trainer import Trainer
-from tests.ranks.launches import Launch, launched
+from tests.ranks.launches import Launch, launched, prepared
 from tests.ranks.train_runs import losses
 
 FOREVER = "train.steps=100000"
@@ -108,6 +111,30 @@ def test_bad_input_found_by_the_ranks_is_one_line_once(tmp_path: Path, overrides
         assert run.end() == 2
     assert len(run.errors()) == 1 and sentence in run.errors()[0], run.said
     assert "Traceback" not in run.said and not (tmp_path / "run/checkpoints").exists()
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Inside, no process that is started can write a larger file: the error of a full disk, from the system itself."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("num_bytes", "file"), [(30_000, "/.tmp_step_00000008/deepspe"), (3_000, "metrics.jsonl")])
+def test_a_full_disk_is_said_with_its_remedy_and_ends_what_cannot_go_on(
+    num_bytes: int, file: str, tmp_path: Path
+) -> None:
+    prepared(tmp_path)
+    with largest_file(num_bytes), launched(tmp_path, "log.every_steps=1") as run:
+        assert run.end() == 2, run.said
+    [error] = run.errors()
+    assert file in error and "(File too large); free some space" in error and "Traceback" not in run.said
+    assert told(tmp_path, "status", "exit_code") == ("failed", 2)
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
 
 
 def test_a_crash_and_a_killed_rank_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
