@@ -22,6 +22,7 @@ STATE = TrainState(
     recent_losses=[2.5, 3.0],
     rolled_back_to=5,
     tokenizer={"fingerprint": "ab", "mask": 256},
+    rows={"train": [{"rows": 9, "documents": 4, "tokens": 99}], "valid": None},
     data={"stages": [{"start": 0, "weights": [1.0]}]},
     wandb_id="abc",
 )
@@ -48,6 +49,7 @@ def test_the_state_survives_json(state: TrainState) -> None:
         ({"recent_losses": [float("nan")]}, r"train_state\.recent_losses\[0\]=nan is not finite"),
         ({"intervals": {"4": [0.5]}}, r"train_state\.intervals\.4=\[0\.5\] has 1 values; it takes 2"),
         ({"intervals": {"x": [0.5, 1]}}, r"train_state\.intervals='x' is not a whole number"),
+        ({"rows": {"train": [{"rows": 1}], "valid": None}}, r"train_state\.rows\.train\[0\]\.documents is not set"),
         (
             {"steps": 7},
             r"unknown key train_state\.steps; did you mean train_state\.step\?\); use another checkpoint\.$",
