@@ -1,4 +1,4 @@
-"""Every number of a configuration has a legal range, and each range holds at its edges and not beyond them."""
+"""Every number of a configuration, a cluster profile or a recipe has a range that holds at its edges and not beyond."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from bd3_megatron.config.load import build, config_from_tree, load_config, to_tree
 from bd3_megatron.config.ranges import Range
 from bd3_megatron.config.schema import Config
+from bd3_megatron.data.recipe import Recipe, SourceSpec
 from bd3_megatron.errors import ConfigError
 from launch.cluster import ClusterProfile
 
@@ -42,7 +43,7 @@ class Leaf:
         """The dataclass with this number, everything else at its default."""
         required = [f for f in dataclasses.fields(self.owner) if f.default is f.default_factory is dataclasses.MISSING]
         hints = typing.get_type_hints(self.owner)
-        fillers = {str: "x", int: 2, dict[str, float]: {"a": 1.0}}
+        fillers = {str: "x", int: 2, dict[str, float]: {"a": 1.0}, dict[str, SourceSpec]: {}}
         tree = {f.name: fillers[hints[f.name]] for f in required}
         value = self.kind(number) if float(number).is_integer() else number
         return build(self.owner, {**tree, self.field: self.wrap(value)}, where="here")
@@ -87,7 +88,7 @@ def numbers_in(hint: Any) -> Iterator[tuple[str, type, Range | None, Wrap]]:
         yield "", hint, None, lambda v: v
 
 
-CLASSES = list(dict.fromkeys([*dataclasses_of(Config), *dataclasses_of(ClusterProfile)]))
+CLASSES = list(dict.fromkeys(cls for top in (Config, ClusterProfile, Recipe) for cls in dataclasses_of(top)))
 LEAVES = [leaf for cls in CLASSES for leaf in leaves_of(cls)]
 
 
