@@ -33,7 +33,7 @@ class Source:
         return tuple(n for n in self.nodes if isinstance(n, Function))
 
     @property
-    def room(self) -> str:
+    def package(self) -> str:
         parts = Path(self.path).parts
         return Path(parts[1]).stem if parts[0] == "bd3_megatron" else parts[0]
 

@@ -1,4 +1,4 @@
-"""The laws of the house, read from the source with ast: who may import whom, who owns which library, how large a file may be.
+"""The laws of the code, read from the source with ast: who may import whom, who owns which library, how large a file may be.
 
 Nothing here runs the package; a violation is named with its file and line.
 """
@@ -18,7 +18,7 @@ ORDER = (
     "hf errors files command lease rng diffusion config cost planner attention data compat parallel process model engine "
     "checkpoint sampling convert evaluate train report cli"
 ).split()
-"""A room imports only from rooms to its left."""
+"""A package imports only from packages to its left."""
 
 OWNERS = {
     "deepspeed": {"compat", "engine", "checkpoint"},
@@ -33,7 +33,7 @@ OWNERS = {
     "jinja2": {"report"},
     "markupsafe": {"report"},
 }
-"""Foreign engines and the rooms that may import them."""
+"""Foreign engines and the packages that may import them."""
 
 WANDB_FILES = {"bd3_megatron/train/loggers.py"}
 SEED_FILES = {"bd3_megatron/rng.py"}
@@ -78,30 +78,30 @@ def imports(source: Source) -> Iterator[tuple[str, int, int]]:
             yield from ((alias.name, 0, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            # `from bd3_megatron import data` imports a room as much as `import bd3_megatron.data`
+            # `from bd3_megatron import data` imports a package as much as `import bd3_megatron.data`
             names = [f"{base}.{a.name}" for a in node.names] if base == "bd3_megatron" else [base]
             yield from ((name, node.level, node.lineno) for name in names)
 
 
-def house_room(module: str) -> str | None:
+def package_of(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == "bd3_megatron" and len(parts) > 1 and parts[1] != "__version__" else None
 
 
-def test_every_room_has_its_place_in_the_order(package: tuple[Source, ...]) -> None:
-    rooms = {s.room for s in package} - {"__init__"}
-    assert rooms <= set(ORDER), f"rooms without a place: {rooms - set(ORDER)}"
+def test_every_package_has_its_position_in_the_order(package: tuple[Source, ...]) -> None:
+    names = {s.package for s in package} - {"__init__"}
+    assert names <= set(ORDER), f"packages without a position: {names - set(ORDER)}"
 
 
-def test_a_room_imports_only_from_rooms_to_its_left(package: tuple[Source, ...]) -> None:
+def test_a_package_imports_only_from_packages_to_its_left(package: tuple[Source, ...]) -> None:
     wrong = []
     for source in package:
-        if source.room == "__init__":
+        if source.package == "__init__":
             continue
-        allowed = set(ORDER[: ORDER.index(source.room) + 1])
+        allowed = set(ORDER[: ORDER.index(source.package) + 1])
         for module, _, line in imports(source):
-            room = house_room(module)
-            if room is not None and room not in allowed:
+            target = package_of(module)
+            if target is not None and target not in allowed:
                 wrong.append(f"{source.path}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 
@@ -117,7 +117,7 @@ def test_hf_travels_alone_and_the_others_name_full_paths(package: tuple[Source, 
     wrong = []
     for source in package:
         for module, level, line in imports(source):
-            inside_hf = source.room == "hf"
+            inside_hf = source.package == "hf"
             if (inside_hf and (module.startswith("bd3_megatron") or level > 1)) or (not inside_hf and level > 0):
                 wrong.append(f"{source.path}:{line} imports {'.' * level}{module}")
     assert not wrong, "\n".join(wrong)
@@ -147,7 +147,7 @@ def test_only_the_command_line_knows_the_launchers(package: tuple[Source, ...]) 
         f"{s.path}:{line}"
         for s in package
         for module, _, line in imports(s)
-        if module.split(".")[0] == "launch" and s.room != "cli"
+        if module.split(".")[0] == "launch" and s.package != "cli"
     ]
     assert not wrong, wrong
 
@@ -158,14 +158,14 @@ def test_foreign_engines_are_imported_by_their_owners_only(package: tuple[Source
         for module, level, line in imports(source):
             library = module.split(".")[0] if level == 0 else ""
             owners = OWNERS.get(library)
-            if owners is not None and source.room not in owners:
+            if owners is not None and source.package not in owners:
                 wrong.append(f"{source.path}:{line} imports {module}; owners are {sorted(owners)}")
             if library == "wandb" and source.path not in WANDB_FILES:
                 wrong.append(f"{source.path}:{line} imports wandb; its owner is {WANDB_FILES}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_door_plates_hold_a_docstring_and_import_nothing(everything: tuple[Source, ...]) -> None:
+def test_init_files_hold_a_docstring_and_import_nothing(everything: tuple[Source, ...]) -> None:
     wrong = []
     for source in everything:
         if not source.path.endswith("__init__.py"):
@@ -177,7 +177,7 @@ def test_door_plates_hold_a_docstring_and_import_nothing(everything: tuple[Sourc
     assert not wrong, wrong
 
 
-def test_every_package_folder_has_a_door_plate() -> None:
+def test_every_package_folder_has_an_init_file() -> None:
     folders = {p.parent for p in (ROOT / "bd3_megatron").rglob("*.py")}
     missing = [str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").is_file()]
     assert not missing, missing
@@ -243,7 +243,7 @@ def test_cuda_is_spoken_of_in_compat_only(package: tuple[Source, ...]) -> None:
     found = [
         f"{s.path}:{n.lineno}"
         for s in [*package, *sources("launch")]
-        if s.room != "compat" and s.path not in CUDA_ELSEWHERE
+        if s.package != "compat" and s.path not in CUDA_ELSEWHERE
         for n in s.nodes
         if isinstance(n, ast.Attribute) and dotted(n) == "torch.cuda"
     ]
@@ -277,7 +277,7 @@ def test_nothing_is_left_unfinished(shipped: tuple[Source, ...]) -> None:
     assert not found, found
 
 
-def test_no_room_for_everything(everything: tuple[Source, ...]) -> None:
+def test_no_file_for_everything(everything: tuple[Source, ...]) -> None:
     found = [s.path for s in everything if Path(s.path).stem in FORBIDDEN_NAMES]
     assert not found, found
 
@@ -293,9 +293,9 @@ def test_the_top_level_is_fixed() -> None:
     assert not excess, excess
 
 
-def test_every_test_folder_of_a_room_mirrors_the_package() -> None:
-    rooms = {p.name for p in (ROOT / "tests/unit").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert rooms <= {*ORDER, "launch", "tools", "core"}, rooms - set(ORDER)
+def test_every_folder_of_unit_tests_mirrors_a_package() -> None:
+    names = {p.name for p in (ROOT / "tests/unit").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert names <= {*ORDER, "launch", "tools", "core"}, names - set(ORDER)
 
 
 def test_every_imported_name_of_ours_exists(everything: list[Source]) -> None:

@@ -15,7 +15,9 @@ ROW = re.compile(r"^\| (.+) \| at (most|least) ([\d.]+) \|$", re.MULTILINE)
 def measured() -> dict[str, float]:
     """Every count of the table by its name there."""
     files = sources(*SHIPPED)
-    by_package = {p: comment_density([s for s in files if package(s) == p]) for p in sorted(set(map(package, files)))}
+    by_package = {
+        p: comment_density([s for s in files if folder_of(s) == p]) for p in sorted(set(map(folder_of, files)))
+    }
     return {
         "public names that two files define": len(names_with_two_meanings()),
         "import cycles between files, late imports included": len(import_cycles(files)),
@@ -28,7 +30,7 @@ def measured() -> dict[str, float]:
     }
 
 
-def package(source: Source) -> str:
+def folder_of(source: Source) -> str:
     """The folder below the package that a file is in, or the top folder."""
     parts = source.path.split("/")
     return "/".join(parts[:2]) if parts[0] == "bd3_megatron" and len(parts) > 2 else parts[0]

@@ -17,7 +17,9 @@ GRID_PARAMETERS = (
 )
 SPLIT_LOSS = 1e-7  # relative; per-sample sums are fp64 and in one order, but products of another batch round in fp32
 EVALUATION = 1e-5  # one perplexity computed by fp32 forwards in another order (nats per token)
-FAST_PATH_FP64 = 1e-12  # a fast attention path against the judge, outputs and gradients: the same sums in another order
+FAST_PATH_FP64 = (
+    1e-12  # a fast attention path against the reference, outputs and gradients: the same sums in another order
+)
 FAST_PATH_FP32 = 1e-5  # the same in fp32, relative to the largest value of the tensor compared
 FAST_PATH_BF16 = 2e-2  # the same in bf16, relative: inputs, probabilities and partial sums carry 8 bits
 RESUMED = 1e-5  # losses and gradient norms (about 4) of 5 steps after a change of grid: fp32 sums in another order

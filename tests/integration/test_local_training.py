@@ -1,4 +1,4 @@
-"""The door users take: `bd3 train` on this machine, from a clean folder to finished, stopped, resumed and refused runs."""
+"""The command users run: `bd3 train` on this machine, from a clean folder to finished, stopped, resumed and refused runs."""
 
 from __future__ import annotations
 

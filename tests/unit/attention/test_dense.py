@@ -75,7 +75,7 @@ def test_a_last_layer_needs_no_clean_queries() -> None:
     assert torch.allclose(part, whole, rtol=0, atol=1e-13) and empty.shape == (B, 0, N, H)
 
 
-def test_low_precision_is_judged_in_fp32() -> None:
+def test_low_precision_is_compared_in_fp32() -> None:
     low = [stream(s, dtype=torch.bfloat16) for s in (1, 2)]
     high = [Stream(s.q_BLNH.float(), s.k_BLGH.float(), s.v_BLGH.float()) for s in low]
     got, _ = attend(low[0], low[1], Visibility.pair(L, 3), scale=SCALE)

@@ -75,7 +75,7 @@ def test_eager_flex_equals_the_reference_on_context_parallel_rows() -> None:
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(24, 3), (60, 4)])
-def test_the_rule_inside_the_kernel_is_the_rule_of_sight(length: int, block_size: int) -> None:
+def test_the_rule_inside_the_kernel_is_the_visibility_rule(length: int, block_size: int) -> None:
     for visibility in visibilities(length, block_size):
         mask_BQK = visibility.pair_mask()
         batch, q_row, k_row = torch.meshgrid(*(torch.arange(n) for n in mask_BQK.shape), indexing="ij")

@@ -30,7 +30,7 @@ def runs_and_masks(visibility: Visibility) -> list[tuple[Intervals, Tensor]]:
 
 
 @pytest.mark.parametrize(("length", "block_size"), SHAPES)
-def test_intervals_are_the_rule_of_sight_and_rise(length: int, block_size: int) -> None:
+def test_intervals_are_the_visibility_rule_and_rise(length: int, block_size: int) -> None:
     for visibility in visibilities(length, block_size):
         for runs, mask in runs_and_masks(visibility):
             assert torch.equal(mask_of(runs, mask.shape[2]), mask)

@@ -43,8 +43,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of a machine with a Hopper GPU and every optional package; no kernel runs."""
     monkeypatch.setattr("bd3_megatron.attention.partial.capability", lambda: (9, 0))
     monkeypatch.setattr("bd3_megatron.attention.flex.capability", lambda: (9, 0))
-    for room in ("flex", "triton_pair"):
-        monkeypatch.setattr(f"bd3_megatron.attention.{room}.find_spec", lambda name: object())
+    for name_of_file in ("flex", "triton_pair"):
+        monkeypatch.setattr(f"bd3_megatron.attention.{name_of_file}.find_spec", lambda name: object())
 
 
 def label_of(attend: Attend) -> str:
@@ -76,7 +76,7 @@ def test_an_unknown_backend_names_the_known_ones() -> None:
         choose("flash3", CPU)
 
 
-def test_auto_falls_back_on_the_judge_and_says_why() -> None:
+def test_auto_falls_back_on_the_reference_and_says_why() -> None:
     chosen = choose("auto", replace(CPU, device_type="mps"))
     assert chosen.label == "dense" and "no kernel for device 'mps'" in chosen.why
 

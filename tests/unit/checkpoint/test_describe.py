@@ -17,7 +17,7 @@ def checkout(root: Path, monkeypatch: pytest.MonkeyPatch, head: str, files: dict
     for name, content in {"HEAD": head, **files}.items():
         (root / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / ".git" / name).write_text(content)
-    monkeypatch.setattr(describe, "__file__", str(root / "package" / "room" / "describe.py"))
+    monkeypatch.setattr(describe, "__file__", str(root / "package" / "inner" / "describe.py"))
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def test_the_commit_is_found(
 def test_a_launchers_copy_says_which_commit_it_is_of(
     noted: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "room" / "describe.py"))
+    monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "inner" / "describe.py"))
     (tmp_path / "COMMIT").write_text(noted)
     assert source_commit() == expected
 
 
 def test_without_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "room" / "describe.py"))
+    monkeypatch.setattr(describe, "__file__", str(tmp_path / "package" / "inner" / "describe.py"))
     assert source_commit() is None
 
 

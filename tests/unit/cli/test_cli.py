@@ -130,7 +130,7 @@ def test_half_a_rendezvous_is_refused(root: Path, clean_environment: Mapping[str
 
 
 @pytest.mark.parametrize(("error", "code"), [(BD3Error("a is b;\nuse c."), 2), (NodeFailure("n1 is slow."), 1)])
-def test_every_house_error_becomes_one_line_and_its_code(
+def test_every_error_of_the_package_becomes_one_line_and_its_code(
     error: BD3Error, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(cli.COMMANDS, "doctor", command_raising(error))

@@ -1,4 +1,4 @@
-"""Qwen3, Llama and SDAR folders become ours and go back, with transformers' own classes as judges."""
+"""Qwen3, Llama and SDAR folders become ours and go back, with transformers' own classes as references."""
 
 from __future__ import annotations
 

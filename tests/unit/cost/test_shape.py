@@ -21,7 +21,7 @@ from bd3_megatron.parallel.pair_split import pair_layout
 from tests.unit.cost.cases import case
 
 
-def test_the_door_imports_no_torch() -> None:
+def test_the_package_imports_no_torch() -> None:
     code = "import sys, bd3_megatron.cost.step, bd3_megatron.train.throughput; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

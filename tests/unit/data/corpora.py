@@ -1,4 +1,4 @@
-"""Small corpora for the data room's tests: token shards from lists, awkward text, seeded generators."""
+"""Small corpora for the tests of data: token shards from lists, awkward text, seeded generators."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_a_tokenizer_folder_of_its_own_comes_first(prefix: Path) -> None:
         MegatronIndexed(prefix)
 
 
-def test_our_own_folders_open_through_the_same_door(tmp_path: Path) -> None:
+def test_our_own_folders_open_by_the_same_function(tmp_path: Path) -> None:
     write_split(tmp_path / "train", [documents(3, seed=1)])
     assert isinstance(open_shards(tmp_path / "train", verify=True), ShardFolder)
     with pytest.raises(DataError, match="nothing does not exist"):

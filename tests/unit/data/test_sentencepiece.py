@@ -46,12 +46,14 @@ def test_loaded_models_encode_as_sentencepiece_does(options: dict, tmp_path: Pat
     content = model(**options)
     (tmp_path / "tokenizer.model").write_bytes(content)
     tokenizer = open_tokenizer(tmp_path)
-    judge = sentencepiece.SentencePieceProcessor(model_proto=content)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=content)
     texts = [english(400, 3), "<sep> a<sep>b", *AWKWARD, *noise_texts(250, 4)]
     for text in texts:
         if "\u2581" not in text:
-            assert tokenizer.encode(text).tolist() == judge.encode(text), text
-    assert tokenizer.special.mask == judge.get_piece_size() and tokenizer.vocab_size == judge.get_piece_size() + 1
+            assert tokenizer.encode(text).tolist() == reference.encode(text), text
+    assert (
+        tokenizer.special.mask == reference.get_piece_size() and tokenizer.vocab_size == reference.get_piece_size() + 1
+    )
     assert load_sentencepiece(tmp_path / "tokenizer.model").fingerprint == tokenizer.fingerprint
 
 
@@ -71,13 +73,13 @@ def test_long_lines_are_trained_on_too() -> None:
 
 
 def test_unigram_and_sentencepiece_agree_on_ten_thousand_tokens(tmp_path: Path) -> None:
-    from bd3_megatron.data import sentencepiece_model as room
+    from bd3_megatron.data import sentencepiece_model as own_module
 
-    content = room._rounded_scores(model(**EXACT))
-    judge = sentencepiece.SentencePieceProcessor(model_proto=content)
+    content = own_module._rounded_scores(model(**EXACT))
+    reference = sentencepiece.SentencePieceProcessor(model_proto=content)
     text = english(9000, 7)
     ids = from_sentencepiece(content, "it").encode(text).tolist()
-    assert len(ids) > 10_000 and ids == judge.encode(text)
+    assert len(ids) > 10_000 and ids == reference.encode(text)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,9 @@ def test_models_that_cannot_be_exported_are_refused(options: dict, sentence: str
 
 
 def test_a_model_whose_export_would_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bd3_megatron.data import sentencepiece_model as room
+    from bd3_megatron.data import sentencepiece_model as own_module
 
-    monkeypatch.setattr(room, "UNMATCHABLE_SCORE", 1.0)
+    monkeypatch.setattr(own_module, "UNMATCHABLE_SCORE", 1.0)
     with pytest.raises(TokenizerError, match="cannot be turned into an equal tokenizer.json .they differ on 'def f"):
         from_sentencepiece(model(**EXACT, required_chars=ASCII), "it")
 

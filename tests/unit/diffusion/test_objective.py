@@ -69,7 +69,7 @@ def test_log_probabilities_and_both_official_losses(block_size: int) -> None:
         assert (losses.sum() / count).item() == pytest.approx(golden[f"{form}_loss_f64"].item(), abs=GOLDEN_FP64)
 
 
-def test_bf16_logits_are_judged_in_fp32() -> None:
+def test_bf16_logits_are_scored_in_fp32() -> None:
     logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     nll = masked_token_nll(logits, tokens, mask_id=MASK)

@@ -175,7 +175,7 @@ def test_generate_refuses_what_it_would_have_to_ignore(options: dict[str, object
         BD3ForCausalLM(tiny_config(4)).generate(tokens(1, 3), **options)
 
 
-def test_what_asks_for_nothing_is_no_offence_to_generate() -> None:
+def test_what_asks_for_nothing_is_taken_by_generate() -> None:
     quiet = {"num_beams": 1, "logits_processor": None, "synced_gpus": False, "use_cache": True, "min_length": 0}
     model = language_model()
     found = model.generate(tokens(1, 3), max_new_tokens=4, seed=1, **quiet)

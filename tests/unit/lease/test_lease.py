@@ -206,9 +206,9 @@ def test_of_many_launches_at_once_one_gets_the_folder(tmp_path: Path, stale: boo
 
 
 def test_a_faster_launchs_lease_is_put_back(tmp_path: Path) -> None:
-    judged = Sighting(holder=replace(ME, process=ENDED), heartbeat=0.0, age_seconds=0.0)
+    seen_before = Sighting(holder=replace(ME, process=ENDED), heartbeat=0.0, age_seconds=0.0)
     path = write(tmp_path, ELSEWHERE)
-    lease_module._put_aside(path, judged, ME)
+    lease_module._put_aside(path, seen_before, ME)
     assert read_holder(path) == ELSEWHERE and [p.name for p in tmp_path.iterdir()] == ["lease.json"]
 
 

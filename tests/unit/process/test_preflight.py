@@ -90,7 +90,7 @@ def test_the_summary_is_one_line() -> None:
     assert summary(found[:1], 0.25).startswith("preflight: 1 rank on 1 node, ")
 
 
-def test_a_thousand_reports_are_judged_in_one_pass() -> None:
+def test_a_thousand_reports_are_compared_in_one_pass() -> None:
     """Every report is looked at a few times, however many there are."""
     looks = 0
 

@@ -24,7 +24,7 @@ from bd3_megatron.report.chart import (
     thinned,
 )
 
-SIGHTS = {
+COLOUR_VISIONS = {
     "normal": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "no red cones": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
     "no green cones": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
@@ -60,9 +60,9 @@ def lab(rgb: Triple) -> Triple:
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_any_two_colours_are_told_apart_by_everybody(sight: str) -> None:
-    seen = {colour: lab(times(SIGHTS[sight], linear(colour))) for colour in PALETTE}
+@pytest.mark.parametrize("vision", COLOUR_VISIONS)
+def test_any_two_colours_are_told_apart_by_everybody(vision: str) -> None:
+    seen = {colour: lab(times(COLOUR_VISIONS[vision], linear(colour))) for colour in PALETTE}
     nearest = min(math.dist(seen[a], seen[b]) for a, b in itertools.combinations(PALETTE, 2))
     assert nearest > 10 * JUST_TOLD_APART, f"two colours are {nearest:.1f} apart"
 

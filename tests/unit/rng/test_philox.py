@@ -30,13 +30,13 @@ def _philox_in_python(counter: list[int], key: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
-@pytest.mark.parametrize("lanes", [1, 3, 64])
-def test_published_known_answers(counter: str, key: str, expected: str, lanes: int) -> None:
-    c0, c1, c2, c3 = (torch.full((lanes,), word) for word in _hex(counter))
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_published_known_answers(counter: str, key: str, expected: str, width: int) -> None:
+    c0, c1, c2, c3 = (torch.full((width,), word) for word in _hex(counter))
     key_0, key_1 = _hex(key)
     out = philox.philox4x32((c0, c1, c2, c3), (key_0, key_1))
     for word, wanted in zip(out, _hex(expected), strict=True):
-        assert word.tolist() == [wanted] * lanes
+        assert word.tolist() == [wanted] * width
 
 
 def test_words_equal_a_second_implementation_in_unbounded_integers() -> None:

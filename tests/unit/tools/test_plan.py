@@ -1,4 +1,4 @@
-"""The planner's door: prints plans, reasons and assumptions; refuses in one sentence; needs no torch."""
+"""The planner's command: prints plans, reasons and assumptions; refuses in one sentence; needs no torch."""
 
 from __future__ import annotations
 
