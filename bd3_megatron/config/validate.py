@@ -128,7 +128,8 @@ def _check_axes(config: Config) -> None:
         axes_of(config, phase).refuse(
             views=diffusion.views,
             resample=diffusion.resample,
-            searches=diffusion.search_every_steps > 0,
+            # a phase that names its interval is not searched
+            searches=diffusion.search_every_steps > 0 and named is None,
             interval=named or diffusion.interval_at(size),
             num_blocks=config.data.seq_len // size,
         )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.convention import EvaluationConvention
+from bd3_megatron.diffusion.axes import BD3_LM
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.noise_plan import NoisePlan
 from bd3_megatron.evaluate.perplexity import (
@@ -125,8 +126,8 @@ def _share_sums(sums: ScoreSums, topology: Topology) -> None:
 def _rows_of(model: ParallelModel, block_size: int) -> Iterator[None]:
     """Inside, the model has the rows of this block size."""
     before = model.layout
-    # One noisy copy: several views are a means of training.
-    model.enter_phase(block_size, views=1)
+    # One noisy copy and the axes of the bound: the others are a means of training.
+    model.enter_phase(block_size, views=1, axes=BD3_LM)
     try:
         yield
     finally:

@@ -92,9 +92,9 @@ def layout_function(
         skip_dead_rows: leave out the last clean block where tp divides what remains.
     """
 
-    # A phase's rows are asked for at every step.
+    # A phase's rows are asked for at every step, and tables that backends make belong to one layout.
     @functools.cache
-    def layout_of(block_size: int, views: int, axes: ObjectiveAxes | None) -> PairLayout:
+    def cached(block_size: int, views: int, axes: ObjectiveAxes) -> PairLayout:
         # sequence parallelism cuts the rows of a rank evenly; with one block less they may not divide
         divides = not parallel.sequence_parallel or ((views + 1) * length - block_size) % parallel.tp == 0
         return pair_layout(
@@ -105,4 +105,4 @@ def layout_function(
             drop_last_clean=skip_dead_rows and divides,
         )
 
-    return layout_of
+    return lambda block_size, views, axes: cached(block_size, views, objective.axes if axes is None else axes)

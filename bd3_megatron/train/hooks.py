@@ -15,6 +15,7 @@ from bd3_megatron.checkpoint.verify import newest_valid
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.loader import TokenDataset
+from bd3_megatron.diffusion.axes import BD3_LM
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.evaluate.in_loop import evaluate_on_grid
@@ -112,7 +113,7 @@ class Hooks:
         if self.data.valid is None:
             return None
         # one noisy copy is what the search scores; the next step takes the training rows up again
-        self.engine.model.enter_phase(info.next_block_size, views=1)
+        self.engine.model.enter_phase(info.next_block_size, views=1, axes=BD3_LM)
         with self.timeline.span("evaluation"):
             choice = search_interval(
                 self.engine,

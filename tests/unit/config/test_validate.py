@@ -218,6 +218,14 @@ def test_block_sizes_hold_the_whole_curriculum(file: Path) -> None:
     assert block_sizes(load_config(file, [phases])) == [64, 8]
 
 
+def test_only_a_searched_phase_must_have_the_axes_that_the_search_measures(file: Path) -> None:
+    searched = ["diffusion.search_every_steps=2", "evaluate.every_steps=2"]
+    flat = "{block_size: 4, steps: 4, interval: [0.3, 0.8], axes: {row_weight: flat}}"
+    validate(load_config(file, [*searched, f"diffusion.phases=[{flat}, {{block_size: 4}}]"]))
+    with pytest.raises(ConfigError, match=r"^axes\.row_weight=flat with search_every_steps above 0"):
+        validate(load_config(file, [*searched, f"diffusion.phases=[{flat.replace('interval: [0.3, 0.8], ', '')}]"]))
+
+
 def test_the_grid_alone_can_be_checked(file: Path) -> None:
     config: Config = load_config(file, ["parallel.tp=3"])
     with pytest.raises(GridError, match="does not divide num_heads"):

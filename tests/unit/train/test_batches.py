@@ -12,10 +12,12 @@ from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.sampler import BatchShare
+from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.objective import NextToken
 from bd3_megatron.errors import DataError
+from bd3_megatron.model.attention_context import layout_function
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise, StepBatch, StepBatches, make_micro_batch
 from bd3_megatron.train.plan import RunPlan
@@ -69,6 +71,17 @@ def test_a_sample_is_the_same_for_every_split(diffusion: dict[str, Any]) -> None
     for dp, size in SPLITS:
         config = case(diffusion={"block_size": 4, **diffusion}, train={"micro_batch_size": size})
         assert held(config, Samples(), dp=dp, block_size=block_size) == expected
+
+
+def test_a_phase_has_one_layout_however_its_axes_are_named() -> None:
+    """Backends keep tables with a layout: two of one phase would make them twice."""
+    config = case(diffusion={"axes": {"row_weight": "flat"}})
+    layout_at = layout_function(
+        objective_of(config), length=LENGTH, parallel=config.parallel, cp_rank=0, skip_dead_rows=True
+    )
+    assert layout_at(4, 1, None) is layout_at(4, 1, ObjectiveAxes(row_weight="flat"))
+    assert layout_at(4, 1, None).objective.axes.row_weight == "flat"
+    assert layout_at(4, 1, BD3_LM) is not layout_at(4, 1, None)
 
 
 def test_loader_processes_change_nothing() -> None:
