@@ -3,8 +3,8 @@
     python -m tools.bench.step --against naive [--layers 4 --hidden 256 --heads 4 --length 512 --block 16 --vocab 8192 --batch 4]
 
 `naive` is a dense boolean mask through torch's SDPA over all 2L rows, every row in every layer, logits of all 2L rows and
-a full log-softmax; `naive-flex` (GPU) the same with FlexAttention. Both run the same weights and batch; losses and
-gradients are compared before anything is timed. Data tokens count L, never 2L.
+a full log-softmax; `naive-flex` (GPU) the same with FlexAttention; `--official FOLDER` adds the official code's own model.
+All run the same weights and batch; losses are compared before anything is timed. Data tokens count L, never 2L.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.select import choose
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.command import CommandParser
-from bd3_megatron.compat.device import peak_memory_bytes, rank_device
+from bd3_megatron.compat.device import keep_freed_memory, peak_memory_bytes, rank_device
 from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -37,7 +37,7 @@ from bd3_megatron.convert.plain_config import plain_config
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.corrupt import NoisyBatch
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.errors import RangeError
+from bd3_megatron.errors import RangeError, UsageError
 from bd3_megatron.hf.attention_bd3 import blocks_of, pair_sees
 from bd3_megatron.hf.plain_bd3 import PlainBD3, run_layers
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
@@ -46,6 +46,8 @@ from bd3_megatron.parallel.topology import join
 from bd3_megatron.train.batches import Noise
 from tools.bench import harness
 from tools.bench.harness import Note
+from tools.bench.head import LiveBytes
+from tools.bench.official_step import official_model, official_step
 
 # Relative: two ways to add in fp32, and the roundings of a whole model in bf16.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -66,8 +68,8 @@ class StepCase:
         return self.clean.tokens_BL.numel()
 
 
-def make_problem(options: argparse.Namespace) -> StepCase:
-    """Random tokens and the noise of a first step."""
+def make_problem(options: argparse.Namespace, *, precision: str = "fp32") -> StepCase:
+    """Random tokens and the noise of a first step; a GPU computes in bf16 whatever `precision` says."""
     config = config_from_tree(
         {
             "run": {"dir": "unused"},
@@ -92,7 +94,7 @@ def make_problem(options: argparse.Namespace) -> StepCase:
     )
     device = rank_device(0) if options.device == "cuda" else torch.device("cpu")
     # As each device trains.
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if options.device == "cuda" or precision == "bf16" else torch.float32
     return StepCase(config, clean, noise.corrupt(clean, config.diffusion), dtype, device)
 
 
@@ -225,6 +227,10 @@ def check_equal(
 def build_parser() -> CommandParser:
     """The command line."""
     parser = harness.benchmark_parser("step", __doc__, repeats=5)
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the shipped and naive step on CPU"
+    )
+    parser.add_argument("--official", type=Path, help="a checkout of kuleshov-group/bd3lms, with --style paper")
     parser.add_argument("--against", choices=("naive", "naive-flex"), default="naive")
     parser.add_argument("--backend", default="auto", help="attention backend of the shipped path")
     parser.add_argument("--style", choices=("modern", "paper"), default="modern")
@@ -249,25 +255,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_step(options: argparse.Namespace) -> Iterator[Note]:
-    """Compare both forms, then time them."""
-    problem = make_problem(options)
+    """Compare all forms, then time them, with the allocator as the system ships it and as `bd3 train` sets it."""
+    problem = make_problem(options, precision=options.precision)
     ours, model, label = shipped_step(problem, options.vocab, options.backend)
     theirs, plain = naive_step(problem, options.vocab, model, options.against)
     equal = check_equal(problem, (ours(), theirs()), model, plain, options.vocab)
-    seconds = harness.interleave(
-        {"shipped": ours, options.against: theirs}, repeats=options.repeats, device=options.device
-    )
-    ratio = harness.speedup(seconds, "shipped", against=options.against)
+    steps = {"shipped": ours, options.against: theirs}
+    if options.official is not None:
+        steps["official"] = _official(options, problem, plain)
+        if abs(float(steps["official"]() - theirs())) > LOSS_TOLERANCE[problem.dtype] * float(theirs()):
+            raise RangeError("the official model's loss is another one; nothing was timed.")
+    peaks = {name: peak_bytes(step) for name, step in steps.items()} if options.device == "cpu" else {}
+    as_is = harness.interleave(steps, repeats=options.repeats, device=options.device)
+    # from here on the process keeps freed memory, and cannot go back
+    keep_freed_memory()
+    kept = harness.interleave(steps, repeats=options.repeats, device=options.device)
     rows = [
-        (name, harness.milliseconds(seconds[name]), f"{problem.tokens / statistics.median(seconds[name]):,.0f}")
-        for name in seconds
+        (
+            name,
+            harness.milliseconds(as_is[name]),
+            harness.milliseconds(kept[name]),
+            f"{problem.tokens / statistics.median(kept[name]):,.0f}",
+            f"{peaks[name] / harness.MIB:,.0f}" if peaks else "-",
+        )
+        for name in steps
     ]
-    body = harness.table(("step", "forward + backward, ms", "data tokens/s"), rows)
-    notes = [f"shipped ({label}) is {ratio:.2f} times as fast as {options.against}", equal]
+    header = ("step", "forward + backward, ms", "ms, freed memory kept", "data tokens/s", "peak beyond weights, MiB")
+    notes = [_ratios(name, label, as_is, kept, peaks) for name in steps if name != "shipped"]
     if options.device == "cuda":
         notes.append(f"peak memory of both together {peak_memory_bytes(problem.device) / 2**30:.1f} GiB")
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    yield Note(f"step, {shape}, batch {options.batch}", f"{body}\n\n{'; '.join(notes)}")
+    title = f"step, {shape}, batch {options.batch}, {str(problem.dtype).removeprefix('torch.')}"
+    yield Note(title, f"{harness.table(header, rows)}\n\n{'; '.join([*notes, equal])}")
+
+
+def _ratios(
+    name: str,
+    label: str,
+    as_is: Mapping[str, Sequence[float]],
+    kept: Mapping[str, Sequence[float]],
+    peaks: Mapping[str, int],
+) -> str:
+    """How many times as fast the shipped step is, by what is done to the allocator, and its share of the peak."""
+    plain, both = (harness.speedup(seconds, "shipped", against=name) for seconds in (as_is, kept))
+    ships = statistics.median(as_is[name]) / statistics.median(kept["shipped"])
+    said = (
+        f"shipped ({label}) is {plain:.2f} times as fast as {name} without keep_freed_memory, {both:.2f} with it for both, "
+        f"{ships:.2f} as each ships"
+    )
+    return said if not peaks else f"{said}, at {peaks['shipped'] / peaks[name]:.2f} of its peak memory"
+
+
+def peak_bytes(step: Callable[[], Tensor]) -> int:
+    """Most bytes alive at once that a step makes, gradients included and weights not."""
+    with LiveBytes() as live:
+        step()
+    return live.peak
+
+
+def _official(options: argparse.Namespace, problem: StepCase, plain: nn.Module) -> Callable[[], Tensor]:
+    if problem.dtype != torch.float32:
+        raise UsageError("--official runs in fp32; leave --precision out.")
+    model = official_model(options.official, problem.config, plain.state_dict(), options.vocab).to(problem.device)
+    ids = torch.cat([problem.noisy.noisy_BL, problem.clean.tokens_BL], dim=1).to(problem.device)
+    target, weight = problem.clean.tokens_BL.to(problem.device), problem.noisy.weight_BL.to(problem.device)
+    return official_step(model, ids, target, weight, mask_id=options.vocab - 1)
 
 
 if __name__ == "__main__":
