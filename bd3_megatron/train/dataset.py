@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import checkpoint_folders
-from bd3_megatron.config.objective import block_sizes
+from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config, DataConfig
 from bd3_megatron.config.stream import StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
@@ -318,10 +318,25 @@ def _open_stream(config: Config, stream: StreamConfig, tokenizer_folder: Path, s
     return StreamRows(plan)
 
 
+def isolation_remark(config: Config) -> str | None:
+    """What a phase of one block a row does to isolated documents, or None where nothing is worth saying."""
+    length, block = config.data.seq_len, _aligned_block(config)
+    if config.data.packing != "isolated" or not objective_of(config).has_noise or block < length:
+        return None
+    # One alignment serves all phases: rows stay the same while the curriculum moves on.
+    return (
+        f"packing=isolated with block_size=seq_len={length}: a document begins at a multiple of the largest block, so in every "
+        "phase each row holds one document, and end tokens that carry loss fill what it leaves; use packing=wrap or a "
+        "smaller largest block to pack short documents together."
+    )
+
+
 def prepare_and_open(config: Config, *, rank: int, say: Callable[[str], None]) -> RunData:
     """Rank 0 prepares, all wait, all open. Collective."""
     if rank == 0:
         prepare_text(config, say)
+        if (remark := isolation_remark(config)) is not None:
+            say(remark)
     # The folder appears whole, but only after rank 0 is done; nobody may look before.
     dist.barrier()
     return open_data(config)

@@ -20,6 +20,7 @@ from bd3_megatron.errors import DataError
 from bd3_megatron.model.attention_context import layout_function
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 from bd3_megatron.train.batches import Noise, StepBatch, StepBatches, make_micro_batch
+from bd3_megatron.train.dataset import isolation_remark
 from bd3_megatron.train.plan import RunPlan
 from tests.unit.cost.cases import case
 from tests.unit.parallel.places import place
@@ -134,6 +135,25 @@ def test_a_step_drawn_ahead_is_the_step(dp: int, size: int) -> None:
     # step 1 was assumed rightly; steps 2 and 3 were drawn a second time, here
     expected = [own, "next step", "next step", own, "next step", own, *[own] * 4]
     assert drawers == [name for name in expected for _ in range(micro)]
+
+
+@pytest.mark.parametrize(
+    ("data", "diffusion", "is_said"),
+    [
+        ({"packing": "isolated"}, {"block_size": LENGTH}, True),
+        ({"packing": "isolated"}, {"phases": [{"block_size": LENGTH, "steps": 1}, {"block_size": 4}]}, True),
+        ({"packing": "isolated"}, {"block_size": 4}, False),
+        ({"packing": "isolated"}, {"objective": "ar"}, False),
+        ({"packing": "wrap"}, {"block_size": LENGTH}, False),
+    ],
+    ids=str,
+)
+def test_what_a_block_of_the_whole_row_does_to_documents_is_said(
+    data: dict[str, Any], diffusion: dict[str, Any], is_said: bool
+) -> None:
+    said = isolation_remark(case(data={"seq_len": LENGTH, **data}, diffusion=diffusion))
+    assert (said is not None) == is_said
+    assert said is None or f"block_size=seq_len={LENGTH}: a document begins" in said
 
 
 def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for() -> None:
