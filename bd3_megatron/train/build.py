@@ -123,7 +123,7 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         hooks=hooks,
         stop=stop,
         watchdog=Watchdog(config.watch, run_dir, rank=rank, world_size=world_size),
-        peak=device_peak(config, topology),
+        peak=device_peak(config, topology, state),
         loggers=loggers,
         timeline=timeline,
         kernels=kernels,
@@ -152,18 +152,27 @@ def _engine(
     return ZeroEngine(model, config, num_micro_batches=share.num_micro_batches, dtype=dtype)
 
 
-def device_peak(config: Config, topology: Topology) -> PeakTflops:
-    """Peak of one device: given, from the table, or on CPU measured by all ranks at once. Collective."""
+def device_peak(config: Config, topology: Topology, state: TrainState) -> PeakTflops:
+    """Peak of one device: given, from the table, or on CPU measured by all ranks at once. Collective.
+
+    Args:
+        config: the run.
+        topology: the grid.
+        state: keeps what was measured, so that a resumed run's curves go on at the same scale.
+    """
     given = config.throughput.peak_tflops
+    # The peak of the dtype that the products run in, which is not always the one asked for.
+    precision = "bf16" if training_dtype(config.train.precision, topology.device) == torch.bfloat16 else "fp32"
     if topology.device.type == "cuda" or given is not None:
-        # The peak of the dtype that the products run in, which is not always the one asked for.
-        precision = "bf16" if training_dtype(config.train.precision, topology.device) == torch.bfloat16 else "fp32"
         return peak_of(device_name(topology.device), precision, given_tflops=given)
-    measured = torch.tensor(measure_cpu_peak_tflops(CPU_PEAK_SECONDS, dist.barrier), dtype=torch.float64)
-    dist.all_reduce(measured)
-    # The mean: ranks share one memory bus, and a rank measured alone would promise too much.
-    mean = float(measured) / topology.world_size
-    return PeakTflops(mean, "CPU matrix product measured at start by all ranks at once")
+    # With other ranks on the same cores a rank's share is another one.
+    if state.cpu_peak is None or state.cpu_peak["ranks"] != topology.world_size:
+        rate = measure_cpu_peak_tflops(CPU_PEAK_SECONDS, dist.barrier, precision=precision)
+        measured = torch.tensor(rate, dtype=torch.float64)
+        dist.all_reduce(measured)
+        state.cpu_peak = {"ranks": topology.world_size, "tflops": float(measured) / topology.world_size}
+    source = f"CPU matrix product in {precision} measured once by all ranks together"
+    return PeakTflops(state.cpu_peak["tflops"], source)
 
 
 def _loggers(config: Config, plan: RunPlan, state: TrainState) -> Loggers:

@@ -77,6 +77,8 @@ class TrainState:
     """Rows, documents and tokens of the sources (see DataIdentity); None in checkpoints of older versions."""
     data: dict[str, Any] | None = None
     """What the data order must remember beside the samples consumed: the mixture's stages, or its stream shards' positions."""
+    cpu_peak: dict[str, float] | None = None
+    """Measured peak of a CPU rank (TFLOP/s) and the ranks that shared the machine; a resumed run goes on with it."""
     wandb_id: str | None = None
     """The tracker's run id, kept across restarts."""
 

@@ -25,7 +25,11 @@ CPU_MATRIX = 768
 
 
 def measure_cpu_peak_tflops(
-    seconds: float, barrier: Callable[[], None], *, clock: Callable[[], float] = time.perf_counter
+    seconds: float,
+    barrier: Callable[[], None],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    precision: str = "fp32",
 ) -> float:
     """This rank's share of the machine's matrix-product rate, measured while all ranks do the same.
 
@@ -35,13 +39,15 @@ def measure_cpu_peak_tflops(
         seconds: how long to multiply.
         barrier: makes all ranks begin together.
         clock: seconds.
+        precision: fp32 or bf16, as training multiplies; the rates of a CPU differ by a factor of two and more.
 
     Returns:
-        fp32 TFLOP/s of a square product of `CPU_MATRIX`.
+        TFLOP/s of a square product of `CPU_MATRIX`.
     """
     import torch  # the figures are torch-free: reports and planners read them where torch is not wanted
 
-    left, right = (torch.full((CPU_MATRIX, CPU_MATRIX), 0.5) for _ in range(2))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.full((CPU_MATRIX, CPU_MATRIX), 0.5, dtype=dtype) for _ in range(2))
     out = left @ right
     barrier()
     start, rounds = clock(), 0

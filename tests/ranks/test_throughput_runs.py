@@ -132,3 +132,18 @@ def _cost_of_a_mark(spans: int = 500) -> float:
     timeline.end_step()
     timeline.finished()
     return (time.perf_counter() - start) / (2 * spans)
+
+
+def test_a_cpu_is_measured_once_in_the_life_of_a_run(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    config = train_config(data, tmp_path / "run", train={"steps": 4}, throughput={"peak_tflops": None})
+    (first,) = train(config, stop_after=2)
+    (second,) = train(config)
+    starts = [
+        json.loads(line)
+        for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
+        if '"event": "start"' in line
+    ]
+    assert len(starts) == 2 and first["state"]["cpu_peak"] == second["state"]["cpu_peak"]
+    assert [s["throughput/peak_tflops"] for s in starts] == [first["state"]["cpu_peak"]["tflops"]] * 2
+    assert "in fp32 measured once" in starts[0]["throughput/peak_source"]
