@@ -253,15 +253,27 @@ def read_json(path: Path, remedy: str, *, kind: type[BD3Error] = DataError) -> d
     Raises:
         kind: missing, unreadable, not JSON, or not an object.
     """
+    content = _read_json(path, remedy, kind)
+    if not isinstance(content, dict):
+        raise kind(f"{path} is damaged (no JSON object); {remedy}.")
+    return content
+
+
+def read_json_list(path: Path, remedy: str, *, kind: type[BD3Error] = DataError) -> list[Any]:
+    """As `read_json`, of a JSON list."""
+    content = _read_json(path, remedy, kind)
+    if not isinstance(content, list):
+        raise kind(f"{path} is damaged (no JSON list); {remedy}.")
+    return content
+
+
+def _read_json(path: Path, remedy: str, kind: type[BD3Error]) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise kind(f"{path} cannot be read ({reason_of(error)}); {remedy}.") from error
     except (ValueError, RecursionError) as error:
         raise kind(f"{path} is damaged (not JSON); {remedy}.") from error
-    if not isinstance(content, dict):
-        raise kind(f"{path} is damaged (no JSON object); {remedy}.")
-    return content
 
 
 def json_record(line: str | bytes) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Literal
 from bd3_megatron.errors import final_codes
 from launch.cluster import ClusterProfile
 from launch.container import srun_options, wrapper
-from launch.env import rank_settings
+from launch.env import FIRST_PORT, NUM_PORTS, PORTS_A_JOB, rank_settings
 
 BODY = Path(__file__).parent / "templates" / "job.sh"
 
@@ -125,6 +125,7 @@ def _values(profile: ClusterProfile, job: Job) -> list[str]:
         f"max_attempts={job.max_attempts}",
         f"final_codes={shlex.quote(' '.join(map(str, final_codes())))}",
         f"signal_lead_seconds={profile.signal_lead_seconds}",
+        f"first_port={FIRST_PORT} num_ports={NUM_PORTS} ports_a_job={PORTS_A_JOB}",
         f"excluded={shlex.quote(profile.exclude or '')}",
         f"python={shlex.quote(job.python)}",
         f"srun_options=({' '.join(map(shlex.quote, srun_options(profile.container)))})",

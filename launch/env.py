@@ -163,11 +163,15 @@ def _slurm_membership(environ: Mapping[str, str]) -> Membership:
     return Membership(rank=rank, world_size=size, local_rank=local_rank, variables=variables)
 
 
+FIRST_PORT, NUM_PORTS, PORTS_A_JOB = 20_000, 12_000, 7
+"""Rendezvous ports under SLURM, below 32768, where Linux begins to hand out ports by itself; attempts of a job take several."""
+
+
 def slurm_port(environ: Mapping[str, str]) -> int:
     """A rendezvous port all tasks agree on: another one for every job, requeue and step, so that none meets a dead one's."""
     job, restarts = _whole(environ, "SLURM_JOB_ID"), _whole(environ, "SLURM_RESTART_COUNT", default=0)
-    # below 32768, where Linux begins to hand out ports by itself
-    return 20000 + (7 * job + restarts + 101 * _whole(environ, "SLURM_STEP_ID", default=0)) % 12000
+    step = _whole(environ, "SLURM_STEP_ID", default=0)
+    return FIRST_PORT + (PORTS_A_JOB * job + restarts + 101 * step) % NUM_PORTS
 
 
 def _whole(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:

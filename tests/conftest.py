@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def clean_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def clean_environment() -> Mapping[str, str]:
     """This process's environment, made clean, as a test's other fixtures left it."""
     return clean_variables(os.environ)
+
+
+@pytest.fixture
+def own_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of this test's own for transformers' copies of an exported folder's code.
+
+    transformers imports the copies as the package `transformers_modules`, which a process looks for in one folder: what
+    another test has imported is forgotten before and after.
+    """
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    _forget_remote_code()
+    yield
+    _forget_remote_code()
+
+
+def _forget_remote_code() -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

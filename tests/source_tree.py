@@ -110,6 +110,53 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
+PUBLIC_FOR_OTHERS = {
+    "KeepingEngine": "DeepSpeed calls its checkpoint engine",
+    "DeepSpeedMpu": "DeepSpeed asks it for groups",
+    "ModelChunk": "megatron's schedules call set_input_tensor",
+    "HarnessModel": "lm-evaluation-harness calls its model",
+    "BD3Model": "transformers asks for tables",
+    "BD3LanguageModel": "transformers asks for tables",
+}
+"""Classes some of whose methods another package calls."""
+
+
+def words_used(file: Source) -> Iterator[tuple[str, int]]:
+    """(word, line) of every name, attribute, import and dotted text of a file: whatever may stand for a definition."""
+    for node in file.nodes:
+        match node:
+            case ast.Name():
+                yield node.id, node.lineno
+            case ast.Attribute():
+                yield node.attr, node.lineno
+            case ast.alias():
+                yield node.name, node.lineno
+            case ast.Constant(value=str(text)):
+                yield from ((word, node.lineno) for word in text.replace(":", ".").split(".") if word.isidentifier())
+
+
+def unused_public_names() -> list[str]:
+    """Public functions, classes and methods of the package that no shipped file uses beside their own definition."""
+    shipped = sources(*SHIPPED)
+    used: dict[str, set[tuple[str, int]]] = {}
+    for file in shipped:
+        for word, line in words_used(file):
+            used.setdefault(word, set()).add((file.path, line))
+    in_templates = " ".join(p.read_text("utf-8") for p in (ROOT / "bd3_megatron").rglob("*.jinja"))
+    found = []
+    for file in sources("bd3_megatron"):
+        classes = [n for n in file.tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+        methods = [
+            (c.name, n) for c in classes if c.name not in PUBLIC_FOR_OTHERS for n in c.body if isinstance(n, Function)
+        ]
+        for owner, node in [("", n) for n in file.tree.body if isinstance(n, Function | ast.ClassDef)] + methods:
+            own = range(node.lineno, (node.end_lineno or 0) + 1)
+            elsewhere = [1 for path, line in used.get(node.name, ()) if path != file.path or line not in own]
+            if not (node.name.startswith("_") or elsewhere or f".{node.name}(" in in_templates):
+                found.append(f"{file.path}: {owner and owner + '.'}{node.name}")
+    return found
+
+
 def docstrings(source: Source) -> Iterator[tuple[int, str]]:
     """(line, text) of every docstring: of the file, its classes, functions and attributes (a string that stands under one)."""
     for node in source.nodes:

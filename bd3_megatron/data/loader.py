@@ -137,11 +137,6 @@ class TokenDataset:
         """Share of positions with loss over all rows."""
         return sum(rows.utilisation * rows.num_rows for rows in self.sources) / self.num_rows
 
-    def epochs(self, consumed: int) -> list[float]:
-        """How often each source has been read through after `consumed` samples."""
-        counts = self.mixture.counts(consumed)
-        return [count / rows.num_rows for count, rows in zip(counts, self.sources, strict=True)]
-
     def batch_for(self, index_B: Tensor) -> CleanBatch:
         """Rows by their index in the order of consumption.
 

@@ -82,12 +82,6 @@ class Mixture:
             count[chosen] = local_count + self._counts_before[stage][local_source]
         return source, count
 
-    def counts(self, consumed: int) -> list[int]:
-        """How many of the first `consumed` samples each source gave."""
-        stage = max(i for i, s in enumerate(self.stages) if s.start <= consumed)
-        local = self._patterns[stage].counts(np.asarray([consumed - self.stages[stage].start]))[0]
-        return [int(n) for n in self._counts_before[stage] + local]
-
 
 class _Pattern:
     """One repeating pattern: source of every position, and counts before it."""

@@ -43,7 +43,7 @@ class StreamPlan:
     rule: PackingRule
     num_shards: int
     """Stream shards; at most the stream's number of files. Rows of stream shard j are samples j, j + num_shards, ..."""
-    shuffle_rows: int = 256
+    shuffle_rows: int
     """Rows permuted together; 1: none."""
     seed: int = 1
     """run.seed."""

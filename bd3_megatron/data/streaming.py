@@ -43,7 +43,7 @@ def plan_stream(
     rule: PackingRule,
     *,
     num_shards: int | None = None,
-    shuffle_rows: int = 256,
+    shuffle_rows: int,
     seed: int = 1,
     detokenizer: str = "none",
     held_out_fraction: float = 0.0,

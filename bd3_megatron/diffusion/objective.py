@@ -115,13 +115,17 @@ class Objective(ABC):
     def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         """Tokens that could carry loss if all were masked, whatever the denominator counts."""
 
-    @abstractmethod
     def refuse(self, *, num_phases: int, searches: bool) -> None:
         """Refuse settings that contradict the objective.
 
         Raises:
             ConfigError: with the setting and the remedy.
         """
+        if not self.has_noise and (num_phases or searches or self.views != 1 or self.axes != BD3_LM):
+            raise ConfigError(
+                f"objective={self.name} has no noise; remove diffusion.phases, diffusion.views, diffusion.axes and "
+                "search_every_steps."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +190,6 @@ class BlockDiffusion(Objective):
     def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         return sum(int(copy.text_BL.sum()) for copy in copies)
 
-    def refuse(self, *, num_phases: int, searches: bool) -> None:
-        return
-
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(Objective):
@@ -244,12 +245,6 @@ class NextToken(Objective):
 
     def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         return self.token_count(rows, copies)
-
-    def refuse(self, *, num_phases: int, searches: bool) -> None:
-        if num_phases or searches or self.views != 1 or self.axes != BD3_LM:
-            raise ConfigError(
-                "objective=ar has no noise; remove diffusion.phases, diffusion.views, diffusion.axes and search_every_steps."
-            )
 
 
 def objective_named(

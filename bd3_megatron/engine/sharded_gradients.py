@@ -198,11 +198,6 @@ class ShardedGradients:
             bucket.sum = None
             self._on_the_way.pop(0)
 
-    @property
-    def num_started(self) -> int:
-        """Buckets under way or done in this step."""
-        return self._next
-
     @torch.no_grad()
     def finish(self) -> None:
         """After the last backward and after the sums over other axes: `owned` holds the mean over the ranks.

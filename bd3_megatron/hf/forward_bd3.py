@@ -74,11 +74,6 @@ class ReplayedForward:
         self._recordings: dict[tuple[int, ...], Recording | None] = {}
         self._cache_keys: Tensor | None = None
 
-    @property
-    def num_recordings(self) -> int:
-        """Shapes that are replayed by now."""
-        return sum(recording is not None for recording in self._recordings.values())
-
     def __call__(self, cache: KeyValueCache, ids_BR: Tensor, plan: RowPlan, keep_BQ: Tensor) -> Tensor:
         if not isinstance(plan.slots, Tensor):
             return self._eager(cache, ids_BR, plan, keep_BQ)

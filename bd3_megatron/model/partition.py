@@ -64,14 +64,6 @@ def shard(full: Tensor, partition: Partition, rank: int, size: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=partition.dim)
 
 
-def unshard(pieces: list[Tensor], partition: Partition) -> Tensor:
-    """The whole tensor from all ranks' pieces, in rank order; inverse of `shard`."""
-    if partition.dim is None or len(pieces) == 1:
-        return pieces[0]
-    split = [piece.chunk(partition.strides, dim=partition.dim) for piece in pieces]
-    return torch.cat([part[i] for i in range(partition.strides) for part in split], dim=partition.dim)
-
-
 def full_shape(local: tuple[int, ...], partition: Partition, size: int) -> tuple[int, ...]:
     """Shape of the whole tensor whose piece on each of `size` ranks has shape `local`."""
     if partition.dim is None:

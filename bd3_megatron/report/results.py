@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bd3_megatron.config.load import build
 from bd3_megatron.errors import ConfigError, DataError
-from bd3_megatron.files import reason_of, write_text
+from bd3_megatron.files import read_json_list, write_text
 from bd3_megatron.report.chart import Point
 
 
@@ -59,16 +59,9 @@ def read_results(path: Path) -> list[ResultSection]:
     """Sections that another tool left as JSON.
 
     Raises:
-        DataError: the file is missing, or holds something else than a list of sections.
+        DataError: missing, unreadable, or not a list of sections.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"results '{path}' cannot be read ({reason_of(error)}); give a results.json.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"results '{path}' are not JSON; give a results.json.") from error
-    if not isinstance(content, list):
-        raise DataError(f"results '{path}' hold no list of sections; give a results.json.")
+    content = read_json_list(path, "give a results.json")
     try:
         # the loader of configurations names the key and the type that is wrong, for any nesting
         found: list[ResultSection] = [build(ResultSection, one, f"[{number}]") for number, one in enumerate(content)]

@@ -12,7 +12,6 @@ from bd3_megatron.checkpoint.layout import MANIFEST, checkpoint_folders, step_of
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.checkpoint.verify import newest_valid
-from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.loader import TokenDataset
 from bd3_megatron.diffusion.axes import BD3_LM
@@ -69,10 +68,7 @@ class Hooks:
         diffusion = self.config.diffusion
         return (
             # After the last update there is no batch left that a new interval could serve.
-            not info.is_last
-            and _is_due(info.step, diffusion.search_every_steps)
-            and info.is_searched
-            and objective_of(self.config).has_noise
+            not info.is_last and _is_due(info.step, diffusion.search_every_steps) and info.is_searched
         )
 
     def saves(self, info: StepInfo) -> bool:
@@ -82,8 +78,8 @@ class Hooks:
     def evaluate(self, info: StepInfo) -> None:
         """Held-out perplexity with the averaged weights, of each part of a mixture too, as a record of the current step.
         Collective."""
-        if self.data.valid is None:
-            return
+        # a run without held-out rows that asks for an evaluation or a search is refused when its data is opened
+        assert self.data.valid is not None
         # Between two steps: counted as a pause, not in the throughput.
         with self.timeline.span("evaluation"):
             estimate = self._estimate(self.data.valid, info)
@@ -108,10 +104,9 @@ class Hooks:
             block_size=info.trained_block_size,
         )
 
-    def search(self, info: StepInfo) -> Interval | None:
-        """The noise interval of least variance for the next update's block size; None without held-out text. Collective."""
-        if self.data.valid is None:
-            return None
+    def search(self, info: StepInfo) -> Interval:
+        """The noise interval of least variance for the next update's block size. Collective."""
+        assert self.data.valid is not None
         # one noisy copy is what the search scores; the next step takes the training rows up again
         self.engine.model.enter_phase(info.next_block_size, views=1, axes=BD3_LM)
         with self.timeline.span("evaluation"):

@@ -230,9 +230,8 @@ class Trainer:
             self.hooks.evaluate(info)
         if self.hooks.searches(info):
             found = self.hooks.search(info)
-            if found is not None:
-                # Before the save below, so that a resumed run draws from the interval that this one would have.
-                self.state.intervals[info.next_block_size] = (found.beta, found.omega)
+            # Before the save below, so that a resumed run draws from the interval that this one would have.
+            self.state.intervals[info.next_block_size] = (found.beta, found.omega)
         if self.hooks.saves(info):
             if self.batches is not None:
                 self.state.data = self.batches.data_state()

@@ -38,7 +38,7 @@ if ! getent hosts "$MASTER_ADDR" >/dev/null; then
     MASTER_ADDR=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$MASTER_ADDR" hostname --ip-address | cut -d ' ' -f 1)
 fi
 # another port for every job and attempt: the last attempt's may still be in TIME_WAIT
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 12000))
+MASTER_PORT=$((first_port + (SLURM_JOB_ID * ports_a_job + attempt) % num_ports))
 export MASTER_ADDR MASTER_PORT PYTHONPATH="$job_folder/code" PYTHONUNBUFFERED=1
 export BD3_ATTEMPT=$attempt BD3_LOGS=$logs
 if [ "$exclude_bad" = 1 ]; then

@@ -35,7 +35,7 @@ from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.init_weights import initial_expert, initial_value
 from bd3_megatron.model.pair_batch import PairBatch
-from bd3_megatron.model.partition import is_expert, partition_of, unshard
+from bd3_megatron.model.partition import is_expert, partition_of
 from bd3_megatron.parallel.pair_split import PairLayout
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
@@ -43,6 +43,7 @@ from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.step import StepOutcome, TrainingStep
 from bd3_megatron.train.timeline import Timeline
+from tests.unit.model.joined import unshard
 from tests.unit.train.samples import SourceRows
 
 VOCAB, MASK_ID, LENGTH, BATCH = 61, 60, 32, 8

@@ -12,7 +12,6 @@ from torch import Tensor
 from bd3_megatron.attention.select import named
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config, ParallelConfig
-from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -21,12 +20,21 @@ from bd3_megatron.evaluate.offline import Work, evaluate_plain
 from bd3_megatron.evaluate.perplexity import Estimate
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
-from bd3_megatron.model.partition import partition_of, unshard
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.dataset import evaluation_convention
 from tests import tolerances
 from tests.ranks.harness import run_ranks
-from tests.ranks.parity import BATCH, MASK_ID, VOCAB, RandomRows, clean_batch, job_config, plain_model, updates
+from tests.ranks.parity import (
+    BATCH,
+    MASK_ID,
+    VOCAB,
+    RandomRows,
+    clean_batch,
+    job_config,
+    plain_model,
+    plain_names,
+    updates,
+)
 
 HELD_OUT = 10_000
 
@@ -88,10 +96,7 @@ def whole_model(config: Config, results: list[dict[str, Any]]) -> PlainBD3:
     for result in results:
         for name, tensor in result["held"].items():
             pieces.setdefault(name, {})[result["tp_rank"]] = tensor
-    table, state = NameTable(config.model, VOCAB), {}
-    for name, by_rank in pieces.items():
-        whole = unshard([by_rank[r] for r in sorted(by_rank)], partition_of(name, gated=config.model.style == "modern"))
-        state.update(table.to_plain(name, whole))
+    state = plain_names(config, pieces)
     if config.model.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     plain = plain_model(config)

@@ -41,7 +41,7 @@ def watched(engine: ZeroEngine) -> list[tuple[int, int]]:
     finish = gradients.finish
 
     def counted() -> None:
-        early = gradients.num_started
+        early = gradients._next
         finish()
         seen.append((early, gradients.sent_bytes))
 

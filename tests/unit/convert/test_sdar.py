@@ -173,7 +173,7 @@ def test_what_the_export_says_of_the_tokenizer_is_so(tmp_path: Path) -> None:
     assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "kept").mask_token_id == MASK
 
 
-def test_transformers_reads_the_configuration_as_jetengine_asks_for_it(tmp_path: Path) -> None:
+def test_transformers_reads_the_configuration_as_jetengine_asks_for_it(tmp_path: Path, own_remote_code: None) -> None:
     folder = ours(tmp_path)
     export_layout(folder, tmp_path / "sdar", "sdar", mask="kept")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "sdar", trust_remote_code=True)

@@ -18,9 +18,8 @@ HF = Path(__file__).parents[3] / "bd3_megatron" / "hf"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An exported fp64 folder, and a place of its own for transformers' copies of its code."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def folder(tmp_path: Path, own_remote_code: None) -> Path:
+    """An exported fp64 folder."""
     model = tiny_model(4)
     write_folder(model.state_dict(), tiny_config(4), tmp_path / "exported", dtype=torch.float64)
     return tmp_path / "exported"

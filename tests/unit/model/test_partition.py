@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bd3_megatron.convert.name_table import NameTable
-from bd3_megatron.model.partition import Partition, full_shape, padded_vocab, partition_of, shard, unshard
+from bd3_megatron.model.partition import Partition, full_shape, padded_vocab, partition_of, shard
 from tests.unit.cost.cases import STYLES, case
+from tests.unit.model.joined import unshard
 
 CUTS = [Partition(None), Partition(0), Partition(1), Partition(0, 2)]
 

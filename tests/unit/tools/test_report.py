@@ -315,7 +315,7 @@ def test_bad_results_and_places_are_refused(tmp_path: Path, capsys: pytest.Captu
     run = write_run(tmp_path / "a", course(3))
     series = {"name": "n", "points": [[1, 2]], "errors": [1, 2]}
     for bad, words in (
-        ({"a": 1}, "hold no list of sections; give a results.json"),
+        ({"a": 1}, "is damaged (no JSON list); give a results.json"),
         ([{"text": ["a"]}], "[0].title is not set"),
         ([{"title": "t", "rows": [["1"]]}], "a row of 1 cells under 0 columns"),
         ([{"title": "t", "charts": [{"title": "c", "x": "x", "y": "y", "series": [series]}]}], "2 errors for 1 points"),
