@@ -43,6 +43,21 @@ class ContainerProfile:
     python: Annotated[str, FilePath()] = "python3"
     """Interpreter inside the image; the host's virtual environment is not visible there."""
 
+    @property
+    def is_used(self) -> bool:
+        """Ranks run in a container."""
+        return self.kind != "none"
+
+    @property
+    def is_started_by_srun(self) -> bool:
+        """pyxis: options of srun."""
+        return self.kind == "pyxis"
+
+    @property
+    def is_a_program(self) -> bool:
+        """apptainer: a program that runs another."""
+        return self.kind == "apptainer"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterProfile:
@@ -144,7 +159,7 @@ def check_cluster(profile: ClusterProfile) -> None:
             f"cluster.time={profile.time} leaves no time to train: ranks are told to save {profile.signal_lead_seconds} s "
             f"before the limit and SLURM may do so {SLURM_EARLY_SECONDS} s early; raise time or lower signal_lead_seconds."
         )
-    if profile.container.kind != "none" and not profile.container.image:
+    if profile.container.is_used and not profile.container.image:
         raise LaunchError(
             f"cluster.container.kind={profile.container.kind} without an image; set cluster.container.image."
         )

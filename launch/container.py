@@ -15,7 +15,7 @@ from launch.cluster import ClusterProfile, ContainerProfile
 
 def srun_options(container: ContainerProfile) -> list[str]:
     """Options of srun: pyxis starts the container."""
-    if container.kind != "pyxis":
+    if not container.is_started_by_srun:
         return []
     # Python would find packages of the home folder before those of the image
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
@@ -25,7 +25,7 @@ def srun_options(container: ContainerProfile) -> list[str]:
 def wrapper(profile: ClusterProfile) -> list[str]:
     """Words before the ranks' command: apptainer is a program that runs another."""
     container = profile.container
-    if container.kind != "apptainer":
+    if not container.is_a_program:
         return []
     gpu = ["--nv"] if profile.gpus_per_node else []
     return ["apptainer", "exec", *gpu, *(f"--bind={mount}" for mount in container.mounts), container.image]
@@ -41,7 +41,7 @@ def check_visible(container: ContainerProfile, opened: Mapping[str, Path]) -> No
     Raises:
         LaunchError: the path, what is mounted, and the mount that would show it.
     """
-    if container.kind == "none":
+    if not container.is_used:
         return
     mounts = [Path(mount.split(":")[0]) for mount in container.mounts if _keeps_its_name(mount)]
     for name, path in opened.items():

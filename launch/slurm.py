@@ -137,7 +137,7 @@ def submission_of(options: argparse.Namespace, here: Path, now: datetime) -> Sub
         chained=options.chain > 1,
         exclude_bad=options.exclude_bad,
         max_attempts=options.max_attempts,
-        python=profile.container.python if profile.container.kind != "none" else profile.python or sys.executable,
+        python=profile.container.python if profile.container.is_used else profile.python or sys.executable,
     )
     return Submission(profile=profile, job=job, configs=configs, script=script_of(profile, job), copies=options.chain)
 

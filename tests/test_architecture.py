@@ -6,6 +6,7 @@ Nothing here runs the package; a violation is named with its file and line.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -327,3 +328,42 @@ def _defined(source: Source) -> set[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
     return names
+
+
+KIND = re.compile(r"(?:.*_)?(?:kind|objective|layout|form|denominator)")
+KIND_OWNERS = {
+    "bd3_megatron/checkpoint/layout.py": "of a checkpoint",
+    "bd3_megatron/config/yaml_file.py": "YAML's own tags",
+    "bd3_megatron/convert/expert_stacks.py": "what another package calls stacked matrices",
+    "bd3_megatron/convert/sdar.py": "the layout of another engine",
+    "bd3_megatron/convert/from_ar.py": "what another package's config.json says",
+    "bd3_megatron/diffusion/objective.py": "the objective and its denominator",
+    "bd3_megatron/evaluate/tables.py": "how a table is printed",
+    "bd3_megatron/hf/window_bd3.py": "the window of a text longer than the trained length",
+    "bd3_megatron/model/recompute.py": "what is computed again",
+    "bd3_megatron/process/preflight.py": "a remark about a node",
+    "launch/cluster.py": "the container, as questions with names",
+    "tools/bench/step.py": "the attention of the benchmark's naive side",
+}
+"""The file that may compare a kind with a text, and whose kind it is; everybody else asks the owner."""
+
+
+def test_only_its_owner_compares_a_kind_with_a_text() -> None:
+    found: dict[str, list[int]] = {}
+    for source in sources(*SHIPPED):
+        for node in source.nodes:
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                texts = [
+                    n
+                    for side in sides
+                    for n in _items(side)
+                    if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                ]
+                if texts and any(KIND.fullmatch(dotted(side).rpartition(".")[2]) for side in sides):
+                    found.setdefault(source.path, []).append(node.lineno)
+    assert set(found) == set(KIND_OWNERS), {path: found.get(path) for path in set(found) ^ set(KIND_OWNERS)}
+
+
+def _items(node: ast.expr) -> list[ast.expr]:
+    return list(node.elts) if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]

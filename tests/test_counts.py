@@ -11,7 +11,9 @@ from tests.test_words import names_with_two_meanings
 
 ROW = re.compile(r"^\| (.+) \| at (most|least) ([\d.]+) \|$", re.MULTILINE)
 
-SOON_USED = {"bd3_megatron/cost/parameters.py: active_parameter_count": "experts are being built; their FLOPs and cards need it"}
+SOON_USED = {
+    "bd3_megatron/cost/parameters.py: active_parameter_count": "experts are being built; their FLOPs and cards need it"
+}
 
 
 def measured() -> dict[str, float]:

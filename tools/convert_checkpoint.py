@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bd3_megatron.command import CommandParser, run_tool
 
 # Short for people; the names are resolved late, when torch is there.
+OWN_LAYOUT = "bd3"
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -32,7 +33,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to write (appears whole or not at all)")
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--dtype", choices=sorted(TORCH_NAMES), default="fp32", help="of the stored weights")
-    parser.add_argument("--layout", choices=("bd3", "sdar", "qwen3"), default="bd3", help="whose names and fields")
+    parser.add_argument(
+        "--layout", choices=(OWN_LAYOUT, "sdar", "qwen3"), default=OWN_LAYOUT, help="whose names and fields"
+    )
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument(
         "--remap-mask", action="store_true", help="sdar: move the mask to the id SGLang and LMDeploy assume"
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """Convert, and say what the proof found."""
-    lines = convert_own_folder(parsed) if parsed.layout == "bd3" else convert_layout(parsed)
+    lines = convert_own_folder(parsed) if parsed.layout == OWN_LAYOUT else convert_layout(parsed)
     print("\n  ".join(lines))
     return 0
 
@@ -91,7 +94,7 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
     with scratch_folder(parsed.out) as between:
         folder, lines = parsed.source, []
         if model_type_of(folder) != MODEL_TYPE:
-            folder = between / "bd3"
+            folder = between / OWN_LAYOUT
             # The first line names the folder between, which is gone afterwards.
             lines = convert_own_folder(argparse.Namespace(**{**vars(parsed), "out": folder}))[1:]
         # None lets the layout refuse where the two ids differ: neither choice is a default.

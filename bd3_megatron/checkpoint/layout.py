@@ -30,6 +30,8 @@ STATE_DIR = "deepspeed"
 EMA_DIR = "ema"
 # Expert biases of a stage: fp32, moved by no optimizer, so in no partition.
 BIAS_DIR = "biases"
+WEIGHTS_KIND, AVERAGES_KIND = "fp32", "ema"
+"""Kinds of state beside Adam's moments: the weights, and their moving averages."""
 # In place of both in checkpoints of kind "whole" (imported or averaged weights).
 WEIGHTS_DIR = "weights"
 UNIVERSAL_SUFFIX = ".universal"
@@ -84,6 +86,11 @@ class Manifest:
     """sharded: written by a run, cut over its ranks. whole: weights only, parameter by parameter."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def is_whole(self) -> bool:
+        """Weights only, whole; no rank of a run wrote them."""
+        return self.kind == "whole"
 
 
 def step_name(step: int) -> str:
@@ -207,12 +214,12 @@ def _check_complete(manifest: Manifest, folder: Path) -> None:
     """Refuse a list of files without those that a checkpoint of this kind cannot do without."""
     for name in manifest.files:
         inside(folder, name)
-    if manifest.kind == "whole":
+    if manifest.is_whole:
         complete = any(name.startswith(f"{WEIGHTS_DIR}/") for name in manifest.files)
     else:
         complete = all(rank_name(rank) in manifest.files for rank in range(manifest.world_size))
     if not complete:
-        what = "weights" if manifest.kind == "whole" else f"the sidecars of its {manifest.world_size} ranks"
+        what = "weights" if manifest.is_whole else f"the sidecars of its {manifest.world_size} ranks"
         raise CheckpointError(
             f"{folder / MANIFEST} lists no complete checkpoint: {what} are not among its {len(manifest.files)} files; "
             "use another."

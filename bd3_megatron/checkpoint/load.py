@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
-from bd3_megatron.checkpoint.layout import STATE_DIR, Manifest, ema_name, inside, read_manifest
+from bd3_megatron.checkpoint.layout import (
+    AVERAGES_KIND,
+    STATE_DIR,
+    WEIGHTS_KIND,
+    Manifest,
+    ema_name,
+    inside,
+    read_manifest,
+)
 from bd3_megatron.checkpoint.pieces import (
     MOMENTS,
     Piece,
@@ -76,7 +84,7 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
     if all(same):
         source: ElementSource = OwnFiles(path, engine)
     # Such weights are stored whole already; no other form is needed.
-    elif manifest.kind == "whole":
+    elif manifest.is_whole:
         source = WholeTensors(reader, engine)
     else:
         source = WholeTensors(UniversalReader(universal_form(reader)), engine)
@@ -104,12 +112,12 @@ class OwnFiles:
         sidecar = read_sidecar(path, rank)
         self._stage = engine.stage
         self._state = open_pt(inside(path, f"{STATE_DIR}/{sidecar['state_file']}"))["optimizer_state_dict"]
-        self._averages = open_safetensors(inside(path, ema_name(rank))) if "ema" in sidecar["kinds"] else None
+        self._averages = open_safetensors(inside(path, ema_name(rank))) if AVERAGES_KIND in sidecar["kinds"] else None
 
     def elements(self, piece: Piece, kind: str) -> Tensor:
         """As ElementSource."""
         end = piece.start + piece.numel
-        if kind == "ema" and self._averages is not None:
+        if kind == AVERAGES_KIND and self._averages is not None:
             return self._averages.get_slice(f"shard.{piece.index}")[piece.start : end]
         return flat_groups(self._state, self._stage, kind)[piece.index][piece.start : end]
 
@@ -133,7 +141,7 @@ class WholeTensors:
 def _is_same_layout(engine: ZeroEngine, path: Path, manifest: Manifest) -> bool:
     """Whether this rank wrote exactly the pieces that it owns now."""
     topology = engine.model.topology
-    if manifest.kind == "whole" or manifest.world_size != topology.world_size or manifest.zero_stage != engine.stage:
+    if manifest.is_whole or manifest.world_size != topology.world_size or manifest.zero_stage != engine.stage:
         return False
     sidecar = read_sidecar(path, topology.rank)
     # The sidecar holds what this rank wrote; equal lists mean that not one element has to move.
@@ -179,7 +187,7 @@ def _fill(engine: ZeroEngine, manifest: Manifest, source: ElementSource, kinds: 
         for piece in owned_pieces(engine):
             for kind, target in flats[piece.index].items():
                 # An average that was not saved (whole weights, or EMA switched on later) starts at the weights.
-                origin = kind if kind in kinds else ("fp32" if kind == "ema" else None)
+                origin = kind if kind in kinds else (WEIGHTS_KIND if kind == AVERAGES_KIND else None)
                 if origin is not None:
                     target[piece.start : piece.start + piece.numel].copy_(source.elements(piece, origin))
     counters = manifest.engine

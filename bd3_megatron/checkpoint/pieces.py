@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bd3_megatron.checkpoint.layout import AVERAGES_KIND, WEIGHTS_KIND
+
 if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
 
@@ -85,10 +87,10 @@ def flat_state(engine: ZeroEngine, index: int) -> dict[str, Tensor]:
     # The optimizer is stepped on these tensors, so its state is keyed by them and not by the model's parameters.
     owned = engine.owned()[index]
     state = engine.optimizer.state.get(owned, {})
-    flats = {"fp32": owned.detach()}
+    flats = {WEIGHTS_KIND: owned.detach()}
     flats |= {kind: state[kind] for kind in MOMENTS if kind in state}
     if engine.ema is not None:
-        flats["ema"] = engine.ema.shards[index]
+        flats[AVERAGES_KIND] = engine.ema.shards[index]
     return flats
 
 

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.layout import (
+    AVERAGES_KIND,
     STATE_DIR,
     WEIGHTS_DIR,
+    WEIGHTS_KIND,
     Manifest,
     bias_name,
     ema_name,
@@ -40,7 +42,13 @@ RELEASE_BYTES = 2**27
 """Mapped files are closed after this much was read through them, so that their pages do not count as this process's."""
 READ_ELEMENTS = 2**24
 """Elements copied at a time."""
-KIND_OF = {"model": "fp32", "fp32": "fp32", "ema": "ema", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+KIND_OF = {
+    "model": WEIGHTS_KIND,
+    WEIGHTS_KIND: WEIGHTS_KIND,
+    AVERAGES_KIND: AVERAGES_KIND,
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+}
 """What a caller may ask for, and what it is called in files."""
 
 
@@ -124,7 +132,7 @@ class ShardedReader:
             CheckpointError: an unknown name, state that was not saved, or pieces that do not fit together.
         """
         kind = checked_kind(which, self._kinds, self.folder)
-        if name in self._bias_file and kind in ("fp32", "ema"):
+        if name in self._bias_file and kind in (WEIGHTS_KIND, AVERAGES_KIND):
             # no average is kept of what the optimizer does not move
             return self._bias(name)
         partition = partition_of(name, gated=self._gated)
@@ -196,7 +204,7 @@ class ShardedReader:
         start, end = piece.start + part[0], piece.start + part[1]
         # Four bytes an element: all state is stored in fp32.
         self._read_bytes += 4 * (end - start)
-        if kind == "ema":
+        if kind == AVERAGES_KIND:
             return self._averages(piece.rank).get_slice(f"shard.{piece.index}")[start:end]
         return flat_groups(self._state(piece.rank), self._stage[piece.rank], kind)[piece.index][start:end]
 
@@ -261,7 +269,7 @@ class WholeReader:
 
     def kinds(self) -> list[str]:
         """Weights only."""
-        return ["fp32"]
+        return [WEIGHTS_KIND]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole parameter."""
@@ -270,7 +278,7 @@ class WholeReader:
 
     def tensor(self, name: str, which: str = "model") -> Tensor:
         """One whole parameter, fp32; as ShardedReader.tensor."""
-        checked_kind(which, {"fp32"}, self.folder)
+        checked_kind(which, {WEIGHTS_KIND}, self.folder)
         with open_safetensors(inside(self.folder, self._find(name))) as opened:
             return opened.get_tensor(name).float()
 
@@ -293,7 +301,7 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         CheckpointError: the folder is none, or is damaged.
     """
     manifest = read_manifest(path)
-    return WholeReader(path, manifest) if manifest.kind == "whole" else ShardedReader(path, manifest)
+    return WholeReader(path, manifest) if manifest.is_whole else ShardedReader(path, manifest)
 
 
 def open_together(path: Path) -> CheckpointReader:
@@ -303,7 +311,7 @@ def open_together(path: Path) -> CheckpointReader:
         CheckpointError: on every rank, when one could not read its share.
     """
     manifest = read_manifest(path)
-    if manifest.kind == "whole":
+    if manifest.is_whole:
         return WholeReader(path, manifest)
     rank, size = agree.rank_and_size()
     # ranks that each opened every sidecar would ask a shared file system for the square of their number of files
@@ -342,7 +350,7 @@ def flat_groups(state: Any, stage: int, kind: str) -> list[Tensor]:
         stage: ZeRO stage that wrote it.
         kind: fp32, exp_avg or exp_avg_sq.
     """
-    if kind == "fp32":
+    if kind == WEIGHTS_KIND:
         # DeepSpeed's master weights are leaves that want gradients; what is read is data
         return [
             flat.detach() for flat in state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint.files import tensor_bytes, write_safetensors, write_torch
-from bd3_megatron.checkpoint.layout import STATE_DIR, FileRecord, bias_name, ema_name
+from bd3_megatron.checkpoint.layout import AVERAGES_KIND, STATE_DIR, WEIGHTS_KIND, FileRecord, bias_name, ema_name
 from bd3_megatron.checkpoint.pieces import MOMENTS, owned_pieces, shard_shapes
 from bd3_megatron.checkpoint.universal_info import universal_info
 
@@ -157,7 +157,7 @@ def _description(engine: ZeroEngine, files: list[str]) -> dict[str, Any]:
         # DeepSpeed also writes a model file; elements are read from the optimizer's alone.
         "state_file": next(name for name in files if name.endswith("optim_states.pt")),
         "zero_stage": engine.stage,
-        "kinds": ["fp32", *_moments_there(engine), *(["ema"] if engine.ema is not None else [])],
+        "kinds": [WEIGHTS_KIND, *_moments_there(engine), *([AVERAGES_KIND] if engine.ema is not None else [])],
         "shapes": shard_shapes(engine),
         "pieces": [[p.name, p.index, p.start, p.numel, p.offset] for p in owned_pieces(engine)],
     }

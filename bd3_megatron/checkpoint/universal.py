@@ -18,7 +18,14 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.files import check_space, write_torch
-from bd3_megatron.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, UNIVERSAL_SUFFIX, digest_bytes
+from bd3_megatron.checkpoint.layout import (
+    AVERAGES_KIND,
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    UNIVERSAL_SUFFIX,
+    WEIGHTS_KIND,
+    digest_bytes,
+)
 from bd3_megatron.checkpoint.pieces import MOMENTS
 from bd3_megatron.checkpoint.read import CheckpointReader
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
@@ -71,8 +78,8 @@ class UniversalReader:
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """A whole parameter's fp32, exp_avg, exp_avg_sq or ema."""
-        folder = self._folder / (_EMA_DIR if kind == "ema" else ZERO_DIR) / name
-        return open_pt(folder / f"{'fp32' if kind == 'ema' else kind}.pt")["param"]
+        folder = self._folder / (_EMA_DIR if kind == AVERAGES_KIND else ZERO_DIR) / name
+        return open_pt(folder / f"{WEIGHTS_KIND if kind == AVERAGES_KIND else kind}.pt")["param"]
 
 
 def _made_from(target: Path) -> str | None:
@@ -115,14 +122,16 @@ def _convert(reader: CheckpointReader, out: Path, *, rank: int, size: int) -> No
     for name in reader.names()[rank::size]:
         partition = partition_of(name, gated=gated)
         folder = out / ZERO_DIR / name
-        for kind in ("fp32", *MOMENTS):
+        for kind in (WEIGHTS_KIND, *MOMENTS):
             if kind in kinds:
                 write_torch(folder / f"{kind}.pt", _entry(reader.tensor(name, kind), partition))
         if MOMENTS[0] in kinds:
             # DeepSpeed keeps Adam's count by parameter; ours is one number of the run.
             write_torch(folder / "step.pt", torch.tensor(float(reader.manifest.engine.get("adam_step") or 0)))
-        if "ema" in kinds:
-            write_torch(out / _EMA_DIR / name / "fp32.pt", _entry(reader.tensor(name, "ema"), partition))
+        if AVERAGES_KIND in kinds:
+            write_torch(
+                out / _EMA_DIR / name / f"{WEIGHTS_KIND}.pt", _entry(reader.tensor(name, AVERAGES_KIND), partition)
+            )
     if rank == 0:
         _write_globals(reader, out, gated=gated)
     reader.close()

@@ -304,6 +304,11 @@ class TrainConfig:
     stop_file: PathText | None = None
     """Training saves and stops when this file appears, and removes it."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Something is computed again in the backward."""
+        return self.recompute != "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

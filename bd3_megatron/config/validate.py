@@ -119,7 +119,7 @@ def _check_diffusion(config: Config) -> None:
 
 def _check_axes(config: Config) -> None:
     diffusion = config.diffusion
-    if diffusion.objective == "ar":
+    if not objective_of(config).has_noise:
         return
     phases: tuple[PhaseConfig | None, ...] = diffusion.phases or (None,)
     for phase in phases:
@@ -269,10 +269,10 @@ def _check_train(config: Config, dp: int) -> None:
 
 
 def _check_recompute(config: Config) -> None:
-    kind, layers, most = config.train.recompute, config.train.recompute_layers, config.model.num_layers
+    layers, most = config.train.recompute_layers, config.model.num_layers
     if layers is None:
         return
-    if kind == "none":
+    if not config.train.recomputes:
         raise ConfigError(
             f"train.recompute_layers={layers} with recompute=none recomputes nothing; set train.recompute to selective or "
             "full, or leave recompute_layers unset."

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -68,6 +69,14 @@ def make_parts(maker: PartMaker, tasks: Sequence[Any], num_workers: int, report:
         pool.stop()
 
 
+class _Sent(Enum):
+    """What a worker sends."""
+
+    PROGRESS = auto()
+    RESULT = auto()
+    ERROR = auto()
+
+
 class _Pool:
     def __init__(self, maker: PartMaker, size: int) -> None:
         # Spawned, not forked: tokenizer libraries hold threads and locks that a fork would copy in any state.
@@ -95,10 +104,10 @@ class _Pool:
                 # By identity: `wait` returns the objects it was given.
                 connection = next(one for one in busy if one is ready)
                 kind, content = self._receive(connection)
-                if kind == "progress":
+                if kind is _Sent.PROGRESS:
                     report(content)
                     continue
-                if kind == "error":
+                if kind is _Sent.ERROR:
                     raise content
                 yield content
                 if waiting:
@@ -120,9 +129,9 @@ class _Pool:
         except OSError:
             self._report_death(connection)
 
-    def _receive(self, connection: Connection) -> tuple[str, Any]:
+    def _receive(self, connection: Connection) -> tuple[_Sent, Any]:
         try:
-            received: tuple[str, Any] = connection.recv()
+            received: tuple[_Sent, Any] = connection.recv()
         except (EOFError, OSError):
             self._report_death(connection)
         return received
@@ -144,11 +153,11 @@ def _work(maker: PartMaker, connection: Connection) -> None:
         maker.open()
         while True:
             task = connection.recv()
-            result = maker.make(task, lambda progress: connection.send(("progress", progress)))
-            connection.send(("result", result))
+            result = maker.make(task, lambda progress: connection.send((_Sent.PROGRESS, progress)))
+            connection.send((_Sent.RESULT, result))
     except BD3Error as error:
         with suppress(OSError):  # the parent may be the one that died
-            connection.send(("error", error))
+            connection.send((_Sent.ERROR, error))
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return
 

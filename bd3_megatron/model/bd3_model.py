@@ -157,7 +157,7 @@ class ModelChunk(MegatronModule):
             vp_stage=self.vp_stage,
         )
         for index, layer in enumerate(self.decoder.layers):
-            set_recompute(layer, recompute.kind if recompute.covers(index) else "none")
+            set_recompute(layer, of_parts=recompute.of_parts(index), of_all=recompute.of_all(index))
         self.last_layer: LastLayer | None = None
         self.last_norm: nn.Module | None = None
         if self.post_process and skip_dead_rows:

@@ -156,20 +156,20 @@ class LastLayer(TransformerLayer):
         return mixed.flatten(0, 1).index_select(0, row_R)
 
 
-def set_recompute(layer: TransformerLayer, kind: str) -> None:
+def set_recompute(layer: TransformerLayer, *, of_parts: bool, of_all: bool) -> None:
     """Let one layer keep less than it computes.
 
     Args:
         layer: of this package's specs.
-        kind: none, selective or full (which in layers of a block is the block's business).
+        of_parts: its cheap parts are computed again.
+        of_all: the whole layer is; in layers of a block that is the block's business.
     """
-    selective = kind == "selective"
-    layer.self_attention.checkpoint_core_attention = selective
-    layer.recompute_input_layernorm = layer.recompute_pre_mlp_layernorm = selective
+    layer.self_attention.checkpoint_core_attention = of_parts
+    layer.recompute_input_layernorm = layer.recompute_pre_mlp_layernorm = of_parts
     if isinstance(layer.mlp, ThriftyMLP):
-        layer.mlp.rebuild_activation = selective
+        layer.mlp.rebuild_activation = of_parts
     if isinstance(layer, LastLayer):
-        layer.rebuild_whole = kind == "full"
+        layer.rebuild_whole = of_all
 
 
 def _keep(later: Tensor) -> None:

@@ -27,9 +27,16 @@ class Recompute:
     kind: str = "none"
     layers: int | None = None
 
-    def covers(self, index: int) -> bool:
-        """Whether layer `index` of a chunk, from 0, keeps less than it computes."""
-        return self.kind != "none" and (self.layers is None or index < self.layers)
+    def of_parts(self, index: int) -> bool:
+        """Layer `index` of a chunk, from 0, computes its cheap parts again."""
+        return self.kind == "selective" and self._covers(index)
+
+    def of_all(self, index: int) -> bool:
+        """Layer `index` of a chunk, from 0, is computed again as a whole."""
+        return self.kind == "full" and self._covers(index)
+
+    def _covers(self, index: int) -> bool:
+        return self.layers is None or index < self.layers
 
     def block_settings(self, num_layers: int) -> dict[str, Any]:
         """megatron's settings for whole layers; the other kinds are flags on layers.

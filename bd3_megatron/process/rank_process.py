@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from enum import StrEnum
 from typing import NoReturn
 
 from bd3_megatron.errors import BD3Error
@@ -24,6 +25,19 @@ PR_SET_PDEATHSIG = 1
 
 REPORT_CHARACTERS = 8000
 """Longest report; as JSON at most six bytes each, below a pipe's 64 KiB, so that writing never waits for the holder."""
+
+
+class FailureKind(StrEnum):
+    """What is known of a rank's failure; the words stand in its report."""
+
+    ERROR = "error"
+    """It said a sentence."""
+    TRACEBACK = "traceback"
+    """It said where its code failed."""
+    SIGNAL = "signal"
+    """It was killed and said nothing."""
+    CODE = "code"
+    """It left with an exit code and said nothing."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -54,13 +68,13 @@ def run_reported(run: Callable[[], int], rank: int, report_fd: int) -> NoReturn:
         code = run()
     except BD3Error as error:
         code = error.exit_code
-        report = {"kind": "error", "text": str(error)}
+        report = {"kind": FailureKind.ERROR, "text": str(error)}
     except SystemExit as error:
         # the code may be a text, which means failure, or None, which means success
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         code = 1
-        report = {"kind": "traceback", "text": traceback.format_exc()}
+        report = {"kind": FailureKind.TRACEBACK, "text": traceback.format_exc()}
     if report is not None:
         # monotonic is one clock for all ranks of a machine, so the holder can compare these times
         _send({**report, "rank": rank, "time": time.monotonic()}, report_fd)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from bd3_megatron.process.rank_process import FailureKind
+
 LAUNCHER_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, a scheduler's or a person's kill, and SLURM's warning before the time limit."""
 
@@ -40,7 +42,7 @@ class Failure:
 
     rank: int
     time: float
-    kind: str
+    kind: FailureKind
     text: str
     code: int
 
@@ -143,15 +145,19 @@ class Supervisor:
         self._codes.append(code)
         if report is not None:
             self._failures.append(
-                Failure(rank=rank, time=report["time"], kind=report["kind"], text=report["text"], code=code)
+                Failure(
+                    rank=rank, time=report["time"], kind=FailureKind(report["kind"]), text=report["text"], code=code
+                )
             )
         elif code < 0 and self._died_by_itself(-code):
             # SIGABRT gets no lead: communication libraries abort a rank over its peers' failure
             lead = SIGNAL_LEAD_SECONDS if -code != signal.SIGABRT else 0.0
-            self._failures.append(Failure(rank=rank, time=time.monotonic() - lead, kind="signal", text="", code=code))
+            self._failures.append(
+                Failure(rank=rank, time=time.monotonic() - lead, kind=FailureKind.SIGNAL, text="", code=code)
+            )
         # after a stop or a kill of ours an exit code is an effect, not a cause
         elif code > 0 and self._stopped_by is None and not self._killed:
-            self._failures.append(Failure(rank=rank, time=time.monotonic(), kind="code", text="", code=code))
+            self._failures.append(Failure(rank=rank, time=time.monotonic(), kind=FailureKind.CODE, text="", code=code))
 
     def _died_by_itself(self, number: int) -> bool:
         passed_on = signal.SIGTERM if self._stopped_by == signal.SIGINT else self._stopped_by
@@ -161,11 +167,11 @@ class Supervisor:
     def _verdict(self) -> int:
         cause = min(self._failures, key=lambda f: f.time, default=None)
         if cause is not None:
-            print(f"{cause.text.rstrip()}\n" if cause.kind == "traceback" else "", end="", file=sys.stderr)
+            print(f"{cause.text.rstrip()}\n" if cause.kind is FailureKind.TRACEBACK else "", end="", file=sys.stderr)
             print(f"bd3: error: {describe(cause)}", file=sys.stderr, flush=True)
-            if cause.kind in ("signal", "code"):
+            if cause.kind in (FailureKind.SIGNAL, FailureKind.CODE):
                 self._on_death(describe(cause))
-            return cause.code if cause.kind in ("error", "code") else 1
+            return cause.code if cause.kind in (FailureKind.ERROR, FailureKind.CODE) else 1
         if self._stopped_by is not None and any(self._codes):
             how = "at once, at the second signal" if self._killed else "before training could save"
             sentence = f"stopped by {signal.Signals(self._stopped_by).name} {how}."
@@ -178,11 +184,11 @@ class Supervisor:
 
 def describe(failure: Failure) -> str:
     """What the user reads about the failure that ended the run, as a sentence."""
-    if failure.kind == "error":
+    if failure.kind is FailureKind.ERROR:
         return " ".join(failure.text.split())
-    if failure.kind == "traceback":
+    if failure.kind is FailureKind.TRACEBACK:
         return f"rank {failure.rank} failed (traceback above); the others were ended."
-    if failure.kind == "signal":
+    if failure.kind is FailureKind.SIGNAL:
         number = -failure.code
         name = signal.Signals(number).name
         hint = "; the kernel does that when memory runs out" if number == signal.SIGKILL else ""

@@ -17,7 +17,7 @@ from tests.ranks.harness import run_ranks
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoints folder with steps 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    config = tiny(dp=2)
+    config = tiny(layers=4, dp=2)
 
     def on_rank(topology: Topology) -> None:
         engine = build(config, topology)

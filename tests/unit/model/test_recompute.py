@@ -13,18 +13,19 @@ from tests import tolerances
 
 
 @pytest.mark.parametrize(
-    ("recompute", "covered"),
+    ("recompute", "parts", "whole"),
     [
-        (Recompute(), []),
-        (Recompute("none", 2), []),
-        (Recompute("selective"), [0, 1, 2, 3]),
-        (Recompute("full", 3), [0, 1, 2]),
-        (Recompute("selective", 9), [0, 1, 2, 3]),
+        (Recompute(), [], []),
+        (Recompute("none", 2), [], []),
+        (Recompute("selective"), [0, 1, 2, 3], []),
+        (Recompute("full", 3), [], [0, 1, 2]),
+        (Recompute("selective", 9), [0, 1, 2, 3], []),
     ],
     ids=str,
 )
-def test_the_first_layers_of_a_chunk_are_covered(recompute: Recompute, covered: list[int]) -> None:
-    assert [index for index in range(4) if recompute.covers(index)] == covered
+def test_the_first_layers_of_a_chunk_are_covered(recompute: Recompute, parts: list[int], whole: list[int]) -> None:
+    assert [index for index in range(4) if recompute.of_parts(index)] == parts
+    assert [index for index in range(4) if recompute.of_all(index)] == whole
 
 
 def test_only_whole_layers_are_the_blocks_business() -> None:
