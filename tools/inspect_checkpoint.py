@@ -83,7 +83,7 @@ def print_tensors(reader: CheckpointReader, which: str, *, norms: bool) -> None:
 
     # Shapes come from the sidecars: no tensor is read.
     if not norms:
-        for name in reader.names():
+        for name in (*reader.names(), *reader.bias_names()):
             print(f"  {name}  {list(reader.shape(name))}")
         return
     for fact in facts(reader, which):

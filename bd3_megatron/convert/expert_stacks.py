@@ -1,7 +1,8 @@
-"""Experts of a foreign folder one by one: folders store each expert's matrices, or all of a layer's stacked in one tensor.
+"""Foreign tensors one by one under plain names: stacks of experts, and LLaDA2's names with its fused q, k, v.
 
 Contract: a `PlainSource` under the plain model's names, whatever the folder's spelling; nothing is copied but what is asked for.
-Source: transformers 4.5x (a matrix an expert), 5.x in memory (`gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]).
+Source: transformers 4.5x (a matrix an expert), 5.x in memory (`gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]); VeOmni's
+merged folders (`gate_proj` [E, F, D]); the modelling file of inclusionAI/LLaDA2.0-mini.
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from bd3_megatron.convert.plain_source import FolderSource
 
+LLADA2_NAMES = {
+    "model.word_embeddings.": "model.embed_tokens.",
+    ".attention.dense.": ".self_attn.o_proj.",
+    ".attention.query_layernorm.": ".self_attn.q_norm.",
+    ".attention.key_layernorm.": ".self_attn.k_norm.",
+}
+"""Parts of LLaDA2's names, and what the plain model says; all others are equal."""
+_FUSED = ".attention.query_key_value.weight"
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 
 
@@ -24,6 +33,8 @@ class _Part:
     stored: str
     expert: int | None = None
     half: int | None = None
+    rows: tuple[int, int] | None = None
+    """Of a fused tensor."""
 
 
 class SplitExperts:
@@ -31,10 +42,12 @@ class SplitExperts:
 
     Args:
         folder: as stored.
+        qkv_rows: rows of q, k and v in LLaDA2's fused tensor; None: a folder with Qwen3's names.
     """
 
-    def __init__(self, folder: FolderSource) -> None:
+    def __init__(self, folder: FolderSource, *, qkv_rows: tuple[int, int, int] | None = None) -> None:
         self._folder = folder
+        self._qkv_rows = qkv_rows
         self._parts: dict[str, _Part] = {}
         for stored in folder.names():
             self._parts |= self._parts_of(stored)
@@ -48,6 +61,8 @@ class SplitExperts:
         """As PlainSource."""
         part = self._parts[name]
         shape = self._folder.shape(part.stored)
+        if part.rows is not None:
+            return (part.rows[1] - part.rows[0], *shape[1:])
         if part.expert is None:
             return shape
         return shape[1:] if part.half is None else (shape[1] // 2, *shape[2:])
@@ -55,6 +70,8 @@ class SplitExperts:
     def tensor(self, name: str) -> Tensor:
         """As PlainSource."""
         part = self._parts[name]
+        if part.rows is not None:
+            return self._folder.rows(part.stored, *part.rows)
         if part.expert is None:
             return self._folder.tensor(part.stored)
         if self._last[0] != part.stored:
@@ -65,9 +82,11 @@ class SplitExperts:
         return matrix if part.half is None else matrix.chunk(2)[part.half]
 
     def _parts_of(self, stored: str) -> dict[str, _Part]:
+        if self._qkv_rows is not None and stored.endswith(_FUSED):
+            return self._fused(stored, self._qkv_rows)
         found = _STACKED.fullmatch(stored)
         if found is None:
-            return {stored: _Part(stored)}
+            return {self._plain(stored): _Part(stored)}
         prefix, kind = found[1], found[2]
         number = self._folder.shape(stored)[0]
         halves = {"gate_proj": 0, "up_proj": 1} if kind == "gate_up_proj" else {kind: None}
@@ -76,3 +95,19 @@ class SplitExperts:
             for expert in range(number)
             for name, half in halves.items()
         }
+
+    def _plain(self, stored: str) -> str:
+        if self._qkv_rows is not None:
+            for theirs, ours in LLADA2_NAMES.items():
+                stored = stored.replace(theirs, ours)
+        return stored
+
+    @staticmethod
+    def _fused(stored: str, qkv_rows: tuple[int, int, int]) -> dict[str, _Part]:
+        """All heads of q, then those of k, then those of v."""
+        parts, start = {}, 0
+        for letter, rows in zip("qkv", qkv_rows, strict=True):
+            name = stored.replace(_FUSED, f".self_attn.{letter}_proj.weight")
+            parts[name] = _Part(stored, rows=(start, start + rows))
+            start += rows
+        return parts

@@ -1,4 +1,4 @@
-"""Autoregressive folders as Hugging Face users have them, read under plain names: Qwen3 (also MoE), Qwen2.5, Llama, SDAR.
+"""Autoregressive folders as Hugging Face users have them, read under plain names: Qwen3 (also MoE), Qwen2.5, Llama, SDAR, LLaDA2.
 
 Decides: which configurations the modern style expresses exactly. Names are the plain model's own (Qwen3's), so weights
 pass through; only the vocabulary changes: rows are cut or added to reach V, and the mask's row, which no autoregressive
@@ -26,9 +26,10 @@ from bd3_megatron.sampling.folder import read_export_json
 
 MaskInit = Literal["mean", "noise", "keep"]
 # Qwen2.5 folders say qwen2.
-MIXTURE_TYPES = ("qwen3_moe", "sdar_moe")
+LLADA2_TYPES = ("llada2_moe", "llada2_moe_veomni")
+MIXTURE_TYPES = ("qwen3_moe", "sdar_moe", *LLADA2_TYPES)
 MODEL_TYPES = ("qwen3", "qwen2", "llama", "sdar", *MIXTURE_TYPES)
-BLOCK_DIFFUSION_TYPES = ("sdar", "sdar_moe")
+BLOCK_DIFFUSION_TYPES = ("sdar", "sdar_moe", *LLADA2_TYPES)
 EMBED_TOKENS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
@@ -87,7 +88,7 @@ def read_ar_folder(folder: Path) -> ArFolder:
             # The default of all these classes.
             "layer_norm_eps": float(tree.get("rms_norm_eps", 1e-6)),
             "rope_theta": _rope_theta(tree, folder),
-            **(_mixture(tree, folder) if model_type in MIXTURE_TYPES else {}),
+            **_mixture(tree, folder, model_type),
         },
         vocab_size=int(tree["vocab_size"]),
         max_length=int(tree.get("max_position_embeddings", 2048)),
@@ -124,8 +125,39 @@ def _refuse_what_we_lack(tree: dict[str, Any], folder: Path) -> None:
         raise ConversionError(f"{folder} is a mixture of experts, which cannot be expressed; use a dense model.")
 
 
-def _mixture(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """BD3Config's fields on experts of a folder in Qwen3-MoE's words."""
+def _mixture(tree: dict[str, Any], folder: Path, model_type: str) -> dict[str, Any]:
+    """BD3Config's fields on experts of a folder; of a dense model none."""
+    if model_type in LLADA2_TYPES:
+        return _llada2_mixture(tree, folder)
+    return _qwen3_mixture(tree, folder) if model_type in MIXTURE_TYPES else {}
+
+
+def _llada2_mixture(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    unknown = {"use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "score_function": "sigmoid"}
+    for field, wanted in unknown.items():
+        if tree.get(field, wanted) != wanted:
+            raise ConversionError(
+                f"{folder} has {field}={tree[field]!r}, LLaDA2's models have {wanted}; use one of those."
+            )
+    width = int(tree["moe_intermediate_size"])
+    return {
+        "num_experts": int(tree["num_experts"]),
+        "num_experts_per_tok": int(tree["num_experts_per_tok"]),
+        "moe_intermediate_size": width,
+        # they are computed as one MLP of their widths together
+        "shared_expert_intermediate_size": width * int(tree.get("num_shared_experts") or 0),
+        "first_k_dense_replace": int(tree.get("first_k_dense_replace", 0)),
+        "score_function": "sigmoid",
+        "norm_topk_prob": bool(tree.get("norm_topk_prob", True)),
+        "n_group": int(tree.get("n_group") or 1),
+        "topk_group": int(tree.get("topk_group") or 1),
+        "routed_scaling_factor": float(tree.get("routed_scaling_factor", 1.0)),
+        "router_bias": bool(tree.get("moe_router_enable_expert_bias", True)),
+        "partial_rotary_factor": float(tree.get("partial_rotary_factor", 1.0)),
+    }
+
+
+def _qwen3_mixture(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     dense = tree.get("mlp_only_layers") or []
     # layers without experts must come first: the training model deals layers out by that rule
     if tree.get("decoder_sparse_step", 1) != 1 or list(dense) != list(range(len(dense))):
@@ -196,7 +228,11 @@ class ArSource:
         self._config = config
         self._mask_init = mask_init
         self._seed = seed
-        self._folder = SplitExperts(FolderSource(source.folder))
+        qkv_rows = None
+        if source.model_type in LLADA2_TYPES:
+            keys = config.num_key_value_heads * config.head_dim
+            qkv_rows = (config.num_attention_heads * config.head_dim, keys, keys)
+        self._folder = SplitExperts(FolderSource(source.folder), qkv_rows=qkv_rows)
         self._names = self._usable_names()
         self._last = ("", torch.empty(0))
 

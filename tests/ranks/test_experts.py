@@ -71,3 +71,27 @@ def check(config: Config, expected: Outcome, *, documents: bool = False) -> None
 def test_experts_on_every_grid_equal_the_plain_model(kind: str, parallel: dict[str, Any]) -> None:
     config = experts_config(kind, parallel)
     check(config, plain(kind))
+
+
+SWITCHED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"ep": 4, **SP, "dp": 2}, {"train": {"recompute": "full"}}),
+    ({"ep": 2, "dp": 2}, {"train": {"recompute": "selective", "micro_batch_size": 2}}),
+    ({"ep": 2, **SP}, {"train": {"skip_dead_rows": False}}),
+    ({"ep": 2, "dp": 2, "pp": 2}, {"train": {"skip_dead_rows": False, "recompute": "full"}}),
+    ({"ep": 2, "cp": 2}, {"train": {"recompute": "full", "recompute_layers": 1}}),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("parallel", "sections"), SWITCHED, ids=str)
+def test_recomputation_and_skipping_change_neither_weights_nor_counts(
+    parallel: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    check(experts_config("sigmoid", parallel, **sections), plain("sigmoid"))
+
+
+@pytest.mark.matrix
+def test_documents_with_experts_equal_the_plain_model() -> None:
+    config = experts_config("softmax", {"ep": 4, **SP, "cp": 2})
+    expected = plain_job(experts_config("softmax", {}), documents=True)
+    check(config, expected, documents=True)
