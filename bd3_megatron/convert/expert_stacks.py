@@ -23,6 +23,7 @@ LLADA2_NAMES = {
 }
 """Parts of LLaDA2's names, and what the plain model says; all others are equal."""
 _FUSED = ".attention.query_key_value.weight"
+# With and without .weight: parameters of a stack have none, linear layers have.
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 
 
@@ -49,6 +50,7 @@ class SplitExperts:
         self._folder = folder
         self._qkv_rows = qkv_rows
         self._parts: dict[str, _Part] = {}
+        # From names and shapes alone; no stack is read yet.
         for stored in folder.names():
             self._parts |= self._parts_of(stored)
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
@@ -71,6 +73,7 @@ class SplitExperts:
         """As PlainSource."""
         part = self._parts[name]
         if part.rows is not None:
+            # Only these rows are read: q, k and v need no copy of the whole.
             return self._folder.rows(part.stored, *part.rows)
         if part.expert is None:
             return self._folder.tensor(part.stored)
@@ -79,12 +82,14 @@ class SplitExperts:
             self._last = ("", torch.empty(0))
             self._last = (part.stored, self._folder.tensor(part.stored))
         matrix = self._last[1][part.expert]
+        # Gate over up, as transformers 5.x stacks them.
         return matrix if part.half is None else matrix.chunk(2)[part.half]
 
     def _parts_of(self, stored: str) -> dict[str, _Part]:
         if self._qkv_rows is not None and stored.endswith(_FUSED):
             return self._fused(stored, self._qkv_rows)
         found = _STACKED.fullmatch(stored)
+        # A matrix an expert, or no expert at all: under its own name.
         if found is None:
             return {self._plain(stored): _Part(stored)}
         prefix, kind = found[1], found[2]

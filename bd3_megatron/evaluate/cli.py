@@ -136,6 +136,7 @@ def _check_frontier(options: argparse.Namespace) -> None:
     from bd3_megatron.sampling.request import new_options
 
     shared = shared_options(options.top_p, options.steps)
+    # Every setting is checked now: the last one must not fail after hours of sampling.
     for setting in grid_of(options.rules, options.temperatures):
         new_options(options.seed, {**shared, **setting})
     # a model of ours may load for minutes before the scoring model's turn comes

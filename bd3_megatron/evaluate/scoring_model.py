@@ -144,6 +144,7 @@ class ScoringModel:
             ids = self.tokenizer.encode(text, add_special_tokens=False)[-self.window :]
             if ids:
                 found = self.model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True)
+                # One text a forward: padding would move the last token.
                 rows.append(found.hidden_states[-1][0, -1].float().cpu().numpy())
         return np.stack(rows) if rows else np.zeros((0, 1), dtype=np.float32)
 

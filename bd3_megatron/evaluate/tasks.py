@@ -112,6 +112,7 @@ def print_perplexity(options: argparse.Namespace, work: Work) -> int:
     model = opened.load(device=work.device, dtype=_dtype(options))
     result = evaluate_plain(model, dataset, settings, work, mask_id=opened.config.mask_token_id)
     if work.rank == 0:
+        # By the tokenizer that made the text: perplexity per token depends on it, these measures do not.
         measures = text_measures(Path(options.data), dataset, settings, result)
         if options.format == "json":
             how = {"convention": settings.convention.to_json(), "overridden": list(overridden)}
@@ -232,6 +233,7 @@ def reference_texts(options: argparse.Namespace) -> list[str]:
     if not mauve_is_there():
         print("note: MAUVE is left out: its package is not installed (pip install mauve-text)", file=sys.stderr)
         return []
+    # An empty line is no text and has no embedding.
     return [line for line in read_text(path).split("\n") if line.strip()]
 
 

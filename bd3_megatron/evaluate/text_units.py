@@ -18,6 +18,7 @@ from bd3_megatron.data.tokenizer import META_FILE, Tokenizer
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 
+# Rows whose tokens are Python numbers at a time.
 ROWS_AT_ONCE = 64
 
 
@@ -59,7 +60,9 @@ def text_tokenizer(dataset: TokenDataset, data: Path) -> Tokenizer | None:
         TokenizerError: what lies there is damaged, or did not make this text.
     """
     found = next(
-        (path for path in (data / "tokenizer", data.parent / "tokenizer") if (path / META_FILE).is_file()), None
+        # Beside the split where a split was named.
+        (path for path in (data / "tokenizer", data.parent / "tokenizer") if (path / META_FILE).is_file()),
+        None,
     )
     if found is None:
         return None
@@ -85,6 +88,7 @@ def text_units(dataset: TokenDataset, row_id_N: Tensor, tokenizer: Tokenizer) ->
         skipped = [mask.tolist() for mask in (clean.is_padding_BL, clean.is_fill_BL) if mask is not None]
         documents = None if clean.document_id_BL is None else clean.document_id_BL.tolist()
         for place, (row_id, ids) in enumerate(zip(row_id_B.tolist(), clean.tokens_BL.tolist(), strict=True)):
+            # A row that was left out lies between: what is cut there cannot be joined.
             if row_id != previous + 1:
                 text.end()
             previous = row_id
@@ -95,6 +99,7 @@ def text_units(dataset: TokenDataset, row_id_N: Tensor, tokenizer: Tokenizer) ->
                 if documents is not None and i > 0 and documents[place][i] != documents[place][i - 1]:
                     text.end()
                 text.add(ids[i])
+            # Padding and fill stand behind the end of a text.
             if len(kept) < len(ids):
                 text.end()
     text.end()
@@ -121,6 +126,7 @@ class _Documents:
     def end(self) -> None:
         """The document is over, or what follows is not known."""
         if self._ids:
+            # A document at once: tokens may hold parts of a letter.
             text = self._tokenizer.decode(self._ids, skip_special=True)
             self.num_bytes += len(text.encode("utf-8", errors="replace"))
             self.num_words += len(text.split())
