@@ -150,6 +150,9 @@ def test_large_blocks_are_drawn_and_no_score_depends_on_the_request(tmp_path: Pa
     alone = [model.loglikelihood(asked("loglikelihood", one))[0] for one in reversed(cases)][::-1]
     assert [value for value, _ in together] == pytest.approx([v for v, _ in alone], abs=tolerances.EXACT_FP64)
     assert model.likelihood == "bound on the likelihood, of 6 texts from 16 draws of noise"
+    # continuations of one context are compared under one noise, those of another under another
+    numbers = [model._text(given, scored).noise_number for given, scored in (([5, 3], [2]), ([5, 3], [9]), ([7], [2]))]
+    assert numbers[0] == numbers[1] != numbers[2]
     # two scored tokens of a block of sixteen: three patterns say all
     fresh = HarnessModel(str(folder), device="cpu")
     ((value, _),) = fresh.loglikelihood(asked("loglikelihood", cases[0]))
