@@ -27,6 +27,7 @@ from .draws_bd3 import SampleDraws  # noqa: F401
 from .forward_bd3 import EagerForward  # noqa: F401
 from .generation_bd3 import Decoder  # noqa: F401
 from .hf_generate_bd3 import Streamer, binary_mask, generate_rows
+from .mlp_bd3 import ExpertMlp  # noqa: F401
 from .philox import uniform  # noqa: F401
 from .plain_bd3 import CHECKPOINT, Stack, Trace, new_head, pair_hidden, predicts_next
 from .text_bd3 import Decodes
