@@ -213,7 +213,8 @@ class ZeroEngine:
             self.gradients.begin(len(batches))
         logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
         if self.gradients is not None:
-            with span("communication_dp"):
+            # alone, nothing travels
+            with span("communication_dp" if self.model.topology.shard_size > 1 else "optimizer"):
                 self.gradients.finish()
         if veto is not None and veto(logs):
             self._drop_gradients()
