@@ -49,9 +49,13 @@ def _answer(veto: bool, logs: list[LossSums]) -> bool:
     return veto
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_vetoed_batch_leaves_no_gradient_behind(dtype: torch.dtype) -> None:
-    config = job_config(train={"micro_batch_size": 8})
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"offload_optimizer": True})],
+    ids=str,
+)
+def test_a_vetoed_batch_leaves_no_gradient_behind(dtype: torch.dtype, parallel: dict[str, Any]) -> None:
+    config = job_config(parallel=parallel, train={"micro_batch_size": 8})
 
     def weights(topology: Topology, vetoed: list[bool]) -> tuple[list[bool], list[torch.Tensor]]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
