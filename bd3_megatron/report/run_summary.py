@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bd3_megatron.config.load import flatten
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.parameters import parameter_count
+from bd3_megatron.cost.parameters import active_parameter_count, parameter_count
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.report.run_record import UTILISATION_KEYS, Goodput, RunRecord, end_of, goodput
 
@@ -86,7 +86,7 @@ def _row(run: RunRecord, group: Sequence[RunRecord]) -> RunSummary:
     useful: Goodput | None = goodput(run)
     return RunSummary(
         run=run.name,
-        model=_model_name(run.config),
+        model=model_name(run.config),
         grid=_grid(run),
         devices=run.devices,
         steps=max((r["step"] for r in run.steps), default=0),
@@ -111,17 +111,23 @@ def _per_device(run: RunRecord) -> float | None:
     return None if total is None else total / run.devices
 
 
-def _model_name(config: Config) -> str:
+def model_name(config: Config) -> str:
+    """Such as "16.3B-A1.43B S32 L4096": parameters, those that compute a row where experts make that fewer, S, L."""
     objective = objective_of(config)
     kind = f"S{objective.block_size}" if objective.has_noise else objective.name
     try:
-        count = parameter_count(config)
+        count, active = parameter_count(config), active_parameter_count(config)
     # the vocabulary is not known, so parameters cannot be counted; the name leaves the count out
     except ConfigError:
         return f"{kind} L{config.data.seq_len}"
-    unit, letter = next((u, c) for u, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or c == "k")
-    size = f"{count / unit:.3g}{letter}"
+    # as the field names mixtures of experts: all parameters, then those that compute a row
+    size = _size(count) if active == count else f"{_size(count)}-A{_size(active)}"
     return f"{size} {kind} L{config.data.seq_len}"
+
+
+def _size(count: int) -> str:
+    unit, letter = next((u, c) for u, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u or c == "k")
+    return f"{count / unit:.3g}{letter}"
 
 
 def _grid(run: RunRecord) -> str:
