@@ -49,8 +49,8 @@ install_all() {
     # torch first, so that nothing else pulls another build of it; setuptools because the build below is not isolated
     "${pip[@]}" setuptools torch
     # DeepSpeed comes as source: DS_BUILD_OPS=0 compiles nothing. Not isolated: its setup asks torch for its version.
-    # The tests evaluate through lm-evaluation-harness itself, hence its extra.
-    DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e "${root}[test,eval]"
+    # The tests evaluate through lm-evaluation-harness itself and read what TensorBoard would, hence their extras.
+    DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e "${root}[test,eval,tensorboard]"
     fingerprint >"$stamp.new"
     mv "$stamp.new" "$stamp"
 }
