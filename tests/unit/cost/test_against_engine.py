@@ -118,7 +118,7 @@ def test_bytes_by_axis_are_those_of_the_collectives(style: str, parallel: dict[s
     counted = replace_field(config, "model.vocab_size", VOCAB)
     micro = BATCH // ((config.parallel.dp or 1) * config.train.micro_batch_size)
     for stage, held, seen, scored in run_ranks(_counted_step(config), config.parallel):
-        share = scored / (micro * LENGTH / config.parallel.cp)
+        share = scored / (micro * config.train.micro_batch_size * LENGTH / config.parallel.cp)
         expected = bytes_by_axis(counted, stage, CPU, masked_fraction=share)
         assert {axis: seen.get(axis, 0) for axis in expected} == expected
         assert held == parameters_per_rank(counted, stage)
