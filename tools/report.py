@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import ConfigError
 from bd3_megatron.files import write_text
 from bd3_megatron.report.page import render_page
 from bd3_megatron.report.results import read_results
@@ -31,11 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(options: argparse.Namespace) -> int:
     """Write the page."""
+    out = Path(options.out)
+    # A slip of the tab key must not cost the record that the page is about.
+    if out.is_file() and out.stat().st_size > 0 and not out.read_bytes()[:64].lower().startswith(b"<!doctype html"):
+        raise ConfigError(f"--out {out} is there and no page of a report; name a new file, or remove it first.")
     # Reads only, and tolerates a last line that is still being written.
     runs = read_runs([Path(folder) for folder in options.run])
     results = [one for path in options.results for one in read_results(Path(path))]
     # The clock is handed in: rendering itself reads none.
-    write_text(Path(options.out), render_page(runs, now=time.time(), title=options.title, results=results))
+    write_text(out, render_page(runs, now=time.time(), title=options.title, results=results))
     print(f"wrote {options.out}")
     return 0
 

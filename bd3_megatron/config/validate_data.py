@@ -5,6 +5,7 @@ Whether folders and datasets are there shows when they are opened. Torch-free.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from bd3_megatron.config.schema import DataConfig, StageConfig
@@ -41,6 +42,11 @@ def _check_weights(where: str, weights: Mapping[str, float]) -> None:
     # 0 is a source that was read before and is no longer wanted; not all can be
     if not any(weights.values()):
         raise ConfigError(f"{where} has no positive weight; give at least one folder a weight above 0.")
+    spelled: dict[str, str] = {}
+    for folder in weights:
+        other = spelled.setdefault(os.path.realpath(folder), folder)
+        if other != folder:
+            raise ConfigError(f"{where} names one folder twice, as {other} and {folder}; give it one weight.")
 
 
 def _check_stage(where: str, stage: StageConfig, *, is_last: bool) -> None:

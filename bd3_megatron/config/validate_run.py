@@ -1,9 +1,11 @@
 """Rules of a run as a whole: every phase and stage is reached, what is asked for can happen, time-outs fit each other.
 
-All of it is arithmetic on the configuration of a run that begins at step 0. Torch-free.
+Arithmetic on the configuration of a run that begins at step 0, and a look at the stop file. Torch-free.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from bd3_megatron.config.budget import phase_steps, samples_before, total_steps
 from bd3_megatron.config.schema import Config
@@ -22,6 +24,7 @@ def check_run(config: Config) -> None:
     _check_search(config)
     _check_decay(config)
     _check_watch(config)
+    _check_stop_file(config)
 
 
 def _check_phases(config: Config) -> None:
@@ -136,3 +139,24 @@ def _check_watch(config: Config) -> None:
             "collective would give up before the watchdog names the rank; raise the time-out to more than "
             f"{watch.hang_seconds:g}, or lower hang_seconds."
         )
+
+
+def _check_stop_file(config: Config) -> None:
+    if config.train.stop_file is None:
+        return
+    path = Path(config.train.stop_file)
+    # Obeying it removes it, which must never cost a file that somebody wrote for another purpose.
+    held = "is a folder" if path.is_dir() else f"holds {path.stat().st_size} bytes" if _has_content(path) else None
+    if held is not None:
+        raise ConfigError(
+            f"train.stop_file={path} {held}, and a stop file is removed once it is obeyed; name a file that is not there yet, "
+            "and make it with touch when the run shall stop."
+        )
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    # not there, or not to be seen from here: it cannot be what would be lost
+    except OSError:
+        return False

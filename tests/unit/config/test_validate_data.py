@@ -51,6 +51,10 @@ def test_folders_of_all_stages_are_sources_in_the_order_of_their_names() -> None
             {"mixture": {"a": 1}, "stream": STREAM},
             r"^data\.mixture and data\.stream each say what to train on; keep one of them\.$",
         ),
+        (
+            {"mixture": {"a/b": 1, "./a/b/": 2}},
+            r"^data\.mixture names one folder twice, as a/b and \./a/b/; give it one weight\.$",
+        ),
         ({"mixture": {"a": 0}}, r"^data\.mixture has no positive weight; give at least one folder a weight above 0\.$"),
         ({"stages": [{"mixture": {}}]}, r"^data\.stages\[0\]\.mixture has no positive weight; give"),
         (

@@ -101,3 +101,16 @@ def test_a_curriculum_that_a_small_budget_never_reaches_is_refused_with_both_num
     config = load_config(CONFIGS / "ar_to_bd_qwen3_0b6.yaml", ["train.tokens=4096"])
     with pytest.raises(ConfigError, match=r"^diffusion\.phases\[1\] begins at step 4769 and the run ends at step 1 "):
         validate(config)
+
+
+def test_a_stop_file_is_never_somebodys_file(tmp_path: Path) -> None:
+    precious, empty = tmp_path / "thesis.md", tmp_path / "stop"
+    precious.write_text("years of work")
+    empty.touch()
+    for path, held in ((precious, "holds 13 bytes"), (tmp_path, "is a folder")):
+        with pytest.raises(
+            ConfigError, match=f"^train.stop_file={path} {held}, and a stop file is removed once it is ob"
+        ):
+            validate(load_config(DEBUG, [f"train.stop_file={path}"]))
+    for path in (empty, tmp_path / "new"):
+        validate(load_config(DEBUG, [f"train.stop_file={path}"]))

@@ -135,6 +135,17 @@ def test_numbers_that_are_none_are_counted_and_left_out(tmp_path: Path, bad: flo
     assert "nan" not in re.findall(r'points="([^"]*)"', (tmp_path / "r.html").read_text())[0]
 
 
+def test_the_page_never_replaces_a_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", course())
+    record = tmp_path / "a" / "metrics.jsonl"
+    before = record.read_bytes()
+    assert main([str(tmp_path / "a"), "-o", str(record)]) == 2
+    assert "metrics.jsonl is there and no page of a report; name a new file" in capsys.readouterr().err
+    assert record.read_bytes() == before
+    # a page replaces the page of yesterday
+    assert [main([str(tmp_path / "a"), "-o", str(tmp_path / "r.html")]) for _ in range(2)] == [0, 0]
+
+
 def test_loss_spikes_are_named_once_each(tmp_path: Path) -> None:
     records = course()
     for record in records:
