@@ -138,6 +138,10 @@ def end_of(run: RunRecord) -> str | None:
         return None
     if status.status == "stopped":
         return f"the run stopped at step {status.step} ({status.reason}); the same command goes on."
+    if status.status == "died":
+        # nobody was left to write a code, and the status is of the last save or of the start
+        step = max([status.step, *(record["step"] for record in run.steps)])
+        return f"the run died at step {step} or later: {status.reason}"
     kind = f", {status.error}" if status.error else ""
     return (
         f"the run {ENDINGS[status.status]} at step {status.step} (exit code {status.exit_code}{kind}): {status.reason}"

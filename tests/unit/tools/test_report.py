@@ -113,6 +113,14 @@ def test_a_job_that_ended_says_how_and_why(
     assert sentence in capsys.readouterr().out
 
 
+def test_a_run_that_was_killed_died_at_the_last_step_it_recorded(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", course())
+    begin_attempt(tmp_path / "a")
+    words = findings(read_runs([tmp_path / "a"])[0], now=NOW)
+    # its status is that of its start, and nobody wrote an exit code
+    assert "the run died at step 60 or later: the run was ended from outside; its logs may say by what" in words
+
+
 def test_a_run_that_failed_before_its_first_step_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "a", [start_record(1.0, 1) | {"step": 0}])
     begin_attempt(tmp_path / "a")
