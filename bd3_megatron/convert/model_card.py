@@ -29,7 +29,7 @@ tags:
 
 # {title}
 
-{kind} language model, {parameters:.1f} M parameters, {weights} weights of step {step:,}, written by bd3_megatron.
+{kind} language model, {parameters:.3g} M parameters, {weights} weights of step {step:,}, written by bd3_megatron.
 
 | | |
 |---|---|

@@ -118,6 +118,7 @@ def read_call(
         ValueError: an unknown name, a value outside its range, or something that block decoding does not do.
     """
     _refuse_foreign(base, asked)
+    _refuse_tensors(asked)
     # fields of the generation configuration that are None leave the engine's own defaults in force
     own = {name: value for name, value in asked.items() if name in OWN_OPTIONS}
     for name in FILTERS:
@@ -159,14 +160,27 @@ def _refuse_foreign(base: GenerationConfig, asked: Mapping[str, Any]) -> None:
     foreign |= {name: value for name, value in asked.items() if name not in HONOURED | OWN_OPTIONS}
     if base.return_dict_in_generate:
         foreign["return_dict_in_generate"] = True
-    neutral = (None, False)
-    found = sorted(n for n, v in foreign.items() if v not in neutral and v not in (default.get(n), NEUTRAL.get(n)))
+    # A tensor asks for something, and its comparison with a value has no single answer.
+    found = sorted(
+        n for n, v in foreign.items() if isinstance(v, Tensor) or v not in (None, False, default.get(n), NEUTRAL.get(n))
+    )
     if found:
-        named = ", ".join(f"{name}={str(foreign[name])[:40]}" for name in found)
+        named = ", ".join(f"{name}={_shown(foreign[name])}" for name in found)
         raise ValueError(
             f"generate got {named}, which block decoding does not do; use {', '.join(sorted(HONOURED))}, seed, streamer "
             f"or {', '.join(sorted(OWN_OPTIONS - HONOURED))}."
         )
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)[:40]
+
+
+def _refuse_tensors(asked: Mapping[str, Any]) -> None:
+    """Every option but the ids of end tokens is one value; a tensor of several would be compared as if it were."""
+    for name, value in asked.items():
+        if isinstance(value, Tensor) and value.numel() != 1 and name != "eos_token_id":
+            raise ValueError(f"{name}={_shown(value)} is not one value; give a number.")
 
 
 def _num_new(base: GenerationConfig, asked: Mapping[str, Any], width: int) -> int:

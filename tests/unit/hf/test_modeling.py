@@ -151,6 +151,15 @@ def test_a_text_ends_where_a_stop_string_is_complete() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (
+            {"max_new_tokens": 4, "inputs_embeds": torch.zeros(1, 4, 32)},
+            r"generate got inputs_embeds=a tensor \[1, 4, 32\], which",
+        ),
+        (
+            {"max_new_tokens": torch.tensor([4, 5])},
+            r"^max_new_tokens=a tensor \[2\] is not one value; give a number\.$",
+        ),
+        ({"max_new_tokens": 4, "top_k": torch.ones(2)}, r"^top_k=a tensor \[2\] is not one value"),
         ({"max_new_tokens": 4, "num_beams": 3}, "generate got num_beams=3, which block decoding does not do"),
         ({"max_new_tokens": 4, "min_new_tokens": 3}, "min_new_tokens=3, which block decoding does not do"),
         ({"max_new_tokens": 4, "logits_processor": [1]}, r"logits_processor=\[1\], which block decoding"),
