@@ -51,6 +51,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         tokenizer = FastTokenizer(text, texts, where=str(folder), clean_up=clean_up)
     # The fingerprint is computed from the files: whoever swaps or edits one is told before a token is made of it.
     check_same_tokenizer((tokenizer.fingerprint, str(folder)), (recorded, f"its own record {META_FILE}"))
+    # Copies of the record travel with runs and exported folders, where it is read without the tokenizer.
+    for name, value in (("vocab_size", tokenizer.vocab_size), ("special_ids", tokenizer.special.as_dict())):
+        if record.get(name) != value:
+            raise TokenizerError(
+                f"{folder / META_FILE} says {name}={str(record.get(name))[:60]} and the tokenizer has {value}; {_AGAIN}."
+            )
     return tokenizer
 
 

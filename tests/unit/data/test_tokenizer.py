@@ -322,10 +322,18 @@ def test_changed_or_newer_folders_are_refused(made: dict[str, Tokenizer], tmp_pa
     sentence = rf"{tmp_path} has the tokenizer \w{{16}}, its own record bd3_tokenizer.json has {made['unigram'].fingerprint[:16]}"
     with pytest.raises(TokenizerError, match=sentence):
         load_tokenizer(tmp_path)
+    path.write_text(original)
+    record = json.loads((tmp_path / "bd3_tokenizer.json").read_text())
+    for name, value in (("vocab_size", None), ("special_ids", record["special_ids"] | {"mask": "x"})):
+        (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record | {name: value}))
+        with pytest.raises(
+            TokenizerError, match=f"bd3_tokenizer.json says {name}=.* and the tokenizer has .*; restore the"
+        ):
+            load_tokenizer(tmp_path)
+    (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record))
     path.unlink()
     with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read \(No such file or directory\)"):
         load_tokenizer(tmp_path)
-    record = json.loads((tmp_path / "bd3_tokenizer.json").read_text())
     (tmp_path / "bd3_tokenizer.json").write_text(json.dumps(record | {"version": 3}))
     with pytest.raises(TokenizerError, match="has version 3; this release reads version 2"):
         load_tokenizer(tmp_path)
