@@ -5,6 +5,7 @@ Arithmetic on the configuration of a run that begins at step 0, and a look at th
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from bd3_megatron.config.budget import phase_steps, samples_before, total_steps
@@ -146,17 +147,13 @@ def _check_stop_file(config: Config) -> None:
         return
     path = Path(config.train.stop_file)
     # Obeying it removes it, which must never cost a file that somebody wrote for another purpose.
-    held = "is a folder" if path.is_dir() else f"holds {path.stat().st_size} bytes" if _has_content(path) else None
+    size = 0
+    # not there, or not to be seen from here: it cannot be what would be lost
+    with contextlib.suppress(OSError):
+        size = path.stat().st_size
+    held = "is a folder" if path.is_dir() else f"holds {size} bytes" if size else None
     if held is not None:
         raise ConfigError(
             f"train.stop_file={path} {held}, and a stop file is removed once it is obeyed; name a file that is not there yet, "
             "and make it with touch when the run shall stop."
         )
-
-
-def _has_content(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    # not there, or not to be seen from here: it cannot be what would be lost
-    except OSError:
-        return False

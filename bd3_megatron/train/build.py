@@ -94,14 +94,11 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.identity, say)
     plan = RunPlan(config, state.step, state.samples_consumed)
+    # Only now: a launch that was refused leaves the files of the attempt before.
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Only now: a launch that was refused leaves the file of the attempt before.
-        dump_config(config, run_dir / "config.yaml")
-        keep_tokenizer(data, run_dir)
-    stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
+        _keep_what_runs(config, data, run_dir)
     # After the slow part of the start: until here a signal ends the process, and nothing is lost by it.
-    stop.install()
+    stop = _stop_request(config)
     loggers = _loggers(config, plan, state) if rank == 0 else None
     timeline = Timeline(event_factory=device_event_factory())
     hooks = Hooks(
@@ -128,6 +125,20 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         timeline=timeline,
         kernels=kernels,
     )
+
+
+def _keep_what_runs(config: Config, data: RunData, run_dir: Path) -> None:
+    """Write the configuration and the tokenizer into the run's folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dump_config(config, run_dir / "config.yaml")
+    keep_tokenizer(data, run_dir)
+
+
+def _stop_request(config: Config) -> StopRequest:
+    """Stop signals, stop file and deadline, listened to from now on."""
+    stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
+    stop.install()
+    return stop
 
 
 def _told(kernels: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:

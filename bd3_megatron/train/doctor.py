@@ -26,7 +26,7 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BackendError, LeakError
+from bd3_megatron.errors import BackendError, BD3Error, LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
 from bd3_megatron.model.row_kernels import check_row_kernels, row_kernels
@@ -101,16 +101,7 @@ def diagnose_together(config: Config, backends: Mapping[int, Backend], topology:
         LeakError: on every rank, with the table of the first that found one.
     """
     shared = Shared(topology.cp_rank, topology.groups.cp) if topology.cp > 1 else None
-    said, failure = "", None
-    try:
-        said = diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared)
-    except LeakError as error:
-        failure = str(error)
-    # A rank that raised alone would leave the others in the next collective.
-    failure = first_failure(failure)
-    if failure is not None:
-        raise LeakError(failure)
-    return said
+    return _together(LeakError, lambda: diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared))
 
 
 def check_rows_together(config: Config, topology: Topology, dtype: torch.dtype) -> str:
@@ -122,14 +113,21 @@ def check_rows_together(config: Config, topology: Topology, dtype: torch.dtype) 
     Raises:
         BackendError: on every rank, where one of them found a wrong kernel.
     """
+    kernels = row_kernels(config.model, dtype=dtype, device=topology.device)
+    return _together(BackendError, lambda: check_row_kernels(kernels))
+
+
+def _together(kind: type[BD3Error], check: Callable[[], str]) -> str:
+    """What a check says here; an error of `kind` that any rank found is raised on every rank. Collective."""
     said, failure = "", None
     try:
-        said = check_row_kernels(row_kernels(config.model, dtype=dtype, device=topology.device))
-    except BackendError as error:
+        said = check()
+    except kind as error:
         failure = str(error)
+    # A rank that raised alone would leave the others in the next collective.
     failure = first_failure(failure)
     if failure is not None:
-        raise BackendError(failure)
+        raise kind(failure)
     return said
 
 
