@@ -72,7 +72,6 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     """
     rank, world_size, device = topology.rank, topology.world_size, topology.device
     run_dir = Path(config.run.dir)
-    # Every rank would say the same.
     say = announce if rank == 0 else _silent
     # Devices, sums and the folder are tried before data is read and a model is built.
     if config.watch.preflight:
@@ -85,12 +84,9 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
     dtype = training_dtype(config.train.precision, device)
     # Before the model: its layers are made for the backends of all phases.
-    backends, why = agreed_backends(config, topology, dtype)
-    if config.watch.leak_check:
-        say(diagnose_together(config, backends, topology, dtype))
-    rows = check_rows_together(config, topology, dtype)
+    backends, checked = _checked_kernels(config, topology, dtype, say)
     engine = _engine(config, topology, data, backends, dtype)
-    kernels = _told({"attention": why, "rows": rows, **engine.kernels}, say)
+    kernels = _told(checked | engine.kernels, say)
     # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.identity, say)
     plan = RunPlan(config, state.step, state.samples_consumed)
@@ -125,6 +121,16 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         timeline=timeline,
         kernels=kernels,
     )
+
+
+def _checked_kernels(
+    config: Config, topology: Topology, dtype: torch.dtype, say: Callable[[str], None]
+) -> tuple[Mapping[int, Backend], dict[str, str]]:
+    """Attention of every block size, and which kernels were found right for attention and rows. Collective."""
+    backends, why = agreed_backends(config, topology, dtype)
+    if config.watch.leak_check:
+        say(diagnose_together(config, backends, topology, dtype))
+    return backends, {"attention": why, "rows": check_rows_together(config, topology, dtype)}
 
 
 def _keep_what_runs(config: Config, data: RunData, run_dir: Path) -> None:
@@ -209,4 +215,5 @@ def announce(sentence: str) -> None:
 
 
 def _silent(sentence: str) -> None:
+    # Every rank would say what the first says.
     return None
