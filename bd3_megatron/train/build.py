@@ -70,42 +70,26 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     Raises:
         BD3Error: whatever cannot run, as one sentence.
     """
-    rank, world_size, device = topology.rank, topology.world_size, topology.device
     run_dir = Path(config.run.dir)
-    say = announce if rank == 0 else _silent
+    say = announce if topology.rank == 0 else _silent
     # Devices, sums and the folder are tried before data is read and a model is built.
     if config.watch.preflight:
         preflight(config, topology, say)
-    data = prepare_and_open(config, rank=rank, say=say)
-    for sentence in data.by_source.left_out:
-        say(sentence)
+    data = prepare_and_open(config, rank=topology.rank, say=say)
     # from here on the configuration says what runs
     config = replace_field(config, "parallel.dp", topology.dp)
     config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
-    dtype = training_dtype(config.train.precision, device)
-    # Before the model: its layers are made for the backends of all phases.
-    backends, checked = _checked_kernels(config, topology, dtype, say)
-    engine = _engine(config, topology, data, backends, dtype)
-    kernels = _told(checked | engine.kernels, say)
+    engine, kernels = _proved_engine(config, topology, data, say)
     # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.identity, say)
     plan = RunPlan(config, state.step, state.samples_consumed)
     # Only now: a launch that was refused leaves the files of the attempt before.
-    if rank == 0:
+    if topology.rank == 0:
         _keep_what_runs(config, data, run_dir)
     # After the slow part of the start: until here a signal ends the process, and nothing is lost by it.
     stop = _stop_request(config)
-    loggers = _loggers(config, plan, state) if rank == 0 else None
-    timeline = Timeline(event_factory=device_event_factory())
-    hooks = Hooks(
-        config=config,
-        topology=topology,
-        data=data,
-        engine=engine,
-        saver=Saver(engine, run_dir / "checkpoints", asynchronous=config.checkpoint.asynchronous, warn=say),
-        timeline=timeline,
-        loggers=loggers,
-    )
+    loggers = _loggers(config, plan, state) if topology.rank == 0 else None
+    hooks = _hooks(config, engine, data, loggers, say)
     return Trainer(
         config=config,
         plan=plan,
@@ -115,12 +99,26 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         state=state,
         hooks=hooks,
         stop=stop,
-        watchdog=Watchdog(config.watch, run_dir, rank=rank, world_size=world_size),
+        watchdog=Watchdog(config.watch, run_dir, rank=topology.rank, world_size=topology.world_size),
         peak=device_peak(config, topology, state),
         loggers=loggers,
-        timeline=timeline,
+        timeline=hooks.timeline,
         kernels=kernels,
     )
+
+
+def _proved_engine(
+    config: Config, topology: Topology, data: RunData, say: Callable[[str], None]
+) -> tuple[ZeroEngine, dict[str, str]]:
+    """The model with its optimizer, and the kernels that run in it, found right on these devices. Collective."""
+    dtype = training_dtype(config.train.precision, topology.device)
+    # Before the model: its layers are made for the backends of all phases.
+    backends, checked = _checked_kernels(config, topology, dtype, say)
+    engine = _engine(config, topology, data, backends, dtype)
+    kernels = checked | engine.kernels
+    for name, what in kernels.items():
+        say(f"{name}: {what}")
+    return engine, kernels
 
 
 def _checked_kernels(
@@ -145,13 +143,6 @@ def _stop_request(config: Config) -> StopRequest:
     stop = StopRequest(stop_file=Path(config.train.stop_file) if config.train.stop_file else None, deadline=_deadline())
     stop.install()
     return stop
-
-
-def _told(kernels: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:
-    """The kernels that run, said one a line."""
-    for name, what in kernels.items():
-        say(f"{name}: {what}")
-    return kernels
 
 
 def _engine(
@@ -190,6 +181,22 @@ def device_peak(config: Config, topology: Topology, state: TrainState) -> PeakTf
         state.cpu_peak = {"ranks": topology.world_size, "tflops": float(measured) / topology.world_size}
     source = f"CPU matrix product in {precision} measured once by all ranks together"
     return PeakTflops(state.cpu_peak["tflops"], source)
+
+
+def _hooks(
+    config: Config, engine: ZeroEngine, data: RunData, loggers: Loggers | None, say: Callable[[str], None]
+) -> Hooks:
+    """What runs between steps, with the clock that the loop shares with it."""
+    folder = Path(config.run.dir) / "checkpoints"
+    return Hooks(
+        config=config,
+        topology=engine.model.topology,
+        data=data,
+        engine=engine,
+        saver=Saver(engine, folder, asynchronous=config.checkpoint.asynchronous, warn=say),
+        timeline=Timeline(event_factory=device_event_factory()),
+        loggers=loggers,
+    )
 
 
 def _loggers(config: Config, plan: RunPlan, state: TrainState) -> Loggers:

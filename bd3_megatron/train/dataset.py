@@ -339,4 +339,7 @@ def prepare_and_open(config: Config, *, rank: int, say: Callable[[str], None]) -
             say(remark)
     # The folder appears whole, but only after rank 0 is done; nobody may look before.
     dist.barrier()
-    return open_data(config)
+    data = open_data(config)
+    for sentence in data.by_source.left_out:
+        say(sentence)
+    return data
