@@ -120,9 +120,12 @@ class ShardedGradients:
                 last.start, last.members = a, last.members + 1
                 slices.append(_Slice(last, a - start, b - start, a))
             self._slices[parameter] = slices
-        # positions count from the bucket's start, which is known only now
+        # Positions count from the bucket's start, which is known only now. In the parameter's own order: two stages that
+        # cut their copies of a tied table in different places add them element by element.
         for parameter in group.parameters:
-            moved = [_Slice(s.bucket, s.first, s.last, s.at - s.bucket.start) for s in self._slices[parameter]]
+            moved = [
+                _Slice(s.bucket, s.first, s.last, s.at - s.bucket.start) for s in reversed(self._slices[parameter])
+            ]
             self._slices[parameter] = moved
 
     def begin(self, num_micro_batches: int) -> None:
@@ -134,7 +137,7 @@ class ShardedGradients:
             bucket.waiting, bucket.sum = bucket.members, None
 
     def sums(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The accumulated gradient of a late parameter, flat, in the pieces it is kept in; before `finish`."""
+        """The accumulated gradient of a late parameter, flat, in the pieces it is kept in, in order; before `finish`."""
         return [part.sum for part in self._slices[parameter]] if self._seen[parameter] else []
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.parallel.topology import Topology
 from tests.ranks.checkpoint_runs import build, raw_state, same, steps, tiny
 from tests.ranks.harness import run_ranks
-from tests.tolerances import GRADIENTS_SENT_IN_BF16
+from tests.tolerances import GRADIENTS_SENT_IN_BF16, RESUMED
 
 BF16, FP32 = torch.bfloat16, torch.float32
 RUNS = [
@@ -80,6 +80,23 @@ def test_when_gradients_leave_changes_no_bit(grid: dict[str, Any], style: str, d
         assert buckets - late >= 4
         # each gradient is sent once, in fp32: an all-reduce would send it twice
         assert {sent for way in counts for _, sent in way} == {4 * size}
+
+
+def test_stages_that_cut_a_tied_table_in_other_places_add_it_element_by_element() -> None:
+    def on_rank(topology: Topology) -> tuple[list[tuple[float, float]], list[int]]:
+        engine = build(tiny(layers=4, **grid), topology, dtype=FP32)
+        held = engine.gradients
+        assert held is not None
+        return steps(engine, 0, 3), [part.last for table in held.late for part in held._slices[table]]
+
+    grid: dict[str, Any] = {}
+    [(expected, _)] = run_ranks(on_rank, tiny(layers=4).parallel)
+    grid = {"dp": 2, "pp": 2, "vpp": 2}
+    found = run_ranks(on_rank, tiny(layers=4, **grid).parallel)
+    # else the case says nothing: one stage holds the table in one piece, the other in two
+    assert {len(ends) for _, ends in found if ends} == {1, 2}
+    for record, _ in found:
+        assert torch.allclose(torch.tensor(record), torch.tensor(expected), rtol=0, atol=RESUMED)
 
 
 def test_every_element_has_one_owner_and_its_gradient_is_the_mean() -> None:
