@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.load import load_config, replace_field
 from bd3_megatron.config.schema import Config
+from bd3_megatron.config.unreached import unreached_settings
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import GridError, LaunchError
 from launch.batch_script import Job, script_of
@@ -225,7 +226,9 @@ def plan_lines(submission: Submission) -> list[str]:
     ]
     if parallel.tp > profile.ranks:
         lines.append(f"warning  tp={parallel.tp} spans nodes of {profile.ranks} ranks: its traffic leaves the node")
-    return lines
+    # tasks of an array mostly share them
+    said = dict.fromkeys(sentence for task in submission.configs for sentence in unreached_settings(task))
+    return [*lines, *(f"warning  {sentence}" for sentence in said)]
 
 
 def submit(submission: Submission, typed: Sequence[str]) -> None:

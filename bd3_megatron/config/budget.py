@@ -6,7 +6,7 @@ a resumed run asks the same functions. Step n is the state after n optimizer upd
 
 from __future__ import annotations
 
-from bd3_megatron.config.schema import PhaseConfig, TrainConfig
+from bd3_megatron.config.schema import Config, PhaseConfig, TrainConfig
 
 
 def batch_size_at(train: TrainConfig, step: int) -> int:
@@ -65,12 +65,28 @@ def phase_steps(train: TrainConfig, seq_len: int, phase: PhaseConfig, first_step
     return steps_for_tokens(train, seq_len, phase.tokens, first_step)
 
 
+def phase_spans(config: Config) -> list[tuple[int, int]]:
+    """First state and end of each of diffusion.phases, some beyond the end of the run; an open phase ends with the run."""
+    steps, first = total_steps(config.train, config.data.seq_len), 0
+    spans = []
+    for phase in config.diffusion.phases:
+        length = phase_steps(config.train, config.data.seq_len, phase, first)
+        spans.append((first, max(first, steps) if length is None else first + length))
+        first = spans[-1][1]
+    return spans
+
+
 def total_steps(train: TrainConfig, seq_len: int) -> int:
     """Updates of a run that begins at state 0; exactly one of train.steps and train.tokens is set."""
     if train.steps is not None:
         return train.steps
     # a run makes at least one update
     return max(1, steps_for_tokens(train, seq_len, train.tokens or 0))
+
+
+def budget_setting(train: TrainConfig) -> str:
+    """The setting that ends the run, as sentences name it: "train.steps=30"."""
+    return f"train.tokens={train.tokens}" if train.steps is None else f"train.steps={train.steps}"
 
 
 def _floor_sum(count: int, slope: int, divisor: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from bd3_megatron.config.budget import phase_steps, samples_before, total_steps
+from bd3_megatron.config.budget import budget_setting, phase_spans, samples_before, total_steps
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError
 
@@ -23,28 +23,26 @@ def check_run(config: Config) -> None:
     _check_stages(config)
     _check_held_out(config)
     _check_search(config)
+    _check_spikes(config)
     _check_decay(config)
     _check_watch(config)
     _check_stop_file(config)
 
 
 def _check_phases(config: Config) -> None:
-    phases, steps = config.diffusion.phases, total_steps(config.train, config.data.seq_len)
-    first = 0
-    for number, phase in enumerate(phases):
+    spans, steps = phase_spans(config), total_steps(config.train, config.data.seq_len)
+    for number, (first, _) in enumerate(spans):
         if first >= steps:
             raise ConfigError(
-                f"diffusion.phases[{number}] begins at step {first} and the run ends at step {steps} ({_budget(config)}), so "
-                "it would never train; raise the budget, shorten the phases before it, or leave it out."
+                f"diffusion.phases[{number}] begins at step {first} and the run ends at step {steps} "
+                f"({budget_setting(config.train)}), so it would never train; raise the budget, shorten the phases before it, "
+                "or leave it out."
             )
-        # an open phase, the last one, ends with the run
-        length = phase_steps(config.train, config.data.seq_len, phase, first)
-        first = steps if length is None else first + length
     # the learning-rate segment of the last phase would be left behind
-    if phases and first < steps:
+    if spans and spans[-1][1] < steps:
         raise ConfigError(
-            f"diffusion.phases end at step {first} and the run has {steps} steps ({_budget(config)}); lower the budget, or "
-            "leave out the length of the last phase."
+            f"diffusion.phases end at step {spans[-1][1]} and the run has {steps} steps ({budget_setting(config.train)}); "
+            "lower the budget, or leave out the length of the last phase."
         )
 
 
@@ -58,17 +56,12 @@ def _check_stages(config: Config) -> None:
         if first_sample >= run_samples:
             raise ConfigError(
                 f"data.stages[{number}] begins at sample {first_sample} and the run ends at sample {run_samples} "
-                f"({_budget(config)}), so it would never be read; raise the budget, shorten the stages before it, or leave "
-                "it out."
+                f"({budget_setting(train)}), so it would never be read; raise the budget, shorten the stages before it, or "
+                "leave it out."
             )
         steps += stage.steps or 0
         # as train/mixing.py: a stage ends with the sample that holds its last token
         samples += -(-(stage.tokens or 0) // seq_len)
-
-
-def _budget(config: Config) -> str:
-    train = config.train
-    return f"train.tokens={train.tokens}" if train.steps is None else f"train.steps={train.steps}"
 
 
 def refuse_without_held_out(config: Config, why: str) -> None:
@@ -118,6 +111,22 @@ def _check_search(config: Config) -> None:
         raise ConfigError(
             f"diffusion.search_every_steps={diffusion.search_every_steps} has nothing to search for, because every phase names "
             "its interval; leave one out, or set search_every_steps to 0."
+        )
+
+
+def _check_spikes(config: Config) -> None:
+    train = config.train
+    if train.spike_action != "rollback":
+        return
+    if train.spike_factor == 0:
+        raise ConfigError(
+            "train.spike_action=rollback with train.spike_factor=0, which looks for no spike; set spike_factor, for example "
+            "to 3, or leave spike_action out."
+        )
+    if config.checkpoint.every_steps == 0:
+        raise ConfigError(
+            "train.spike_action=rollback with checkpoint.every_steps=0: no checkpoint is saved before the end, so there is "
+            "none to return to; set checkpoint.every_steps, or spike_action to skip."
         )
 
 

@@ -19,6 +19,7 @@ from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device, training_dtype
 from bd3_megatron.config.load import dump_config, replace_field
 from bd3_megatron.config.schema import Config
+from bd3_megatron.config.unreached import unreached_settings
 from bd3_megatron.config.validate import validate
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.engine.zero_engine import ZeroEngine
@@ -72,6 +73,8 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     """
     run_dir = Path(config.run.dir)
     say = announce if topology.rank == 0 else _silent
+    for sentence in unreached_settings(config):
+        say(f"warning: {sentence}")
     # Devices, sums and the folder are tried before data is read and a model is built.
     if config.watch.preflight:
         preflight(config, topology, say)

@@ -107,9 +107,11 @@ def test_a_mistake_after_steps_is_recorded_with_its_class(tmp_path: Path) -> Non
     ],
 )
 def test_bad_input_found_by_the_ranks_is_one_line_once(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    with launched(tmp_path, "parallel.tp=2", *overrides, ranks=2) as run:
+    with launched(tmp_path, "parallel.tp=2", "log.profile_steps=[10000]", *overrides, ranks=2) as run:
         assert run.end() == 2
     assert len(run.errors()) == 1 and sentence in run.errors()[0], run.said
+    # legal, but never without a word: said before data is read
+    assert run.said.count("bd3: warning: log.profile_steps=[10000] is not reached in a run of") == 1, run.said
     assert "Traceback" not in run.said and not (tmp_path / "run/checkpoints").exists()
 
 

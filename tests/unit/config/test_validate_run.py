@@ -82,6 +82,14 @@ def test_what_happens_as_asked_passes(overrides: list[str]) -> None:
             r"^diffusion\.search_every_steps=5 has nothing to search for, because every phase names its interval; leave one out",
         ),
         (
+            ["train.spike_action=rollback"],
+            r"^train\.spike_action=rollback with train\.spike_factor=0, which looks for no spike; set spike_factor, for example",
+        ),
+        (
+            ["train.spike_action=rollback", "train.spike_factor=3", "checkpoint.every_steps=0"],
+            r"^train\.spike_action=rollback with checkpoint\.every_steps=0: no checkpoint is saved before the end, so there is",
+        ),
+        (
             ["optim.lr=10", "optim.weight_decay=0.1"],
             r"^optim\.lr=10\.0 x optim\.weight_decay=0\.1 = 1 is 1 or more, so each update would take away all of a weight;",
         ),

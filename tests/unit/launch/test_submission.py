@@ -392,6 +392,14 @@ def test_the_plan_names_memory_and_warns_of_tensor_parallel_across_nodes(profile
     assert any("set model.vocab_size" in line for line in slurm.plan_lines(planned(profile, config)))
 
 
+def test_the_plan_says_once_what_the_budget_ends_before(profile: Path, config: Path) -> None:
+    sweep = ("--array", "optim.lr=1e-3", "--array", "optim.lr=1e-4")
+    lines = slurm.plan_lines(planned(profile, config, "evaluate.every_steps=31", *sweep))
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning  evaluate.every_steps=31 is not reached in a run of 30 steps (train.steps=30): nothing is evaluated"
+    ]
+
+
 def test_the_plan_predicts_speed_where_the_profile_names_the_device(profile: Path, config: Path) -> None:
     def lines(*overrides: str) -> list[str]:
         found = slurm.plan_lines(planned(profile, config, "model.vocab_size=300", *overrides))
