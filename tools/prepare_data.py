@@ -24,9 +24,9 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import ConfigError, shown
 
 if TYPE_CHECKING:
+    from bd3_megatron.config.dataset import RowFilter
     from bd3_megatron.data.decontaminate import NgramRequest
     from bd3_megatron.data.prepare import PrepareRequest
-    from bd3_megatron.data.row_filter import RowFilter
 
 
 def build_parser() -> CommandParser:
@@ -139,9 +139,9 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
 
 def _filter(text: str) -> RowFilter:
     """A filter as recipes write it, with or without braces."""
+    from bd3_megatron.config.dataset import RowFilter
     from bd3_megatron.config.load import build_named
     from bd3_megatron.config.yaml_file import parse_yaml
-    from bd3_megatron.data.row_filter import RowFilter
 
     where = f"--filter {shown(text)}"
     # Braces are optional, because a shell would make people quote them.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.config import axes, experts, schema, stream
+from bd3_megatron.config import axes, dataset, experts, schema
 from bd3_megatron.config.ranges import FilePath, Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, cut
@@ -105,14 +105,18 @@ def keys() -> list[Key]:
 
 def _keys_of(cls: type, prefix: str, texts: Mapping[str, Mapping[str, str]]) -> Iterator[Key]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
+    # what a section inherits are options of what its own keys name
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):
         hint = hints[field.name]
         nested = _nested(hint)
         is_list = nested is not None and any(typing.get_origin(h) is tuple for h in (hint, *typing.get_args(hint)))
         name = f"{prefix}{field.name}"
         # a section has no text of its own: its keys have
         if nested is None or prefix:
-            text = texts[cls.__name__].get(field.name, "")
+            # a field that the class inherits is documented where it is declared
+            text = next(
+                (texts[c.__name__][field.name] for c in cls.__mro__ if field.name in texts.get(c.__name__, {})), ""
+            )
             yield Key(name=name, kind=_kind(hint), default=_default(field), text=text)
         if nested is not None:
             yield from _keys_of(nested, f"{name}{'[]' if is_list else ''}.", texts)
@@ -169,7 +173,7 @@ def _field_texts() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring under it, from the sources of the schema."""
     # Python drops strings under fields, so they are read from the source
     found: dict[str, dict[str, str]] = {}
-    modules = (schema, axes, experts, stream)
+    modules = (schema, axes, experts, dataset)
     for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.ClassDef):
             found[node.name] = {

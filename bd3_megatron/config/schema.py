@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from bd3_megatron.config.axes import AxesConfig
+from bd3_megatron.config.dataset import StreamConfig
 from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.ranges import Matches, PathText, Range
-from bd3_megatron.config.stream import StreamConfig
 from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
 
 # ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick

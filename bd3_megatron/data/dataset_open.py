@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3_megatron.config.dataset import TableOptions
 from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles, is_text_file
 from bd3_megatron.data.text_reading import COMPRESSIONS
 from bd3_megatron.errors import DataError, either
@@ -33,18 +34,14 @@ _BUILDERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetName:
-    """Which split of which dataset."""
+class NamedDataset(TableOptions):
+    """A dataset by its name, and what is read of it."""
 
     path: str
-    name: str | None
-    split: str
-    streaming: bool
-    data_files: str | None
-    revision: str | None
+    """Local file or folder, or hub name."""
 
 
-def open_dataset(wanted: DatasetName) -> Any:
+def open_dataset(wanted: NamedDataset) -> Any:
     """The library's dataset.
 
     Raises:
@@ -72,7 +69,7 @@ def open_dataset(wanted: DatasetName) -> Any:
         ) from error
 
 
-def text_files(wanted: DatasetName) -> TextFiles | None:
+def text_files(wanted: NamedDataset) -> TextFiles | None:
     """The text files that a dataset consists of; None where it is another kind of dataset.
 
     Raises:
@@ -105,7 +102,7 @@ def stream_of(source: TextFiles) -> Any:
     )
 
 
-def files_of(wanted: DatasetName, num_shards: int) -> list[str] | None:
+def files_of(wanted: NamedDataset, num_shards: int) -> list[str] | None:
     """The files of a stream in order, for sentences; None where the library does not tell."""
     import datasets
 
@@ -144,7 +141,7 @@ def _check_reachable(name: str) -> None:
         raise DataError(f"dataset {name} is compressed by zstd; pip install zstandard, or unpack it.")
 
 
-def _loading(wanted: DatasetName) -> tuple[tuple[str | None, ...], dict[str, Any]]:
+def _loading(wanted: NamedDataset) -> tuple[tuple[str | None, ...], dict[str, Any]]:
     """Positional and named arguments of load_dataset."""
     path = Path(wanted.path)
     if not path.is_file():

@@ -16,14 +16,14 @@ from typing import Any
 
 from bd3_megatron.data.dataset_open import (
     TEXT_COLUMN,
-    DatasetName,
+    NamedDataset,
     files_of,
     first_line,
     open_dataset,
     stream_of,
     text_files,
 )
-from bd3_megatron.data.row_filter import RowFilter, cell, columns_of
+from bd3_megatron.data.row_filter import cell, columns_of, keeps
 from bd3_megatron.data.source import BadDocument, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import BD3Error, DataError
@@ -33,24 +33,9 @@ _COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubDataset:
-    """One split and column of a dataset."""
+class HubDataset(NamedDataset):
+    """One split and column of a dataset, as documents."""
 
-    path: str
-    """Local file or folder, or hub name."""
-    name: str | None = None
-    """Configuration of the dataset, where it has several."""
-    split: str = "train"
-    """Split, with datasets' slicing: train[:-100000]."""
-    column: str = "text"
-    """Column of the text; a dot leads into a nested one (meta.body)."""
-    filters: tuple[RowFilter, ...] = ()
-    streaming: bool = False
-    data_files: str | None = None
-    """Pattern of files inside the dataset."""
-    revision: str | None = None
-    rows_per_part: int = 1 << 16
-    """Rows of a part: of web text some 300 MB, 100 seconds of one process."""
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self) -> list[Part]:
@@ -94,7 +79,7 @@ class HubDataset:
         """
         try:
             # Filters go first: a row that is filtered out may lack its text.
-            if not all(check.keeps(row) for check in self.filters):
+            if not all(keeps(check, row) for check in self.filters):
                 return None
         except DataError as error:
             raise DataError(f"{where()}: {error}") from error
@@ -153,26 +138,22 @@ class HubDataset:
         # Opening a dataset with thousands of files may take seconds, and every part asks for it.
         if "dataset" not in self._opened:
             text = self._text()
-            self._opened["dataset"] = open_dataset(self._wanted) if text is None else stream_of(text)
+            self._opened["dataset"] = open_dataset(self) if text is None else stream_of(text)
         return self._opened["dataset"]
 
     # Opened datasets hold memory maps and locks; each worker opens its own.
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
 
-    @property
-    def _wanted(self) -> DatasetName:
-        return DatasetName(**{one.name: getattr(self, one.name) for one in fields(DatasetName)})
-
     def _text(self) -> TextFiles | None:
         if "text" not in self._opened:
-            self._opened["text"] = text_files(self._wanted)
+            self._opened["text"] = text_files(self)
         found: TextFiles | None = self._opened["text"]
         return found
 
     def _file_of(self, shard: int) -> str:
         if "files" not in self._opened:
-            self._opened["files"] = files_of(self._wanted, self.open().num_shards)
+            self._opened["files"] = files_of(self, self.open().num_shards)
         files = self._opened["files"]
         return f"file {shard} of {self.path}" if files is None else str(files[shard])
 

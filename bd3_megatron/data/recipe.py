@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from bd3_megatron.config.dataset import TableOptions, options_of
 from bd3_megatron.config.load import build_named
-from bd3_megatron.config.ranges import Matches, PathText, Range
+from bd3_megatron.config.ranges import Matches, PathText
 from bd3_megatron.config.schema import HeldOutShare, NumPieces
 from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer
 from bd3_megatron.data.prepare import PrepareRequest
-from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.source import Source
 from bd3_megatron.data.sources import BuiltinText
 from bd3_megatron.data.text_files import TextFiles
@@ -31,8 +31,8 @@ SplitName = Annotated[str, Matches(r"(?!tokenizer$)[\w-]{1,100}", "a split's nam
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSpec:
-    """The text of one split: exactly one of text, builtin and dataset."""
+class SourceSpec(TableOptions):
+    """The text of one split: exactly one of text, builtin and dataset; the options inherited are of a dataset."""
 
     text: tuple[PathText, ...] | None = None
     """UTF-8 files, or folders of them; one path may stand without a list."""
@@ -42,23 +42,6 @@ class SourceSpec:
     """Text every Python has: python-docs or python-topics."""
     dataset: PathText | None = None
     """File, folder or hub name."""
-    name: str | None = None
-    """With dataset and what follows: its configuration, where it has several."""
-    split: str = "train"
-    """Split, with slices such as train[:-1000]."""
-    column: str = "text"
-    """Column of the text; a dot leads into a nested one."""
-    filters: tuple[RowFilter, ...] = ()
-    """Rows to keep."""
-    streaming: bool = False
-    """Read without a local copy."""
-    data_files: str | None = None
-    """Pattern of files inside the dataset."""
-    revision: str | None = None
-    """Version on the hub."""
-    # a worker's memory holds the tokens of a part
-    rows_per_part: Annotated[int, Range(1, 1e9)] = 1 << 16
-    """Rows that one worker reads at a time."""
 
     def source(self, split: str) -> Source:
         """What reads this text.
@@ -80,14 +63,13 @@ class SourceSpec:
             return TextFiles(paths=self.text, documents_are=self.documents)
         if self.builtin is not None:
             return BuiltinText(name=self.builtin)
-        options = {key: getattr(self, key) for key in _OPTIONS["dataset"]}
-        return HubDataset(path=str(self.dataset), **options)
+        return HubDataset(path=str(self.dataset), **options_of(self, TableOptions))
 
 
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "text": ("documents",),
     "builtin": (),
-    "dataset": ("name", "split", "column", "filters", "streaming", "data_files", "revision", "rows_per_part"),
+    "dataset": tuple(one.name for one in fields(TableOptions)),
 }
 """The kinds of sources, and what each takes beside its name."""
 

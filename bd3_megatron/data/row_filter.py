@@ -1,54 +1,49 @@
 """Rows of tables: values by column name, nested ones too, and filters of one column and a few comparisons.
 
 Contract: filters are data, not code, and the same on the command line, in recipes and in configurations of streams.
-Refuses: values without an order; what no filter can be is refused by its fields (config/schema.py).
+Refuses: values without an order; what no filter can be is refused by its fields (config/dataset.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.config.stream import FilterConfig
+from bd3_megatron.config.dataset import RowFilter
 from bd3_megatron.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowFilter(FilterConfig):
-    """Keep rows whose column passes every comparison given."""
+# Data instead of expressions: a configuration may not run code, and it is compared when a run resumes.
+def keeps(wanted: RowFilter, row: Mapping[str, Any]) -> bool:
+    """Whether a row passes every comparison that a filter states.
 
-    # Data instead of expressions: a configuration may not run code, and it is compared when a run resumes.
-    def keeps(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row passes.
+    Raises:
+        DataError: a value without an order is compared by at_least or at_most.
+    """
+    value = cell(row, wanted.column)
+    return (
+        (wanted.equals is None or value == wanted.equals)
+        and (wanted.one_of is None or value in wanted.one_of)
+        and (wanted.at_least is None or _size(value, wanted.column) >= wanted.at_least)
+        and (wanted.at_most is None or _size(value, wanted.column) <= wanted.at_most)
+        and (wanted.matches is None or re.search(wanted.matches, str(value)) is not None)
+    )
 
-        Raises:
-            DataError: a value without an order is compared by at_least or at_most.
-        """
-        value = cell(row, self.column)
-        return (
-            (self.equals is None or value == self.equals)
-            and (self.one_of is None or value in self.one_of)
-            and (self.at_least is None or self._size(value) >= self.at_least)
-            and (self.at_most is None or self._size(value) <= self.at_most)
-            and (self.matches is None or re.search(self.matches, str(value)) is not None)
+
+def _size(value: Any, column: str) -> float:
+    """The number, or the number of characters or entries; nan, which passes no comparison, where there is nothing."""
+    if value is None:
+        # Every comparison with nan is false, so rows without a value are left out and not an error.
+        return float("nan")
+    # Comparing sizes of texts is the common use: documents of at least so many characters.
+    if isinstance(value, str | list):
+        return len(value)
+    if not isinstance(value, int | float):
+        raise DataError(
+            f"column {column} holds {type(value).__name__}, which has no order; use equals, one_of or matches there."
         )
-
-    def _size(self, value: Any) -> float:
-        """The number, or the number of characters or entries; nan, which passes no comparison, where there is nothing."""
-        if value is None:
-            # Every comparison with nan is false, so rows without a value are left out and not an error.
-            return float("nan")
-        # Comparing sizes of texts is the common use: documents of at least so many characters.
-        if isinstance(value, str | list):
-            return len(value)
-        if not isinstance(value, int | float):
-            raise DataError(
-                f"column {self.column} holds {type(value).__name__}, which has no order; "
-                "use equals, one_of or matches there."
-            )
-        return value
+    return value
 
 
 def cell(row: Mapping[str, Any], column: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import checkpoint_folders
+from bd3_megatron.config.dataset import DatasetOptions, StreamConfig, options_of
 from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config, DataConfig
-from bd3_megatron.config.stream import StreamConfig
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
@@ -30,7 +30,6 @@ from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.packing import PackedRows, PackingRule, rule_of_recipe
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.shard_header import HEADER_FILE
 from bd3_megatron.data.shards import TokenShards
 from bd3_megatron.data.sources import text_source
@@ -295,16 +294,7 @@ def _aligned_block(config: Config) -> int:
 def _open_stream(config: Config, stream: StreamConfig, tokenizer_folder: Path, shards: TokenShards) -> StreamRows:
     """The stream's rows are laid out as those of the prepared folder are, and what that holds out is left out."""
     data, recipe = config.data, shards.packing_rule
-    dataset = HubDataset(
-        path=stream.dataset,
-        name=stream.name,
-        split=stream.split,
-        column=stream.column,
-        filters=tuple(RowFilter(**asdict(one)) for one in stream.filters),
-        streaming=True,
-        data_files=stream.data_files,
-        revision=stream.revision,
-    )
+    dataset = HubDataset(path=stream.dataset, streaming=True, **options_of(stream, DatasetOptions))
     plan = plan_stream(
         dataset,
         tokenizer_folder,

@@ -12,9 +12,10 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
+from bd3_megatron.config.dataset import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import PrepareRequest, prepare
-from bd3_megatron.data.row_filter import RowFilter
+from bd3_megatron.data.row_filter import keeps
 from bd3_megatron.data.source import BadDocument
 from bd3_megatron.errors import DataError
 from tests.unit.data.corpora import content_of
@@ -157,8 +158,8 @@ def test_splits_are_sliced_and_rows_filtered(tmp_path: Path) -> None:
         (RowFilter(column="text", matches=r"row [12] "), [1, 2]),
         (RowFilter(column="text", at_most=8), [0, 5]),
     ):
-        assert [i for i, row in enumerate(ROWS[:7]) if check.keeps(row)] == kept
-    assert not RowFilter(column="text", at_least=1).keeps({"text": None})
+        assert [i for i, row in enumerate(ROWS[:7]) if keeps(check, row)] == kept
+    assert not keeps(RowFilter(column="text", at_least=1), {"text": None})
 
 
 def test_a_dataset_prepares_to_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bd3_megatron.config.dataset import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import prepare
 from bd3_megatron.data.recipe import load_recipe
-from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.sources import BuiltinText
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import ConfigError

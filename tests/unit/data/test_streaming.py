@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from bd3_megatron.config.dataset import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.packing import PackedRows, PackingRule
-from bd3_megatron.data.row_filter import RowFilter
 from bd3_megatron.data.sampler import BatchShare
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.stream_shard import RowPacker, StreamPlan, StreamShard, StreamShardState

@@ -1,19 +1,19 @@
-"""The section data.stream: a dataset that is read and tokenised while training.
+"""What is read of a Hugging Face dataset, stated once for recipes, streams and sources, and the section data.stream.
 
 Each field has one name, type, legal range and default, as in `config/schema.py`, which holds the section.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 from bd3_megatron.config.ranges import PathText, Pattern, Range
 from bd3_megatron.errors import ConfigError, cut
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterConfig:
+class RowFilter:
     column: str
     """Rows are kept whose column passes every comparison given."""
     equals: Annotated[str | int | float | bool, Range(-1e18, 1e18)] | None = None
@@ -35,21 +35,38 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    dataset: PathText
-    """Dataset file, folder or hub name, read as a stream and tokenised while training."""
+class DatasetOptions:
+    """What is read of a dataset, wherever one is named."""
+
     name: str | None = None
     """Configuration of the dataset, where it has several."""
     split: str = "train"
-    """Split of the dataset."""
+    """Split of the dataset; of a table that is prepared, with slices such as train[:-1000]."""
     column: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text; a dot leads into a nested one."""
     data_files: str | None = None
     """Pattern of files inside the dataset."""
     revision: str | None = None
-    """Version on the hub; name one, or the stream may change under the run."""
-    filters: tuple[FilterConfig, ...] = ()
+    """Version on the hub; name one, or the text may change under those who read it."""
+    filters: tuple[RowFilter, ...] = ()
     """Rows to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(DatasetOptions):
+    """What is read of a dataset that is prepared, and how."""
+
+    streaming: bool = False
+    """Read without a local copy."""
+    # a worker's memory holds the tokens of a part: of web text some 300 MB, 100 seconds of one process
+    rows_per_part: Annotated[int, Range(1, 1e9)] = 1 << 16
+    """Rows that one worker reads at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(DatasetOptions):
+    dataset: PathText
+    """Dataset file, folder or hub name, read as a stream and tokenised while training."""
     detokenizer: str = "none"
     """Table of replacements that undoes a corpus's own tokenisation (see data/detokenizers)."""
     # each keeps a window of rows in memory
@@ -58,3 +75,8 @@ class StreamConfig:
     null: one a file, at most 64."""
     shuffle_rows: Annotated[int, Range(1, 1e7)] = 256
     """Rows of a stream shard permuted together; 1: none. A resumed run tokenises at most this many again."""
+
+
+def options_of(stated: DatasetOptions, kind: type[DatasetOptions]) -> dict[str, Any]:
+    """The options of a kind by name, as something states them that has others beside."""
+    return {one.name: getattr(stated, one.name) for one in fields(kind)}
