@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bd3_megatron.config.dataset import TableOptions
+from bd3_megatron.data.dataset_rows import csv_rows, line_options
 from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles, is_text_file
 from bd3_megatron.data.text_reading import COMPRESSIONS
-from bd3_megatron.errors import DataError, either
+from bd3_megatron.errors import BD3Error, DataError, either
 
 TEXT_COLUMN = "text"
 """Column of a dataset that is made of text files."""
@@ -42,7 +43,7 @@ class NamedDataset(TableOptions):
 
 
 def open_dataset(wanted: NamedDataset) -> Any:
-    """The library's dataset.
+    """The library's dataset; its rows are used by dataset_rows.decoded.
 
     Raises:
         DataError: it cannot be opened.
@@ -50,6 +51,8 @@ def open_dataset(wanted: NamedDataset) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    # It writes what it raises to stderr as well, in words of Arrow or pandas.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     # The library counts downloads on a server, even for local files; a training node may have no way out.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     path = Path(wanted.path)
@@ -58,11 +61,12 @@ def open_dataset(wanted: NamedDataset) -> Any:
         # load_dataset does not read folders that save_to_disk wrote.
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
             return _saved(path, wanted.split, streaming=wanted.streaming)
-        names, options = _loading(wanted)
-        return datasets.load_dataset(*names, **options, split=wanted.split, streaming=wanted.streaming)
-    except DataError:
-        raise
+        return _loaded(wanted)
     except Exception as error:  # builders, the hub client and Arrow raise errors of many kinds
+        # Our own generators raise inside of the library, which wraps what it meets.
+        own = next((cause for cause in _causes(error) if isinstance(cause, BD3Error)), None)
+        if own is not None:
+            raise own from error
         raise DataError(
             f"dataset {wanted.path} (split {wanted.split}) cannot be opened ({first_line(error)}); "
             "check path, name, split and data files."
@@ -114,11 +118,19 @@ def files_of(wanted: NamedDataset, num_shards: int) -> list[str] | None:
     return [str(file) for file in files] if len(files) == num_shards else None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The beginning of another library's error message."""
+    # The library says that something failed, and what it was is the error below.
+    error = next((cause for cause in _causes(error) if "error occurred while generating" not in str(cause)), error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Messages of other libraries may be pages long; their first line holds the reason as a rule.
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _rows_of(files: list[str]) -> Iterator[dict[str, str]]:
@@ -163,6 +175,24 @@ def _builder_of(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
+def _loaded(wanted: NamedDataset) -> Any:
+    """What load_dataset gives, but rows of JSON-lines and CSV files as they are written."""
+    import datasets
+
+    names, options = _loading(wanted)
+    builder = datasets.load_dataset_builder(*names, **options)
+    split, streaming = wanted.split, wanted.streaming
+    lines = line_options(builder)
+    if lines is not None:
+        return datasets.load_dataset(**lines, split=split, streaming=streaming)
+    # A stream has no slices, and the library says so.
+    name = split if streaming else split.split("[", 1)[0]
+    rows = csv_rows(builder, name, streaming=streaming)
+    if rows is not None:
+        return rows if streaming else _sliced({name: rows}, name, split)
+    return datasets.load_dataset(*names, **options, split=split, streaming=streaming)
+
+
 def _saved(path: Path, split: str, *, streaming: bool) -> Any:
     """A dataset written by save_to_disk: one table (then called train), or a folder of splits; sliced as asked."""
     import datasets
@@ -172,11 +202,17 @@ def _saved(path: Path, split: str, *, streaming: bool) -> Any:
     name = split.split("[", 1)[0]
     if name not in tables:
         raise DataError(f"dataset {path} has no split {name}; it has {', '.join(tables)}.")
-    sizes = {key: len(table) for key, table in tables.items()}
-    # load_from_disk knows no slices; the library's own rule is applied to it.
-    (piece,) = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    chosen = tables[name].select(range(piece.from_ or 0, sizes[name] if piece.to is None else piece.to))
+    chosen = _sliced(tables, name, split)
     if not streaming:
         return chosen
     # A saved table is a table; as a stream it has as many files as it was saved in.
     return chosen.to_iterable_dataset(num_shards=max(1, min(len(tables[name].cache_files), len(chosen))))
+
+
+def _sliced(tables: Mapping[str, Any], name: str, split: str) -> Any:
+    import datasets
+
+    sizes = {key: len(table) for key, table in tables.items()}
+    # Opened tables know no slices; the library's own rule is applied to them.
+    (piece,) = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return tables[name].select(range(piece.from_ or 0, sizes[name] if piece.to is None else piece.to))

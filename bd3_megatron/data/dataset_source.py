@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bd3_megatron.data.dataset_open import (
     stream_of,
     text_files,
 )
+from bd3_megatron.data.dataset_rows import BadRow, decoded, is_decoded_later, sampled_rows
 from bd3_megatron.data.row_filter import cell, columns_of, keeps
 from bd3_megatron.data.source import BadDocument, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
@@ -68,24 +70,30 @@ class HubDataset(NamedDataset):
                 yield document
 
     def document(self, row: Mapping[str, Any], where: Callable[[], str]) -> str | BadDocument | None:
-        """The text of a row; None where a filter leaves the row out.
+        """The text of a row; None where a filter leaves the row out, and for a blank line.
 
         Args:
-            row: by column.
+            row: as the opened dataset gives it.
             where: names the row for a sentence; called only where there is one to write.
-
-        Raises:
-            DataError: a filter cannot compare the row's value.
         """
+        columns = decoded(row, self.column)
+        if columns is None:
+            return None
+        if isinstance(columns, BadRow):
+            return BadDocument(where=where(), reason=columns.reason, remedy="mend the row")
         try:
             # Filters go first: a row that is filtered out may lack its text.
-            if not all(keeps(check, row) for check in self.filters):
+            if not all(keeps(check, columns) for check in self.filters):
                 return None
         except DataError as error:
-            raise DataError(f"{where()}: {error}") from error
-        text = cell(row, self.column)
+            # Types may differ from row to row, so a value without an order is one row's and not the column's.
+            reason = f"cannot be filtered: {str(error).rstrip('.')}"
+            return BadDocument(where=where(), reason=reason, remedy="mend the row")
+        text = cell(columns, self.column)
         if isinstance(text, str):
-            return text
+            if _is_encodable(text):
+                return text
+            return BadDocument(where=where(), reason="holds half a surrogate pair", remedy="mend the row's escapes")
         # A null is not an empty text: it mostly means a wrong column, so it counts as a bad document.
         kind = "nothing (null)" if text is None else f"no text but {type(text).__name__}"
         return BadDocument(
@@ -102,9 +110,15 @@ class HubDataset(NamedDataset):
         """
         dataset = self.open()
         features = getattr(dataset, "features", None)
-        if features is None:  # a stream whose schema is not known before its first row
-            _, features = next(_guarded(iter(dataset), 0, lambda number: self.path), (0, {}))
-        columns = columns_of(features)
+        seen: list[Mapping[str, Any]] = [features or {}]
+        if is_decoded_later(features):
+            rows = (row for _, row in _guarded(iter(dataset), 0, lambda number: f"row {number} of {self.path}"))
+            first = next(rows, None)
+            seen = [] if first is None else list(sampled_rows(chain([first], rows)))
+            # Which columns there are, bad rows do not tell; they are named one by one when they are read.
+            if first is not None and not seen:
+                return
+        columns = list(dict.fromkeys(name for one in seen for name in columns_of(one)))
         if not columns:
             raise DataError(f"dataset {self.path} has no rows in split {self.split}; name another split.")
         for column in (self.column, *(check.column for check in self.filters)):
@@ -113,6 +127,19 @@ class HubDataset(NamedDataset):
                 raise DataError(
                     f"dataset {self.path} has no column {column}; it has {', '.join(columns[:_COLUMNS_SHOWN])}{more}."
                 )
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Every row by column, unfiltered.
+
+        Raises:
+            DataError: names the first that cannot be read.
+        """
+        for number, row in _guarded(iter(self.open()), 0, lambda number: f"row {number} of {self.path}"):
+            columns = decoded(row)
+            if isinstance(columns, BadRow):
+                raise DataError(f"row {number} of {self.path} {columns.reason}; mend the row.")
+            if columns is not None:
+                yield columns
 
     def settings(self) -> dict[str, Any]:
         # `compare` leaves out the cache of opened objects, which is no setting.
@@ -193,6 +220,15 @@ class HubDataset(NamedDataset):
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stated = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
         return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
+
+
+def _is_encodable(text: str) -> bool:
+    # "\\ud800" alone is an escape that JSON readers let pass, and no tokenizer takes.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _guarded(

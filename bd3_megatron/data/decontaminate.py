@@ -120,7 +120,7 @@ def _texts_of(name: str) -> Iterator[str]:
                     raise DataError(f"{document.where} {document.reason}; {document.remedy}.")
                 yield document
         return
-    for row in HubDataset(path=name).open():
+    for row in HubDataset(path=name).rows():
         yield from _strings_in(row)
 
 

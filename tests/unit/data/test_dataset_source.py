@@ -44,6 +44,10 @@ def texts_of(source: HubDataset) -> list[str]:
     return [document for document in found if isinstance(document, str)]
 
 
+def bad_of(source: HubDataset) -> list[BadDocument]:
+    return [found for part in source.parts() for found in source.documents(part) if isinstance(found, BadDocument)]
+
+
 def written(tmp_path: Path, kind: str) -> tuple[str, str]:
     """(path, split) of the rows in a format."""
     table = datasets.Dataset.from_list(ROWS)
@@ -90,7 +94,7 @@ def test_streams_give_the_same_rows_in_parts_of_files(tmp_path: Path, kind: str)
     source = HubDataset(path=path, split=split, streaming=True)
     assert texts_of(source) == texts_of(HubDataset(path=path, split=split))
     assert len(source.parts()) == (2 if kind == "folder" else 1)
-    assert [row["text"] for row in source.open()] == texts_of(source)  # as training reads it
+    assert [source.document(row, str) for row in source.open()] == texts_of(source)  # as training reads it
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -125,24 +129,83 @@ def test_rows_without_text_are_named_by_file_and_row(tmp_path: Path, streaming: 
         ),
     ):
         source = HubDataset(path=str(path), streaming=streaming)
-        bad = [found for part in source.parts() for found in source.documents(part) if isinstance(found, BadDocument)]
+        bad = bad_of(source)
         assert [(one.where, one.reason) for one in bad] == [(where, "holds nothing (null) in column text")]
 
 
 def test_values_without_an_order_are_not_compared(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "rows.jsonl", [{"text": "a", "meta": {"n": 1}}]))
-    with pytest.raises(
-        DataError, match="row 0 of .*rows.jsonl: column meta holds dict, which has no order; use equals"
-    ):
-        texts_of(HubDataset(path=path, filters=(RowFilter(column="meta", at_least=1),)))
+    (bad,) = bad_of(HubDataset(path=path, filters=(RowFilter(column="meta", at_least=1),)))
+    assert (bad.where, bad.reason) == (
+        f"row 0 of {path}",
+        "cannot be filtered: column meta holds dict, which has no order; use equals, one_of or matches there",
+    )
+
+
+# What a line holds, and what is wrong with it; the library refuses the whole file for most of them.
+BAD_LINES = [
+    (b'{"text": 5}', "holds no text but int in column text"),
+    (b'{"text": ["a"]}', "holds no text but list in column text"),
+    (b'{"text": {"a": 1}}', "holds no text but dict in column text"),
+    (b'{"text": "torn', "is no JSON object"),
+    (b"[1]", "is no JSON object"),
+    (b'{"text": "\xff\xfe"}', "is no JSON object"),
+    (b'{"text": "\\ud800"}', "holds half a surrogate pair"),
+    (b'{"other": 1}', "holds nothing (null) in column text"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_line_that_is_wrong_is_one_bad_row_and_costs_no_other(tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    # Types of `m` differ from row to row, which nobody needs to mend: no one reads that column.
+    good = [b'\xef\xbb\xbf{"text": "2020-01-01", "m": 1}', b"", b'{"text": "b", "m": "x"}', b'{"m": {}, "text": "c"}']
+    path.write_bytes(b"\n".join([*good, *(line for line, _ in BAD_LINES), b'{"text": "last"}']))
+    source = HubDataset(path=str(path), streaming=streaming)
+    assert texts_of(source) == ["2020-01-01", "b", "c", "last"]
+    assert [one.reason for one in bad_of(source)] == [reason for _, reason in BAD_LINES]
+    assert bad_of(source)[0].where == f"row 4 of {path}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_row_that_is_wrong_is_one_bad_row_and_costs_no_other(tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "rows.csv"
+    # Cells have no types: a text of digits is a text, and a filter compares what reads as a number.
+    path.write_bytes(b'text,n\n123,7\n"two\nlines, one row",8\na,1,2\n\xff,9\nb\n"c" d,9\nNA,10\nleft out,3\n,9\n')
+    source = HubDataset(path=str(path), streaming=streaming, filters=(RowFilter(column="n", at_least=7),))
+    assert texts_of(source) == ["123", "two\nlines, one row", "NA"]
+    assert [(one.where, one.reason) for one in bad_of(source)] == [
+        (f"row 2 of {path}", "has 3 fields and the header names 2 columns"),
+        (f"row 3 of {path}", "is not UTF-8"),
+        (f"row 4 of {path}", "has 1 fields and the header names 2 columns"),
+        (f"row 5 of {path}", "is no CSV (',' expected after '\"')"),
+        (f"row 8 of {path}", "holds nothing (null) in column text"),
+    ]
+    path.write_text('text\na\n"b\nc\n')
+    with pytest.raises(DataError, match=r"row 1 of .*rows.csv .*a quotation mark that nothing closes; mend the file"):
+        texts_of(HubDataset(path=str(path), streaming=streaming))
+
+
+def test_bad_rows_are_counted_by_a_preparation_and_the_first_is_named_without_leave(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}"} for i in range(20)] + [{"text": 5}, {"text": "b", "m": 1}, {"text": ["c"]}]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    request = PrepareRequest(out=tmp_path / "out", sources={"train": HubDataset(path=str(path))}, valid_fraction=0.0)
+    with pytest.raises(DataError, match=r"row 20 of .*rows.jsonl holds no text but int .* --skip-bad N"):
+        prepare(request)
+    assert prepare(request, skip_bad=2).left_out == {"bad": 2}
+
+
+def test_a_json_array_is_read_by_the_library(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS[:3], indent=1))
+    assert texts_of(HubDataset(path=str(path))) == [row["text"] for row in ROWS[:3]]
 
 
 def test_a_file_that_breaks_off_is_an_error_of_the_data(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "d" / "rows.jsonl", ROWS)
-    path.write_bytes(path.read_bytes() + b'{"text": "tor')
-    with pytest.raises(DataError, match=r"d cannot be read \(.* in row 25\); mend or remove the file"):
-        source = HubDataset(path=str(path.parent), streaming=True)
-        list(source.documents(source.parts()[0]))
+    path = jsonl(tmp_path / "d" / "rows.jsonl.gz", ROWS)
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(DataError, match=r"row 0 of .*d cannot be read \(.*end-of-stream.*\); mend or remove the file"):
+        texts_of(HubDataset(path=str(path.parent), streaming=True))
 
 
 def test_splits_are_sliced_and_rows_filtered(tmp_path: Path) -> None:
