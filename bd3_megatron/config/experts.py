@@ -33,7 +33,7 @@ class ExpertsConfig:
     group_top_k: Annotated[int, Range(1, 1024)] = 1
     """Groups a row may use."""
     # LLaDA2 and DeepSeek-V3 have 2.5
-    scaling_factor: Annotated[float, Range(0, 1000, open_lower=True)] = 1.0
+    scaling_factor: Annotated[float, Range(1e-6, 1000)] = 1.0
     """Factor on the weights of the chosen experts."""
     bias: bool = False
     """An fp32 number an expert that is added to its score in the choice, never in the weight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,13 +16,18 @@ from bd3_megatron.errors import ConfigError, cut, shown
 
 LONGEST_PATH_BYTES = 4000
 """Linux takes 4096, and files are made below a folder that is named here."""
+SMALLEST_FP32 = 2.0**-126
+"""The least normal number of fp32, in which runs compute: below it digits are lost, and many devices read 0."""
 # of ext4, xfs, NFS and Lustre alike
 LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
 class Range:
-    """Legal numbers: from `lower` to `upper`, both included unless an end is open."""
+    """Legal numbers: from `lower` to `upper`, both included unless an end is open.
+
+    A number that fp32 rounds onto an open end, or to 0, is not legal: the run would compute with that end, or with 0.
+    """
 
     lower: float
     upper: float
@@ -42,7 +48,16 @@ class Range:
         # comparisons that NaN fails
         above = value > self.lower if self.open_lower else value >= self.lower
         below = value < self.upper if self.open_upper else value <= self.upper
-        return above and below and not (self.even and value % 2)
+        return above and below and not (self.even and value % 2) and not self._is_lost_in_fp32(value)
+
+    def _is_lost_in_fp32(self, value: float) -> bool:
+        """Whether fp32 takes a number inside the ends for 0 or for an end that is open."""
+        # ranges below 0 are of numbers that are compared and not computed with
+        if isinstance(value, int) or self.lower < 0:
+            return False
+        kept = _in_fp32(value)
+        onto_end = (self.open_lower and kept <= self.lower) or (self.open_upper and kept >= self.upper)
+        return onto_end or 0 < value < SMALLEST_FP32
 
     @property
     def interval(self) -> str:
@@ -60,7 +75,12 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, int | float) or self.holds(value):
             return
         law = f"{'0 or ' if self.or_zero else ''}{self.interval}{', even' if self.even else ''}"
-        raise ConfigError(f"{where}={shown(value)} is outside {law}; {self._remedy(type(value))}.")
+        said = f"{where}={shown(value)}"
+        if 0 < value < SMALLEST_FP32 and self.lower == 0 and not self.open_lower:
+            raise ConfigError(f"{said} is 0 in fp32; give 0 or a number of at least {SMALLEST_FP32:.3g} in {law}.")
+        if self.lower < value < self.upper and self._is_lost_in_fp32(value):
+            said += f" is {_in_fp32(value):g} in fp32, which"
+        raise ConfigError(f"{said} is outside {law}; {self._remedy(type(value))}.")
 
     def _remedy(self, kind: type) -> str:
         # the words say which ends are open, so that nobody has to know the brackets
@@ -139,9 +159,14 @@ def _longest_name(path: str) -> int:
     return max(len(name.encode("utf-8", "replace")) for name in path.split("/"))
 
 
+def _in_fp32(number: float) -> float:
+    # an upper end is far below the largest number of fp32
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
 def _short(number: float) -> str:
     # 1e12 reads better than thirteen digits, where it says the same
-    text = f"{number:g}".replace("e+0", "e").replace("e+", "e")
+    text = f"{number:g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
     return text if float(text) == number else str(number)
 
 

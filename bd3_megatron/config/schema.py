@@ -71,13 +71,13 @@ class ModelConfig:
     rope_base: Annotated[float, Range(1, 1e12, open_lower=True)] = 10000.0
     """Base of the rotary frequencies."""
     # LLaDA2 has 0.5
-    rotary_fraction: Annotated[float, Range(0, 1, open_lower=True)] = 1.0
+    rotary_fraction: Annotated[float, Range(1e-4, 1)] = 1.0
     """Share of a head's channels, the first ones, that positions turn; the rest carry none."""
     # 0 would divide by 0 where a row is constant
     layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-5
     """Added to the variance in every norm."""
-    # from matrices of zeros no gradient comes
-    init_std: Annotated[float, Range(0, 1, open_lower=True)] = 0.02
+    # from matrices of zeros no gradient comes, and the logits' products of far smaller ones vanish in fp32
+    init_std: Annotated[float, Range(1e-8, 1)] = 0.02
     """Standard deviation of initial matrices; residual projections get init_std / sqrt(2 num_layers)."""
     # the mask id and one id to mask
     vocab_size: Annotated[int, Range(2, 1e8)] | None = None
@@ -314,8 +314,8 @@ class TrainConfig:
 class OptimConfig:
     name: Literal["auto", "torch", "apex"] = "auto"
     """AdamW of torch, fused (auto, torch), or NVIDIA Apex's where it is installed."""
-    # far above any rate that trains: the bound is there for slips of the exponent
-    lr: Annotated[float, Range(0, 1000, open_lower=True)] = 3e-4
+    # far beyond any rate that trains, on both sides: the bounds are there for slips of the exponent
+    lr: Annotated[float, Range(1e-12, 1000)] = 3e-4
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = "constant"
     """After the warm-up; wsd: stable, then linear decay over the last decay_fraction of the run."""
@@ -334,7 +334,8 @@ class OptimConfig:
     """Adam's denominator term."""
     weight_decay: Annotated[float, Range(0, 1000)] = 0.0
     """Decoupled decay of matrices and tables; norms and biases are never decayed."""
-    clip_grad_norm: Annotated[float, Range(0, 1e9)] = 1.0
+    # clipped to far less, gradients vanish beside adam_eps
+    clip_grad_norm: Annotated[float, Range(1e-8, 1e9, or_zero=True)] = 1.0
     """Global gradient norm is clipped to this; 0: never."""
     # at 1 the average would stay at the initial weights
     ema_decay: Decay = 0.9999
@@ -387,7 +388,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
-    peak_tflops: Annotated[float, Range(0, 1e9, open_lower=True)] | None = None
+    peak_tflops: Annotated[float, Range(1e-6, 1e9)] | None = None
     """Peak of one device at the training precision; null: from the table of known devices, measured on CPU."""
 
 
@@ -401,7 +402,7 @@ class WatchConfig:
     hang_factor: Annotated[float, Range(1, 1e6, or_zero=True)] = 0.0
     """Fail with every rank's stacks when a step takes this multiple of the median; 0: off."""
     # an evaluation or a save counts as a step; see the table of times in README.md
-    hang_seconds: Annotated[float, Range(0, 1e7, open_lower=True)] = 600.0
+    hang_seconds: Annotated[float, Range(0.1, 1e7)] = 600.0
     """Least time a step may take before it counts as hung."""
 
 

@@ -52,19 +52,19 @@ class ClusterFile:
 
     gpus_per_node: Annotated[int, Range(1, 1000)] | None = None
     """Devices that share fast links."""
-    intra_node_gb_per_second: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
+    intra_node_gb_per_second: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Between devices of a node, each direction, per device, 1e9 bytes."""
-    inter_node_gb_per_second: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
+    inter_node_gb_per_second: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Between nodes, each direction, per device (a card of 400 Gb/s for each GPU is 50)."""
     intra_node_latency_us: Annotated[float, Range(0, 1e9)] | None = None
     """Of one message inside a node."""
     inter_node_latency_us: Annotated[float, Range(0, 1e9)] | None = None
     """Of one message between nodes."""
-    memory_gib: Annotated[float, Range(0, 1e6, open_lower=True)] | None = None
+    memory_gib: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Of one device."""
     reserve_gib: Annotated[float, Range(0, 1e6)] | None = None
     """Kept free on each device."""
-    peak_tflops: Annotated[float, Range(0, 1e9, open_lower=True)] | None = None
+    peak_tflops: Annotated[float, Range(1e-6, 1e9)] | None = None
     """Of one device at the training precision; needed for a device without a known peak."""
     cores: Annotated[int, Range(1, 1e6)] | None = None
     """For CPU runs: cores of the host that all ranks share."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bd3_megatron.config.load import build, config_from_tree, load_config, to_tree
-from bd3_megatron.config.ranges import Range
+from bd3_megatron.config.ranges import SMALLEST_FP32, Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.data.recipe import Recipe, SourceSpec
 from bd3_megatron.errors import ConfigError
@@ -100,6 +101,13 @@ def beside(edge: float, kind: type, *, up: bool, even: bool) -> float:
     return math.nextafter(edge, math.inf if up else -math.inf)
 
 
+def beside_in_fp32(edge: float, kind: type, *, up: bool) -> float:
+    """The nearest number of that kind that fp32 tells apart."""
+    if kind is int:
+        return edge + 1 if up else edge - 1
+    return float(np.nextafter(np.float32(edge), np.float32(math.inf if up else -math.inf)))
+
+
 def test_there_are_many_numbers() -> None:
     assert len(LEAVES) > 80 and len({str(leaf) for leaf in LEAVES}) == len(LEAVES)
 
@@ -109,13 +117,35 @@ def test_every_number_has_a_range_that_holds_at_its_edges_and_not_beyond(leaf: L
     legal = leaf.legal
     assert legal is not None, f"{leaf} has no range; write Annotated[{leaf.kind.__name__}, Range(lowest, highest)]"
     for edge, is_open, up in ((legal.lower, legal.open_lower, False), (legal.upper, legal.open_upper, True)):
-        inside = beside(edge, leaf.kind, up=not up, even=legal.even) if is_open else edge
+        # a run computes in fp32, so the nearest number of an open end is fp32's
+        inside = beside_in_fp32(edge, leaf.kind, up=not up) if is_open else edge
         outside = edge if is_open else beside(edge, leaf.kind, up=up, even=legal.even)
         leaf.built_with(inside)
         if legal.or_zero and outside == 0:
             continue
         with pytest.raises(ConfigError, match=rf"^here\.{leaf.field}.*(is outside|is not finite)"):
             leaf.built_with(outside)
+
+
+COMPUTED = [leaf for leaf in LEAVES if leaf.kind is float and leaf.legal is not None and leaf.legal.lower >= 0]
+
+
+@pytest.mark.parametrize("leaf", COMPUTED, ids=str)
+def test_a_number_that_fp32_cannot_tell_from_the_end_of_its_range_is_refused(leaf: Leaf) -> None:
+    legal = leaf.legal
+    assert legal is not None
+    assert not (legal.lower == 0 and legal.open_lower), (
+        f"{leaf}: fp32's least number is no meant one; give a least value"
+    )
+    lost = [math.nextafter(legal.lower, math.inf)] * legal.open_lower
+    lost += [math.nextafter(legal.upper, -math.inf)] * legal.open_upper
+    # 0 itself may switch something off; what fp32 reads as 0 would do so without a word
+    lost += [1e-300, math.nextafter(SMALLEST_FP32, 0)]
+    for number in lost:
+        with pytest.raises(ConfigError, match=rf"^here\.{leaf.field}.*(is outside|is 0 in fp32; give 0 or)"):
+            leaf.built_with(number)
+    if legal.lower == 0:
+        leaf.built_with(SMALLEST_FP32)
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.legal and leaf.legal.or_zero], ids=str)
@@ -179,7 +209,22 @@ def file(tmp_path: Path) -> Path:
         ("diffusion.interval=[0.0001, 1.0]", r"^diffusion\.interval\[0\]=0\.0001 is outside \[0\.001, 1\]"),
         ("evaluate.num_sequences=0", r"^evaluate\.num_sequences=0 is outside \[1, 1e9\]"),
         ("optim.adam_eps=-1e-8", r"^optim\.adam_eps=-1e-08 is outside \[1e-30, 1\]"),
-        ("optim.lr=1e300", r"^optim\.lr=1e\+300 is outside \(0, 1000\]; give a number above 0 and at most 1000\.$"),
+        (
+            "optim.lr=1e300",
+            r"^optim\.lr=1e\+300 is outside \[1e-12, 1000\]; give a number of at least 1e-12 and at most",
+        ),
+        ("optim.lr=1e-300", r"^optim\.lr=1e-300 is outside \[1e-12, 1000\]"),
+        ("model.init_std=1e-300", r"^model\.init_std=1e-300 is outside \[1e-8, 1\]"),
+        ("optim.clip_grad_norm=1e-300", r"^optim\.clip_grad_norm=1e-300 is outside 0 or \[1e-8, 1e9\]"),
+        ("watch.hang_seconds=1e-9", r"^watch\.hang_seconds=1e-09 is outside \[0\.1, 1e7\]"),
+        (
+            "model.dropout=.99999999",
+            r"^model\.dropout=0\.99999999 is 1 in fp32, which is outside \[0, 1\); give a number of at least 0 and below 1\.$",
+        ),
+        (
+            "optim.weight_decay=1e-300",
+            r"^optim\.weight_decay=1e-300 is 0 in fp32; give 0 or a number of at least 1\.18e-38 in \[0, 1000\]\.$",
+        ),
         (
             "watch.hang_factor=0.5",
             r"^watch\.hang_factor=0\.5 is outside 0 or \[1, 1e6\]; give 0 or a number of at least 1 and",

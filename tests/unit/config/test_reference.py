@@ -25,7 +25,7 @@ def test_every_key_of_a_configuration_is_there_with_a_text() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("optim.lr", "optim.lr: number in (0, 1000]; default 0.0003\n    Peak learning rate.\n"),
+        ("optim.lr", "optim.lr: number in [1e-12, 1000]; default 0.0003\n    Peak learning rate.\n"),
         ("model.head_dim", "model.head_dim: even whole number in [2, 10000] or null; default null\n    Channels"),
         ("train.spike_factor", "train.spike_factor: 0 or number in (1, 1e6]; default 0.0\n    A loss above"),
         ("diffusion.interval", "diffusion.interval: list of 2 x number in [0.001, 1] or null; default null\n"),
