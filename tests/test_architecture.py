@@ -50,7 +50,7 @@ FOREIGN_SIGNATURES |= {"loglikelihood", "loglikelihood_rolling", "generate_until
 """Methods whose signature torch, DeepSpeed or lm-evaluation-harness chose."""
 CUDA_ELSEWHERE = {
     # attention stands left of compat and may not ask it; which kernel is fastest depends on the device's capability
-    "bd3_megatron/attention/partial.py",
+    "bd3_megatron/attention/machine.py",
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common"}
 UNFINISHED = ("TODO", "FIXME", "XXX", "NotImplementedError")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bd3_megatron.attention.partial import capability
+from bd3_megatron.attention import machine
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
 from bd3_megatron.attention.tiles import TILE, executed_tiles, tile_table
@@ -91,7 +90,7 @@ def refuse(request: AttentionRequest) -> str | None:
         return _NO_BACKWARD_ON_CPU if request.needs_grad else None
     if request.device_type != "cuda":
         return f"flex attention has no kernel for device {request.device_type!r}; use structured or dense."
-    if find_spec("triton") is None:
+    if not machine.has("triton"):
         return "flex attention on CUDA is compiled by Triton, which is not installed; install triton or use structured."
     if request.dtype == torch.float64:
         return "flex attention has no fp64 kernel on CUDA; use bfloat16, float16 or float32, or the dense backend."
@@ -102,16 +101,16 @@ def refuse_flash(request: AttentionRequest) -> str | None:
     """Why FlexAttention's FLASH kernels (FlashAttention 4) cannot serve the request, or None."""
     if (reason := refuse(request)) is not None:
         return reason
-    if request.device_type != "cuda" or capability() < (9, 0):
+    if request.device_type != "cuda" or machine.capability() < (9, 0):
         return "flex attention's FLASH kernels need a Hopper or Blackwell GPU; use flex with its Triton kernels."
-    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+    if not machine.has("flash_attn") or not machine.has("flash_attn.cute"):
         return "flex attention's FLASH kernels need the package flash-attn-4, which is not installed."
     if request.dtype not in (torch.bfloat16, torch.float16) or request.head_dim > 128:
         return (
             f"flex attention's FLASH kernels take bfloat16 or float16 and head_dim <= 128, not {request.dtype} and "
             f"head_dim={request.head_dim}; use flex with its Triton kernels."
         )
-    if request.deterministic and capability() < (10, 0):
+    if request.deterministic and machine.capability() < (10, 0):
         return (
             "flex attention's FLASH backward is not deterministic before Blackwell; use flex with its Triton kernels."
         )

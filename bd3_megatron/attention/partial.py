@@ -15,6 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from bd3_megatron.attention import machine
+
 KernelForward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 KernelBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor]]
 
@@ -121,12 +123,7 @@ def kernels_for(device_type: str, dtype: torch.dtype, head_dim: int) -> list[str
         return ["efficient"]
     if dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
         return []
-    return ["cudnn", "flash"] if head_dim <= 128 and capability() >= (9, 0) else ["flash"]
-
-
-def capability() -> tuple[int, int]:
-    """Compute capability of the current CUDA device."""
-    return torch.cuda.get_device_capability()
+    return ["cudnn", "flash"] if head_dim <= 128 and machine.capability() >= (9, 0) else ["flash"]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,6 @@ Source: arXiv 2307.08691 (flash attention 2); the shared prefix loop is the proj
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bd3_megatron.attention import intervals
+from bd3_megatron.attention import intervals, machine
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.streams import Stream, check_streams
 from bd3_megatron.attention.visibility import Visibility, on_device
@@ -78,7 +77,7 @@ def refuse(request: AttentionRequest) -> str | None:
 
 
 def _refusal(dtype: torch.dtype, head_dim: int) -> str | None:
-    if find_spec("triton") is None:
+    if not machine.has("triton"):
         return "the triton backend needs Triton, which is not installed; install triton or use structured."
     if dtype not in _DTYPES:
         return f"the triton backend has no kernel for {dtype}; use bfloat16, float16 or float32, or the dense backend."

@@ -214,7 +214,7 @@ def num_rows(rows: Rows) -> int:
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
     """A tensor made on the host, on `device`; the host does not wait for the device."""
-    if device.type == "cpu":
-        return table
+    if device.type != "cuda":
+        return table.to(device)
     # from pageable memory the copy would first let the device finish all that it was given
     return table.pin_memory().to(device, non_blocking=True)

@@ -9,12 +9,13 @@ layer, and turning heads is three passes over them, with nothing kept for the ba
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from bd3_megatron.attention import machine
 
 
 def rotary_angles(position_PB: Tensor, head_dim: int, base: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +68,7 @@ def turned(heads: Tensor, turn: Tensor) -> Tensor:
 
 def turning_kernel(heads: Tensor) -> str:
     """What turns such heads: `triton`, one kernel, or `torch`, an operation for each step."""
-    if heads.device.type == "cuda" and heads.dtype != torch.float64 and find_spec("triton"):
+    if heads.device.type == "cuda" and heads.dtype != torch.float64 and machine.has("triton"):
         return "triton"
     return "torch"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention import dense, flex
+from bd3_megatron.attention import dense, flex, machine
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.tiles import executed_tiles, tile_table
 from bd3_megatron.attention.visibility import Visibility
@@ -161,14 +161,14 @@ def test_refusals_say_why() -> None:
 
 
 def test_without_triton_flex_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "has", lambda package: False)
     assert "Triton, which is not installed" in str(flex.refuse(request("cuda")))
 
 
 def test_flash_kernels_need_their_package_their_gpu_and_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     missing: set[str] = {"flash_attn"}
-    monkeypatch.setattr(flex, "find_spec", lambda name: None if name in missing else object())
-    monkeypatch.setattr(flex, "capability", lambda: (9, 0))
+    monkeypatch.setattr(machine, "has", lambda package: package not in missing)
+    monkeypatch.setattr(machine, "capability", lambda: (9, 0))
     assert "fp64" in str(flex.refuse(request("cuda", torch.float64)))
     assert "flash-attn-4, which is not installed" in str(flex.refuse_flash(request("cuda", torch.bfloat16)))
     missing.clear()
@@ -176,5 +176,5 @@ def test_flash_kernels_need_their_package_their_gpu_and_their_dtype(monkeypatch:
     assert "take bfloat16 or float16" in str(flex.refuse_flash(request("cuda", torch.float32)))
     deterministic = AttentionRequest(**{**vars(request("cuda", torch.bfloat16)), "deterministic": True})
     assert "not deterministic before Blackwell" in str(flex.refuse_flash(deterministic))
-    monkeypatch.setattr(flex, "capability", lambda: (8, 0))
+    monkeypatch.setattr(machine, "capability", lambda: (8, 0))
     assert "need a Hopper" in str(flex.refuse_flash(request("cuda", torch.bfloat16)))

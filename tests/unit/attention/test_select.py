@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_megatron.attention import dense, plain, probe, select, structured
+from bd3_megatron.attention import dense, machine, plain, probe, select, structured
 from bd3_megatron.attention.request import AttentionRequest, ragged_documents
 from bd3_megatron.attention.select import choose, named
 from bd3_megatron.attention.streams import Attend, Stream
@@ -41,10 +41,8 @@ CUDA = replace(CPU, device_type="cuda", dtype=torch.bfloat16)
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of a machine with a Hopper GPU and every optional package; no kernel runs."""
-    monkeypatch.setattr("bd3_megatron.attention.partial.capability", lambda: (9, 0))
-    monkeypatch.setattr("bd3_megatron.attention.flex.capability", lambda: (9, 0))
-    for name_of_file in ("flex", "triton_pair"):
-        monkeypatch.setattr(f"bd3_megatron.attention.{name_of_file}.find_spec", lambda name: object())
+    monkeypatch.setattr(machine, "capability", lambda: (9, 0))
+    monkeypatch.setattr(machine, "has", lambda package: True)
 
 
 def label_of(attend: Attend) -> str:

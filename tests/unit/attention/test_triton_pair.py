@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_megatron.attention import triton_pair
+from bd3_megatron.attention import machine, triton_pair
 from bd3_megatron.attention.request import AttentionRequest
 from bd3_megatron.attention.triton_pair import Tiles
 from bd3_megatron.attention.visibility import Visibility
@@ -34,12 +34,12 @@ CPU = torch.device("cpu")
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs a CUDA device, not 'cpu'" in str(triton_pair.refuse(replace(REQUEST, device_type="cpu")))
-    monkeypatch.setattr(triton_pair, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine, "has", lambda package: True)
     assert triton_pair.refuse(REQUEST) is None
     assert "no kernel for torch.float64" in str(triton_pair.refuse(replace(REQUEST, dtype=torch.float64)))
     assert "compiles for minutes in fp32" in str(triton_pair.refuse(replace(REQUEST, dtype=torch.float32)))
     assert "no kernel for head_dim=80" in str(triton_pair.refuse(replace(REQUEST, head_dim=80)))
-    monkeypatch.setattr(triton_pair, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "has", lambda package: False)
     assert "Triton, which is not installed" in str(triton_pair.refuse(REQUEST))
     p = problem(Visibility.pair(8, 4), head_dim=16)
     with pytest.raises(BackendError, match="Triton, which is not installed"):
