@@ -248,8 +248,9 @@ class ZeroEngine:
         applied = float(self.engine.was_step_applied())
         if self.ema is not None:
             self.ema.update(self.owned(), torch.full((), applied, device=self.model.topology.device))
-        norm = float(self.engine.get_global_grad_norm())
-        return StepResult(logs, HostCopy(torch.tensor([norm, applied], dtype=torch.float64)))
+        # as DeepSpeed has it, on the device or not: the record reads it a step later
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.model.topology.device).double().flatten()
+        return StepResult(logs, HostCopy(torch.cat([norm, torch.full_like(norm, applied)])))
 
     def _drop_gradients(self) -> None:
         """Forget what the step's micro-batches accumulated where DeepSpeed keeps it; ours is written anew by every step."""

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_FUSED = "torch (one kernel)"
+FUSED = "torch (one kernel)"
 
 
 def norm_kernel(x: Tensor) -> str:
     """What norms such rows: on CUDA torch's own kernel, which takes fp32 statistics of narrow rows."""
-    return _FUSED if x.device.type == "cuda" else "torch (written out)"
+    return FUSED if x.device.type == "cuda" else "torch (written out)"
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if norm_kernel(x) == _FUSED:
+        if norm_kernel(x) == FUSED:
             return F.rms_norm(x, self.weight.shape, self.weight, self.layer_norm_eps)
         return _RmsNorm.apply(x, self.weight, self.layer_norm_eps)
 
@@ -78,7 +78,7 @@ class LayerNorm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if norm_kernel(x) == _FUSED:
+        if norm_kernel(x) == FUSED:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.layer_norm_eps)
         return _LayerNorm.apply(x, self.weight, self.bias, self.layer_norm_eps)
 

@@ -13,26 +13,39 @@ from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.build import build_trainer
 from tests.ranks.harness import run_ranks
 from tests.ranks.test_not_finite import planted
-from tests.ranks.train_runs import train_config, write_data
-from tools.bench.counts import step_host_reads
+from tests.ranks.train_runs import BATCH, train_config, write_data
+from tools.bench.counts import HOST_READS, StepCounts, bytes_a_parameter, step_counts
 from tools.bench.host_reads import HostReads
 
 
+def counts_of_ranks(folder: Path, **sections: dict[str, Any]) -> list[StepCounts]:
+    sections["train"] = {"steps": 3} | sections.get("train", {})
+    config = train_config(write_data(folder / "data", longest_document=40), folder / "run", **sections)
+    return run_ranks(lambda topology: step_counts(build_trainer(config, topology)), config.parallel)
+
+
 @pytest.mark.parametrize(
-    ("sections", "allowed"),
+    "sections",
     [
-        ({"train": {"precision": "bf16"}}, {}),
-        ({"parallel": {"dp": 2}, "data": {"packing": "isolated"}, "optim": {"clip_grad_norm": 0.1}}, {}),
-        ({"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}}, {}),
+        {"train": {"precision": "bf16"}},
+        {"parallel": {"dp": 2}, "data": {"packing": "isolated"}, "optim": {"clip_grad_norm": 0.1}},
+        {"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}},
     ],
     ids=str,
 )
-def test_a_step_asks_the_device_for_nothing(sections: dict[str, Any], allowed: dict[str, int], tmp_path: Path) -> None:
-    tree = {name: dict(values) for name, values in sections.items()}
-    tree["train"] = {"steps": 3, **tree.get("train", {})}
-    config = train_config(write_data(tmp_path / "data", longest_document=40), tmp_path / "run", **tree)
-    for found in run_ranks(lambda topology: step_host_reads(build_trainer(config, topology)), config.parallel):
-        assert found == allowed
+def test_a_step_asks_the_device_for_nothing(sections: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    assert all(found.host_reads == {} for found in counts_of_ranks(tmp_path, **sections))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_a_stage_of_zero_asks_is_what_the_table_says(stage: int, tmp_path: Path) -> None:
+    one_micro_batch = {"precision": "bf16", "micro_batch_size": BATCH // 2}
+    for found in counts_of_ranks(tmp_path, parallel={"dp": 2, "zero_stage": stage}, train=one_micro_batch):
+        assert found.host_reads == HOST_READS[stage]
+        # norms and sums of a few bytes, and under ZeRO 3 DeepSpeed's broadcasts of names, on a model of 28,000 elements
+        assert (
+            bytes_a_parameter(zero_stage=stage) <= found.bytes_a_parameter < bytes_a_parameter(zero_stage=stage) + 0.05
+        )
 
 
 def test_reads_are_noticed() -> None:

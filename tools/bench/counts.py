@@ -11,10 +11,11 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,8 +44,21 @@ from bd3_megatron.parallel.pair_split import pair_layout
 from bd3_megatron.parallel.topology import join, leave
 from bd3_megatron.train.batches import Noise, StepBatches, make_micro_batch
 from bd3_megatron.train.trainer import Trainer
+from tools.bench.cuda_path import META, backend, on_cuda
 from tools.bench.harness import RESULTS, table
-from tools.bench.host_reads import HostReads, Operations
+from tools.bench.host_reads import Collectives, HostReads, Operations
+
+HOST_READS: Mapping[int, Mapping[str, int]] = MappingProxyType(
+    {
+        1: {},
+        2: {"utils.py:233 aten._local_scalar_dense": 3, "stage_1_and_2.py:3248 aten._local_scalar_dense": 1},
+        3: {"utils.py:233 aten._local_scalar_dense": 1},
+    }
+)
+"""By ZeRO stage, of a step of two ranks in bf16, counted by tests/ranks/test_host_reads.py: those that are left are in
+DeepSpeed's own step, which asks whether the norm is finite and whether a gradient overflowed."""
+# with the norm read by our own engine
+_READS_BEFORE = MappingProxyType({1: "not counted", 2: "5", 3: "2"})
 
 # Small: operations a layer depend on neither width nor vocabulary.
 ROWS_LENGTH, BLOCK, WORDS = 256, 16, 512
@@ -77,10 +91,11 @@ def _alone() -> Iterator[None]:
             leave()
 
 
-def _model(config: Config, backend: Backend) -> ParallelModel:
-    topology = join(config.parallel, rank=0, world_size=1, device=torch.device("cpu"))
+def _model(config: Config, backend: Backend, device: torch.device) -> ParallelModel:
+    topology = join(config.parallel, rank=0, world_size=1, device=device)
     vocabulary = vocabulary_of(config, size=WORDS, mask_id=WORDS - 1)
-    return ParallelModel(config, vocabulary, topology, backends={BLOCK: backend}, dtype=torch.float32)
+    dtype = torch.bfloat16 if device == META else torch.float32
+    return ParallelModel(config, vocabulary, topology, backends={BLOCK: backend}, dtype=dtype)
 
 
 def _batch(config: Config, model: ParallelModel) -> PairBatch:
@@ -92,30 +107,6 @@ def _batch(config: Config, model: ParallelModel) -> PairBatch:
     clean = CleanBatch(tokens_BL=tokens_BL, index_B=torch.arange(2), document_id_BL=documents)
     noise = Noise(seed=1, mask_id=WORDS - 1, group_size=2, block_size=BLOCK, interval=Interval())
     return make_micro_batch(clean, noise, config.diffusion, model.layout).pair
-
-
-class _OneKernel(torch.autograd.Function):
-    """One operation forward and one a gradient: what is left of a layer around a fused attention."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return torch.zeros_like(q)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(saved) for saved in ctx.saved_tensors)
-
-
-def _one_kernel(
-    noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
-    # joined and cut as the flex and Triton backends do
-    streams = [s for s in (noisy, clean) if s is not None]
-    q, k, v = (torch.cat(r, 1) for r in zip(*((s.q_BLNH, s.k_BLGH, s.v_BLGH) for s in streams), strict=True))
-    out = _OneKernel.apply(q, k, v)
-    border = 0 if noisy is None else noisy.q_BLNH.shape[1]
-    return (None if noisy is None else out[:, :border]), (None if clean is None else out[:, border:])
 
 
 @dataclass(frozen=True)
@@ -131,20 +122,26 @@ def layer_counts(attention: str, packing: str) -> LayerCounts:
     """Operations and host reads that a further layer adds.
 
     Args:
-        attention: structured, or "one kernel" for what surrounds a fused attention.
+        attention: structured as a CPU runs it; flex or triton as a CUDA device does, in bf16.
         packing: wrap or isolated.
     """
-    backend = Backend("one kernel", _one_kernel, "counted") if attention == "one kernel" else named(attention)
+    if attention == "structured":
+        return _layer_counts(named(attention), packing, torch.device("cpu"))
+    with on_cuda():
+        return _layer_counts(backend(attention), packing, META)
+
+
+def _layer_counts(backend: Backend, packing: str, device: torch.device) -> LayerCounts:
     found = []
     with _alone():
         # The difference of two depths: what is paid once a model, such as embedding and head, drops out.
         for layers in (2, 4):
             config = small_config(layers=layers, packing=packing)
-            model = _model(config, backend)
-            operations, batch = Operations(), _batch(config, model)
+            model = _model(config, backend, device)
+            operations, batch = Operations(), _batch(config, model).to(device)
             reads = HostReads([*model.root.parameters(), *(v for v in vars(batch).values() if isinstance(v, Tensor))])
             # the tables of a micro-batch are made with it, not by its layers
-            model.context.prepare(batch.visibility, torch.device("cpu"))
+            model.context.prepare(batch.visibility, device)
             with operations, reads.counting():
                 model.chunks[0](batch)[0].backward()
             found.append((operations.dispatched, operations.kernels, sum(reads.found.values())))
@@ -167,7 +164,7 @@ def visibilities(layers: int, packing: str) -> tuple[int, int]:
     attend: Attend = watched
     with _alone(), torch.no_grad():
         config = small_config(layers=layers, packing=packing)
-        model = _model(config, Backend("watched", attend, "counted"))
+        model = _model(config, Backend("watched", attend, "counted"), torch.device("cpu"))
         batch = _batch(config, model)
         model.chunks[0](batch)
         derived = batch.visibility.without_clean_queries
@@ -241,11 +238,21 @@ def draw_seconds(tokens: int = 8192) -> float:
     return (time.thread_time() - start) / 3 / tokens
 
 
-def step_host_reads(trainer: Trainer) -> dict[str, int]:
-    """Where the host waits for the device from the first forward of a run's second step to its record; place -> how often.
+@dataclass(frozen=True)
+class StepCounts:
+    """Of one step, from its first forward to its record, on one rank."""
+
+    host_reads: dict[str, int]
+    """Where the host waits for the device -> how often."""
+    bytes_a_parameter: float
+    """Of all collectives, an element of the model, counted as `bytes_a_parameter` does."""
+
+
+def step_counts(trainer: Trainer) -> StepCounts:
+    """What a run's third step asks of the host and of the network.
 
     Args:
-        trainer: fresh from `build_trainer`; two updates are made.
+        trainer: fresh from `build_trainer`, of three steps or more; three updates are made.
     """
     engine, batches = (
         trainer.engine,
@@ -259,15 +266,18 @@ def step_host_reads(trainer: Trainer) -> dict[str, int]:
             prepare=trainer.engine.model.context.prepare,
         ),
     )
-    # The first update makes Adam's state and is like no other.
-    trainer.training_step.run(trainer.plan, trainer.state, batches)
-    trainer.state.step += 1
-    reads = HostReads([*engine.model.root.parameters(), *engine.owned()])
+    # The first update makes Adam's state, and in both DeepSpeed's ZeRO 3 notes which weights are used when.
+    for _ in range(2):
+        trainer.training_step.run(trainer.plan, trainer.state, batches)
+        trainer.state.step += 1
+    reads, sent = HostReads([*engine.model.root.parameters(), *engine.owned()]), Collectives()
+    # under ZeRO 3 a parameter is empty between uses and says by itself how large it is
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.root.parameters())
     real = engine.train_step
 
     def counted(micro_batches: Sequence[PairBatch], **settings: Any) -> Any:
         reads.mark(v for one in micro_batches for v in vars(one).values() if isinstance(v, Tensor))
-        with reads.counting():
+        with sent, reads.counting():
             return real(micro_batches, **settings)
 
     # Put in front of the product's own step and taken away again: the step itself is not copied.
@@ -278,7 +288,7 @@ def step_host_reads(trainer: Trainer) -> dict[str, int]:
         engine.train_step = real  # type: ignore[method-assign]
     with reads.counting():
         outcome.begin_sums()
-    return dict(reads.found)
+    return StepCounts(dict(reads.found), sent.moved_bytes / size)
 
 
 @dataclass(frozen=True)
@@ -296,8 +306,10 @@ def lines() -> Iterator[Line]:
     for attention, packing, before in (
         ("structured", "wrap", "723 / 180 / 0"),
         ("structured", "isolated", "1,671 / 381 / 1"),
-        ("one kernel", "wrap", "175 / 81 / 0"),
-        ("one kernel", "isolated", "175 / 81 / 1"),
+        ("flex", "wrap", "397 / not counted / 0"),
+        ("flex", "isolated", "397 / not counted / 1 to 3"),
+        ("triton", "wrap", "397 / not counted / 0"),
+        ("triton", "isolated", "397 / not counted / 1 to 3"),
     ):
         found = layer_counts(attention, packing)
         name = f"a layer, {attention} attention, {packing}: dispatched operations / kernels / host reads"
@@ -327,12 +339,22 @@ def lines() -> Iterator[Line]:
     for name, parallel in (zero_1 | others).items():
         before = {"ZeRO 0 and 1": "10", "ZeRO 2": "10", "ZeRO 3": "6"}.get(name, "not there")
         yield Line(f"bytes an element over dp, bf16, {name}", before, f"{bytes_a_parameter(**parallel):g}")
+    for stage, reads in HOST_READS.items():
+        where = "".join(f"; {place}" for place in reads)
+        yield Line(f"host reads of a step, bf16, ZeRO {stage}", _READS_BEFORE[stage], f"{sum(reads.values())}{where}")
     microseconds = 1e6 * draw_seconds()
     yield Line(
         "noise and rows of a token, microseconds of CPU; on the training thread",
         "0.5 to 1; all",
         f"{microseconds:.2f}; 0",
     )
+
+
+_METHOD = """
+Structured layers run on the CPU in fp32. Flex and triton layers walk the path of a CUDA device in bf16 on torch's meta device,
+where operations are dispatched and none runs: a kernel's launch and a compiled graph count as one operation forward and one
+backward, and a host read would be an error. Their time, and the kernels inside a compiled graph, are not measured.
+"""
 
 
 def build_parser() -> CommandParser:
@@ -353,6 +375,7 @@ def _count(options: Any) -> int:
     text = f"# {(__doc__ or '').splitlines()[0]}\n\n    python -m tools.bench.counts\n\n" + table(
         ("figure", "before", "now"), rows
     )
+    text += f"\n{_METHOD.rstrip()}"
     print(text)
     if not options.no_note:
         write_text(options.results / "gpu_counts.md", text + "\n")

@@ -61,6 +61,25 @@ class Operations(TorchDispatchMode):
         return result
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the bytes that collectives move while it is in force.
+
+    Attributes:
+        moved_bytes: as sizes of reduce-scatters and all-gathers, each by the larger tensor of this rank; an all-reduce is
+            one of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("c10d"):
+            largest = max((t.numel() * t.element_size() for t in _tensors((args, kwargs))), default=0)
+            self.moved_bytes += largest * (2 if "allreduce" in str(func) else 1)
+        return func(*args, **(kwargs or {}))
+
+
 class _Methods(TorchFunctionMode):
     def __init__(self, reads: HostReads) -> None:
         super().__init__()

@@ -14,8 +14,10 @@ from tools.bench import counts
     [
         ("structured", "wrap", 723, 180),
         ("structured", "isolated", 1671, 381),
-        ("one kernel", "wrap", 175, 81),
-        ("one kernel", "isolated", 175, 81),
+        ("flex", "wrap", 142, 39),
+        ("flex", "isolated", 142, 39),
+        ("triton", "wrap", 153, 46),
+        ("triton", "isolated", 153, 46),
     ],
 )
 def test_a_layer_asks_for_no_more(attention: str, packing: str, dispatched: int, kernels: int) -> None:
