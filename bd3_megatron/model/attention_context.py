@@ -19,6 +19,7 @@ from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.schema import ParallelConfig
 from bd3_megatron.diffusion.axes import ObjectiveAxes
 from bd3_megatron.diffusion.objective import Objective
+from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.pair_split import PairLayout, pair_layout
 
 
@@ -31,7 +32,7 @@ class AttentionContext:
     """The backend of every block size that is trained."""
     # a batch holds its visibility, from before its forward until after its backward
     _visible: WeakValueDictionary[int, Visibility] = field(default_factory=WeakValueDictionary)
-    _loss_rows: WeakValueDictionary[int, Tensor] = field(default_factory=WeakValueDictionary)
+    _batches: WeakValueDictionary[int, PairBatch] = field(default_factory=WeakValueDictionary)
     _entered: int = 0
 
     @property
@@ -47,18 +48,18 @@ class AttentionContext:
         if visibility.noisy_rows and visibility.clean_key_rows:
             backend.prepare(visibility.without_clean_queries, device)
 
-    def ticket(self, visibility: Visibility, loss_row_R: Tensor | None = None) -> Tensor:
+    def ticket(self, visibility: Visibility, batch: PairBatch | None = None) -> Tensor:
         """What stands for a micro-batch on its way through the layers: int64 [2] on the host.
 
         Args:
             visibility: of its rows.
-            loss_row_R: its rows that carry loss, where layers with experts ask for them.
+            batch: what layers with experts ask about its rows.
         """
         # Held weakly: when the batch goes, its visibility and tables go, and the number may be used again.
         self._visible[id(visibility)] = visibility
-        if loss_row_R is not None:
-            self._loss_rows[id(loss_row_R)] = loss_row_R
-        return torch.tensor([id(visibility), id(loss_row_R)])
+        if batch is not None:
+            self._batches[id(batch)] = batch
+        return torch.tensor([id(visibility), id(batch)])
 
     def enter(self, ticket: Tensor) -> Visibility:
         """The visibility of a ticket, one object in all layers of a micro-batch, which is from now on the one in progress."""
@@ -66,9 +67,9 @@ class AttentionContext:
         return self._visible[visible]
 
     @property
-    def loss_row_R(self) -> Tensor:
-        """Rows that carry loss of the micro-batch whose attention ran last: a layer's experts follow its attention."""
-        return self._loss_rows[self._entered]
+    def batch(self) -> PairBatch:
+        """The micro-batch whose attention ran last: a layer's experts follow its attention."""
+        return self._batches[self._entered]
 
 
 LayoutOf = Callable[[int, int, ObjectiveAxes | None], PairLayout]

@@ -204,7 +204,7 @@ class ModelChunk(MegatronModule):
         turn = rotary_turn(angles)
         # once a micro-batch, or never where whoever made the batch has done it already
         self.context.prepare(batch.visibility, batch.token_BP.device)
-        ticket = self.context.ticket(batch.visibility, batch.loss_row_R)
+        ticket = self.context.ticket(batch.visibility, batch)
         hidden = self.decoder(hidden, attention_mask=ticket, rotary_pos_emb=turn)
         if self.output_layer is None:
             return hidden

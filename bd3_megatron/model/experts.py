@@ -128,8 +128,7 @@ class ExpertLayer(nn.Module):
         _, choice = self.router(rows_RD)
         # once a micro-batch, whether or not the layer is computed again in the backward; never in evaluation
         if self.training and torch.is_grad_enabled():
-            layout, loss_row_R = self.context.layout, self.context.loss_row_R
-            counts_R = self.counted.mask(layout, loss_row_R, rows_RD.shape[0], hidden_states.shape[1])
+            counts_R = self.counted.mask(self.context.layout, self.context.batch, rows_RD.shape[0])
             self.router.count(choice.expert_RK, counts_R)
         out_RKD = through_experts(rows_RD, choice.expert_RK, self.num_experts, self.group, self.experts)
         # Weighted after the experts, in the order of the row's choice: the same sum on every grid.

@@ -1,8 +1,8 @@
 """Which rows are counted in the load of experts: the same on every grid and with every switch that skips rows.
 
-Contract: a row is counted where every grid computes it. The last clean block, which some grids drop, never is; in the last
-layer, where some grids compute nothing else, the rows that carry loss are and no others. Of the other layers' rows the
-configuration takes both streams or one; where a model has one stream only, that one.
+Contract: a row is counted where every grid computes it. Padding and the last clean block, which some grids drop, never are;
+in the last layer, where some grids compute nothing else, the rows that carry loss are and no others. Of the other layers'
+rows the configuration takes both streams or one; where a model has one stream only, that one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.pair_split import PairLayout
 
 
 def counted_positions(layout: PairLayout, rows: str) -> Tensor:
-    """Of every row of a rank, whether layers before the last count it: bool [P].
+    """Of every row of a rank, whether layers before the last count it where it is text: bool [P].
 
     Args:
         layout: of the phase.
@@ -47,26 +48,24 @@ class CountedRows:
     _of: PairLayout | None = field(init=False, default=None)
     _mask_P: Tensor = field(init=False, default_factory=lambda: torch.empty(0))
 
-    def mask(self, layout: PairLayout, loss_row_R: Tensor, num_rows: int, batch_size: int) -> Tensor:
+    def mask(self, layout: PairLayout, batch: PairBatch, num_rows: int) -> Tensor:
         """int64 [num_rows], 1 where a row counts.
 
         Args:
             layout: of the phase.
-            loss_row_R: rows of the whole micro-batch that carry loss, row x B + sample.
-            num_rows: that the layer was handed, batch included.
-            batch_size: B.
+            batch: whose rows they are.
+            num_rows: that the layer was handed, all samples together.
         """
-        device = loss_row_R.device
+        device, size = batch.loss_row_R.device, layout.num_rows * batch.batch_size
         # It is handed exactly the rows that carry loss.
         if self.is_trimmed:
             return torch.ones(num_rows, dtype=torch.int64, device=device)
         if self.is_last:
-            whole = torch.zeros(layout.num_rows * batch_size, dtype=torch.int64, device=device)
-            whole.index_fill_(0, loss_row_R, 1)
+            whole = torch.zeros(size, dtype=torch.int64, device=device).index_fill_(0, batch.loss_row_R, 1)
         else:
-            whole = self._positions(layout, device).repeat_interleave(
-                batch_size, output_size=layout.num_rows * batch_size
-            )
+            whole = self._positions(layout, device).repeat_interleave(batch.batch_size, output_size=size)
+            # Padding is end tokens by the thousand, which would all go to the same experts.
+            whole = whole if batch.is_text_PB is None else whole * batch.is_text_PB.flatten()
         # As sequence parallelism cuts the rows of the layer.
         return whole.chunk(self.part[1])[self.part[0]]
 

@@ -44,9 +44,14 @@ def loss_sums(batch: PairBatch, nll_R: Tensor, entropy_R: Tensor | None = None) 
     weighted = torch.zeros(batch.batch_size * batch.num_blocks, dtype=torch.float64, device=nll_R.device)
     weighted.index_add_(0, sample_R * batch.num_blocks + batch.block_R, nll_R * batch.weight_R)
     bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=nll_R.device)
-    # t = 1 belongs to the last bin.
-    bin_R = (batch.level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
+    bin_R = level_bins(batch.level_R)
     bins[0].index_add_(0, bin_R, nll_R)
     bins[1].index_add_(0, bin_R, torch.ones_like(nll_R))
     confident = None if entropy_R is None else (entropy_R.double() * batch.weight_R).sum()
     return LossSums(weighted.view(batch.batch_size, batch.num_blocks), bins, confident)
+
+
+def level_bins(level_R: Tensor) -> Tensor:
+    """int64 [R], the bin in [0, NUM_BINS) of each noise level t."""
+    # t = 1 belongs to the last bin.
+    return (level_R * NUM_BINS).long().clamp_(0, NUM_BINS - 1)

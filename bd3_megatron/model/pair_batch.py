@@ -44,6 +44,8 @@ class PairBatch:
     """K of a whole sequence."""
     confidence: float = 0.0
     """Factor of the confidence term."""
+    is_text_PB: Tensor | None = None
+    """bool, False at rows of padding; None: there are none."""
 
     @property
     def batch_size(self) -> int:
@@ -100,7 +102,15 @@ def pair_rows(
         block_R=block_P[rows // tokens_BL.shape[0]],
         num_blocks=layout.length // layout.block_size,
         confidence=layout.objective.axes.confidence,
+        is_text_PB=_text_rows(clean, layout),
     )
+
+
+def _text_rows(clean: CleanBatch, layout: PairLayout) -> Tensor | None:
+    if clean.is_padding_BL is None:
+        return None
+    is_text_BL = ~clean.is_padding_BL
+    return layout.rows_of([is_text_BL] * layout.views, is_text_BL).t().contiguous()
 
 
 def _positions(clean: CleanBatch, layout: PairLayout) -> Tensor:

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import deepspeed
@@ -94,12 +94,17 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class RandomRows:
-    """Random tokens; with documents, two or three a sample, cut at odd positions."""
+    """Random tokens; with documents, two or three a sample, cut at odd positions; padded, up to a third of a sample."""
 
     documents: bool = False
+    padded: bool = False
 
     def batch_for(self, index_B: Tensor) -> CleanBatch:
-        return clean_batch(index_B, documents=self.documents)
+        clean = clean_batch(index_B, documents=self.documents)
+        if not self.padded:
+            return clean
+        is_padding_BL = torch.arange(LENGTH) >= LENGTH - (5 * index_B[:, None]) % 11
+        return replace(clean, is_padding_BL=is_padding_BL, tokens_BL=clean.tokens_BL.masked_fill(is_padding_BL, 0))
 
 
 def clean_batch(index_B: Tensor, *, documents: bool) -> CleanBatch:
@@ -150,17 +155,25 @@ class Outcome:
     """Confidence terms without their factor, nats per token."""
 
 
-def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
-    """The job of one rank; its result is joined by `join_ranks`."""
+def rank_job(
+    config: Config,
+    *,
+    documents: bool = False,
+    steps: int = 5,
+    rows: Rows | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The job of one rank, on `rows` or on random ones; its result is joined by `join_ranks`."""
+    trained = RandomRows(documents) if rows is None else rows
     if documents:
         config = replace_field(config, "data.packing", "isolated")
 
     def run(topology: Topology) -> dict[str, Any]:
         vocabulary = vocabulary_of(config, size=VOCAB, mask_id=MASK_ID)
         backends = dict.fromkeys(block_sizes(config), named(config.attention.backend))
-        model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=torch.float32)
+        model = ParallelModel(config, vocabulary, topology, backends=backends, dtype=dtype)
         micro = BATCH // (topology.dp * config.train.micro_batch_size)
-        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=torch.float32)
+        engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=dtype)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}
         out["ep_rank"] = topology.ep_rank
         out |= {"losses": [], "norms": [], "rates": [], "confidences": [], "grads": {}, "loads": []}
@@ -169,7 +182,7 @@ def rank_job(config: Config, *, documents: bool = False, steps: int = 5) -> Any:
             out["grads"] = _whole_over_shards(engine, topology)
             return False
 
-        for outcome in updates(config, topology, engine, RandomRows(documents), steps, keep_gradients):
+        for outcome in updates(config, topology, engine, trained, steps, keep_gradients):
             sums = outcome.sums()
             out["losses"].append(sums.loss)
             out["confidences"].append(sums.weighted_entropy_nats / sums.token_count)
@@ -288,9 +301,9 @@ def plain_job(
         size, factor = plain_phase(config, step)
         model.model.shape = copy.copy(model.model.shape)
         model.model.shape.block_size = size
-        if config.model.experts is not None:
-            watch.begin(config, clean, size)
         phase = replace_field(config, "diffusion.axes", plain_axes(config, step))
+        if config.model.experts is not None:
+            watch.begin(phase, clean, size)
         loss, confidence = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
         rate = plain_rate(config, step) * factor
         for group in adam.param_groups:
@@ -324,7 +337,9 @@ class ChoiceWatch:
     smallest_gap: float = math.inf
     loads: dict[int, list[int]] = field(default_factory=dict)
     """Of the step."""
-    _counted: dict[bool, Tensor] = field(default_factory=dict)
+    _counted: dict[bool, list[Tensor]] = field(default_factory=dict)
+    """Whether it is the last layer -> rows that count in the forward of each view, which comes to the layer in this order."""
+    _passes: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for layer, mlp in self._mixtures():
@@ -335,11 +350,15 @@ class ChoiceWatch:
 
     def begin(self, config: Config, clean: CleanBatch, block_size: int) -> None:
         """Before the forward of a step: rows [noisy; clean] count that no grid skips."""
-        noisy = noise_of(config, block_size=block_size).of_view(0).corrupt(clean, config.diffusion)
-        rows_BR = torch.ones(clean.tokens_BL.shape[0], 2 * LENGTH, dtype=torch.bool)
-        rows_BR[:, 2 * LENGTH - block_size :] = False
-        last_BR = torch.cat([noisy.is_masked_BL, torch.zeros_like(noisy.is_masked_BL)], dim=1)
-        self._counted, self.loads = {False: rows_BR.flatten(), True: last_BR.flatten()}, {}
+        self._counted, self._passes, self.loads = {False: [], True: []}, {}, {}
+        for view in range(config.diffusion.views):
+            noisy = noise_of(config, block_size=block_size).of_view(view).corrupt(clean, config.diffusion)
+            is_text_BL = noisy.text_BL
+            # views share their clean rows, which count once
+            clean_BL = is_text_BL & (torch.arange(LENGTH) < LENGTH - block_size) & (view == 0)
+            nothing_BL = torch.zeros_like(is_text_BL)
+            self._counted[False].append(torch.cat([is_text_BL, clean_BL], dim=1).flatten())
+            self._counted[True].append(torch.cat([noisy.is_masked_BL, nothing_BL], dim=1).flatten())
 
     def _note(self, gate: Gate, _: Any, logits_RE: Tensor, *, layer: int, rule: Any) -> None:
         choice = choose_experts(logits_RE.detach(), rule, gate.expert_bias)
@@ -351,10 +370,12 @@ class ChoiceWatch:
             best_RG = pairs_RG.topk(rule.topk_group + 1, dim=-1).values
             gaps.append((best_RG[:, -2] - best_RG[:, -1]).min().item())
         self.smallest_gap = min(self.smallest_gap, *gaps)
-        counted_R = self._counted.get(layer == len(self.model.model.layers) - 1)
-        if counted_R is not None and counted_R.shape[0] == logits_RE.shape[0]:
-            chosen = choice.expert_RK[counted_R].flatten().tolist()
-            self.loads[layer] = [chosen.count(expert) for expert in range(logits_RE.shape[1])]
+        number = self._passes.get(layer, 0)
+        counted_R = self._counted[layer == len(self.model.model.layers) - 1][number]
+        self._passes[layer] = number + 1
+        chosen = choice.expert_RK[counted_R].flatten().tolist()
+        before = self.loads.get(layer, [0] * logits_RE.shape[1])
+        self.loads[layer] = [count + chosen.count(expert) for expert, count in enumerate(before)]
 
     def finish(self, rate: float) -> None:
         """After the update: biases of experts below the mean load rise, of those above it fall."""
