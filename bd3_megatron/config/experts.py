@@ -40,5 +40,11 @@ class ExpertsConfig:
     # scores lie in [0, 1]
     bias_rate: Annotated[float, Range(0, 1)] = 0.001
     """With bias: so much a step up for experts below the mean load and down for those above; 0: frozen."""
+    # DeepSeek-V3 has 1e-4 beside a bias, Qwen3-MoE 1e-3 without one
+    balance_loss: Annotated[float, Range(0, 100)] = 0.0
+    """Factor on the term that is least where a sequence's counted rows load experts evenly (1 there)."""
+    # ST-MoE has 1e-3
+    z_loss: Annotated[float, Range(0, 100)] = 0.0
+    """Factor on the mean square of the logarithm of the router's partition function, which keeps its logits small."""
     counted_rows: Literal["both", "noisy", "clean"] = "both"
     """Rows that make up the load. In the last layer always those that carry loss; never those that a grid may skip."""

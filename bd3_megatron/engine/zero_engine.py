@@ -207,8 +207,9 @@ class ZeroEngine:
         self.model.root.train()
         if self.stage > 1:
             return self._result(self._managed(batches, loss_scale, span))
+        num_samples = sum(batch.batch_size for batch in batches) * self.model.topology.dp
         if self.balance is not None:
-            self.balance.begin()
+            self.balance.begin(num_samples)
         if self.gradients is not None:
             self.gradients.begin(len(batches))
         logs = self.pipeline.run(batches, loss_scale=loss_scale, span=span)
@@ -219,14 +220,15 @@ class ZeroEngine:
         if veto is not None and veto(logs):
             self._drop_gradients()
             left_out = HostCopy(torch.tensor([float("nan"), 0.0], dtype=torch.float64))
-            return StepResult(logs, left_out, vetoed=True, loads=self._loads(torch.zeros_like(self._left_out)))
+            loads = self._loads(torch.zeros_like(self._left_out), num_samples)
+            return StepResult(logs, left_out, vetoed=True, loads=loads)
         with span("optimizer"):
             if self.gradients is not None:
-                return self._sharded_update(logs, self.gradients)
+                return self._sharded_update(logs, self.gradients, num_samples)
             self.engine.step()
         return self._result(logs)
 
-    def _sharded_update(self, logs: list[LossSums], gradients: ShardedGradients) -> StepResult:
+    def _sharded_update(self, logs: list[LossSums], gradients: ShardedGradients, num_samples: int) -> StepResult:
         """Norm, clip, Adam and average on this rank's part, then everybody's weights; the host reads nothing."""
         topology = self.model.topology
         counted = gradients.owned_slices(counted_once(self.model.root, topology))
@@ -237,11 +239,11 @@ class ZeroEngine:
             self.ema.update(self.owned(), applied)
         self.engine.optimizer.update_lp_params()
         numbers = HostCopy(torch.stack([norm.double(), applied.double()]))
-        return StepResult(logs, numbers, loads=self._loads(applied))
+        return StepResult(logs, numbers, loads=self._loads(applied, num_samples))
 
-    def _loads(self, applied: Tensor) -> Loads:
+    def _loads(self, applied: Tensor, num_samples: int) -> Loads:
         """Loads of the experts in the step, by which their biases have moved where the update was made."""
-        return {} if self.balance is None else self.balance.finish(applied)
+        return {} if self.balance is None else self.balance.finish(applied, num_samples)
 
     def _result(self, logs: list[LossSums]) -> StepResult:
         """What DeepSpeed's own step did."""

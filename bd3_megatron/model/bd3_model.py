@@ -32,7 +32,6 @@ from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.model.partition import EMBEDDING, padded_vocab
 from bd3_megatron.model.recompute import Recompute
 from bd3_megatron.model.rotary import rotary_angles, rotary_turn
-from bd3_megatron.model.router import Router
 from bd3_megatron.model.spec import block_submodules
 from bd3_megatron.parallel.topology import Topology
 
@@ -271,18 +270,18 @@ class Root(nn.Module):
             for name, parameter in chunk.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate):
                 yield prefix + chunk.global_name(name), parameter
 
-    def named_routers(self) -> Iterator[tuple[str, Router]]:
-        """(global name, router) of every layer with experts held here."""
+    def expert_layers(self) -> Iterator[tuple[str, ExpertLayer]]:
+        """(global name, mixture) of every layer with experts held here."""
         for chunk in self.local_chunks():
             for name, module in chunk.named_modules():
-                if isinstance(module, Router):
+                if isinstance(module, ExpertLayer):
                     yield chunk.global_name(name), module
 
     def named_biases(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, expert bias) of every layer that has one: the only buffers that are state."""
-        for name, router in self.named_routers():
-            if router.expert_bias is not None:
-                yield f"{name}.expert_bias", router.expert_bias
+        for name, layer in self.expert_layers():
+            if layer.router.expert_bias is not None:
+                yield f"{name}.router.expert_bias", layer.router.expert_bias
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """{global name: parameter}; expert biases are kept apart (`named_biases`)."""

@@ -26,6 +26,7 @@ from bd3_megatron.model.expert_exchange import Collected, Dealt, through_experts
 from bd3_megatron.model.load import CountedRows
 from bd3_megatron.model.recompute import ThriftyMLP
 from bd3_megatron.model.router import Router
+from bd3_megatron.model.router_terms import RouterTerms
 from bd3_megatron.parallel.topology import Topology
 
 GROUPED_ALIGNMENT_BYTES = 16
@@ -107,6 +108,9 @@ class ExpertLayer(nn.Module):
         self.num_experts = experts.number
         self.group: dist.ProcessGroup = topology.expert_group
         self.router = Router(experts, hidden, dtype=dtype, sequence_parallel=topology.sequence_parallel)
+        # a sequence's rows are cut over cp, and over tp where sequences or the last layer's rows are
+        groups = (topology.groups.cp, topology.groups.tp)
+        self.terms = RouterTerms(experts, groups) if experts.balance_loss or experts.z_loss else None
         self.experts = LocalExperts(experts.number // topology.ep, hidden, experts.width, dtype)
         self.shared_experts: ThriftyMLP | None = None
         if experts.shared_width is not None:
@@ -125,14 +129,19 @@ class ExpertLayer(nn.Module):
         if self.deals_rows:
             # Else every tensor-parallel rank would compute the same experts on the same rows.
             rows_RD = Dealt.apply(rows_RD, self.tp_group)
-        _, choice = self.router(rows_RD)
+        logits_RE, choice = self.router(rows_RD)
+        weight_RK = choice.weight_RK
         # once a micro-batch, whether or not the layer is computed again in the backward; never in evaluation
         if self.training and torch.is_grad_enabled():
-            counts_R = self.counted.mask(self.context.layout, self.context.batch, rows_RD.shape[0])
-            self.router.count(choice.expert_RK, counts_R)
+            rows = self.counted.of(self.context.layout, self.context.batch)
+            self.router.count(choice.expert_RK, rows)
+            if self.terms is not None:
+                sums = self.terms.sums(logits_RE, choice, rows)
+                self.router.terms += sums.detach()
+                weight_RK = self.terms.joined(weight_RK, sums)
         out_RKD = through_experts(rows_RD, choice.expert_RK, self.num_experts, self.group, self.experts)
         # Weighted after the experts, in the order of the row's choice: the same sum on every grid.
-        mixed_RD = (out_RKD * choice.weight_RK[..., None].to(out_RKD.dtype)).sum(1)
+        mixed_RD = (out_RKD * weight_RK[..., None].to(out_RKD.dtype)).sum(1)
         if self.deals_rows:
             mixed_RD = Collected.apply(mixed_RD, num_rows, self.tp_group)
         mixed = mixed_RD.view_as(hidden_states)

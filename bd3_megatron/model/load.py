@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bd3_megatron.model.loss_sums import NUM_BINS, level_bins
 from bd3_megatron.model.pair_batch import PairBatch
 from bd3_megatron.parallel.pair_split import PairLayout
 
@@ -30,9 +31,22 @@ def counted_positions(layout: PairLayout, rows: str) -> Tensor:
     return {"both": is_noisy_P | is_live_clean_P, "noisy": is_noisy_P, "clean": is_live_clean_P}[rows]
 
 
+@dataclass(frozen=True)
+class LayerRows:
+    """What is known of the R rows that a layer was handed on this rank."""
+
+    counts_R: Tensor
+    """int64, 1 where a row is counted in the load."""
+    bin_R: Tensor
+    """int64, bin of the noise level of a row that carries loss; NUM_BINS elsewhere."""
+    sample_R: Tensor
+    """int64, which sample of the micro-batch."""
+    num_samples: int
+
+
 @dataclass
 class CountedRows:
-    """The rows that one layer counts, as a mask over its rows on this rank.
+    """The rows that one layer counts.
 
     Args:
         rows: both, noisy or clean.
@@ -48,26 +62,31 @@ class CountedRows:
     _of: PairLayout | None = field(init=False, default=None)
     _mask_P: Tensor = field(init=False, default_factory=lambda: torch.empty(0))
 
-    def mask(self, layout: PairLayout, batch: PairBatch, num_rows: int) -> Tensor:
-        """int64 [num_rows], 1 where a row counts.
+    def of(self, layout: PairLayout, batch: PairBatch) -> LayerRows:
+        """The rows of a micro-batch that the layer is handed.
 
         Args:
             layout: of the phase.
             batch: whose rows they are.
-            num_rows: that the layer was handed, all samples together.
         """
-        device, size = batch.loss_row_R.device, layout.num_rows * batch.batch_size
-        # It is handed exactly the rows that carry loss.
+        here, ranks = self.part
+        bin_R, num_samples = level_bins(batch.level_R), batch.batch_size
         if self.is_trimmed:
-            return torch.ones(num_rows, dtype=torch.int64, device=device)
+            # It is handed exactly the rows that carry loss, dealt out one by one.
+            row_r, bin_r = batch.loss_row_R[here::ranks], bin_R[here::ranks]
+            return LayerRows(torch.ones_like(row_r), bin_r, row_r % num_samples, num_samples)
+        device, size = batch.loss_row_R.device, layout.num_rows * num_samples
+        bin_n = torch.full((size,), NUM_BINS, dtype=torch.int64, device=device).index_copy_(0, batch.loss_row_R, bin_R)
         if self.is_last:
-            whole = torch.zeros(size, dtype=torch.int64, device=device).index_fill_(0, batch.loss_row_R, 1)
+            counts_n = (bin_n < NUM_BINS).long()
         else:
-            whole = self._positions(layout, device).repeat_interleave(batch.batch_size, output_size=size)
+            counts_n = self._positions(layout, device).repeat_interleave(num_samples, output_size=size)
             # Padding is end tokens by the thousand, which would all go to the same experts.
-            whole = whole if batch.is_text_PB is None else whole * batch.is_text_PB.flatten()
+            counts_n = counts_n if batch.is_text_PB is None else counts_n * batch.is_text_PB.flatten()
+        sample_n = torch.arange(size, device=device) % num_samples
         # As sequence parallelism cuts the rows of the layer.
-        return whole.chunk(self.part[1])[self.part[0]]
+        parts = (whole_n.chunk(ranks)[here] for whole_n in (counts_n, bin_n, sample_n))
+        return LayerRows(*parts, num_samples)
 
     def _positions(self, layout: PairLayout, device: torch.device) -> Tensor:
         # sent to the device once a phase

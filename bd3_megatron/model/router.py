@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.hf.mlp_bd3 import ExpertChoice, choose_experts, router_logits
+from bd3_megatron.model.load import LayerRows
+from bd3_megatron.model.loss_sums import NUM_BINS
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,27 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(experts.number) if experts.bias else None)
         self.load_E: Tensor
         self.register_buffer("load_E", torch.zeros(experts.number, dtype=torch.int64), persistent=False)
+        # rows that carry loss by noise level; all others fall into a last bin, which nobody reads
+        self.masked_TE: Tensor
+        masked_TE = torch.zeros(NUM_BINS + 1, experts.number, dtype=torch.int64)
+        self.register_buffer("masked_TE", masked_TE, persistent=False)
+        self.terms: Tensor
+        self.register_buffer("terms", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     def forward(self, rows_RD: Tensor) -> tuple[Tensor, ExpertChoice]:
         """Logits [R, E] in fp32 or wider, and the choice."""
         logits_RE = router_logits(rows_RD, self.weight)
         return logits_RE, choose_experts(logits_RE, self.rule, self.expert_bias)
 
-    def count(self, expert_RK: Tensor, counts_R: Tensor) -> None:
-        """Add the choices of rows with 1 in `counts_R` (int64) to the load."""
+    def forget(self) -> None:
+        """Begin to count anew."""
+        for counted in (self.load_E, self.masked_TE, self.terms):
+            counted.zero_()
+
+    def count(self, expert_RK: Tensor, rows: LayerRows) -> None:
+        """Add the choices of rows to the loads."""
         # Integers: their sum does not depend on the order in which a device adds.
-        self.load_E.scatter_add_(0, expert_RK.flatten(), counts_R[:, None].expand_as(expert_RK).flatten())
+        chosen_n = expert_RK.flatten()
+        self.load_E.scatter_add_(0, chosen_n, rows.counts_R[:, None].expand_as(expert_RK).flatten())
+        index_RK = rows.bin_R[:, None] * self.load_E.shape[0] + expert_RK
+        self.masked_TE.view(-1).scatter_add_(0, index_RK.flatten(), torch.ones_like(chosen_n))

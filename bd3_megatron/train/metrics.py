@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.compat.device import HostCopy
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.engine.balance import Loads
 from bd3_megatron.model.loss_sums import NUM_BINS, LossSums
@@ -92,22 +93,46 @@ class PendingLoads:
     """Loads of all layers' experts on their way to the host."""
 
     table: HostCopy | None
-    """float64 [layers, E]; None: a model without experts."""
-    first: int
-    """First layer with experts."""
+    """float64 [layers, (1 + NUM_BINS) x E + 2]: counted rows, those that carry loss by level, terms; None: no experts."""
+    experts: ExpertsConfig | None
 
     def metrics(self) -> dict[str, float]:
-        """The record's entries on the load of experts, layer by layer; waits for the device."""
+        """The record's entries on experts, of each layer and of each noise level; waits for the device."""
         record: dict[str, float] = {}
-        if self.table is None:
+        if self.table is None or self.experts is None:
             return record
-        for layer, load_E in enumerate(self.table.read()[self.first :], self.first):
-            share_E = load_E / load_E.sum().clamp_min(1.0)
-            # 1 where all experts are chosen alike, 0 where one is chosen always
-            entropy = float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
-            record[f"experts/load_entropy_layer_{layer:02d}"] = entropy
-            record[f"experts/largest_load_share_layer_{layer:02d}"] = float(share_E.max())
+        first = self.experts.leading_dense_layers
+        table = self.table.read()[first:]
+        counts_NTE = table[:, :-2].unflatten(1, (1 + NUM_BINS, -1))
+        for layer, counts_TE in enumerate(counts_NTE, first):
+            load_E, masked_E = counts_TE[0], counts_TE[1:].sum(0)
+            record[f"experts/load_entropy_layer_{layer:02d}"] = load_entropy(load_E)
+            record[f"experts/largest_load_share_layer_{layer:02d}"] = float(load_E.max() / load_E.sum().clamp_min(1.0))
+            # masked rows share one embedding: do they also share their experts?
+            record[f"experts/masked_load_entropy_layer_{layer:02d}"] = load_entropy(masked_E)
+        for number, loads_NE in enumerate(counts_NTE[:, 1:].unbind(1)):
+            if bool(loads_NE.any()):
+                entropies = [load_entropy(load_E) for load_E in loads_NE]
+                record[f"experts/masked_load_entropy_at_t_{number / NUM_BINS:.1f}"] = sum(entropies) / len(entropies)
+        for name, factor, values in zip(TERMS, self.factors(), table[:, -2:].unbind(1), strict=True):
+            if factor:
+                record[f"experts/{name}"] = float(values.mean())
         return record
+
+    def factors(self) -> tuple[float, float]:
+        """Of the two terms, in the order of `TERMS`."""
+        assert self.experts is not None
+        return self.experts.balance_loss, self.experts.z_loss
+
+
+TERMS = ("balance_term", "z_term")
+"""Means over layers, without their factors; the first is 1 at even load."""
+
+
+def load_entropy(load_E: Tensor) -> float:
+    """Entropy of a load over its largest: 1 where all experts are chosen alike, 0 where one is chosen always."""
+    share_E = load_E / load_E.sum().clamp_min(1.0)
+    return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
 
 
 def begin_loads(loads: Loads, topology: Topology, model: ModelConfig) -> PendingLoads:
@@ -119,12 +144,13 @@ def begin_loads(loads: Loads, topology: Topology, model: ModelConfig) -> Pending
         model: whose layers.
     """
     if model.experts is None:
-        return PendingLoads(None, 0)
-    table = torch.zeros(model.num_layers, model.experts.number, dtype=torch.float64, device=topology.device)
-    for layer, load_E in loads.items():
-        table[layer] = load_E
+        return PendingLoads(None, None)
+    columns = (1 + NUM_BINS) * model.experts.number + 2
+    table = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=topology.device)
+    for layer, load in loads.items():
+        table[layer] = torch.cat([load.load_E, load.masked_TE.flatten(), load.terms])
     dist.all_reduce(table, group=topology.groups.pp)
-    return PendingLoads(HostCopy(table), model.experts.leading_dense_layers)
+    return PendingLoads(HostCopy(table), model.experts)
 
 
 def reduce_step(

@@ -21,6 +21,7 @@ from torch import Tensor
 from bd3_megatron.attention.select import named
 from bd3_megatron.checkpoint.pieces import owned_pieces
 from bd3_megatron.config.axes import AxesConfig
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.load import config_from_tree, replace_field
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -147,6 +148,10 @@ class Outcome:
     """Exponential moving averages of the parameters."""
     loads: list[dict[int, list[int]]] = field(default_factory=list)
     """Of every step: layer -> rows that chose each expert."""
+    masked_loads: list[dict[int, list[list[int]]]] = field(default_factory=list)
+    """The same of rows that carry loss, for each tenth of noise levels."""
+    terms: list[dict[int, list[float]]] = field(default_factory=list)
+    """Of every step: layer -> balance and z terms of its router."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     """Of experts after the last step, by plain names."""
     smallest_gap: float = math.inf
@@ -176,7 +181,8 @@ def rank_job(
         engine = ZeroEngine(model, config, num_micro_batches=micro, dtype=dtype)
         out: dict[str, Any] = {"place": (topology.tp_rank, topology.cp_rank, topology.dp_rank, topology.pp_rank)}
         out["ep_rank"] = topology.ep_rank
-        out |= {"losses": [], "norms": [], "rates": [], "confidences": [], "grads": {}, "loads": []}
+        out |= {"losses": [], "norms": [], "rates": [], "confidences": [], "grads": {}}
+        out |= {"loads": [], "masked_loads": [], "terms": []}
 
         def keep_gradients(loss: float) -> bool:
             out["grads"] = _whole_over_shards(engine, topology)
@@ -188,7 +194,10 @@ def rank_job(
             out["confidences"].append(sums.weighted_entropy_nats / sums.token_count)
             out["norms"].append(outcome.result.grad_norm)
             out["rates"].append(engine.optimizer.param_groups[0]["lr"])
-            out["loads"].append({layer: load_E.tolist() for layer, load_E in outcome.result.loads.items()})
+            loads = outcome.result.loads
+            out["loads"].append({layer: load.load_E.tolist() for layer, load in loads.items()})
+            out["masked_loads"].append({layer: load.masked_TE.tolist() for layer, load in loads.items()})
+            out["terms"].append({layer: load.terms.tolist() for layer, load in loads.items()})
         out["biases"] = {n: bias.clone() for n, bias in model.root.named_biases()}
         with deepspeed.zero.GatheredParameters(list(model.root.parameters()), enabled=engine.stage == 3):
             out["parameters"] = {n: p.detach().clone() for n, p in model.root.named_parameters()}
@@ -242,8 +251,14 @@ def join_ranks(config: Config, results: list[dict[str, Any]], *, vocab: int = VO
     """Whole tensors under plain names from what the ranks returned."""
     first = results[0]
     outcome = Outcome(first["losses"], first["norms"], first["rates"], confidences=first["confidences"])
-    for by_rank in zip(*(result["loads"] for result in results), strict=True):
-        outcome.loads.append({layer: load for loads in by_rank for layer, load in loads.items()})
+    by_step: dict[str, list[Any]] = {
+        "loads": outcome.loads,
+        "masked_loads": outcome.masked_loads,
+        "terms": outcome.terms,
+    }
+    for kind, steps in by_step.items():
+        for by_rank in zip(*(result[kind] for result in results), strict=True):
+            steps.append({layer: value for one in by_rank for layer, value in one.items()})
     table = NameTable(config.model, vocab)
     outcome.biases = {k: v for r in results for n, b in r["biases"].items() for k, v in table.to_plain(n, b).items()}
     kinds = {"grads": outcome.first_grads, "parameters": outcome.parameters, "averages": outcome.averages}
@@ -309,7 +324,7 @@ def plain_job(
         for group in adam.param_groups:
             group["lr"] = rate
         adam.zero_grad()
-        (loss + phase.diffusion.axes.confidence * confidence).backward()
+        (loss + phase.diffusion.axes.confidence * confidence + watch.loss(config.model.experts)).backward()
         if step == 0:
             outcome.first_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         outcome.losses.append(loss.item())
@@ -320,6 +335,10 @@ def plain_job(
         if config.model.experts is not None:
             watch.finish(config.model.experts.bias_rate)
             outcome.loads.append(watch.loads)
+            outcome.masked_loads.append(watch.masked_loads)
+            if config.model.experts.balance_loss or config.model.experts.z_loss:
+                terms = watch.terms().items()
+                outcome.terms.append({layer: [term.item() for term in both] for layer, both in terms})
         keep = min(optim.ema_decay, (2 + step) / (11 + step))
         averages = {n: keep * averages[n] + (1 - keep) * p.detach() for n, p in model.named_parameters()}
     outcome.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -337,6 +356,12 @@ class ChoiceWatch:
     smallest_gap: float = math.inf
     loads: dict[int, list[int]] = field(default_factory=dict)
     """Of the step."""
+    masked_loads: dict[int, list[list[int]]] = field(default_factory=dict)
+    """Of the step, rows that carry loss, by tenths of noise levels."""
+    _rows: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    """Layer -> of each view's forward (logits, choices, whether a row counts)."""
+    _levels: list[list[int]] = field(default_factory=list)
+    """Of each view: the tenth of every row's noise level, -1 where it carries no loss."""
     _counted: dict[bool, list[Tensor]] = field(default_factory=dict)
     """Whether it is the last layer -> rows that count in the forward of each view, which comes to the layer in this order."""
     _passes: dict[int, int] = field(default_factory=dict)
@@ -351,6 +376,7 @@ class ChoiceWatch:
     def begin(self, config: Config, clean: CleanBatch, block_size: int) -> None:
         """Before the forward of a step: rows [noisy; clean] count that no grid skips."""
         self._counted, self._passes, self.loads = {False: [], True: []}, {}, {}
+        self.masked_loads, self._rows, self._levels = {}, {}, []
         for view in range(config.diffusion.views):
             noisy = noise_of(config, block_size=block_size).of_view(view).corrupt(clean, config.diffusion)
             is_text_BL = noisy.text_BL
@@ -359,6 +385,8 @@ class ChoiceWatch:
             nothing_BL = torch.zeros_like(is_text_BL)
             self._counted[False].append(torch.cat([is_text_BL, clean_BL], dim=1).flatten())
             self._counted[True].append(torch.cat([noisy.is_masked_BL, nothing_BL], dim=1).flatten())
+            tenths_BL = (noisy.level_BL * 10).floor().clamp_max(9).long().where(noisy.is_masked_BL, -1)
+            self._levels.append(torch.cat([tenths_BL, torch.full_like(tenths_BL, -1)], dim=1).flatten().tolist())
 
     def _note(self, gate: Gate, _: Any, logits_RE: Tensor, *, layer: int, rule: Any) -> None:
         choice = choose_experts(logits_RE.detach(), rule, gate.expert_bias)
@@ -376,6 +404,38 @@ class ChoiceWatch:
         chosen = choice.expert_RK[counted_R].flatten().tolist()
         before = self.loads.get(layer, [0] * logits_RE.shape[1])
         self.loads[layer] = [count + chosen.count(expert) for expert, count in enumerate(before)]
+        table = self.masked_loads.setdefault(layer, [[0] * logits_RE.shape[1] for _ in range(10)])
+        for tenth, experts in zip(self._levels[number], choice.expert_RK.tolist(), strict=True):
+            for expert in experts if tenth >= 0 else ():
+                table[tenth][expert] += 1
+        self._rows.setdefault(layer, []).append((logits_RE, choice.expert_RK, counted_R))
+
+    def terms(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of every layer, the means over samples of the balance term and of the z term."""
+        found = {}
+        for layer, passes in self._rows.items():
+            sigmoid = dict(self._mixtures())[layer].shape.score_function == "sigmoid"
+            balances, squares = [], []
+            for sample in range(BATCH):
+                rows = slice(sample * 2 * LENGTH, (sample + 1) * 2 * LENGTH)
+                logits_TE = torch.cat([logits_RE[rows][counted_R[rows]] for logits_RE, _, counted_R in passes])
+                chosen_n = torch.cat([expert_RK[rows][counted_R[rows]].flatten() for _, expert_RK, counted_R in passes])
+                if not len(chosen_n):
+                    continue
+                score_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+                score_TE = score_TE / score_TE.sum(-1, keepdim=True)
+                share_E = torch.stack([(chosen_n == e).double().mean() for e in range(logits_TE.shape[1])])
+                balances.append(len(share_E) * (share_E * score_TE.double().mean(0)).sum())
+                squares.append(logits_TE.exp().sum(-1).log().square().mean())
+            found[layer] = (torch.stack(balances).sum() / BATCH, torch.stack(squares).sum() / BATCH)
+        return found
+
+    def loss(self, experts: ExpertsConfig | None) -> Tensor | float:
+        """What the router's terms add to the loss of a step."""
+        if experts is None or not (experts.balance_loss or experts.z_loss):
+            return 0.0
+        terms = self.terms().values()
+        return sum(experts.balance_loss * balance + experts.z_loss * square for balance, square in terms)
 
     def finish(self, rate: float) -> None:
         """After the update: biases of experts below the mean load rise, of those above it fall."""

@@ -14,6 +14,7 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.parallel.topology import Topology
+from bd3_megatron.train.metrics import begin_loads
 from tests import tolerances
 from tests.ranks.harness import run_ranks
 from tests.ranks.parity import (
@@ -79,6 +80,11 @@ def check(config: Config, expected: Outcome, *, documents: bool = False, rows: R
     assert expected.smallest_gap >= tolerances.SMALLEST_CHOICE_GAP
     compare(found, expected)
     assert found.loads == expected.loads
+    assert found.masked_loads == expected.masked_loads
+    # none without their factors
+    for here, there in zip(found.terms, expected.terms, strict=bool(expected.terms)):
+        for layer, terms in there.items():
+            assert here[layer] == pytest.approx(terms, rel=tolerances.GRID_LOSSES_LATER)
     assert set(found.biases) == set(expected.biases)
     assert all(torch.equal(found.biases[name], bias) for name, bias in expected.biases.items())
 
@@ -120,6 +126,25 @@ def test_rows_of_padding_are_in_no_count() -> None:
     # padded samples have fewer rows, in the last layer too
     assert all(sum(load) < n for load, n in zip(expected.loads[0].values(), whole, strict=True))
     check(experts_config("sigmoid", {"ep": 2, **SP}, data=data), expected, rows=rows)
+
+
+TERMS = {"balance_loss": 1.0, "z_loss": 0.1}
+"""Large, so that they show in every gradient of a router."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel", "train"),
+    [("softmax", {"ep": 2, **SP, "cp": 2}, {}), ("sigmoid", {"ep": 2, "dp": 2, "pp": 2}, {"recompute": "full"})],
+    ids=["softmax", "sigmoid"],
+)
+def test_terms_of_the_router_equal_the_plain_model(kind: str, parallel: dict[str, Any], train: dict[str, Any]) -> None:
+    model = {"experts": {**KINDS[kind], **TERMS}}
+    expected = plain_job(experts_config(kind, {}, model=model), steps=2)
+    # without them the router learns otherwise
+    router = "model.layers.1.mlp.gate.weight"
+    apart = (expected.first_grads[router] - plain(kind).first_grads[router]).abs().max()
+    assert apart > 100 * tolerances.GRID_GRADIENT * expected.first_grads[router].abs().max()
+    check(experts_config(kind, parallel, model=model, train=train), expected)
 
 
 PHASES = [{"block_size": 8, "steps": 2}, {"block_size": 4, "axes": {"row_weight": "cart", "positions": "exact"}}]
@@ -167,7 +192,9 @@ def test_a_bias_stays_where_the_update_was_left_out() -> None:
         moved = []
         for scale, veto in ((1e-3, None), (float("inf"), None), (1e-3, lambda _: True), (1e-3, None)):
             before = [bias_E.clone() for _, bias_E in model.root.named_biases()]
-            assert engine.train_step([batch], loss_scale=scale, lr=1e-3, veto=veto).loads
+            loads = engine.train_step([batch], loss_scale=scale, lr=1e-3, veto=veto).loads
+            # loads are recorded all the same
+            assert begin_loads(loads, topology, config.model).metrics()["experts/load_entropy_layer_01"] > 0
             pairs = zip(before, model.root.named_biases(), strict=True)
             moved.append(any(not torch.equal(old_E, bias_E) for old_E, (_, bias_E) in pairs))
         return moved
