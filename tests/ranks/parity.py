@@ -8,7 +8,6 @@ learning rate, batch size, block size and token count of every step.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from torch import Tensor
 from bd3_megatron.attention.select import named
 from bd3_megatron.checkpoint.pieces import owned_pieces
 from bd3_megatron.config.axes import AxesConfig
-from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.load import config_from_tree, replace_field
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -31,7 +29,6 @@ from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.noise_level import Interval
 from bd3_megatron.diffusion.token_nll import masked_token_nll, next_token_nll
 from bd3_megatron.engine.zero_engine import ZeroEngine
-from bd3_megatron.hf.mlp_bd3 import ExpertMlp, Gate, choose_experts
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from bd3_megatron.model.build import ParallelModel, vocabulary_of
 from bd3_megatron.model.init_weights import initial_expert, initial_value
@@ -44,6 +41,7 @@ from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import TrainState
 from bd3_megatron.train.step import StepOutcome, TrainingStep
 from bd3_megatron.train.timeline import Timeline
+from tests.ranks.choice_watch import ChoiceWatch
 from tests.unit.model.joined import unshard
 from tests.unit.train.samples import SourceRows
 
@@ -318,7 +316,7 @@ def plain_job(
         model.model.shape.block_size = size
         phase = replace_field(config, "diffusion.axes", plain_axes(config, step))
         if config.model.experts is not None:
-            watch.begin(phase, clean, size)
+            watch.begin(noise_of(phase, block_size=size), phase.diffusion, clean)
         loss, confidence = plain_loss(model, phase, clean, block_size=size, mask_id=mask_id)
         rate = plain_rate(config, step) * factor
         for group in adam.param_groups:
@@ -346,103 +344,6 @@ def plain_job(
     outcome.biases = {n: b.clone() for n, b in model.named_buffers()}
     outcome.smallest_gap = watch.smallest_gap
     return outcome
-
-
-@dataclass
-class ChoiceWatch:
-    """Counts the choices of experts that a plain model makes, and moves its biases: by rules written out here anew."""
-
-    model: PlainBD3
-    smallest_gap: float = math.inf
-    loads: dict[int, list[int]] = field(default_factory=dict)
-    """Of the step."""
-    masked_loads: dict[int, list[list[int]]] = field(default_factory=dict)
-    """Of the step, rows that carry loss, by tenths of noise levels."""
-    _rows: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
-    """Layer -> of each view's forward (logits, choices, whether a row counts)."""
-    _levels: list[list[int]] = field(default_factory=list)
-    """Of each view: the tenth of every row's noise level, -1 where it carries no loss."""
-    _counted: dict[bool, list[Tensor]] = field(default_factory=dict)
-    """Whether it is the last layer -> rows that count in the forward of each view, which comes to the layer in this order."""
-    _passes: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for layer, mlp in self._mixtures():
-            mlp.gate.register_forward_hook(functools.partial(self._note, layer=layer, rule=mlp.shape))
-
-    def _mixtures(self) -> list[tuple[int, ExpertMlp]]:
-        return [(n, layer.mlp) for n, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, ExpertMlp)]
-
-    def begin(self, config: Config, clean: CleanBatch, block_size: int) -> None:
-        """Before the forward of a step: rows [noisy; clean] count that no grid skips."""
-        self._counted, self._passes, self.loads = {False: [], True: []}, {}, {}
-        self.masked_loads, self._rows, self._levels = {}, {}, []
-        for view in range(config.diffusion.views):
-            noisy = noise_of(config, block_size=block_size).of_view(view).corrupt(clean, config.diffusion)
-            is_text_BL = noisy.text_BL
-            # views share their clean rows, which count once
-            clean_BL = is_text_BL & (torch.arange(LENGTH) < LENGTH - block_size) & (view == 0)
-            nothing_BL = torch.zeros_like(is_text_BL)
-            self._counted[False].append(torch.cat([is_text_BL, clean_BL], dim=1).flatten())
-            self._counted[True].append(torch.cat([noisy.is_masked_BL, nothing_BL], dim=1).flatten())
-            tenths_BL = (noisy.level_BL * 10).floor().clamp_max(9).long().where(noisy.is_masked_BL, -1)
-            self._levels.append(torch.cat([tenths_BL, torch.full_like(tenths_BL, -1)], dim=1).flatten().tolist())
-
-    def _note(self, gate: Gate, _: Any, logits_RE: Tensor, *, layer: int, rule: Any) -> None:
-        choice = choose_experts(logits_RE.detach(), rule, gate.expert_bias)
-        best_RK = choice.score_RE.topk(rule.num_experts_per_tok + 1, dim=-1).values
-        gaps = [(best_RK[:, -2] - best_RK[:, -1]).min().item()]
-        if rule.n_group > 1:
-            score_RE = logits_RE.detach().sigmoid() + (0.0 if gate.expert_bias is None else gate.expert_bias)
-            pairs_RG = score_RE.unflatten(1, (rule.n_group, -1)).topk(2, dim=-1).values.sum(-1)
-            best_RG = pairs_RG.topk(rule.topk_group + 1, dim=-1).values
-            gaps.append((best_RG[:, -2] - best_RG[:, -1]).min().item())
-        self.smallest_gap = min(self.smallest_gap, *gaps)
-        number = self._passes.get(layer, 0)
-        counted_R = self._counted[layer == len(self.model.model.layers) - 1][number]
-        self._passes[layer] = number + 1
-        chosen = choice.expert_RK[counted_R].flatten().tolist()
-        before = self.loads.get(layer, [0] * logits_RE.shape[1])
-        self.loads[layer] = [count + chosen.count(expert) for expert, count in enumerate(before)]
-        table = self.masked_loads.setdefault(layer, [[0] * logits_RE.shape[1] for _ in range(10)])
-        for tenth, experts in zip(self._levels[number], choice.expert_RK.tolist(), strict=True):
-            for expert in experts if tenth >= 0 else ():
-                table[tenth][expert] += 1
-        self._rows.setdefault(layer, []).append((logits_RE, choice.expert_RK, counted_R))
-
-    def terms(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of every layer, the means over samples of the balance term and of the z term."""
-        found = {}
-        for layer, passes in self._rows.items():
-            sigmoid = dict(self._mixtures())[layer].shape.score_function == "sigmoid"
-            balances, squares = [], []
-            for sample in range(BATCH):
-                rows = slice(sample * 2 * LENGTH, (sample + 1) * 2 * LENGTH)
-                logits_TE = torch.cat([logits_RE[rows][counted_R[rows]] for logits_RE, _, counted_R in passes])
-                chosen_n = torch.cat([expert_RK[rows][counted_R[rows]].flatten() for _, expert_RK, counted_R in passes])
-                if not len(chosen_n):
-                    continue
-                score_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
-                score_TE = score_TE / score_TE.sum(-1, keepdim=True)
-                share_E = torch.stack([(chosen_n == e).double().mean() for e in range(logits_TE.shape[1])])
-                balances.append(len(share_E) * (share_E * score_TE.double().mean(0)).sum())
-                squares.append(logits_TE.exp().sum(-1).log().square().mean())
-            found[layer] = (torch.stack(balances).sum() / BATCH, torch.stack(squares).sum() / BATCH)
-        return found
-
-    def loss(self, experts: ExpertsConfig | None) -> Tensor | float:
-        """What the router's terms add to the loss of a step."""
-        if experts is None or not (experts.balance_loss or experts.z_loss):
-            return 0.0
-        terms = self.terms().values()
-        return sum(experts.balance_loss * balance + experts.z_loss * square for balance, square in terms)
-
-    def finish(self, rate: float) -> None:
-        """After the update: biases of experts below the mean load rise, of those above it fall."""
-        for layer, mlp in self._mixtures():
-            if mlp.gate.expert_bias is not None:
-                counts = torch.tensor(self.loads[layer], dtype=torch.float64)
-                mlp.gate.expert_bias += rate * (counts.mean() - counts).sign().float()
 
 
 def plain_rate(config: Config, step: int) -> float:
