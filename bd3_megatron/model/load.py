@@ -85,8 +85,8 @@ class CountedRows:
             counts_n = counts_n if batch.is_text_PB is None else counts_n * batch.is_text_PB.flatten()
         sample_n = torch.arange(size, device=device) % num_samples
         # As sequence parallelism cuts the rows of the layer.
-        parts = (whole_n.chunk(ranks)[here] for whole_n in (counts_n, bin_n, sample_n))
-        return LayerRows(*parts, num_samples)
+        counts_R, bin_R, sample_R = (whole_n.chunk(ranks)[here] for whole_n in (counts_n, bin_n, sample_n))
+        return LayerRows(counts_R, bin_R, sample_R, num_samples)
 
     def _positions(self, layout: PairLayout, device: torch.device) -> Tensor:
         # sent to the device once a phase
