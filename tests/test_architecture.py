@@ -331,21 +331,8 @@ def _defined(source: Source) -> set[str]:
 
 
 KIND = re.compile(r"(?:.*_)?(?:kind|objective|layout|form|denominator)")
-KIND_OWNERS = {
-    "bd3_megatron/checkpoint/layout.py": "of a checkpoint",
-    "bd3_megatron/config/yaml_file.py": "YAML's own tags",
-    "bd3_megatron/convert/expert_stacks.py": "what another package calls stacked matrices",
-    "bd3_megatron/convert/sdar.py": "the layout of another engine",
-    "bd3_megatron/convert/from_ar.py": "what another package's config.json says",
-    "bd3_megatron/diffusion/objective.py": "the objective and its denominator",
-    "bd3_megatron/evaluate/tables.py": "how a table is printed",
-    "bd3_megatron/hf/window_bd3.py": "the window of a text longer than the trained length",
-    "bd3_megatron/model/recompute.py": "what is computed again",
-    "bd3_megatron/process/preflight.py": "a remark about a node",
-    "launch/cluster.py": "the container, as questions with names",
-    "tools/bench/step.py": "the attention of the benchmark's naive side",
-}
-"""The file that may compare a kind with a text, and whose kind it is; everybody else asks the owner."""
+KIND_OWNERS = {"launch/cluster.py": "the container, as questions with names"}
+"""The file that may compare a kind with a text, and whose kind it is; everybody else asks the owner or a table."""
 
 
 def test_only_its_owner_compares_a_kind_with_a_text() -> None:

@@ -11,6 +11,8 @@ from tests.test_words import names_with_two_meanings
 
 ROW = re.compile(r"^\| (.+) \| at (most|least) ([\d.]+) \|$", re.MULTILINE)
 
+KIND_COMPARED = re.compile(r"(?:objective|kind)\s*[!=]=\s*[\"']")
+
 
 def measured() -> dict[str, float]:
     """Every count of the table by its name there."""
@@ -22,6 +24,7 @@ def measured() -> dict[str, float]:
         "public names that two files define": len(names_with_two_meanings()),
         "public names that only tests use": len(set(unused_public_names())),
         "import cycles between files, late imports included": len(import_cycles(files)),
+        "comparisons of an objective or a kind with a text": sum(len(KIND_COMPARED.findall(s.text)) for s in files),
         "lines of the longest file": max(s.text.count("\n") for s in files),
         "lines of the longest function": max(body_lines(f) for s in files for f in s.functions),
         "lines of the longest module docstring, commands left out": max(map(docstring_lines, files)),

@@ -2,7 +2,7 @@
 
 One process, no GPU, no process group; memory for the largest tensor and a little. With `--layout sdar` or `qwen3` the
 folder is what SGLang and LMDeploy serve; RUN may then also be a folder exported before. A thin command over
-convert/from_checkpoint and convert/sdar; imports late, so that --help is quick.
+convert/from_checkpoint and convert/layouts; imports late, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def convert_layout(parsed: argparse.Namespace) -> list[str]:
     import torch
 
     from bd3_megatron.convert.folder import model_type_of
-    from bd3_megatron.convert.sdar import MaskPlace, export_layout
+    from bd3_megatron.convert.layouts import export_layout
+    from bd3_megatron.convert.qwen3_layout import MaskPlace
     from bd3_megatron.files import scratch_folder
     from bd3_megatron.sampling.folder import MODEL_TYPE
 

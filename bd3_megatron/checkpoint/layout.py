@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bd3_megatron.checkpoint.manifest_fields import check_manifest
+from bd3_megatron.checkpoint.manifest_fields import SHARDED_KIND, WHOLE_KIND, check_manifest
 from bd3_megatron.errors import CheckpointError
 
 # Raised when a reader of today would misread a file of tomorrow; older programs refuse new fields by name.
@@ -82,7 +82,7 @@ class Manifest:
     """How the run's likelihood is measured (data/convention.py), in JSON; empty: the defaults."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Where imported or averaged weights came from; empty for a run's own checkpoints."""
-    kind: str = "sharded"
+    kind: str = SHARDED_KIND
     """sharded: written by a run, cut over its ranks. whole: weights only, parameter by parameter."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     version: int = VERSION
@@ -90,7 +90,7 @@ class Manifest:
     @property
     def is_whole(self) -> bool:
         """Weights only, whole; no rank of a run wrote them."""
-        return self.kind == "whole"
+        return self.kind == WHOLE_KIND
 
 
 def step_name(step: int) -> str:

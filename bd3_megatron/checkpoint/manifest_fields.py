@@ -14,6 +14,9 @@ from typing import Any
 
 from bd3_megatron.errors import CheckpointError
 
+SHARDED_KIND, WHOLE_KIND = "sharded", "whole"
+"""Kinds of checkpoints: written by a run, cut over its ranks; or weights only, parameter by parameter."""
+
 GRID_SIZES = ("tp", "pp", "vpp", "cp", "dp")
 MAX_COUNT = 2**53
 """Steps, samples, bytes and elements: what a float64 of a record still tells apart."""
@@ -97,7 +100,7 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "software": (_all_values(_is_text), "versions by name"),
     "evaluation": (lambda v: isinstance(v, dict), "values by name"),
     "origin": (lambda v: isinstance(v, dict), "values by name"),
-    "kind": (lambda v: v in ("sharded", "whole"), "sharded or whole"),
+    "kind": (lambda v: v in (SHARDED_KIND, WHOLE_KIND), f"{SHARDED_KIND} or {WHOLE_KIND}"),
     "files": (lambda v: _all_values(_is_file_record)(v) and len(v) > 0, "size and SHA-256 of one file or more"),
 }
 """Law of each field, and how a refusal states it."""

@@ -25,6 +25,7 @@ from bd3_megatron.checkpoint.layout import (
     digest_bytes,
     manifest_bytes,
 )
+from bd3_megatron.checkpoint.manifest_fields import WHOLE_KIND
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import whole, write_bytes, write_text
 from bd3_megatron.lease import held_output
@@ -75,7 +76,7 @@ def _write(
 ) -> Manifest:
     with whole(out) as temporary:
         files = _write_weights(temporary, shapes, produce)
-        complete = replace(manifest, kind="whole", files=files)
+        complete = replace(manifest, kind=WHOLE_KIND, files=files)
         content = manifest_bytes(complete)
         write_bytes(temporary / MANIFEST, content)
         write_text(temporary / MANIFEST_DIGEST, f"{digest_bytes(content)}\n")

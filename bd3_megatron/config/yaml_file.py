@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +162,24 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def _check_scalar(node: yaml.ScalarNode, line: int) -> None:
-    kind, text = node.tag.removeprefix(_TAG), str(node.value)
+    check = _SCALAR_CHECKS.get(node.tag.removeprefix(_TAG))
+    if check is not None:
+        check(str(node.value), line)
+
+
+def _check_timestamp(text: str, line: int) -> None:
     # run.dir=2024-01-31 would arrive as a date, and a date is no text
-    if kind == "timestamp":
-        raise _Refusal(line, f"holds a date ({shown(text)}); put it in quotes if a text is meant.")
+    raise _Refusal(line, f"holds a date ({shown(text)}); put it in quotes if a text is meant.")
+
+
+def _check_base(text: str, line: int) -> None:
     # time: 12:00:00 would arrive as 43200
-    if kind in ("int", "float") and ":" in text:
+    if ":" in text:
         raise _Refusal(line, f"holds {shown(text)}, which YAML reads as a number of base 60; put it in quotes.")
-    if kind != "int":
-        return
+
+
+def _check_whole(text: str, line: int) -> None:
+    _check_base(text, line)
     # 010 would arrive as 8
     digits = text.lstrip("+-").replace("_", "")
     if digits.startswith("0") and digits.isdecimal() and digits != "0":
@@ -181,3 +191,11 @@ def _check_scalar(node: yaml.ScalarNode, line: int) -> None:
         raise _Refusal(line, f"holds {shown(text)}, which is no number; put it in quotes if a text is meant.") from None
     if too_large:
         raise _Refusal(line, f"holds {shown(text)}, which does not fit 64 bits; give a smaller number.")
+
+
+# By YAML's own names of what a plain scalar is taken for.
+_SCALAR_CHECKS: Mapping[str, Callable[[str, int], None]] = {
+    "timestamp": _check_timestamp,
+    "float": _check_base,
+    "int": _check_whole,
+}

@@ -8,6 +8,7 @@ merged folders (`gate_proj` [E, F, D]); the modelling file of inclusionAI/LLaDA2
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ LLADA2_NAMES = {
 _FUSED = ".attention.query_key_value.weight"
 # With and without .weight: parameters of a stack have none, linear layers have.
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
+# Gate over up, as transformers 5.x stacks them.
+_HALVES: Mapping[str, Mapping[str, int]] = {"gate_up_proj": {"gate_proj": 0, "up_proj": 1}}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,6 @@ class SplitExperts:
             self._last = ("", torch.empty(0))
             self._last = (part.stored, self._folder.tensor(part.stored))
         matrix = self._last[1][part.expert]
-        # Gate over up, as transformers 5.x stacks them.
         return matrix if part.half is None else matrix.chunk(2)[part.half]
 
     def _parts_of(self, stored: str) -> dict[str, _Part]:
@@ -92,9 +94,9 @@ class SplitExperts:
         # A matrix an expert, or no expert at all: under its own name.
         if found is None:
             return {self._plain(stored): _Part(stored)}
-        prefix, kind = found[1], found[2]
+        prefix, matrix = found[1], found[2]
         number = self._folder.shape(stored)[0]
-        halves = {"gate_proj": 0, "up_proj": 1} if kind == "gate_up_proj" else {kind: None}
+        halves: Mapping[str, int | None] = _HALVES.get(matrix, {matrix: None})
         return {
             f"{prefix}.{expert}.{name}.weight": _Part(stored, expert, half)
             for expert in range(number)

@@ -115,7 +115,7 @@ def _refuse_what_we_lack(tree: dict[str, Any], folder: Path) -> None:
                 f"{folder} has {field}={tree[field]!r}: {what} cannot be expressed; use another model."
             )
     # Newer configurations name the attention of each layer.
-    windows = [kind for kind in tree.get("layer_types") or [] if kind != "full_attention"]
+    windows = [name for name in tree.get("layer_types") or [] if name != "full_attention"]
     if windows:
         raise ConversionError(
             f"{folder} has {windows[0]} layers, which cannot be expressed; use a model with full attention."
@@ -178,10 +178,10 @@ def _qwen3_mixture(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _rope_theta(tree: dict[str, Any], folder: Path) -> float:
     # transformers 5.x says rope_parameters, 4.5x rope_scaling beside rope_theta.
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type != "default":
         raise ConversionError(
-            f"{folder} has rotary positions of type {kind!r}; only unscaled ones can be expressed, use a model without."
+            f"{folder} has rotary positions of type {rope_type!r}; only unscaled ones can be expressed, use a model without."
         )
     return float(scaling.get("rope_theta", tree.get("rope_theta", 10000.0)))
 

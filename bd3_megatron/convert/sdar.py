@@ -1,8 +1,8 @@
-"""An exported folder in the layouts other engines serve: SDAR (Qwen3-shaped block diffusion), or plain Qwen3.
+"""An exported folder in the layout of SDAR, Qwen3-shaped block diffusion that other engines serve.
 
-Weights pass through, since the plain model has Qwen3's names. In SDAR's layout the rows of the output table that are of no
-token, and the mask's, are silent (convert/silent_rows.py). Refused: the paper's style, no norms on queries and keys,
-shifted logits as SDAR, block diffusion as Qwen3. SDAR's modelling files are not ours to write.
+Weights pass through but for the two tables of the vocabulary: the rows of the output table that are of no token, and the
+mask's, are silent (convert/silent_rows.py). Refused: what Qwen3's layout refuses (convert/qwen3_layout.py), any experts,
+shifted logits. SDAR's modelling files are not ours to write.
 Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py;
 JetEngine's reading of config.json.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +20,22 @@ from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.moved_mask import move_mask
 from bd3_megatron.convert.plain_source import FolderSource
+from bd3_megatron.convert.qwen3_layout import (
+    NO_TOKENIZER,
+    LayoutRequest,
+    MaskPlace,
+    check_shape_of_qwen3,
+    qwen3_config,
+    special_ids,
+)
 from bd3_megatron.convert.silent_rows import check_silent, probe, silent_row
 from bd3_megatron.convert.stream import stream_weights
-from bd3_megatron.convert.to_hf import (
-    DTYPE_NAMES,
-    check_ids,
-    checked_shapes,
-    is_tokenizer_file,
-    model_files_dir,
-)
+from bd3_megatron.convert.to_hf import is_tokenizer_file, model_files_dir
 from bd3_megatron.diffusion.objective import objective_named
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
-from bd3_megatron.sampling.folder import read_config
 
-ExportLayout = Literal["sdar", "qwen3"]
-MaskPlace = Literal["moved", "kept"]
 SDAR_MASK_ID = 151669
 """SGLang and LMDeploy take it from their own source, whatever the folder says."""
 # Rows of the published SDAR models; the mask's row lies beyond Qwen3's own tokens.
@@ -44,59 +43,33 @@ SDAR_VOCAB_SIZE = 151936
 CONFIGURATION_FILE = "configuration_sdar.py"
 
 
-def export_layout(
-    folder: Path,
-    out: Path,
-    layout: ExportLayout,
-    *,
-    mask: MaskPlace | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[str]:
-    """Write an exported folder in another engine's layout.
-
-    Args:
-        folder: an exported folder of ours.
-        out: the folder to write.
-        layout: "sdar" or "qwen3".
-        mask: "moved" to the id that SGLang and LMDeploy assume, or "kept" for engines that take any; None: refuse where
-            the two differ.
-        dtype: of the stored weights.
-
-    Returns:
-        What the user must know.
+def write_sdar(request: LayoutRequest) -> list[str]:
+    """Write the folder; returns what the user must know.
 
     Raises:
         ConversionError: the layout cannot express the model, or no row keeps unused ids silent.
     """
-    config, source = read_config(folder), FolderSource(folder)
-    check_ids(config, str(folder))
-    shapes = checked_shapes(source, config)
-    _check_expressible(config, layout)
-    if layout == "qwen3":
-        with published(out, model_type=layout) as staging:
-            _write_descriptions(staging, config, layout, dtype)
-            stream_weights(staging, shapes, source.tensor, dtype=dtype)
-            copied = copy_files(folder, staging, is_tokenizer_file)
-        return [] if copied else [NO_TOKENIZER]
+    config, source, dtype = request.config, request.source, request.dtype
+    _check_expressible(config)
     # The source's configuration stays as it is: the tables below need both.
     target = copy.copy(config)
-    target.mask_token_id, target.vocab_size = _mask_and_rows(config, mask)
+    target.mask_token_id, target.vocab_size = _mask_and_rows(config, request.mask)
     # rows of the output table that are silent are rows of the input table too: the two cannot be one
     target.tie_word_embeddings = False
     tables = SdarTables(source, config, target)
-    shapes |= {name: (target.vocab_size, config.hidden_size) for name in (EMBED_TOKENS, LM_HEAD)}
-    with published(out, model_type=layout) as staging:
-        _write_descriptions(staging, target, layout, dtype)
+    shapes = request.shapes | {name: (target.vocab_size, config.hidden_size) for name in (EMBED_TOKENS, LM_HEAD)}
+    with published(request.out, model_type="sdar") as staging:
+        write_json(staging / "config.json", _sdar_config(target, dtype=dtype))
+        # The model's own distribution; transformers' defaults would cut it.
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        write_json(staging / "generation_config.json", special_ids(target) | sampled)
         stream_weights(staging, shapes, tables.tensor, dtype=dtype)
         # On the written, rounded weights, before the folder has its name.
         mass = check_silent(FolderSource(staging), target, tables.probed, tables.silent_ids)
-        copied = copy_files(folder, staging, is_tokenizer_file)
+        copied = copy_files(request.folder, staging, is_tokenizer_file)
         moved = target.mask_token_id == config.mask_token_id or _move(staging, config, target)
         copy_files(model_files_dir(), staging, lambda path: path.name == CONFIGURATION_FILE)
     return _remarks(config, target, mass, has_tokenizer=bool(copied), tokenizer_follows=moved)
-
-
-NO_TOKENIZER = "no tokenizer files were there; copy the tokenizer into the folder"
 
 
 class SdarTables:
@@ -131,124 +104,30 @@ class SdarTables:
         return table_VD
 
 
-def _write_descriptions(staging: Path, config: BD3Config, layout: ExportLayout, dtype: torch.dtype) -> None:
-    write_json(staging / "config.json", layout_config(config, layout, dtype=dtype))
-    write_json(staging / "generation_config.json", generation_config(config, layout))
-
-
 def _move(staging: Path, config: BD3Config, target: BD3Config) -> bool:
     assert config.mask_token_id is not None and target.mask_token_id is not None
     return move_mask(staging, config.mask_token_id, target.mask_token_id)
 
 
-def layout_config(config: BD3Config, layout: ExportLayout, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Content of config.json in the other layout."""
-    described = {
-        "architectures": ["SDARForCausalLM" if layout == "sdar" else "Qwen3ForCausalLM"],
-        "model_type": layout,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.layer_norm_eps,
-        "rope_theta": config.rope_theta,
-        # Spelt out, for readers whose own default is another.
-        "rope_scaling": None,
-        "max_position_embeddings": config.max_position_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "vocab_size": config.vocab_size,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.num_hidden_layers,
-        "use_cache": layout == "qwen3",
-        "torch_dtype": DTYPE_NAMES[dtype],
-    }
-    # Qwen3 has no fields of ours, and its readers refuse or ignore unknown ones.
-    if layout == "qwen3":
-        return described | (_mixture_config(config) if config.num_experts else {})
+def _sdar_config(config: BD3Config, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Content of config.json."""
+    theirs = {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "use_cache": False}
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
     auto_map = {"AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.SDARConfig"}
     ours = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, "auto_map": auto_map}
-    return described | switches | ours
+    return qwen3_config(config, dtype=dtype) | theirs | switches | ours
 
 
-def _mixture_config(config: BD3Config) -> dict[str, Any]:
-    """The entries in which Qwen3-MoE's config.json differs from Qwen3's."""
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "norm_topk_prob": config.norm_topk_prob,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(config.first_k_dense_replace)),
-        # the load is balanced in training here, by no loss of theirs
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
-    }
-
-
-def generation_config(config: BD3Config, layout: ExportLayout) -> dict[str, Any]:
-    """Content of generation_config.json."""
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    described: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
-    if layout == "sdar":
-        # The model's own distribution; transformers' defaults would cut it.
-        described |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return described
-
-
-def _check_mixture(config: BD3Config, layout: ExportLayout) -> None:
-    """Refuse experts that Qwen3-MoE's modelling file does not compute."""
-    if layout == "sdar":
+def _check_expressible(config: BD3Config) -> None:
+    check_shape_of_qwen3(config, "sdar")
+    if config.num_experts:
         raise ConversionError(
             f"num_experts={config.num_experts} cannot be written as sdar, whose engines take the dense model; use the exported "
             "folder itself, or --layout qwen3 for objective=ar."
         )
-    plain = {"score_function": "softmax", "router_bias": False, "shared_expert_intermediate_size": 0, "n_group": 1}
-    plain |= {"routed_scaling_factor": 1.0}
-    for field, wanted in plain.items():
-        if getattr(config, field) != wanted:
-            raise ConversionError(
-                f"{field}={getattr(config, field)} cannot be written as {layout}, whose experts have {wanted}; use the exported "
-                "folder itself."
-            )
-
-
-def _check_expressible(config: BD3Config, layout: ExportLayout) -> None:
-    if config.style != "modern":
-        raise ConversionError(f"style={config.style} cannot be written as {layout}; it needs RMSNorm and SwiGLU.")
-    if config.partial_rotary_factor != 1.0:
-        raise ConversionError(
-            f"partial_rotary_factor={config.partial_rotary_factor} cannot be written as {layout}, which turns whole heads; use "
-            "the exported folder itself."
-        )
-    if config.num_experts:
-        _check_mixture(config, layout)
-    if not config.qk_norm:
-        raise ConversionError(f"qk_norm=false cannot be written as {layout}, whose queries and keys are normed.")
-    if layout == "sdar" and not objective_named(config.objective).has_noise:
+    if not objective_named(config.objective).has_noise:
         raise ConversionError(
             "objective=ar has shifted logits and no mask; SDAR's engines expect neither: use --layout qwen3."
-        )
-    if layout == "qwen3" and objective_named(config.objective).has_noise:
-        raise ConversionError(
-            "objective=block cannot be written as qwen3: readers of Qwen3 take a position's logits for the next token's; "
-            "use --layout sdar."
         )
 
 

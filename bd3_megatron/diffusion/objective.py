@@ -9,11 +9,11 @@ Source: BD3-LM (arXiv 2503.09573), the NELBO over blocks; MDLM (arXiv 2406.07524
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
+from bd3_megatron.diffusion.axes import BD3_LM, Denominator, ObjectiveAxes
 from bd3_megatron.errors import ConfigError, check_shape, either
 
 if TYPE_CHECKING:
@@ -128,6 +128,26 @@ class Objective(ABC):
             )
 
 
+@dataclass(frozen=True)
+class _Denominator:
+    """What the loss is divided by."""
+
+    counted: Callable[[LossRows, NoisyBatch], Tensor]
+    """True for each thing of a copy that is counted, bool of any shape."""
+    varies: bool = False
+    """The count depends on the draw."""
+    is_per_sample: bool = False
+    """Every sample's sum is divided by its own length, and samples are counted."""
+
+
+_DENOMINATORS: Mapping[Denominator, _Denominator] = {
+    "maskable": _Denominator(lambda rows, copy: copy.countable_BL),
+    "all": _Denominator(lambda rows, copy: copy.text_BL),
+    "loss_rows": _Denominator(lambda rows, copy: rows.has_loss_BL, varies=True),
+    "answer_length": _Denominator(lambda rows, copy: copy.countable_BL.any(dim=1), is_per_sample=True),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockDiffusion(Objective):
     """Masked tokens of every block of S, given the noisy block and the clean blocks before it. S = L is MDLM."""
@@ -168,7 +188,7 @@ class BlockDiffusion(Objective):
     ) -> list[LossRows]:
         # corrupt() has left padding out of is_masked_BL, and documents do not matter: a row predicts its own token
         rows = [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
-        if self.axes.denominator != "answer_length":
+        if not self._denominator.is_per_sample:
             return rows
         # sample by sample: the sum over a sample's rows is a mean over its tokens, and samples are counted
         lengths_B1 = [copy.countable_BL.sum(dim=1, keepdim=True).clamp_min(1) for copy in copies]
@@ -176,16 +196,16 @@ class BlockDiffusion(Objective):
 
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         # Counted over all copies: with V views numerator and denominator both grow V times.
-        kind = self.axes.denominator
-        if kind == "loss_rows":
-            return sum(int(one.has_loss_BL.sum()) for one in rows)
-        if kind == "answer_length":
-            return sum(int(copy.countable_BL.any(dim=1).sum()) for copy in copies)
-        return sum(int((copy.text_BL if kind == "all" else copy.countable_BL).sum()) for copy in copies)
+        counted = self._denominator.counted
+        return sum(int(counted(one, copy).sum()) for one, copy in zip(rows, copies, strict=True))
 
     @property
     def count_varies(self) -> bool:
-        return self.axes.denominator == "loss_rows"
+        return self._denominator.varies
+
+    @property
+    def _denominator(self) -> _Denominator:
+        return _DENOMINATORS[self.axes.denominator]
 
     def text_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         return sum(int(copy.text_BL.sum()) for copy in copies)

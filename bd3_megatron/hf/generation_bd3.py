@@ -20,7 +20,7 @@ from .decoding_rules_bd3 import BlockRule
 from .draws_bd3 import SampleDraws, block_draws, candidate_draws
 from .forward_bd3 import EagerForward, Forward
 from .plain_bd3 import LayerStack, ModelShape, predicts_next
-from .window_bd3 import Layout, SequenceState, Window
+from .window_bd3 import WINDOWS, Layout, SequenceState, Window
 
 # Clean rows of one forward: bounds the memory of a long prompt's attention.
 MAX_COMMIT_ROWS = 2048
@@ -197,8 +197,7 @@ class Decoder:
     def _window(self, longest: int) -> Window:
         size = self._block_size
         length = self._shape.max_position_embeddings
-        return Window(
-            kind=self._options.window,
+        return WINDOWS[self._options.window](
             length=length,
             block_size=size,
             block_rows=0 if self._is_ar else size,

@@ -7,19 +7,13 @@ windows do not differ; beyond it see `WINDOWS`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cache_bd3 import RowPlan
-
-# A model trained on L tokens sees at most L: the block being filled (S) and the L - S tokens before it. Beyond L:
-#   recomputed  the newest L - S tokens are encoded anew for every block, with positions from 0, as if the text began
-#               there. Exact for the model; costs a pass over L rows a block.
-#   evicted     the oldest block's keys are overwritten and the others stay. Cheap, and not what the model would compute
-#               anew: kept keys were made while now forgotten tokens were visible, so older information leaks through.
-WINDOWS = ("recomputed", "evicted")
 
 
 @dataclass
@@ -49,11 +43,10 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(ABC):
     """Arithmetic of one kind of window.
 
     Args:
-        kind: "recomputed" or "evicted".
         length: L, the most tokens visible at once.
         block_size: S of the grid.
         block_rows: rows of the block in a forward: S, or 0 for autoregressive models, which have no noisy rows.
@@ -61,31 +54,15 @@ class Window:
         span_multiple: spans are rounded up to this (for fixed shapes on a GPU); 1 = exact.
     """
 
-    kind: str
     length: int
     block_size: int
     block_rows: int
     capacity: int
     span_multiple: int = 1
 
-    def __post_init__(self) -> None:
-        if self.kind not in WINDOWS:
-            raise ValueError(f"window={self.kind!r} is unknown; use one of {', '.join(WINDOWS)}.")
-
-    @property
-    def ring(self) -> int:
-        """Slots for finished blocks under eviction."""
-        return self.capacity - self.block_rows
-
+    @abstractmethod
     def enter_block(self, state: SequenceState) -> None:
         """Move a sequence's window to its current block, before its clean rows are committed."""
-        if self.kind == "evicted":
-            # Without free for a finished block (S = L) none is ever seen, so none is committed.
-            state.committed = state.block_start if self.ring == 0 else state.committed
-            return
-        oldest = max(0, state.block_start - (self.length - self.block_rows))
-        if state.window_start != oldest:
-            state.window_start, state.committed = oldest, oldest
 
     def commit_stop(self, state: SequenceState, max_rows: int) -> int:
         """Where the next forward's clean rows of a sequence must end: its block's start, or earlier.
@@ -96,29 +73,26 @@ class Window:
         # whole blocks only: a clean row sees its own block to the end, so a block must be committed in one forward
         due = state.block_start - state.committed
         allowed = max_rows // self.block_size * self.block_size if due > max_rows else due
-        if self.kind == "evicted" and state.block_start > self.ring:
-            free = self.ring - state.committed if state.committed < self.ring else self.block_size
-            allowed = min(allowed, free)
-        return state.committed + min(due, max(allowed, self.block_size))
+        return state.committed + min(due, max(self._free_rows(state, allowed), self.block_size))
 
+    @abstractmethod
+    def _free_rows(self, state: SequenceState, allowed: int) -> int:
+        """Of so many clean rows those that one forward may commit without overwriting what it sees."""
+
+    @abstractmethod
     def clean_rows(self, position_BR: Tensor, window_start_B1: Tensor) -> Tensor:
         """(rotary position, slot, end) of clean positions, int64 [3, B, R]."""
-        block_end_BR = (position_BR // self.block_size + 1) * self.block_size
-        if self.kind == "recomputed":
-            inside_BR = position_BR - window_start_B1
-            return torch.stack([inside_BR, inside_BR, block_end_BR - window_start_B1])
-        return torch.stack([position_BR, position_BR % max(self.ring, 1), block_end_BR.clamp(max=self.ring)])
 
     def block_rows_of(self, block_start_B1: Tensor, window_start_B1: Tensor) -> Tensor:
         """(rotary position, slot, end) of the blocks' own rows, int64 [3, B, block_rows]."""
         offset_R = torch.arange(self.block_rows)
-        # under eviction positions go on past L: rotary attention depends on differences only
-        if self.kind == "recomputed":
-            first_B1 = position_B1 = block_start_B1 - window_start_B1
-        else:
-            first_B1, position_B1 = block_start_B1.clamp(max=self.ring), block_start_B1
+        position_B1, first_B1 = self._block_position_and_slot(block_start_B1, window_start_B1)
         end_BR = (first_B1 + self.block_rows).expand(-1, self.block_rows)
         return torch.stack([position_B1 + offset_R, first_B1 + offset_R, end_BR])
+
+    @abstractmethod
+    def _block_position_and_slot(self, block_start_B1: Tensor, window_start_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary position and slot of the blocks' first rows."""
 
     def layout(
         self, states: list[SequenceState], stop_B: list[int], device: torch.device, *, with_block: bool
@@ -176,3 +150,64 @@ class Window:
             span=span,
             is_uniform=not is_fixed_shape and bool((table_3BR[2] == span).all()),
         )
+
+
+@dataclass(frozen=True)
+class RecomputedWindow(Window):
+    """The newest L - S tokens, encoded anew for every block with positions from 0, as if the text began there.
+
+    Exact for the model; costs a pass over L rows a block.
+    """
+
+    def enter_block(self, state: SequenceState) -> None:
+        oldest = max(0, state.block_start - (self.length - self.block_rows))
+        if state.window_start != oldest:
+            state.window_start, state.committed = oldest, oldest
+
+    def _free_rows(self, state: SequenceState, allowed: int) -> int:
+        return allowed
+
+    def clean_rows(self, position_BR: Tensor, window_start_B1: Tensor) -> Tensor:
+        block_end_BR = (position_BR // self.block_size + 1) * self.block_size
+        inside_BR = position_BR - window_start_B1
+        return torch.stack([inside_BR, inside_BR, block_end_BR - window_start_B1])
+
+    def _block_position_and_slot(self, block_start_B1: Tensor, window_start_B1: Tensor) -> tuple[Tensor, Tensor]:
+        inside_B1 = block_start_B1 - window_start_B1
+        return inside_B1, inside_B1
+
+
+@dataclass(frozen=True)
+class EvictedWindow(Window):
+    """The oldest block's keys are overwritten, the others stay.
+
+    Cheap, and not what the model would compute anew: kept keys were made while now forgotten tokens were visible, so
+    older information leaks through.
+    """
+
+    @property
+    def ring(self) -> int:
+        """Slots for finished blocks."""
+        return self.capacity - self.block_rows
+
+    def enter_block(self, state: SequenceState) -> None:
+        # Without slots for a finished block (S = L) none is ever seen, so none is committed.
+        state.committed = state.block_start if self.ring == 0 else state.committed
+
+    def _free_rows(self, state: SequenceState, allowed: int) -> int:
+        if state.block_start <= self.ring:
+            return allowed
+        free = self.ring - state.committed if state.committed < self.ring else self.block_size
+        return min(allowed, free)
+
+    def clean_rows(self, position_BR: Tensor, window_start_B1: Tensor) -> Tensor:
+        block_end_BR = (position_BR // self.block_size + 1) * self.block_size
+        return torch.stack([position_BR, position_BR % max(self.ring, 1), block_end_BR.clamp(max=self.ring)])
+
+    def _block_position_and_slot(self, block_start_B1: Tensor, window_start_B1: Tensor) -> tuple[Tensor, Tensor]:
+        # positions go on past L: rotary attention depends on differences only
+        return block_start_B1, block_start_B1.clamp(max=self.ring)
+
+
+# A model trained on L tokens sees at most L: the block being filled (S) and the L - S tokens before it. Beyond L:
+WINDOWS: dict[str, type[Window]] = {"recomputed": RecomputedWindow, "evicted": EvictedWindow}

@@ -68,7 +68,7 @@ class ParallelModel:
         )
         self._views = config.diffusion.views
         self.context = AttentionContext(self._layout_of(block_sizes(config)[0], self._views, None), backends)
-        recompute = Recompute(config.train.recompute, config.train.recompute_layers)
+        recompute = Recompute.of_setting(config.train.recompute, config.train.recompute_layers)
         self.config: TransformerConfig = transformer_config(config.model, topology, dtype=dtype, recompute=recompute)
         layers = layers_per_chunk(replace_field(config, "model.vocab_size", vocabulary.size))
         # megatron deals equal shares by itself, and takes uneven ones only as a layout.

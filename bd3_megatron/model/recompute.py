@@ -8,7 +8,7 @@ Exact to the bit, dropout included: what is computed again restores the random s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,32 +19,41 @@ from torch import Tensor
 
 from bd3_megatron.model.activation import activate
 
+_SETTINGS: Mapping[str, dict[str, bool]] = {"none": {}, "selective": {"has_parts": True}, "full": {"is_full": True}}
+"""Fields of `Recompute` by the setting's name."""
+
 
 @dataclass(frozen=True)
 class Recompute:
-    """`kind`: none, selective or full, of the first `layers` layers of each chunk (None: of all)."""
+    """What the first `layers` layers of each chunk (None: all) compute again: their cheap parts, everything, or nothing."""
 
-    kind: str = "none"
+    has_parts: bool = False
+    is_full: bool = False
     layers: int | None = None
+
+    @classmethod
+    def of_setting(cls, name: str, layers: int | None) -> Recompute:
+        """From train.recompute and train.recompute_layers."""
+        return cls(layers=layers, **_SETTINGS[name])
 
     def of_parts(self, index: int) -> bool:
         """Layer `index` of a chunk, from 0, computes its cheap parts again."""
-        return self.kind == "selective" and self._covers(index)
+        return self.has_parts and self._covers(index)
 
     def of_all(self, index: int) -> bool:
         """Layer `index` of a chunk, from 0, is computed again as a whole."""
-        return self.kind == "full" and self._covers(index)
+        return self.is_full and self._covers(index)
 
     def _covers(self, index: int) -> bool:
         return self.layers is None or index < self.layers
 
     def block_settings(self, num_layers: int) -> dict[str, Any]:
-        """megatron's settings for whole layers; the other kinds are flags on layers.
+        """megatron's settings for whole layers; what is finer is flags on layers.
 
         Args:
             num_layers: of the whole model, which no chunk exceeds.
         """
-        if self.kind != "full":
+        if not self.is_full:
             return {}
         # As many layers as memory asks for, and no forward pass more.
         layers = num_layers if self.layers is None else self.layers

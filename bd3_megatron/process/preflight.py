@@ -9,6 +9,7 @@ Costs: a few tenths of a second, collective; watch.preflight=false leaves it out
 
 from __future__ import annotations
 
+import enum
 import importlib.metadata
 import os
 import platform
@@ -72,14 +73,21 @@ class RankReport:
     """Axis -> bytes/s of its all-reduce."""
 
 
+class Severity(enum.Enum):
+    """What a remark on a node means for the run."""
+
+    FAULT = "stops the run"
+    SLOW = "stops it where slow nodes can be left out"
+    NOTE = "is said"
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeRemark:
     """Something wrong about a node."""
 
     node: str
     sentence: str
-    kind: str
-    """fault: stops the run; slow: stops it where slow nodes can be left out; note: is said."""
+    severity: Severity
 
 
 def preflight(config: Config, topology: Topology, say: Callable[[str], None]) -> None:
@@ -104,7 +112,8 @@ def preflight(config: Config, topology: Topology, say: Callable[[str], None]) ->
     dist.broadcast_object_list(box, src=0, device=topology.device)
     findings: list[NodeRemark] = box[0]
     # a slow node ends the run only where the next attempt can go without it
-    stops = [f for f in findings if f.kind == "fault" or (f.kind == "slow" and bad_nodes)]
+    stopping = (Severity.FAULT, Severity.SLOW) if bad_nodes else (Severity.FAULT,)
+    stops = [f for f in findings if f.severity in stopping]
     for finding in findings:
         say(f"preflight: {finding.sentence}")
     if stops:
@@ -271,10 +280,10 @@ def remarks_on(reports: Sequence[RankReport], *, device_type: str) -> list[NodeR
             faults.append("does not share the run folder with rank 0, or cannot write there")
         if r.occupied > OCCUPIED_LIMIT:
             faults.append(f"finds {100 * r.occupied:.0f} % of its device's memory in use before training")
-        findings += [NodeRemark(node=r.node, sentence=f"{where} {fault}", kind="fault") for fault in faults]
+        findings += [NodeRemark(node=r.node, sentence=f"{where} {fault}", severity=Severity.FAULT) for fault in faults]
         if abs(r.clock - clock) > CLOCK_SECONDS:
             late = f"{where} has a clock {r.clock - clock:+.0f} s from the others'"
-            findings.append(NodeRemark(node=r.node, sentence=late, kind="note"))
+            findings.append(NodeRemark(node=r.node, sentence=late, severity=Severity.NOTE))
     return findings
 
 
@@ -287,7 +296,7 @@ def _odd_versions(reports: Sequence[RankReport]) -> list[NodeRemark]:
             NodeRemark(
                 node=r.node,
                 sentence=f"rank {r.rank} on node {r.node} has {name} {r.versions.get(name)}, others {usual}",
-                kind="fault",
+                severity=Severity.FAULT,
             )
             for r in reports
             if r.versions.get(name) != usual
@@ -308,7 +317,7 @@ def _slow(reports: Sequence[RankReport], factor: float) -> list[NodeRemark]:
         if r.product_seconds > factor * usual:
             times = f"{1e3 * r.product_seconds:.1f} ms against {1e3 * usual:.1f} ms"
             sentence = f"rank {r.rank} on node {r.node} is slow: a matrix product takes {times}"
-            found.append(NodeRemark(node=r.node, sentence=sentence, kind="slow"))
+            found.append(NodeRemark(node=r.node, sentence=sentence, severity=Severity.SLOW))
     return found
 
 

@@ -51,6 +51,8 @@ from tools.bench.official_step import official_model, official_step
 
 # Relative: two ways to add in fp32, and the roundings of a whole model in bf16.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+NaiveAttend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""q, k, v and the layer's number -> the attention's output."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def naive_step(
     # The same weights under plain names: the comparison is of forms, not of models.
     plain = plain_twin(problem.config, vocab, model).to(problem.device, problem.dtype)
     length, block = problem.config.data.seq_len, problem.config.diffusion.block_size
-    attend = naive_attention(attention, length, block, problem.device)
+    attend = NAIVE_ATTENTION[attention](length, block, problem.device)
     ids = torch.cat([problem.noisy.noisy_BL, problem.clean.tokens_BL], dim=1).to(problem.device)
     position = torch.arange(length, device=problem.device).repeat(2)[None]
     target = problem.clean.tokens_BL.to(problem.device)
@@ -158,18 +160,19 @@ def naive_step(
     return step, plain
 
 
-def naive_attention(
-    kind: str, length: int, block: int, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """SDPA under a (2L)^2 boolean mask, or FlexAttention under the same rule."""
-    if kind == "naive":
-        sees = pair_sees(blocks_of(torch.arange(length, device=device)[None], block))[0]
+def dense_attention(length: int, block: int, device: torch.device) -> NaiveAttend:
+    """SDPA under a (2L)^2 boolean mask."""
+    sees = pair_sees(blocks_of(torch.arange(length, device=device)[None], block))[0]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True).transpose(1, 2)
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True).transpose(1, 2)
 
-        return attend
+    return attend
+
+
+def flex_attention_whole(length: int, block: int, device: torch.device) -> NaiveAttend:
+    """FlexAttention over all 2L rows under the same rule."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -183,11 +186,18 @@ def naive_attention(
     # Static shapes: the form at its best.
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def attend_flex(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return compiled(q, k, v, block_mask=table, enable_gqa=True).transpose(1, 2)
 
-    return attend_flex
+    return attend
+
+
+NAIVE_ATTENTION: Mapping[str, Callable[[int, int, torch.device], NaiveAttend]] = {
+    "naive": dense_attention,
+    "naive-flex": flex_attention_whole,
+}
+"""The attention of the form most code ships, by the name under which it is compared."""
 
 
 def plain_twin(config: Config, vocab: int, model: ParallelModel) -> PlainBD3:
@@ -231,7 +241,7 @@ def build_parser() -> CommandParser:
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the shipped and naive step on CPU"
     )
     parser.add_argument("--official", type=Path, help="a checkout of kuleshov-group/bd3lms, with --style paper")
-    parser.add_argument("--against", choices=("naive", "naive-flex"), default="naive")
+    parser.add_argument("--against", choices=tuple(NAIVE_ATTENTION), default="naive")
     parser.add_argument("--backend", default="auto", help="attention backend of the shipped path")
     parser.add_argument("--style", choices=("modern", "paper"), default="modern")
     for name, value in {

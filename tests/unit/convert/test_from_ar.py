@@ -21,7 +21,8 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_ar import ArSource, describe_as_bd3, read_ar_folder
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.from_hf import read_folder
-from bd3_megatron.convert.sdar import SDAR_MASK_ID, export_layout
+from bd3_megatron.convert.layouts import export_layout
+from bd3_megatron.convert.sdar import SDAR_MASK_ID
 from bd3_megatron.convert.start_run import refuse_other_shape, start_run
 from bd3_megatron.data.tokenizer_open import check_folder_tokenizer, open_tokenizer
 from bd3_megatron.errors import ConversionError, TokenizerError

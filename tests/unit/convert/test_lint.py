@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
+from bd3_megatron.convert.layouts import export_layout
 from bd3_megatron.convert.lint import LintRemark, has_errors, lint_folder
-from bd3_megatron.convert.sdar import export_layout
 from bd3_megatron.errors import CheckpointError
 from tests.unit.convert.models import run_config, whole_checkpoint
 from tools import lint_export as tool

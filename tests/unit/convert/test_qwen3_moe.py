@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.from_hf import read_folder
-from bd3_megatron.convert.sdar import export_layout
+from bd3_megatron.convert.layouts import export_layout
 from bd3_megatron.convert.start_run import start_run
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.plain_bd3 import plain_model

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from bd3_megatron.checkpoint.layout import step_name
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.convert.layerwise import plain_logits
+from bd3_megatron.convert.layouts import export_layout
 from bd3_megatron.convert.moved_mask import move_mask
 from bd3_megatron.convert.plain_source import FolderSource
-from bd3_megatron.convert.sdar import SDAR_MASK_ID, SDAR_VOCAB_SIZE, export_layout
+from bd3_megatron.convert.sdar import SDAR_MASK_ID, SDAR_VOCAB_SIZE
 from bd3_megatron.convert.silent_rows import SILENCE, probe, silent_row
 from bd3_megatron.errors import ConversionError
 from bd3_megatron.hf.configuration_bd3 import BD3Config

@@ -14,7 +14,7 @@ from bd3_megatron.hf.cache_bd3 import KeyValueCache, RowPlan
 from bd3_megatron.hf.decoding_options_bd3 import RULES
 from bd3_megatron.hf.forward_bd3 import EagerForward, ReplayedForward
 from bd3_megatron.hf.plain_bd3 import PlainBD3, plain_model, run_layers
-from bd3_megatron.hf.window_bd3 import SequenceState, Window
+from bd3_megatron.hf.window_bd3 import RecomputedWindow, SequenceState
 from tests.tolerances import CACHED_FP32, CACHED_FP64, GOLDEN_FP64
 from tests.unit.hf.models import MASK, decode, tiny_config, tiny_model, tokens
 
@@ -118,7 +118,7 @@ def test_golden_block_by_block_logits(block_size: int, root: object) -> None:
         block_size, style="paper", vocab_size=50, hidden_size=64, num_hidden_layers=3, mask_token_id=49
     )
     model = plain_model(config, fold(state))
-    window = Window("recomputed", 32, block_size, block_size, 32)
+    window = RecomputedWindow(32, block_size, block_size, 32)
     cache = KeyValueCache(model.model, batch_size=4, capacity=32)
     forward = EagerForward(model.model, model.lm_head)
     states = [SequenceState(row, 0) for row in golden["x0"].tolist()]

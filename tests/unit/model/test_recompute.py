@@ -16,10 +16,10 @@ from tests import tolerances
     ("recompute", "parts", "whole"),
     [
         (Recompute(), [], []),
-        (Recompute("none", 2), [], []),
-        (Recompute("selective"), [0, 1, 2, 3], []),
-        (Recompute("full", 3), [], [0, 1, 2]),
-        (Recompute("selective", 9), [0, 1, 2, 3], []),
+        (Recompute.of_setting("none", 2), [], []),
+        (Recompute.of_setting("selective", None), [0, 1, 2, 3], []),
+        (Recompute.of_setting("full", 3), [], [0, 1, 2]),
+        (Recompute.of_setting("selective", 9), [0, 1, 2, 3], []),
     ],
     ids=str,
 )
@@ -29,8 +29,8 @@ def test_the_first_layers_of_a_chunk_are_covered(recompute: Recompute, parts: li
 
 
 def test_only_whole_layers_are_the_blocks_business() -> None:
-    assert Recompute().block_settings(4) == Recompute("selective", 2).block_settings(4) == {}
-    layers = [Recompute("full", n).block_settings(4)["recompute_num_layers"] for n in (1, None)]
+    assert Recompute().block_settings(4) == Recompute.of_setting("selective", 2).block_settings(4) == {}
+    layers = [Recompute.of_setting("full", n).block_settings(4)["recompute_num_layers"] for n in (1, None)]
     assert layers == [1, 4]
 
 

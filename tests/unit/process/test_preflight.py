@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bd3_megatron.process import preflight
-from bd3_megatron.process.preflight import NodeRemark, RankReport, remarks_on, summary
+from bd3_megatron.process.preflight import NodeRemark, RankReport, Severity, remarks_on, summary
 
 CPU = torch.device("cpu")
 
@@ -33,27 +33,31 @@ def test_healthy_ranks_have_no_findings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "sentence"),
+    ("change", "severity", "sentence"),
     [
-        ({"versions": {"python": "3", "torch": "1"}}, "fault", "rank 3 on node n2 has torch 1, others 2"),
-        ({"product_is_right": False}, "fault", "rank 3 on node n2 computes a wrong matrix product"),
-        ({"wrong_axes": ("tp",)}, "fault", "rank 3 on node n2 gets a wrong sum from the all-reduce over tp"),
+        ({"versions": {"python": "3", "torch": "1"}}, Severity.FAULT, "rank 3 on node n2 has torch 1, others 2"),
+        ({"product_is_right": False}, Severity.FAULT, "rank 3 on node n2 computes a wrong matrix product"),
+        ({"wrong_axes": ("tp",)}, Severity.FAULT, "rank 3 on node n2 gets a wrong sum from the all-reduce over tp"),
         (
             {"unseen_ranks": (0,)},
-            "fault",
+            Severity.FAULT,
             "rank 3 on node n2 does not share the run folder with rank 0, or cannot write there",
         ),
-        ({"occupied": 0.5}, "fault", "rank 3 on node n2 finds 50 % of its device's memory in use before training"),
-        ({"clock": 1e9 + 90}, "note", "rank 3 on node n2 has a clock +90 s from the others'"),
+        (
+            {"occupied": 0.5},
+            Severity.FAULT,
+            "rank 3 on node n2 finds 50 % of its device's memory in use before training",
+        ),
+        ({"clock": 1e9 + 90}, Severity.NOTE, "rank 3 on node n2 has a clock +90 s from the others'"),
         (
             {"product_seconds": 0.02},
-            "slow",
+            Severity.SLOW,
             "rank 3 on node n2 is slow: a matrix product takes 20.0 ms against 10.0 ms",
         ),
     ],
 )
-def test_the_odd_rank_is_named_with_its_node(change: dict[str, Any], kind: str, sentence: str) -> None:
-    assert verdict({}, {}, {}, change) == [NodeRemark(node="n2", sentence=sentence, kind=kind)]
+def test_the_odd_rank_is_named_with_its_node(change: dict[str, Any], severity: Severity, sentence: str) -> None:
+    assert verdict({}, {}, {}, change) == [NodeRemark(node="n2", sentence=sentence, severity=severity)]
 
 
 def test_what_rank_0_does_not_see_is_laid_on_the_rank_that_wrote_it() -> None:
@@ -63,7 +67,7 @@ def test_what_rank_0_does_not_see_is_laid_on_the_rank_that_wrote_it() -> None:
 
 def test_a_node_that_is_slow_as_a_whole_is_found_too() -> None:
     found = verdict({}, {}, {}, {}, {"product_seconds": 0.02}, {"product_seconds": 0.02})
-    assert [(f.node, f.kind) for f in found] == [("n3", "slow")] * 2
+    assert [(f.node, f.severity) for f in found] == [("n3", Severity.SLOW)] * 2
     assert verdict({}, {}, {"product_seconds": 0.02}, {}, device_type="cpu") == [], "processors' times scatter more"
 
 
