@@ -45,6 +45,7 @@ def work(parsed: argparse.Namespace) -> int:
     from bd3_megatron.checkpoint.read import open_checkpoint
     from bd3_megatron.checkpoint.verify import verify
     from bd3_megatron.convert.from_checkpoint import find_checkpoint
+    from bd3_megatron.train.resume import saved_run
 
     # A folder with a manifest is read as it is, damaged or not: finding out is what the tool is for.
     path = parsed.source if (parsed.source / MANIFEST).is_file() else find_checkpoint(parsed.source)
@@ -56,6 +57,8 @@ def work(parsed: argparse.Namespace) -> int:
         return print_differences(reader, open_checkpoint(find_checkpoint(parsed.against)), parsed.which)
     print_manifest(reader, verified=parsed.verify)
     print_tensors(reader, parsed.which, norms=parsed.norms)
+    # Last, so that all there is to see of a checkpoint that cannot be used was printed.
+    saved_run(path, reader.manifest)
     return 0
 
 

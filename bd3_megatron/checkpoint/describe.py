@@ -6,14 +6,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_megatron.checkpoint.layout import Manifest
+from bd3_megatron.checkpoint.layout import MANIFEST, Manifest
 from bd3_megatron.checkpoint.pieces import adam_step
-from bd3_megatron.config.load import to_tree
+from bd3_megatron.config.load import config_from_tree, to_tree
 from bd3_megatron.config.schema import Config
+from bd3_megatron.errors import CheckpointError, ConfigError, cut
 
 if TYPE_CHECKING:
     from bd3_megatron.engine.zero_engine import ZeroEngine
 
+QUOTED_CHARACTERS = 240
+"""Of the reason in a sentence that names a manifest's path too."""
 RECORDED_PACKAGES = ("bd3-megatron", "torch", "deepspeed", "megatron-core")
 
 
@@ -61,6 +64,28 @@ def describe_run(
         },
         software=software_versions(),
     )
+
+
+def config_of(manifest: Manifest, folder: Path) -> Config:
+    """The configuration of the run that saved a checkpoint.
+
+    Args:
+        manifest: of the checkpoint.
+        folder: of the checkpoint, for the sentence.
+
+    Raises:
+        CheckpointError: no run could have it. Nobody who reads the checkpoint wrote these settings.
+    """
+    try:
+        return config_from_tree(manifest.config)
+    except ConfigError as error:
+        made_by = (
+            "" if manifest.git_commit is None else f", or the program that made it (commit {manifest.git_commit:.12})"
+        )
+        raise CheckpointError(
+            f"the checkpoint's own settings, config in {folder / MANIFEST}, are refused: "
+            f"{cut(str(error).rstrip('.'), QUOTED_CHARACTERS)}; use another checkpoint{made_by}."
+        ) from error
 
 
 def software_versions() -> dict[str, str]:

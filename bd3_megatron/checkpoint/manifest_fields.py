@@ -58,6 +58,10 @@ def _is_grid(value: Any) -> bool:
     )
 
 
+def _is_seed(value: Any) -> bool:
+    return is_count(value, -MAX_COUNT)
+
+
 def _is_configuration(value: Any) -> bool:
     return isinstance(value, dict) and "model" in value and all(isinstance(part, dict) for part in value.values())
 
@@ -92,7 +96,7 @@ MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "world_size": (lambda v: is_count(v, 1, MAX_RANKS), "a whole number from 1 to 2**20"),
     "config": (_is_configuration, "sections of settings, model among them"),
     "git_commit": (lambda v: v is None or _is_text(v), "text or nothing"),
-    "seeds": (_all_values(lambda v: is_count(v, -MAX_COUNT)), "whole numbers by name"),
+    "seeds": (lambda v: _all_values(_is_seed)(v) and "run" in v, "whole numbers by name, that of the run among them"),
     "vocab_size": (lambda v: is_count(v, 1, MAX_ROWS), "a whole number from 1 to 2**31"),
     "mask_id": (lambda v: v is None or is_count(v, 0, MAX_ROWS), "an id of the vocabulary or nothing"),
     "train_state": (_is_train_state, "values by name, with a block_size from 1 and a tokenizer of ids and SHA-256"),
@@ -155,6 +159,7 @@ def check_manifest(tree: Mapping[str, Any], path: Path) -> None:
         CheckpointError: the first such field.
     """
     _check_fields(tree, MANIFEST_FIELDS, path)
+    _check_agreement(tree, path)
     grid, ranks = tree["grid"], tree["world_size"]
     # vpp cuts a rank's own layers and adds no ranks.
     product = grid["tp"] * grid["pp"] * grid["cp"] * grid["dp"]
@@ -165,6 +170,32 @@ def check_manifest(tree: Mapping[str, Any], path: Path) -> None:
     if tree["mask_id"] is not None and tree["mask_id"] >= tree["vocab_size"]:
         raise CheckpointError(
             f"{path}: mask_id={tree['mask_id']} lies outside the vocabulary of {tree['vocab_size']}; use another checkpoint."
+        )
+
+
+def _check_agreement(tree: Mapping[str, Any], path: Path) -> None:
+    """Refuse numbers that are written down twice and differ: hand-edited, or put together from two checkpoints."""
+    config, state = tree["config"], tree["train_state"]
+    step, samples = tree["step"], tree["samples_consumed"]
+    twice = [
+        ("seeds.run", tree["seeds"]["run"], "config.run.seed", config.get("run", {}).get("seed")),
+        ("step", step, "train_state.step", state.get("step")),
+        ("samples_consumed", samples, "train_state.samples_consumed", state.get("samples_consumed")),
+    ]
+    # weights that were imported or averaged were cut over no grid
+    if tree["kind"] == "sharded":
+        sizes = config.get("parallel", {})
+        twice += [
+            (f"grid.{axis}", size, f"config.parallel.{axis}", sizes.get(axis)) for axis, size in tree["grid"].items()
+        ]
+    for name, value, other, found in twice:
+        if found is not None and found != value:
+            raise CheckpointError(f"{path}: {name}={value} and {other}={_short(found)} differ; use another checkpoint.")
+    # every update takes a sample at least, and only updates take any
+    if tree["kind"] == "sharded" and (samples < step or (step == 0) != (samples == 0)):
+        raise CheckpointError(
+            f"{path}: samples_consumed={samples} cannot be after step={step}, since an update takes one sample or more; "
+            "use another checkpoint."
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.checkpoint import agree
+from bd3_megatron.checkpoint.describe import config_of
 from bd3_megatron.checkpoint.files import check_space, write_torch
 from bd3_megatron.checkpoint.layout import (
     AVERAGES_KIND,
@@ -31,7 +32,6 @@ from bd3_megatron.checkpoint.read import CheckpointReader
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
 from bd3_megatron.compat.deepspeed import EXPERT_GROUP
-from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.errors import CheckpointError
 from bd3_megatron.files import discard, move, write_text
 from bd3_megatron.model.partition import Partition, partition_of
@@ -150,7 +150,7 @@ def _entry(whole: Tensor, partition: Partition) -> dict[str, Any]:
 def _write_globals(reader: CheckpointReader, out: Path, *, gated: bool) -> None:
     """What DeepSpeed's loader reads beside the parameters: hyperparameters of the groups, and one model file."""
     manifest = reader.manifest
-    optim = config_from_tree(manifest.config).optim
+    optim = config_of(manifest, reader.folder).optim
     # Only DeepSpeed's loader reads these; ours takes hyperparameters from the run's configuration.
     group = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.adam_eps}
     groups = [{**group, "weight_decay": optim.weight_decay, "name": "decayed"}]

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3_megatron.checkpoint.describe import config_of
 from bd3_megatron.checkpoint.layout import MANIFEST, Manifest
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
 from bd3_megatron.checkpoint.verify import newest_valid, verify
 from bd3_megatron.config.curriculum import curriculum_of
-from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.layerwise import NUM_BLOCKS, parallel_logits, plain_logits, proof_span, random_tokens
 from bd3_megatron.convert.model_card import model_card
@@ -102,7 +102,7 @@ def convert_checkpoint(
     """
     path = find_checkpoint(run_or_checkpoint, warn=warn)
     reader = open_checkpoint(path)
-    manifest, config = reader.manifest, config_from_tree(reader.manifest.config)
+    manifest, config = reader.manifest, config_of(reader.manifest, path)
     which = "model" if raw or "ema" not in reader.kinds() else "ema"
     # Streamed: a parameter at a time, whatever the size of the model.
     source = CheckpointSource(reader, NameTable(config.model, manifest.vocab_size), which)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_megatron.checkpoint.describe import config_of
 from bd3_megatron.checkpoint.layout import MANIFEST
 from bd3_megatron.checkpoint.read import CheckpointReader, open_checkpoint
-from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_checkpoint import data_dir_of, describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
@@ -117,7 +117,7 @@ def open_model(folder: Path) -> ModelFolder:
         return ModelFolder(folder, config, None, None)
     path = find_checkpoint(folder)
     reader = open_checkpoint(path)
-    run_config = config_from_tree(reader.manifest.config)
+    run_config = config_of(reader.manifest, path)
     described, _ = describe_model(run_config, reader.manifest, data_dir_of(run_config, path))
     return ModelFolder(folder, described, run_config, reader)
 

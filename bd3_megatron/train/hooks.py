@@ -161,6 +161,9 @@ class Hooks:
         after = replace(
             loaded,
             samples_consumed=state.samples_consumed,
+            # The plan counts on from here: samples behind the spike are consumed, steps are not.
+            origin_step=loaded.step,
+            origin_samples=state.samples_consumed,
             skipped_steps=state.skipped_steps,
             skipped_in_a_row=state.skipped_in_a_row,
             rolled_back_to=loaded.step,

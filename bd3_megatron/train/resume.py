@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bd3_megatron.checkpoint.layout import MANIFEST, checkpoint_folders
+from bd3_megatron.checkpoint.describe import QUOTED_CHARACTERS, config_of
+from bd3_megatron.checkpoint.layout import MANIFEST, Manifest, checkpoint_folders
 from bd3_megatron.checkpoint.load import load
 from bd3_megatron.checkpoint.verify import newest_valid
-from bd3_megatron.config.load import config_from_tree, flatten
+from bd3_megatron.config.load import flatten
 from bd3_megatron.config.schema import Config
-from bd3_megatron.engine.zero_engine import ZeroEngine
 from bd3_megatron.errors import CheckpointError, ConfigError, cut
+from bd3_megatron.train.plan import RunPlan
 from bd3_megatron.train.state import DataIdentity, TrainState
+
+if TYPE_CHECKING:
+    from bd3_megatron.engine.zero_engine import ZeroEngine
 
 UNCOMPARED = ("run.overridden", "run.reinterpret")
 """What a launch says about itself."""
@@ -60,7 +64,12 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {_short(self.before)} and is {_short(self.now)}"
+        before, now = self.before, self.now
+        # Of a nested section only the settings that differ, which else might be cut away.
+        if isinstance(before, dict) and isinstance(now, dict) and set(before) == set(now):
+            apart = [name for name in before if before[name] != now[name]]
+            before, now = ({name: tree[name] for name in apart} for tree in (before, now))
+        return f"{self.key} was {_short(before)} and is {_short(now)}"
 
     @property
     def is_free(self) -> bool:
@@ -115,20 +124,66 @@ def resume(
                 f"all {damaged} checkpoints in '{folder}' are damaged; restore one, or remove the folder to start anew."
             )
         say(f"no checkpoint in {run_dir}: starts anew")
-        return TrainState(**identity.to_json())
+        return TrainState(**identity.to_json(), origin_step=0, origin_samples=0)
     path, manifest = found
-    state = TrainState.from_json(manifest.train_state, str(path / MANIFEST))
+    saved, state = saved_run(path, manifest)
     # checkpoints of older versions do not know their data
     known = DataIdentity(tokenizer=state.tokenizer or identity.tokenizer, rows=state.rows or identity.rows)
-    changed = changes(config_from_tree(manifest.config), config, data=(known, identity))
+    changed = changes(saved, config, data=(known, identity))
     # Before any weight is touched.
     refuse_changes(changed, config)
     load(engine, path)
     state.tokenizer, state.rows = dict(identity.tokenizer), dict(identity.rows)
+    # Samples consumed so far are a fact, whatever batch sizes this attempt has.
+    if _due(manifest, config, state)["samples_consumed"] != state.samples_consumed or state.origin_step is None:
+        state.origin_step, state.origin_samples = state.step, state.samples_consumed
     say(f"resumes at step {state.step} from {path}")
     for change in changed:
         say(f"since that checkpoint: {change}")
     return state
+
+
+def saved_run(path: Path, manifest: Manifest) -> tuple[Config, TrainState]:
+    """Settings and state that a checkpoint holds, found to agree with each other.
+
+    Args:
+        path: the checkpoint's folder, for sentences.
+        manifest: its manifest.
+
+    Raises:
+        CheckpointError: one of them is damaged, or no run with these settings comes to this state.
+    """
+    where = str(path / MANIFEST)
+    config, state = config_of(manifest, path), TrainState.from_json(manifest.train_state, where)
+    try:
+        due = _due(manifest, config, state)
+    except ConfigError as error:
+        reason = cut(str(error).rstrip("."), QUOTED_CHARACTERS)
+        raise CheckpointError(
+            f"the settings in {where} are no plan of a run: {reason}; use another checkpoint."
+        ) from error
+    for name, value in due.items():
+        found = getattr(state, name)
+        if found != value:
+            raise CheckpointError(
+                f"{where}: train_state.{name}={found}, and at step {manifest.step} its settings come to {value}; "
+                "use another checkpoint."
+            )
+    return config, state
+
+
+def _due(manifest: Manifest, config: Config, state: TrainState) -> dict[str, Any]:
+    """What the state of that step must hold, by field."""
+    due: dict[str, Any] = {"step": manifest.step, "samples_consumed": manifest.samples_consumed}
+    first = state.origin_step
+    # older checkpoints do not say where their attempt began, and batches may have changed on the way
+    if first is None or state.origin_samples is None or first > manifest.step:
+        return due
+    plan = RunPlan(config, first, state.origin_samples)
+    due["samples_consumed"] = plan.samples_before(manifest.step)
+    if manifest.step > first:
+        due["block_size"] = plan.phase_at(manifest.step - 1).phase.block_size
+    return due
 
 
 def changes(saved: Config, config: Config, *, data: tuple[DataIdentity, DataIdentity] | None = None) -> list[Change]:

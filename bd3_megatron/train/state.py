@@ -57,6 +57,10 @@ class TrainState:
     """Optimizer updates made."""
     samples_consumed: Count = 0
     """Samples of the data order that are used up; skipped batches count."""
+    origin_step: Count | None = None
+    """The state at which the attempt began to count by its own batch sizes; None in checkpoints of older versions."""
+    origin_samples: Count | None = None
+    """Samples consumed there: with the batch sizes since, they give the samples consumed now."""
     block_size: BlockSize | None = None
     """Diffusion block S of the update that led to this state; None before the first, and in checkpoints of older versions."""
     intervals: dict[BlockSize, tuple[NoiseLevel, NoiseLevel]] = field(default_factory=dict)

@@ -243,7 +243,6 @@ class Trainer:
         if after is None:
             return False
         self.state = after
-        # The plan counts on from here: samples behind the spike are consumed, steps are not.
         self.plan = replace(self.plan, origin_step=after.step, origin_samples=after.samples_consumed)
         return True
 

@@ -68,9 +68,9 @@ def hop(grid: Grid, folder: Path, first: int, count: int, **shape: Any) -> list[
         found = newest_valid(folder)
         assert found is not None and found[1].step == first
         load(engine, found[0])
-        save(engine, folder / "again", step=first, samples_consumed=0, config=config, train_state={})
+        save(engine, folder / "again", step=first, samples_consumed=4 * first, config=config, train_state={})
         record = steps(engine, first, first + count)
-        save(engine, folder, step=first + count, samples_consumed=0, config=config, train_state={})
+        save(engine, folder, step=first + count, samples_consumed=4 * (first + count), config=config, train_state={})
         return record
 
     return run_ranks(on_rank, config.parallel, timeout=300.0)[0]

@@ -52,7 +52,7 @@ def test_a_failed_save_is_told_and_harms_nothing(asynchronous: bool, tmp_path: P
 
     def on_rank(topology: Topology) -> Any:
         engine, told = build(config, topology), []
-        facts: dict[str, Any] = {"samples_consumed": 0, "config": config, "train_state": {}}
+        facts: dict[str, Any] = {"samples_consumed": 12, "config": config, "train_state": {}}
         saver = Saver(engine, tmp_path, asynchronous=asynchronous, warn=told.append)
         steps(engine, 0, 1)
         saver.save(step=1, **facts)
@@ -86,7 +86,7 @@ def test_settings_named_anew_are_the_ones_that_hold(tmp_path: Path) -> None:
     def first(topology: Topology) -> None:
         engine = build(config, topology)
         steps(engine, 0, 1)
-        save(engine, tmp_path, step=1, samples_consumed=0, config=config, train_state={})
+        save(engine, tmp_path, step=1, samples_consumed=4, config=config, train_state={})
 
     def second(topology: Topology) -> Any:
         engine = build(changed, topology)

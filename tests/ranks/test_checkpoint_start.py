@@ -49,7 +49,7 @@ def test_a_whole_checkpoint_loads_on_any_grid(grid: dict[str, Any], tmp_path: Pa
             world_size=1,
             config=to_tree(config),
             git_commit=None,
-            seeds={},
+            seeds={"run": config.run.seed},
             vocab_size=VOCAB,
             mask_id=VOCAB - 1,
             train_state={},

@@ -48,7 +48,7 @@ def test_it_equals_what_deepspeeds_converter_makes(style: str, tmp_path: Path) -
     def on_rank(topology: Topology) -> None:
         engine = build(config, topology)
         steps(engine, 0, 2)
-        save(engine, tmp_path, step=2, samples_consumed=0, config=config, train_state={})
+        save(engine, tmp_path, step=2, samples_consumed=8, config=config, train_state={})
 
     run_ranks(on_rank, config.parallel)
     ours = universal_form(open_together(tmp_path / step_name(2))) / ZERO_DIR
@@ -74,7 +74,7 @@ def test_deepspeeds_loader_reads_it(tmp_path: Path) -> None:
     def first(topology: Topology) -> Any:
         engine = build(source, topology)
         steps(engine, 0, 2)
-        save(engine, tmp_path, step=2, samples_consumed=0, config=source, train_state={})
+        save(engine, tmp_path, step=2, samples_consumed=8, config=source, train_state={})
         universal_form(open_together(tmp_path / step_name(2)))
         return steps(engine, 2, 4)
 
@@ -95,7 +95,7 @@ def test_a_form_of_another_checkpoint_is_made_anew(tmp_path: Path) -> None:
     def on_rank(topology: Topology) -> Any:
         engine, made = build(config, topology), []
         for _ in range(2):
-            save(engine, tmp_path, step=1, samples_consumed=0, config=config, train_state={})
+            save(engine, tmp_path, step=1, samples_consumed=4, config=config, train_state={})
             form = universal_form(open_together(tmp_path / step_name(1)))
             name = f"{ZERO_DIR}/decoder.final_layernorm.weight/fp32.pt"
             made.append((form / name).stat().st_mtime_ns)
@@ -136,7 +136,7 @@ def test_a_form_for_which_there_is_no_space_is_not_begun(tmp_path: Path, monkeyp
     config = tiny()
     run_ranks(
         lambda topology: save(
-            build(config, topology), tmp_path, step=1, samples_consumed=0, config=config, train_state={}
+            build(config, topology), tmp_path, step=1, samples_consumed=4, config=config, train_state={}
         ),
         config.parallel,
     )

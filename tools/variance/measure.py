@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bd3_megatron.checkpoint.describe import config_of
 from bd3_megatron.checkpoint.read import open_checkpoint
-from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
@@ -125,7 +125,7 @@ def open_subject(folder: Path, batch_rows: int) -> Subject:
         DataError: an autoregressive run, or no held-out rows.
     """
     reader = open_checkpoint(find_checkpoint(folder))
-    config, manifest = config_from_tree(reader.manifest.config), reader.manifest
+    config, manifest = config_of(reader.manifest, reader.folder), reader.manifest
     if not objective_of(config).has_noise or manifest.mask_id is None:
         raise DataError(f"'{folder}' is an autoregressive run, which draws no noise; give a block-diffusion run.")
     data = open_data(config)

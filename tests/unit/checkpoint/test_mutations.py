@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 
-from bd3_megatron.checkpoint.layout import MANIFEST, MANIFEST_DIGEST, digest_bytes, rank_name, step_name
+from bd3_megatron.checkpoint.layout import MANIFEST, rank_name, step_name
 from bd3_megatron.checkpoint.read import open_checkpoint
 from bd3_megatron.checkpoint.verify import problem_of
-from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.convert.from_checkpoint import describe_model
 from bd3_megatron.errors import SENTENCE_CHARACTERS
-from bd3_megatron.train.state import TrainState
+from bd3_megatron.train.resume import saved_run
 from tests.json_mutations import num_refused
+from tests.unit.checkpoint.conftest import publish_json
 
 MANIFESTS, SIDECARS = 70, 40
 """Mutations of each."""
-
-
-def publish_json(folder: Path, name: str, tree: dict[str, Any]) -> None:
-    """Replace one JSON file of a checkpoint as somebody would who also recomputes every checksum."""
-    manifest = json.loads((folder / MANIFEST).read_text()) if name != MANIFEST else tree
-    if name != MANIFEST:
-        content = json.dumps(tree).encode()
-        (folder / name).write_bytes(content)
-        manifest["files"][name] = {"bytes": len(content), "sha256": digest_bytes(content)}
-    content = json.dumps(manifest).encode()
-    (folder / MANIFEST).write_bytes(content)
-    (folder / MANIFEST_DIGEST).write_text(f"{digest_bytes(content)}\n")
 
 
 def read_all(folder: Path) -> None:
@@ -43,8 +31,8 @@ def read_all(folder: Path) -> None:
     for kind in reader.kinds():
         for name in reader.names():
             reader.tensor(name, kind)
-    TrainState.from_json(reader.manifest.train_state, str(folder / MANIFEST))
-    describe_model(config_from_tree(reader.manifest.config), reader.manifest, None)
+    config, _ = saved_run(folder, reader.manifest)
+    describe_model(config, reader.manifest, None)
 
 
 @pytest.mark.parametrize(("name", "count"), [(MANIFEST, MANIFESTS), (rank_name(1), SIDECARS)])

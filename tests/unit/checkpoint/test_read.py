@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bd3_megatron.checkpoint.layout import rank_name, step_name
+from bd3_megatron.checkpoint.layout import MANIFEST, rank_name, step_name
 from bd3_megatron.checkpoint.read import RELEASE_BYTES, ShardedReader, open_checkpoint, tensors
 from bd3_megatron.errors import CheckpointError
+from tests.unit.checkpoint.conftest import publish_json
 from tools import inspect_checkpoint as tool
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -88,3 +91,29 @@ def test_the_inspector_prints_and_compares(checkpoints: Path, capsys: pytest.Cap
     assert tool.main([str(second), "--verify"]) == 2
     assert capsys.readouterr().err.startswith("inspect_checkpoint: error: ")
     assert tool.main([str(run / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        (
+            "config",
+            "optim",
+            {"lr": -1},
+            "the checkpoint's own settings, config in .*manifest.json, are refused: optim.lr=-1",
+        ),
+        ("train_state", "samples_consumed", 9, "samples_consumed=8 and train_state.samples_consumed=9 differ"),
+        ("train_state", "origin_samples", 1, "train_state.samples_consumed=8, and at step 2 its settings come to 9"),
+        ("train_state", "block_size", 8, "train_state.block_size=8, and at step 2 its settings come to 4"),
+        ("train_state", "origin_step", 1, "train_state.samples_consumed=8, and at step 2 its settings come to 4"),
+    ],
+)
+def test_the_inspector_ends_like_a_resume_where_settings_and_state_do_not_agree(
+    section: str, key: str, value: Any, told: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoints / step_name(2)
+    tree = json.loads((folder / MANIFEST).read_text())
+    tree[section][key] = value
+    publish_json(folder, MANIFEST, tree)
+    assert tool.main([str(folder)]) == 2
+    assert re.search(told, capsys.readouterr().err)

@@ -9,6 +9,7 @@ import pytest
 from bd3_megatron.checkpoint.layout import LATEST, read_manifest, step_name
 from bd3_megatron.checkpoint.verify import excess_files, newest_valid, problem_of, verify
 from bd3_megatron.errors import CheckpointError
+from tests.unit.checkpoint.conftest import state_at
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -26,7 +27,7 @@ def test_an_intact_checkpoint_is_found(checkpoints: Path) -> None:
     assert found is not None
     path, manifest = found
     assert path.name == step_name(2) == (checkpoints / LATEST).read_text().strip()
-    assert (manifest.step, manifest.samples_consumed, manifest.train_state) == (2, 8, {"step": 2})
+    assert (manifest.step, manifest.samples_consumed, manifest.train_state) == (2, 8, state_at(2))
     assert excess_files(path, manifest) == []
     assert len(manifest.files) == len(files_of(path)) - 2
 

@@ -155,7 +155,9 @@ def test_a_part_of_a_nested_value_may_be_named() -> None:
     before, after = (case(data={"path": "d", "stream": {"dataset": name}}) for name in ("a", "b"))
     changed = changes(before, after)
     refuse_changes(changed, replace_field(after, "run.overridden", ("data.stream.dataset",)))
-    with pytest.raises(ConfigError, match=r"data\.stream was \{'dataset': 'a'.*name what you mean"):
+    with pytest.raises(
+        ConfigError, match=r"data\.stream was \{'dataset': 'a'\} and is \{'dataset': 'b'\}; .*name what you mean"
+    ):
         refuse_changes(changed, replace_field(after, "run.overridden", ("data.stre",)))
 
 
@@ -176,7 +178,7 @@ def test_a_run_without_checkpoint_starts_anew_and_says_so(tmp_path: Path) -> Non
     said: list[str] = []
     known = identity(7, valid=2)
     begun = resume(no_engine(), tmp_path, case(), known, said.append)
-    assert begun == TrainState(tokenizer=known.tokenizer, rows=known.rows)
+    assert begun == TrainState(tokenizer=known.tokenizer, rows=known.rows, origin_step=0, origin_samples=0)
     assert said == [f"no checkpoint in {tmp_path}: starts anew"]
 
 
