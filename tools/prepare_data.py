@@ -24,7 +24,7 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.errors import ConfigError, shown
 
 if TYPE_CHECKING:
-    from bd3_megatron.config.dataset import RowFilter
+    from bd3_megatron.config.data import RowFilter
     from bd3_megatron.data.decontaminate import NgramRequest
     from bd3_megatron.data.prepare import PrepareRequest
 
@@ -37,7 +37,13 @@ def build_parser() -> CommandParser:
     text.add_argument("--builtin", metavar="NAME", help="python-docs or python-topics: text every Python has")
     text.add_argument("--dataset", metavar="PATH", help="jsonl, parquet, arrow, csv file or folder, or hub name")
     text.add_argument("--recipe", metavar="YAML", help="a file of configs/data: sources, splits, cleaning, tokenizer")
-    how = made.add_argument_group("how to read it")
+    _add_reading(made.add_argument_group("how to read it"))
+    _add_result(made.add_argument_group("what to make"))
+    return made
+
+
+def _add_reading(how: argparse._ArgumentGroup) -> None:
+    """What of the text is taken, and how it is cut and cleaned."""
     how.add_argument(
         "--documents",
         choices=("paragraph", "line", "file"),
@@ -72,7 +78,10 @@ def build_parser() -> CommandParser:
     )
     how.add_argument("--ngram", type=int, default=None, metavar="WORDS", help="words of such a run (13)")
     how.add_argument("--detokenizer", default=None, help="undo a benchmark's spacing: wikitext, ptb, lm1b, ...")
-    what = made.add_argument_group("what to make")
+
+
+def _add_result(what: argparse._ArgumentGroup) -> None:
+    """The folder that is made."""
     what.add_argument("--out", required=True, metavar="DIR", help="folder to make; must not hold anything else")
     what.add_argument(
         "--tokenizer",
@@ -85,7 +94,6 @@ def build_parser() -> CommandParser:
     )
     what.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
     what.add_argument("--quiet", action="store_true", help="no progress bar")
-    return made
 
 
 def request_of(arguments: argparse.Namespace) -> PrepareRequest:
@@ -139,7 +147,7 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
 
 def _filter(text: str) -> RowFilter:
     """A filter as recipes write it, with or without braces."""
-    from bd3_megatron.config.dataset import RowFilter
+    from bd3_megatron.config.data import RowFilter
     from bd3_megatron.config.load import build_named
     from bd3_megatron.config.yaml_file import parse_yaml
 

@@ -18,6 +18,10 @@ LONGEST_PATH_BYTES = 4000
 """Linux takes 4096, and files are made below a folder that is named here."""
 SMALLEST_FP32 = 2.0**-126
 """The least normal number of fp32, in which runs compute: below it digits are lost, and many devices read 0."""
+# ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
+MOST_STEPS = 10**9
+MOST_TOKENS = 10**18
+"""With the greatest batch and length, counts of samples and tokens still fit 63 bits."""
 # of ext4, xfs, NFS and Lustre alike
 LONGEST_NAME_BYTES = 255
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_megatron.config import axes, dataset, experts, schema
+from bd3_megatron.config import axes, data, experts, schema
 from bd3_megatron.config.ranges import FilePath, Range
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, cut
@@ -173,7 +173,7 @@ def _field_texts() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring under it, from the sources of the schema."""
     # Python drops strings under fields, so they are read from the source
     found: dict[str, dict[str, str]] = {}
-    modules = (schema, axes, experts, dataset)
+    modules = (schema, axes, experts, data)
     for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.ClassDef):
             found[node.name] = {

@@ -11,22 +11,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from bd3_megatron.config.axes import AxesConfig
-from bd3_megatron.config.dataset import StreamConfig
+from bd3_megatron.config.data import DataConfig
 from bd3_megatron.config.experts import ExpertsConfig
-from bd3_megatron.config.ranges import Matches, PathText, Range
+from bd3_megatron.config.ranges import MOST_STEPS, MOST_TOKENS, Matches, PathText, Range
 from bd3_megatron.diffusion.constants import MIN_T, SEARCH_WIDTHS
 
-# ranges end where a longer run is certainly a slip: arithmetic on the login node stays exact and quick
-MOST_STEPS = 10**9
-MOST_TOKENS = 10**18
-"""With the greatest batch and length, counts of samples and tokens still fit 63 bits."""
-
-Weight = Annotated[float, Range(0, 1e9)]
 NoiseLevel = Annotated[float, Range(MIN_T, 1)]
 Decay = Annotated[float, Range(0, 1, open_upper=True)]
-NumPieces = Annotated[int, Range(2, 1e7)]
-# the bound of data/held_out.py: a part that is larger than the rest is a slip
-HeldOutShare = Annotated[float, Range(0, 0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,58 +100,6 @@ class ModelConfig:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return 4 * self.hidden_size if self.style == "paper" else -(-8 * self.hidden_size // 3 // 64) * 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    mixture: dict[PathText, Weight]
-    """Prepared folders with their weights in this stage; a folder that other stages name has weight 0 here."""
-    steps: Annotated[int, Range(1, MOST_STEPS)] | None = None
-    """Length in optimizer steps; the last stage may leave both out and holds to the end."""
-    tokens: Annotated[int, Range(1, MOST_TOKENS)] | None = None
-    """Length in clean tokens, instead of steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    path: PathText | None = None
-    """Folder made by tools/prepare_data.py (train/, valid/, tokenizer/); null: made from `text` under run.dir/data.
-    With mixture, stages or stream it gives tokenizer and held-out rows only."""
-    text: tuple[PathText, ...] = ()
-    """Text files or folders to prepare where path is null; `builtin:python-docs` is text every Python has."""
-    tokenizer: PathText = "bytes"
-    """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
-    tokenizer_vocab_size: NumPieces = 2048
-    """With a trained tokenizer: its number of pieces."""
-    valid_fraction: HeldOutShare = 0.05
-    """With `text`: share of documents held out for evaluation."""
-    # of a single token nothing can be predicted
-    seq_len: Annotated[int, Range(2, 1e8)]
-    """Clean tokens L of a sample; the model sees 2L rows."""
-    packing: Literal["wrap", "isolated", "pad"] = "wrap"
-    """wrap: the stream cut every L tokens (paper). isolated: documents do not see each other. pad: one document a row.
-    Under the last two, end tokens with loss fill the diffusion block in which a document ends."""
-    # processes, on each rank
-    num_workers: Annotated[int, Range(0, 1000)] = 0
-    """Loader processes per rank; 0 reads in the training process. The batches do not depend on it."""
-    shuffle: bool = True
-    """Permute samples anew in every epoch (a stateless bijection of the sample number)."""
-    mixture: dict[PathText, Weight] = field(default_factory=dict)
-    """Prepared folders with their weights, to train on instead of path's train/. Name new ones last when resuming."""
-    stages: tuple[StageConfig, ...] = ()
-    """Curriculum of mixtures, instead of `mixture`: all lengths in steps, or all in tokens."""
-    stream: StreamConfig | None = None
-    """Train on a stream that is too big to prepare, instead of path's train/."""
-
-    @property
-    def mixtures(self) -> tuple[StageConfig, ...]:
-        """The stages; one where there is no curriculum; none without a mixture."""
-        return self.stages or ((StageConfig(mixture=self.mixture),) if self.mixture else ())
-
-    @property
-    def mixed_folders(self) -> tuple[str, ...]:
-        """Folders of all mixtures in the order in which they are first named, which numbers the sources."""
-        return tuple(dict.fromkeys(folder for stage in self.mixtures for folder in stage.mixture))
 
 
 @dataclass(frozen=True, kw_only=True)

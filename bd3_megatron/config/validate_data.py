@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from bd3_megatron.config.schema import DataConfig, StageConfig
+from bd3_megatron.config.data import DataConfig, StageConfig
 from bd3_megatron.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_megatron.config.dataset import TableOptions
+from bd3_megatron.config.data import TableOptions
 from bd3_megatron.data.dataset_rows import csv_rows, line_options
 from bd3_megatron.data.text_files import TEXT_SUFFIXES, TextFiles, is_text_file
 from bd3_megatron.data.text_reading import COMPRESSIONS

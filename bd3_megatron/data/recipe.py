@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from bd3_megatron.config.dataset import TableOptions, options_of
+from bd3_megatron.config.data import HeldOutShare, NumPieces, TableOptions, options_of
 from bd3_megatron.config.load import build_named
 from bd3_megatron.config.ranges import Matches, PathText
-from bd3_megatron.config.schema import HeldOutShare, NumPieces
 from bd3_megatron.config.yaml_file import read_yaml
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer

@@ -1,7 +1,7 @@
 """Rows of tables: values by column name, nested ones too, and filters of one column and a few comparisons.
 
 Contract: filters are data, not code, and the same on the command line, in recipes and in configurations of streams.
-Refuses: values without an order; what no filter can be is refused by its fields (config/dataset.py).
+Refuses: values without an order; what no filter can be is refused by its fields (config/data.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bd3_megatron.config.dataset import RowFilter
+from bd3_megatron.config.data import RowFilter
 from bd3_megatron.errors import DataError
 
 

@@ -79,9 +79,7 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     if config.watch.preflight:
         preflight(config, topology, say)
     data = prepare_and_open(config, rank=topology.rank, say=say)
-    # from here on the configuration says what runs
-    config = replace_field(config, "parallel.dp", topology.dp)
-    config = replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
+    config = _completed(config, topology, data)
     engine, kernels = _proved_engine(config, topology, data, say)
     # After the leak check: weights are loaded only into a model whose attention was proved.
     state = resume(engine, run_dir, config, data.identity, say)
@@ -108,6 +106,12 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
         timeline=hooks.timeline,
         kernels=kernels,
     )
+
+
+def _completed(config: Config, topology: Topology, data: RunData) -> Config:
+    """The configuration as it runs: what it left to the grid and to the data is filled in."""
+    config = replace_field(config, "parallel.dp", topology.dp)
+    return replace_field(config, "model.vocab_size", config.model.vocab_size or data.vocab_size)
 
 
 def _proved_engine(

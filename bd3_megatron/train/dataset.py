@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_megatron.checkpoint.layout import checkpoint_folders
-from bd3_megatron.config.dataset import DatasetOptions, StreamConfig, options_of
+from bd3_megatron.config.data import DataConfig, DatasetOptions, StreamConfig, options_of
 from bd3_megatron.config.objective import block_sizes, objective_of
-from bd3_megatron.config.schema import Config, DataConfig
+from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention

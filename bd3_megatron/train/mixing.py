@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from bd3_megatron.config.data import DataConfig, Weight
 from bd3_megatron.config.load import build_named
-from bd3_megatron.config.ranges import Range
-from bd3_megatron.config.schema import MOST_TOKENS, DataConfig, Weight
+from bd3_megatron.config.ranges import MOST_TOKENS, Range
 from bd3_megatron.data.mixture import Stage
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.train.plan import RunPlan

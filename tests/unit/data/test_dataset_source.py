@@ -12,7 +12,7 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from bd3_megatron.config.dataset import RowFilter
+from bd3_megatron.config.data import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.row_filter import keeps

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_megatron.config.dataset import RowFilter
+from bd3_megatron.config.data import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import prepare
 from bd3_megatron.data.recipe import load_recipe

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_megatron.config.dataset import RowFilter
+from bd3_megatron.config.data import RowFilter
 from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.packing import PackedRows, PackingRule
 from bd3_megatron.data.sampler import BatchShare
