@@ -32,10 +32,10 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import GridError, LaunchError
 from launch.batch_script import Job, script_of
 from launch.cluster import FOLDER, JOB_NAME, ClusterProfile, load_cluster
-from launch.container import check_visible
+from launch.container import check_visible, check_writable_mounts
 from launch.local import check_run_folder, check_training_data
 from launch.prediction import prediction_lines
-from launch.submission import paths_of, with_absolute_paths, write_submission
+from launch.submission import paths_of, with_absolute_paths, write_submission, written_paths
 
 MOST_JOBS = 1000
 """Of a chain or an array, as SLURM's MaxArraySize is by default."""
@@ -128,6 +128,7 @@ def submission_of(options: argparse.Namespace, here: Path, now: datetime) -> Sub
         check_run_folder(config)
         check_training_data(config)
         check_visible(profile.container, {**paths_of(config), "the code's folder": folder})
+        check_writable_mounts(profile.container, written_paths(config, profile.environment))
     job = Job(
         # of a folder's name, what a job's name may hold
         name=re.sub(r"[^\w.+-]", "-", f"bd3-{run_dir.name}") if options.name is None else options.name,

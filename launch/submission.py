@@ -19,6 +19,17 @@ from bd3_megatron.files import whole, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT_FILE = "COMMIT"
 """Read by checkpoint.describe.source_commit where there is no .git."""
+# Compiled kernels, streamed files and temporary ones: a rank that cannot write there dies hours after it was queued.
+CACHE_VARIABLES = (
+    "HF_HOME",
+    "HF_DATASETS_CACHE",
+    "HF_HUB_CACHE",
+    "TMPDIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "WANDB_DIR",
+    "XDG_CACHE_HOME",
+)
 SNAPSHOT = ("bd3_megatron", "launch", "tools", "setup.py")
 
 
@@ -63,6 +74,18 @@ def paths_of(config: Config) -> dict[str, Path]:
     named |= {f"data.mixture[{number}]": folder for number, folder in enumerate(data.mixed_folders)}
     named |= {"data.tokenizer": data.tokenizer, "data.stream.dataset": data.stream.dataset if data.stream else None}
     # what is not absolute by now is a name: of a builtin text, a tokenizer, or a dataset of the hub
+    return {key: Path(value) for key, value in named.items() if value is not None and value.startswith("/")}
+
+
+def written_paths(config: Config, environment: Mapping[str, str]) -> dict[str, Path]:
+    """What ranks write to: the key or variable that names it, and the path.
+
+    Args:
+        config: of `with_absolute_paths`.
+        environment: that the profile sets on every rank.
+    """
+    named = {"run.dir": config.run.dir, "train.stop_file": config.train.stop_file}
+    named |= {f"cluster.environment.{name}": environment.get(name) for name in CACHE_VARIABLES}
     return {key: Path(value) for key, value in named.items() if value is not None and value.startswith("/")}
 
 

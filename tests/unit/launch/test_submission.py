@@ -266,8 +266,38 @@ def test_what_the_container_does_not_show_is_refused(profile: Path, config: Path
         name = "data.text[0]" if key == "data.text" else key
         with pytest.raises(LaunchError, match=rf"^{re.escape(name)}=/other/.* is not visible in the container"):
             plan(whole, f"{key}={value}")
+    # what hides a folder of a mount is what the ranks would see there
+    with pytest.raises(LaunchError, match=r"run is not visible in the container"):
+        plan(f'{whole}, "/elsewhere:{tmp_path}/run"')
     profile.write_text(text)
     assert planned(profile, config).job.name == "bd3-run", "without a container every path is seen"
+
+
+@pytest.mark.parametrize("flags", ["ro", "x-create=dir+ro"])
+def test_what_the_ranks_write_may_not_lie_on_a_read_only_mount(
+    profile: Path, config: Path, tmp_path: Path, flags: str
+) -> None:
+    text = profile.read_text()
+    read_only, writable = f'"{tmp_path}:{tmp_path}:{flags}"', f'"{tmp_path}/run:{tmp_path}/run"'
+
+    def plan(mounts: str, *overrides: str, environment: str = "") -> slurm.Submission:
+        profile.write_text(text + CONTAINER.format(kind="pyxis", mounts=mounts) + environment)
+        return planned(profile, config, *overrides)
+
+    with pytest.raises(
+        LaunchError,
+        match=rf"^run\.dir=.*/run is written by the ranks, and the container mounts {tmp_path} read-only; drop ro from",
+    ):
+        plan(read_only)
+    # the deepest mount is what a path leads to, in whatever order they stand
+    assert plan(f"{writable}, {read_only}", "data.path=data").job.name == "bd3-run"
+    with pytest.raises(LaunchError, match=rf"^train\.stop_file={tmp_path}/stop is written by the ranks"):
+        plan(f"{writable}, {read_only}", "train.stop_file=stop")
+    cache = "environment: {{TRITON_CACHE_DIR: {}}}\n"
+    with pytest.raises(LaunchError, match=r"^cluster\.environment\.TRITON_CACHE_DIR=.*/cache is written by the ranks"):
+        plan(f"{writable}, {read_only}", environment=cache.format(tmp_path / "cache"))
+    # the container's own
+    assert plan(f"{writable}, {read_only}", environment=cache.format("/tmp/cache")).job.name == "bd3-run"
 
 
 def test_a_job_is_named_after_its_folder_whatever_that_holds(profile: Path, config: Path) -> None:
