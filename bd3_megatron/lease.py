@@ -54,8 +54,8 @@ class Holder:
     """Of `machine_id`."""
     job: str | None
     """SLURM's job id; None outside SLURM."""
-    attempt: int
-    """How often SLURM has requeued the job."""
+    requeues: int
+    """How often SLURM has started the job again; status.json counts the attempts of a run."""
     started: float
     """When the folder was taken, seconds since the epoch."""
     token: str
@@ -66,7 +66,7 @@ class Holder:
         texts = isinstance(self.job, str | None) and all(
             isinstance(text, str) for text in (self.host, self.machine, self.token)
         )
-        counts = (self.process, self.ticks, self.attempt)
+        counts = (self.process, self.ticks, self.requeues)
         # ids of processes have 31 bits at most, dates end with the year 9999
         numbers = all(type(count) is int and 0 <= count < 2**63 for count in counts) and 0 < self.process < 2**31
         return texts and numbers and type(self.started) in (int, float) and 0 <= self.started < 253402300799
@@ -141,7 +141,7 @@ def this_process() -> Holder:
         ticks=ticks,
         machine=machine_id(),
         job=os.environ.get("SLURM_JOB_ID"),
-        attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        requeues=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         started=time.time(),
         token=secrets.token_hex(8),
     )
@@ -159,7 +159,7 @@ def verdict_on(found: Sighting, mine: Holder, *, has_moved: bool, watched_second
     holder = found.holder
     if holder is None:
         return "wait" if found.age_seconds < STALE_SECONDS or watched_seconds < WATCHED_SECONDS else "take over"
-    requeued = holder.job is not None and holder.job == mine.job and holder.attempt < mine.attempt
+    requeued = holder.job is not None and holder.job == mine.job and holder.requeues < mine.requeues
     runs = is_running(holder.process, holder.ticks) if holder.machine == mine.machine else None
     # on one machine the process table is certain: a dead owner's lease is replaced at once
     if runs is False:

@@ -39,8 +39,8 @@ from bd3_megatron.lease import (
 )
 from tests.json_mutations import num_refused
 
-ME = replace(this_process(), job="35", attempt=1)
-ELSEWHERE = replace(ME, host="n7", machine="another boot", token="other", job=None, attempt=0)
+ME = replace(this_process(), job="35", requeues=1)
+ELSEWHERE = replace(ME, host="n7", machine="another boot", token="other", job=None, requeues=0)
 SAME_JOB = replace(ELSEWHERE, job="35")
 ENDED = 2**22 + 1
 """Above the largest process id that Linux gives."""
@@ -95,16 +95,16 @@ def test_a_launch_whose_process_is_gone_is_replaced_at_once_and_said(tmp_path: P
 @pytest.mark.parametrize(
     ("found", "moved", "watched", "verdict"),
     [
-        (seen(replace(ME, token="other", attempt=1)), False, 0.0, "refuse"),
-        (seen(replace(ME, token="other", attempt=0)), True, 60.0, "wait"),
+        (seen(replace(ME, token="other", requeues=1)), False, 0.0, "refuse"),
+        (seen(replace(ME, token="other", requeues=0)), True, 60.0, "wait"),
         (seen(replace(ME, process=ENDED), 0.0), True, 0.0, "take over"),
         (seen(ELSEWHERE), False, 0.0, "wait"),
         (seen(ELSEWHERE), True, 5.0, "refuse"),
         (seen(ELSEWHERE, STALE_SECONDS - 1), False, WATCHED_SECONDS, "wait"),
         (seen(ELSEWHERE, STALE_SECONDS), False, WATCHED_SECONDS - 1, "wait"),
         (seen(ELSEWHERE, STALE_SECONDS), False, WATCHED_SECONDS, "take over"),
-        (seen(replace(SAME_JOB, attempt=1), REQUEUED_STALE_SECONDS), False, WATCHED_SECONDS, "wait"),
-        (seen(replace(SAME_JOB, attempt=1)), True, 5.0, "refuse"),
+        (seen(replace(SAME_JOB, requeues=1), REQUEUED_STALE_SECONDS), False, WATCHED_SECONDS, "wait"),
+        (seen(replace(SAME_JOB, requeues=1)), True, 5.0, "refuse"),
         (seen(SAME_JOB, REQUEUED_STALE_SECONDS - 1), False, WATCHED_SECONDS, "wait"),
         (seen(SAME_JOB), True, WATCHED_SECONDS, "wait"),
         (seen(SAME_JOB, REQUEUED_STALE_SECONDS), False, WATCHED_SECONDS, "take over"),
