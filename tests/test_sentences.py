@@ -67,6 +67,7 @@ UPSTREAM_ELSEWHERE = {
     "configuration_bd3lm.py": "kuleshov-group's folders on the Hub",
     "modeling_bd3lm.py": "kuleshov-group's folders on the Hub",
     "configuration_sdar.py": "JetAstra/SDAR's folders on the Hub",
+    "modeling_llada2_moe.py": "inclusionAI's folders on the Hub",
     "lmdeploy/pytorch/configurations/sdar.py": "InternLM/lmdeploy",
     "pytorch/configurations/sdar.py": "InternLM/lmdeploy",
     "python/sglang/srt/dllm/config.py": "sgl-project/sglang",

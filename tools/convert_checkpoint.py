@@ -1,6 +1,6 @@
 """Turn a run's checkpoint into a Hugging Face folder: `python tools/convert_checkpoint.py RUN --out FOLDER`.
 
-One process, no GPU, no process group; memory for the largest tensor and a little. With `--layout sdar` or `qwen3` the
+One process, no GPU, no process group; memory for the largest tensor and a little. With `--layout` sdar, llada2 or qwen3 the
 folder is what SGLang and LMDeploy serve; RUN may then also be a folder exported before. A thin command over
 convert/from_checkpoint and convert/layouts; imports late, so that --help is quick.
 """
@@ -34,13 +34,15 @@ def build_parser() -> CommandParser:
     parser.add_argument("--raw", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--dtype", choices=sorted(TORCH_NAMES), default="fp32", help="of the stored weights")
     parser.add_argument(
-        "--layout", choices=(OWN_LAYOUT, "sdar", "qwen3"), default=OWN_LAYOUT, help="whose names and fields"
+        "--layout", choices=(OWN_LAYOUT, "sdar", "llada2", "qwen3"), default=OWN_LAYOUT, help="whose names and fields"
     )
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument(
-        "--remap-mask", action="store_true", help="sdar: move the mask to the id SGLang and LMDeploy assume"
+        "--remap-mask", action="store_true", help="sdar, llada2: move the mask to the id SGLang and LMDeploy assume"
     )
-    mask.add_argument("--keep-mask", action="store_true", help="sdar: leave the mask's id, for engines that take any")
+    mask.add_argument(
+        "--keep-mask", action="store_true", help="sdar, llada2: leave the mask's id, for engines that take any"
+    )
     parser.add_argument("--license", help="licence of the weights, for the model card (default: it names none)")
     return parser
 

@@ -29,6 +29,13 @@ def build_parser() -> CommandParser:
         default="mean",
         help="the mask token's row: mean of the others, drawn like them, or as the source has it",
     )
+    parser.add_argument(
+        "--upcycle",
+        type=float,
+        metavar="NOISE",
+        help="make the run's experts of a dense folder's MLPs; each copy gets noise of NOISE times its weights' standard "
+        "deviation (0: the logits stay what they are)",
+    )
     return parser
 
 
@@ -64,6 +71,7 @@ def work(parsed: argparse.Namespace) -> int:
         vocab_size=size,
         mask_id=mask_id,
         mask_init=parsed.mask_init,
+        upcycle_noise=parsed.upcycle,
         tokenizer=(header.tokenizer_fingerprint, str(data_folder(config))),
     )
     print(f"{report.path}: {report.num_parameters / 1e6:.2f} M parameters of a {report.model_type} folder")

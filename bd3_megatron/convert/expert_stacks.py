@@ -23,7 +23,7 @@ LLADA2_NAMES = {
     ".attention.key_layernorm.": ".self_attn.k_norm.",
 }
 """Parts of LLaDA2's names, and what the plain model says; all others are equal."""
-_FUSED = ".attention.query_key_value.weight"
+FUSED_QKV = ".attention.query_key_value.weight"
 # With and without .weight: parameters of a stack have none, linear layers have.
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 # Gate over up, as transformers 5.x stacks them.
@@ -87,8 +87,12 @@ class SplitExperts:
         matrix = self._last[1][part.expert]
         return matrix if part.half is None else matrix.chunk(2)[part.half]
 
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """As PlainSource, of a table."""
+        return self._folder.rows(self._parts[name].stored, start, end)
+
     def _parts_of(self, stored: str) -> dict[str, _Part]:
-        if self._qkv_rows is not None and stored.endswith(_FUSED):
+        if self._qkv_rows is not None and stored.endswith(FUSED_QKV):
             return self._fused(stored, self._qkv_rows)
         found = _STACKED.fullmatch(stored)
         # A matrix an expert, or no expert at all: under its own name.
@@ -114,7 +118,7 @@ class SplitExperts:
         """All heads of q, then those of k, then those of v."""
         parts, start = {}, 0
         for letter, rows in zip("qkv", qkv_rows, strict=True):
-            name = stored.replace(_FUSED, f".self_attn.{letter}_proj.weight")
+            name = stored.replace(FUSED_QKV, f".self_attn.{letter}_proj.weight")
             parts[name] = _Part(stored, rows=(start, start + rows))
             start += rows
         return parts

@@ -23,6 +23,7 @@ WRITTEN_NAMES = frozenset(
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
         *("bd3_tokenizer.json", "chat_template.jinja", "chat_template.json", "configuration_sdar.py"),
+        "configuration_llada2_moe.py",
     }
 )
 """What exports write beside weights and the plain model's files; other tokenizer files are kept from replacement."""

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import torch
 
+from bd3_megatron.convert.llada2 import write_llada2
 from bd3_megatron.convert.plain_source import FolderSource
 from bd3_megatron.convert.qwen3_layout import LayoutRequest, MaskPlace, write_qwen3
 from bd3_megatron.convert.sdar import write_sdar
 from bd3_megatron.convert.to_hf import check_ids, checked_shapes
 from bd3_megatron.sampling.folder import read_config
 
-LAYOUTS: Mapping[str, Callable[[LayoutRequest], list[str]]] = {"sdar": write_sdar, "qwen3": write_qwen3}
+LAYOUTS: Mapping[str, Callable[[LayoutRequest], list[str]]] = {
+    "sdar": write_sdar,
+    "llada2": write_llada2,
+    "qwen3": write_qwen3,
+}
 """What writes each; returns what the user must know."""
 
 

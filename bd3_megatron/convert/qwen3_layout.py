@@ -49,15 +49,13 @@ def write_qwen3(request: LayoutRequest) -> list[str]:
     """
     config, dtype = request.config, request.dtype
     check_shape_of_qwen3(config, "qwen3")
-    if config.num_experts:
-        _check_mixture(config)
     if objective_named(config.objective).has_noise:
         raise ConversionError(
             "objective=block cannot be written as qwen3: readers of Qwen3 take a position's logits for the next token's; "
             "use --layout sdar."
         )
-    with published(request.out, model_type="qwen3") as staging:
-        described = qwen3_config(config, dtype=dtype) | (_mixture_config(config) if config.num_experts else {})
+    described = qwen3_config(config, dtype=dtype)
+    with published(request.out, model_type=described["model_type"]) as staging:
         write_json(staging / "config.json", described)
         write_json(staging / "generation_config.json", special_ids(config))
         stream_weights(staging, request.shapes, request.source.tensor, dtype=dtype)
@@ -66,8 +64,8 @@ def write_qwen3(request: LayoutRequest) -> list[str]:
 
 
 def qwen3_config(config: BD3Config, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Content of config.json of a dense model."""
-    return {
+    """Content of config.json."""
+    dense = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_size": config.hidden_size,
@@ -96,6 +94,7 @@ def qwen3_config(config: BD3Config, *, dtype: torch.dtype) -> dict[str, Any]:
         "use_cache": True,
         "torch_dtype": DTYPE_NAMES[dtype],
     }
+    return dense | (_mixture_config(config) if config.num_experts else {})
 
 
 def special_ids(config: BD3Config) -> dict[str, Any]:
@@ -123,16 +122,18 @@ def check_shape_of_qwen3(config: BD3Config, layout: str) -> None:
         )
     if not config.qk_norm:
         raise ConversionError(f"qk_norm=false cannot be written as {layout}, whose queries and keys are normed.")
+    if config.num_experts:
+        _check_mixture(config, layout)
 
 
-def _check_mixture(config: BD3Config) -> None:
+def _check_mixture(config: BD3Config, layout: str) -> None:
     """Refuse experts that Qwen3-MoE's modelling file does not compute."""
     plain = {"score_function": "softmax", "router_bias": False, "shared_expert_intermediate_size": 0, "n_group": 1}
     plain |= {"routed_scaling_factor": 1.0}
     for field, wanted in plain.items():
         if getattr(config, field) != wanted:
             raise ConversionError(
-                f"{field}={getattr(config, field)} cannot be written as qwen3, whose experts have {wanted}; use the exported "
+                f"{field}={getattr(config, field)} cannot be written as {layout}, whose experts have {wanted}; use the exported "
                 "folder itself."
             )
 

@@ -1,8 +1,8 @@
-"""An exported folder in the layout of SDAR, Qwen3-shaped block diffusion that other engines serve.
+"""An exported folder in the layout of SDAR, Qwen3-shaped block diffusion that other engines serve, also with experts.
 
 Weights pass through but for the two tables of the vocabulary: the rows of the output table that are of no token, and the
-mask's, are silent (convert/silent_rows.py). Refused: what Qwen3's layout refuses (convert/qwen3_layout.py), any experts,
-shifted logits. SDAR's modelling files are not ours to write.
+mask's, are silent (convert/silent_rows.py). Refused: what Qwen3's layout refuses (convert/qwen3_layout.py), shifted logits.
+SDAR's modelling files are not ours to write.
 Source: JetAstra/SDAR configuration_sdar.py; SGLang python/sglang/srt/dllm/config.py; LMDeploy pytorch/configurations/sdar.py;
 JetEngine's reading of config.json.
 """
@@ -10,8 +10,10 @@ JetEngine's reading of config.json.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from bd3_megatron.convert.folder import copy_files, published
 from bd3_megatron.convert.from_ar import EMBED_TOKENS, LM_HEAD
 from bd3_megatron.convert.moved_mask import move_mask
-from bd3_megatron.convert.plain_source import FolderSource
+from bd3_megatron.convert.plain_source import FolderSource, PlainSource
 from bd3_megatron.convert.qwen3_layout import (
     NO_TOKENIZER,
     LayoutRequest,
@@ -36,11 +38,54 @@ from bd3_megatron.errors import ConversionError
 from bd3_megatron.files import write_json
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name -> shape."""
 SDAR_MASK_ID = 151669
 """SGLang and LMDeploy take it from their own source, whatever the folder says."""
 # Rows of the published SDAR models; the mask's row lies beyond Qwen3's own tokens.
 SDAR_VOCAB_SIZE = 151936
-CONFIGURATION_FILE = "configuration_sdar.py"
+
+
+class Spelling(Protocol):
+    """How a layout names the plain model's tensors."""
+
+    def shapes(self, plain: Shapes) -> Shapes:
+        """Of every tensor of the folder."""
+
+    def tensors(self, plain: Shapes, tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """What makes a tensor of the folder from `tensor` of the plain model."""
+
+    def opened(self, folder: Path) -> PlainSource:
+        """A written folder under plain names."""
+
+
+class PlainNames:
+    """The plain model's own."""
+
+    def shapes(self, plain: Shapes) -> Shapes:
+        """As Spelling."""
+        return plain
+
+    def tensors(self, plain: Shapes, tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """As Spelling."""
+        return tensor
+
+    def opened(self, folder: Path) -> PlainSource:
+        """As Spelling."""
+        return FolderSource(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedLayout:
+    """What a layout of block diffusion has of its own."""
+
+    mask_id: int
+    """That engines assume."""
+    vocab_size: int
+    """Rows of its published models."""
+    describe: Callable[[BD3Config, torch.dtype], dict[str, Any]]
+    """Content of config.json."""
+    spelling: Spelling
 
 
 def write_sdar(request: LayoutRequest) -> list[str]:
@@ -49,27 +94,51 @@ def write_sdar(request: LayoutRequest) -> list[str]:
     Raises:
         ConversionError: the layout cannot express the model, or no row keeps unused ids silent.
     """
+    check_shape_of_qwen3(request.config, "sdar")
+    layout = ServedLayout(
+        mask_id=SDAR_MASK_ID, vocab_size=SDAR_VOCAB_SIZE, describe=_sdar_config, spelling=PlainNames()
+    )
+    return write_served(request, layout)
+
+
+def write_served(request: LayoutRequest, layout: ServedLayout) -> list[str]:
+    """Write a folder of block diffusion; returns what the user must know.
+
+    Args:
+        request: what to make of which folder.
+        layout: of the folder to write.
+
+    Raises:
+        ConversionError: shifted logits, a mask without a place, or no row that keeps unused ids silent.
+    """
     config, source, dtype = request.config, request.source, request.dtype
-    _check_expressible(config)
+    if not objective_named(config.objective).has_noise:
+        raise ConversionError(
+            "objective=ar has shifted logits and no mask; engines of block diffusion expect neither: use --layout qwen3."
+        )
     # The source's configuration stays as it is: the tables below need both.
     target = copy.copy(config)
-    target.mask_token_id, target.vocab_size = _mask_and_rows(config, request.mask)
+    target.mask_token_id, target.vocab_size = _mask_and_rows(config, request.mask, layout)
     # rows of the output table that are silent are rows of the input table too: the two cannot be one
     target.tie_word_embeddings = False
     tables = SdarTables(source, config, target)
     shapes = request.shapes | {name: (target.vocab_size, config.hidden_size) for name in (EMBED_TOKENS, LM_HEAD)}
-    with published(request.out, model_type="sdar") as staging:
-        write_json(staging / "config.json", _sdar_config(target, dtype=dtype))
+    described = layout.describe(target, dtype)
+    with published(request.out, model_type=described["model_type"]) as staging:
+        write_json(staging / "config.json", described)
         # The model's own distribution; transformers' defaults would cut it.
         sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         write_json(staging / "generation_config.json", special_ids(target) | sampled)
-        stream_weights(staging, shapes, tables.tensor, dtype=dtype)
+        spelling = layout.spelling
+        stream_weights(staging, spelling.shapes(shapes), spelling.tensors(shapes, tables.tensor), dtype=dtype)
         # On the written, rounded weights, before the folder has its name.
-        mass = check_silent(FolderSource(staging), target, tables.probed, tables.silent_ids)
+        mass = check_silent(spelling.opened(staging), target, tables.probed, tables.silent_ids)
         copied = copy_files(request.folder, staging, is_tokenizer_file)
         moved = target.mask_token_id == config.mask_token_id or _move(staging, config, target)
-        copy_files(model_files_dir(), staging, lambda path: path.name == CONFIGURATION_FILE)
-    return _remarks(config, target, mass, has_tokenizer=bool(copied), tokenizer_follows=moved)
+        file = described["auto_map"]["AutoConfig"].partition(".")[0]
+        copy_files(model_files_dir(), staging, lambda path: path.name == f"{file}.py")
+    stays = target.mask_token_id != layout.mask_id
+    return _remarks(config, target, mass, stays=stays, has_tokenizer=bool(copied), tokenizer_follows=moved)
 
 
 class SdarTables:
@@ -109,52 +178,50 @@ def _move(staging: Path, config: BD3Config, target: BD3Config) -> bool:
     return move_mask(staging, config.mask_token_id, target.mask_token_id)
 
 
-def _sdar_config(config: BD3Config, *, dtype: torch.dtype) -> dict[str, Any]:
+def _sdar_config(config: BD3Config, dtype: torch.dtype) -> dict[str, Any]:
     """Content of config.json."""
-    theirs = {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "use_cache": False}
+    kind, model_type = ("SDARMoe", "sdar_moe") if config.num_experts else ("SDAR", "sdar")
+    theirs = {"architectures": [f"{kind}ForCausalLM"], "model_type": model_type, "use_cache": False}
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
-    auto_map = {"AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.SDARConfig"}
-    ours = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, "auto_map": auto_map}
-    return qwen3_config(config, dtype=dtype) | theirs | switches | ours
+    theirs |= switches | served_entries(config, f"configuration_sdar.{kind}Config")
+    return qwen3_config(config, dtype=dtype) | theirs
 
 
-def _check_expressible(config: BD3Config) -> None:
-    check_shape_of_qwen3(config, "sdar")
-    if config.num_experts:
-        raise ConversionError(
-            f"num_experts={config.num_experts} cannot be written as sdar, whose engines take the dense model; use the exported "
-            "folder itself, or --layout qwen3 for objective=ar."
-        )
-    if not objective_named(config.objective).has_noise:
-        raise ConversionError(
-            "objective=ar has shifted logits and no mask; SDAR's engines expect neither: use --layout qwen3."
-        )
+def served_entries(config: BD3Config, configuration: str) -> dict[str, Any]:
+    """The entries of config.json that engines of block diffusion ask for.
+
+    Args:
+        config: of the folder.
+        configuration: file.class for transformers' AutoConfig.
+    """
+    auto_map = {"AutoConfig": configuration}
+    return {"block_size": config.block_size, "mask_token_id": config.mask_token_id, "auto_map": auto_map}
 
 
-def _mask_and_rows(config: BD3Config, mask: MaskPlace | None) -> tuple[int | None, int]:
-    """Mask id and rows of the tables in SDAR's layout."""
-    if config.mask_token_id == SDAR_MASK_ID or mask == "kept":
+def _mask_and_rows(config: BD3Config, mask: MaskPlace | None, layout: ServedLayout) -> tuple[int | None, int]:
+    """Mask id and rows of the tables."""
+    if config.mask_token_id == layout.mask_id or mask == "kept":
         return config.mask_token_id, config.vocab_size
     if mask is None:
         raise ConversionError(
-            f"mask_token_id={config.mask_token_id}, but SGLang and LMDeploy assume {SDAR_MASK_ID} for SDAR; give "
-            "--remap-mask to move the row there, or --keep-mask for JetEngine and SDAR's own script, which take any id."
+            f"mask_token_id={config.mask_token_id}, but SGLang and LMDeploy assume {layout.mask_id} in this layout; give "
+            "--remap-mask to move the row there, or --keep-mask for JetEngine and the models' own scripts, which take any id."
         )
     # Overwriting it would take a token of the model's away.
-    if config.vocab_size > SDAR_MASK_ID:
+    if config.vocab_size > layout.mask_id:
         raise ConversionError(
-            f"row {SDAR_MASK_ID} of the vocabulary ({config.vocab_size} rows) belongs to a token of its own; the mask "
-            "cannot be moved there: use --keep-mask, and serve the model with JetEngine or SDAR's own script."
+            f"row {layout.mask_id} of the vocabulary ({config.vocab_size} rows) belongs to a token of its own; the mask "
+            "cannot be moved there: use --keep-mask, and serve the model with JetEngine or the models' own script."
         )
-    return SDAR_MASK_ID, SDAR_VOCAB_SIZE
+    return layout.mask_id, layout.vocab_size
 
 
 def _remarks(
-    config: BD3Config, target: BD3Config, mass: float, *, has_tokenizer: bool, tokenizer_follows: bool
+    config: BD3Config, target: BD3Config, mass: float, *, stays: bool, has_tokenizer: bool, tokenizer_follows: bool
 ) -> list[str]:
     remarks = [
         f"ids of no token and the mask have at most {mass:.1g} of the probability at any position of a probe",
-        "SDAR's modelling files are not written: SGLang, LMDeploy and JetEngine bring their own, transformers needs them",
+        "modelling files are not written: SGLang, LMDeploy and JetEngine bring their own, transformers needs them",
     ]
     if config.tie_word_embeddings:
         remarks.append("the output table is stored apart from the input table, because its unused rows are silent")
@@ -166,6 +233,6 @@ def _remarks(
                 if tokenizer_follows
                 else f"the tokenizer cannot hold id {target.mask_token_id} and still says {config.mask_token_id}"
             )
-    elif target.mask_token_id != SDAR_MASK_ID:
+    elif stays:
         remarks.append(f"the mask stays at {target.mask_token_id}: tell JetEngine mask_token_id={target.mask_token_id}")
     return remarks if has_tokenizer else [*remarks, NO_TOKENIZER]

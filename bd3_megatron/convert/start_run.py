@@ -30,6 +30,7 @@ from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.convert.plain_config import MIXTURE_FIELDS, mixture_fields
 from bd3_megatron.convert.plain_source import FolderSource, PlainSource
 from bd3_megatron.convert.to_hf import check_ids, checked_shapes
+from bd3_megatron.convert.upcycle import upcycled
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
 from bd3_megatron.data.tokenizer_open import check_folder_tokenizer
 from bd3_megatron.diffusion.objective import objective_named
@@ -73,6 +74,7 @@ def start_run(
     vocab_size: int,
     mask_id: int | None,
     mask_init: MaskInit = "mean",
+    upcycle_noise: float | None = None,
     tokenizer: tuple[str, str] | None = None,
 ) -> StartReport:
     """Write step 0 of a run from a folder's weights.
@@ -83,6 +85,8 @@ def start_run(
         vocab_size: V of the run (of its data, or model.vocab_size), mask id included.
         mask_id: of the run; None for objective ar.
         mask_init: how the mask's row is made of a model that has none.
+        upcycle_noise: make the run's experts of the MLPs of a dense folder, each copy with noise of so many times the standard
+            deviation of its weights; None: the folder must have the run's experts.
         tokenizer: (fingerprint, what it belongs to) of the run's data; None: not compared.
 
     Raises:
@@ -100,6 +104,11 @@ def start_run(
         # a folder without tokenizer files still says which one its model learned
         check_same_tokenizer((described.tokenizer_fingerprint, f"the model in {folder}"), tokenizer)
     check_ids(described, str(folder))
+    dense = None
+    if upcycle_noise is not None:
+        dense = (described, source)
+        described, source = upcycled(described, source, config, noise=upcycle_noise)
+        origin |= {"upcycle_noise": upcycle_noise}
     refuse_other_shape(described, config)
     table = NameTable(config.model, vocab_size)
     plain_shapes = checked_shapes(source, described)
@@ -110,18 +119,25 @@ def start_run(
 
     path = checkpoints / step_name(0)
     proof: list[float] = []
+
+    def prove(folder: Path) -> None:
+        proof.append(_prove(folder, config, source, described))
+        # of the folder itself too, and not only of what was made of it
+        if dense is not None and not upcycle_noise:
+            proof.append(_prove(folder, config, dense[1], dense[0]))
+
     write_whole(
         path,
         _manifest(config, vocab_size, mask_id, origin),
         shapes,
         produce,
-        check=lambda folder: proof.append(_prove(folder, config, source, described)),
+        check=prove,
     )
     return StartReport(
         path=path,
         model_type=str(origin["model_type"]),
         num_parameters=sum(math.prod(shape) for shape in plain_shapes.values()),
-        max_logit_difference=proof[0],
+        max_logit_difference=max(proof),
     )
 
 

@@ -125,7 +125,8 @@ def model_files_dir() -> Path:
 
 def is_model_file(path: Path) -> bool:
     """Whether a file of the folder above is one of those that travel."""
-    return path.suffix == ".py" and path.name not in ("__init__.py", "configuration_sdar.py")
+    is_foreign = path.stem.startswith("configuration_") and path.stem != "configuration_bd3"
+    return path.suffix == ".py" and path.name != "__init__.py" and not is_foreign
 
 
 def is_tokenizer_file(path: Path) -> bool:

@@ -58,3 +58,9 @@ class SDARConfig(PretrainedConfig):
         self.block_size = block_size
         self.mask_token_id = mask_token_id
         self.rope_theta = rope_theta
+
+
+class SDARMoeConfig(SDARConfig):
+    """The same model with experts, as Qwen3-MoE has them; its keys too become attributes."""
+
+    model_type = "sdar_moe"

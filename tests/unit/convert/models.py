@@ -108,4 +108,14 @@ def parallel_shape(name: str, config: Config, rows: int) -> tuple[int, ...]:
         "mlp.linear_fc1.bias": (ffn,),
         "mlp.linear_fc2.weight": (d, ffn),
     }
+    if m.experts is not None:
+        e, width, shared = m.experts.number, m.experts.width, m.experts.shared_width or 0
+        known |= {
+            "mlp.router.weight": (e, d),
+            "mlp.router.expert_bias": (e,),
+            "mlp.experts.linear_fc1.weight": (e, 2 * width, d),
+            "mlp.experts.linear_fc2.weight": (e, d, width),
+            "mlp.shared_experts.linear_fc1.weight": (2 * shared, d),
+            "mlp.shared_experts.linear_fc2.weight": (d, shared),
+        }
     return known.get(name) or known.get(last) or (d,)
