@@ -132,4 +132,6 @@ def _llada2_config(config: BD3Config, dtype: torch.dtype) -> dict[str, Any]:
         "use_qk_norm": True,
         "use_rmsnorm": True,
     }
-    return qwen3_config(config, dtype=dtype) | theirs | served_entries(config, "configuration_llada2_moe.LLaDA2MoeConfig")
+    return (
+        qwen3_config(config, dtype=dtype) | theirs | served_entries(config, "configuration_llada2_moe.LLaDA2MoeConfig")
+    )

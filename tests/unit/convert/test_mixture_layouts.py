@@ -86,8 +86,6 @@ def test_the_names_are_those_of_llada2(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_layout_cannot_express_is_refused(
-    model: dict[str, Any], layout: str, law: str, tmp_path: Path
-) -> None:
+def test_what_a_layout_cannot_express_is_refused(model: dict[str, Any], layout: str, law: str, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=law):
         export_layout(ours(tmp_path, model), tmp_path / "theirs", layout, mask="kept")
