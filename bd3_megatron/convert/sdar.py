@@ -180,10 +180,12 @@ def _move(staging: Path, config: BD3Config, target: BD3Config) -> bool:
 
 def _sdar_config(config: BD3Config, dtype: torch.dtype) -> dict[str, Any]:
     """Content of config.json."""
-    kind, model_type = ("SDARMoe", "sdar_moe") if config.num_experts else ("SDAR", "sdar")
-    theirs = {"architectures": [f"{kind}ForCausalLM"], "model_type": model_type, "use_cache": False}
+    names = ("SDARForCausalLM", "sdar", "SDARConfig")
+    if config.num_experts:
+        names = ("SDARMoeForCausalLM", "sdar_moe", "SDARMoeConfig")
+    theirs: dict[str, Any] = {"architectures": [names[0]], "model_type": names[1], "use_cache": False}
     switches = {"fuse_cross_entropy": False, "attn_implementation": "flex_attention", "ep_size": 1, "debug": False}
-    theirs |= switches | served_entries(config, f"configuration_sdar.{kind}Config")
+    theirs |= switches | served_entries(config, f"configuration_sdar.{names[2]}")
     return qwen3_config(config, dtype=dtype) | theirs
 
 
