@@ -56,6 +56,7 @@ class Llada2Names:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in plain.items():
             stored = _stored(name)
+            # q, k and v meet under one name; everything else is alone under its own
             rows = shapes[stored][0] if stored in shapes else 0
             shapes[stored] = (rows + shape[0], *shape[1:])
         return shapes
@@ -91,6 +92,7 @@ def _stored(name: str) -> str:
 
 
 def _check_expressible(config: BD3Config) -> None:
+    # Their file computes these whatever its configuration says.
     plain = {"score_function": "sigmoid", "router_bias": True, "norm_topk_prob": True}
     if not config.num_experts:
         raise ConversionError(
@@ -102,6 +104,7 @@ def _check_expressible(config: BD3Config) -> None:
                 f"{field}={getattr(config, field)} cannot be written as llada2, whose experts have {wanted}; use the exported "
                 "folder itself."
             )
+    # several shared experts are one MLP of their widths together, so a width between them has no name there
     if config.shared_expert_intermediate_size % config.moe_intermediate_size:
         raise ConversionError(
             f"a shared expert of width {config.shared_expert_intermediate_size} cannot be written as llada2, which counts shared "

@@ -123,6 +123,7 @@ def write_served(request: LayoutRequest, layout: ServedLayout) -> list[str]:
     target.tie_word_embeddings = False
     tables = SdarTables(source, config, target)
     shapes = request.shapes | {name: (target.vocab_size, config.hidden_size) for name in (EMBED_TOKENS, LM_HEAD)}
+    # Of the target: mask id and rows are those of the tables as they are written.
     described = layout.describe(target, dtype)
     with published(request.out, model_type=described["model_type"]) as staging:
         write_json(staging / "config.json", described)

@@ -54,6 +54,7 @@ def upcycled(
     if not 0 <= noise <= MOST_NOISE:
         raise RangeError(f"--upcycle {noise:g} is outside [0, {MOST_NOISE:g}]; 0.01 sets copies apart a little.")
     slices = _slices(experts, described.intermediate_size)
+    # The folder's own description stays: the proof compares the two.
     target = copy.copy(described)
     fields = mixture_fields(config.model)
     for field in MIXTURE_FIELDS:
@@ -80,6 +81,7 @@ def _slices(experts: ExpertsConfig, width: int) -> int:
             raise ConversionError(
                 f"{name}={value} is no multiple of the {slices} experts that a copy of the folder's MLP is cut into; use one."
             )
+    # their sum would be what the router gives to the chosen ones, which differs from row to row
     if not experts.normalize_top_k:
         raise ConversionError(
             "normalize_top_k=false leaves the sum of the weights to the router, so that no copies compute what the folder "
@@ -96,6 +98,7 @@ class _Upcycled:
     ) -> None:
         self._dense, self._target, self._slices = dense, target, slices
         self._noise, self._seed, self._std = noise, seed, std
+        # without memory: a mixture may be many times as large as the folder
         self._shapes = expected_shapes(target)
 
     def names(self) -> list[str]:
@@ -118,6 +121,7 @@ class _Upcycled:
         if expert is None:
             return self._dense.tensor(name)
         prefix, number, part = expert.groups()
+        # Read again for every expert: copies of all layers would not fit where one matrix does.
         whole = self._dense.tensor(f"{prefix}{part}_proj.weight").float()
         return self._cut(whole, number, part, name)
 
@@ -135,9 +139,11 @@ class _Upcycled:
 
     def _router(self, name: str) -> Tensor:
         number, hidden = self._shapes[name]
+        # Drawn, not zero: at equal scores every row would choose the same copies, and others would never learn.
         rows = self._drawn(name, (number // self._slices, hidden)) * self._std
         return rows.repeat_interleave(self._slices, dim=0)
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        # keyed by the tensor's name, so that the draw does not depend on the order of reading
         generator = torch.Generator().manual_seed(generator_seed(self._seed, Purpose.INIT, f"upcycled {name}"))
         return torch.randn(math.prod(shape), generator=generator).view(shape)
