@@ -64,6 +64,9 @@ def print_split(shards: ShardFolder) -> None:
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     print(f"{shards.where}")
     print(f"  tokens       {header.num_tokens:,} ({header.dtype.name}) in {len(header.shards)} shards")
+    if header.num_supervised is not None:
+        share = 100 * header.num_supervised / header.num_tokens
+        print(f"  answers      {header.num_supervised:,} tokens ({share:.1f}%); nothing else is predicted")
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(header.left_out.items())) or "none"
     print(f"  documents    {header.num_documents:,}; left out: {left_out}")
     print(f"  held out     {header.held_out_fraction:g} of the documents, by content")

@@ -5,6 +5,7 @@ Runs again where it was broken off; the result does not depend on the number of 
     tools/prepare_data.py --builtin python-docs --tokenizer sentencepiece --vocab-size 2048 --out data/docs
     tools/prepare_data.py --text book.txt notes/ --tokenizer bytes --out data/own
     tools/prepare_data.py --dataset corpus.jsonl --column text --tokenizer path/to/tokenizer --out data/own --workers 8
+    tools/prepare_data.py --dataset chats.jsonl --messages messages --tokenizer path/to/tokenizer --out data/chats
     tools/prepare_data.py --recipe configs/data/wikitext103.yaml --out data/wikitext103
 """
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from bd3_megatron.data.prepare import PrepareRequest
 
 
+_OF_ANSWERS = ("messages", "prompt-column", "answer-column")
+"""Options that make a folder of which only answers are predicted."""
+
+
 def build_parser() -> CommandParser:
     """The arguments of this tool."""
     made = CommandParser(prog="prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,7 +55,16 @@ def _add_reading(how: argparse._ArgumentGroup) -> None:
         default="paragraph",
         help="with --text, where a document ends: blank line (default), line, or file",
     )
-    how.add_argument("--column", default="text", help="with --dataset, meta.body for nested ones (default: text)")
+    how.add_argument("--column", default=None, help="with --dataset, meta.body for nested ones (default: text)")
+    how.add_argument(
+        "--messages",
+        nargs="?",
+        const="messages",
+        metavar="COLUMN",
+        help="with --dataset: chats, written by the tokenizer's chat template; only the assistant's turns are predicted",
+    )
+    how.add_argument("--prompt-column", metavar="COLUMN", help="with --dataset and --answer-column: what is given")
+    how.add_argument("--answer-column", metavar="COLUMN", help="with --dataset: what is predicted, and nothing else")
     how.add_argument("--split", default="train", help="with --dataset, e.g. train[:-1000] (default: train)")
     how.add_argument("--name", help="with --dataset: its configuration")
     how.add_argument(
@@ -123,6 +137,9 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
     # Silently ignoring a filter would train on rows that somebody wanted out.
     if arguments.filter and not arguments.dataset:
         raise ConfigError("--filter is about rows of --dataset; a recipe states filters of its own.")
+    of_answers = [f"--{name}" for name in _OF_ANSWERS if getattr(arguments, name.replace("-", "_")) is not None]
+    if of_answers and not arguments.dataset:
+        raise ConfigError(f"{' and '.join(of_answers)} names columns of --dataset; a recipe states its own.")
     if arguments.recipe:
         from bd3_megatron.data.recipe import load_recipe
 
@@ -134,9 +151,12 @@ def request_of(arguments: argparse.Namespace) -> PrepareRequest:
             path=arguments.dataset,
             name=arguments.name,
             split=arguments.split,
-            column=arguments.column,
+            column=arguments.column or HubDataset.column,
             filters=tuple(_filter(text) for text in arguments.filter),
             streaming=arguments.streaming,
+            messages=arguments.messages,
+            prompt_column=arguments.prompt_column,
+            answer_column=arguments.answer_column,
         )
         return PrepareRequest(out=out, sources={"train": dataset}, **changes)
     from bd3_megatron.data.sources import text_source
@@ -190,6 +210,11 @@ def work(options: argparse.Namespace) -> int:
     )
     counts = ", ".join(
         f"{split} {made.num_tokens[split]:,} tokens in {made.num_documents[split]:,} documents"
+        + (
+            f" ({made.num_supervised[split]:,} of answers, which alone are predicted)"
+            if split in made.num_supervised
+            else ""
+        )
         for split in made.num_tokens
     )
     # The same request on a finished folder does nothing, so scripts may call this every time.

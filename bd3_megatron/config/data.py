@@ -66,6 +66,12 @@ class TableOptions(DatasetOptions):
     # a worker's memory holds the tokens of a part: of web text some 300 MB, 100 seconds of one process
     rows_per_part: Annotated[int, Range(1, 1e9)] = 1 << 16
     """Rows that one worker reads at a time."""
+    messages: str | None = None
+    """Column of chats in place of `column`: a chat template writes them, and the assistant's turns are predicted."""
+    prompt_column: str | None = None
+    """Column of what is given, in place of `column`."""
+    answer_column: str | None = None
+    """Column of what is predicted, with prompt_column."""
 
 
 @dataclass(frozen=True, kw_only=True)

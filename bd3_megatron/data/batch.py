@@ -30,6 +30,16 @@ class CleanBatch:
     is_fill_BL: Tensor | None = None
     """bool [B, L]: end tokens that fill the block in which a document ends. They carry loss, so that a model knows where
     texts end in whatever order it reveals a block; evaluation does not count them as tokens of the text."""
+    is_supervised_BL: Tensor | None = None
+    """bool [B, L]: False at what is given and never predicted, as a prompt is; None: everything is predicted."""
+
+    @property
+    def scored_BL(self) -> Tensor | None:
+        """bool [B, L]: tokens that may carry loss; None: all may."""
+        text_BL = None if self.is_padding_BL is None else ~self.is_padding_BL
+        if text_BL is None or self.is_supervised_BL is None:
+            return text_BL if self.is_supervised_BL is None else self.is_supervised_BL
+        return text_BL & self.is_supervised_BL
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> CleanBatch:
         """The batch on another device."""
@@ -51,4 +61,5 @@ class CleanBatch:
             is_padding_BL=optional(self.is_padding_BL),
             position_BL=optional(self.position_BL),
             is_fill_BL=optional(self.is_fill_BL),
+            is_supervised_BL=optional(self.is_supervised_BL),
         )

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bd3_megatron.data.detokenizers import Rule, apply_rules, detokenizer
+from bd3_megatron.data.dialogue import Spans
 from bd3_megatron.data.held_out import content_key, is_held_out
-from bd3_megatron.data.source import BadDocument, Source
+from bd3_megatron.data.source import BadDocument, Dialogue, Source
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,24 @@ class CleanDocument:
     text: str
     key: int
     """Of `content_key`."""
+    dialogue: Dialogue | None = None
+    """Its turns, where only answers are predicted."""
+    spans: Spans | None = None
+    """What is encoded in place of the text, once the dialogue is written out."""
 
 
 def clean_documents(
-    documents: Iterable[str | BadDocument], rules: Sequence[Rule]
+    documents: Iterable[str | Dialogue | BadDocument], rules: Sequence[Rule]
 ) -> Iterator[CleanDocument | BadDocument | None]:
     """Apply a detokenizer's rules and compute keys; None for documents without words."""
     for document in documents:
         if isinstance(document, BadDocument):
             yield document
+            continue
+        if isinstance(document, Dialogue):
+            # Detokenizers undo the spacing of benchmarks, and are refused for dialogues. The key is of the contents: a
+            # chat is held out or not whatever template writes it.
+            yield CleanDocument(document.text, content_key(document.text), document)
             continue
         yield clean(document, rules)
 

@@ -86,12 +86,12 @@ def csv_rows(builder: Any, split: str, *, streaming: bool) -> Any | None:
     return kind.from_generator(_csv_rows, **made)
 
 
-def decoded(row: Mapping[str, Any], text_column: str = "") -> Mapping[str, Any] | BadRow | None:
+def decoded(row: Mapping[str, Any], text_columns: Sequence[str] = ()) -> Mapping[str, Any] | BadRow | None:
     """A row by column, whatever it was read from; None for a blank line.
 
     Args:
         row: as the library gives it.
-        text_column: stays text in CSV files, whose other cells are numbers where they read as one.
+        text_columns: stay text in CSV files, whose other cells are numbers where they read as one.
     """
     if _LINE in row:
         # Files that were joined have a mark at the head of each.
@@ -104,7 +104,7 @@ def decoded(row: Mapping[str, Any], text_column: str = "") -> Mapping[str, Any] 
         fields = json.loads(row[_FIELDS])
         if not isinstance(fields, dict):
             return BadRow(fields)
-        return {name: cell if name == text_column else _value(cell) for name, cell in fields.items()}
+        return {name: cell if name in text_columns else _value(cell) for name, cell in fields.items()}
     return row
 
 

@@ -25,10 +25,11 @@ from bd3_megatron.data.dataset_open import (
     text_files,
 )
 from bd3_megatron.data.dataset_rows import BadRow, decoded, is_decoded_later, sampled_rows
+from bd3_megatron.data.dialogue import chat_of, pair_of
 from bd3_megatron.data.row_filter import cell, columns_of, keeps
-from bd3_megatron.data.source import BadDocument, Documents, Part
+from bd3_megatron.data.source import Answers, BadDocument, Dialogue, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
-from bd3_megatron.errors import BD3Error, DataError
+from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
 # Wide tables would make the message longer than a terminal.
 _COLUMNS_SHOWN = 20
@@ -39,6 +40,30 @@ class HubDataset(NamedDataset):
     """One split and column of a dataset, as documents."""
 
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        pair = [name for name in ("prompt_column", "answer_column") if getattr(self, name) is not None]
+        if len(pair) == 1:
+            raise ConfigError(
+                f"{pair[0]}={getattr(self, pair[0])} stands alone; give both prompt_column and answer_column, or neither."
+            )
+        named = [
+            *(["messages"] if self.messages is not None else []),
+            *(["prompt_column with answer_column"] if pair else []),
+        ]
+        # with two of them it would be the order of the code that decides which text is used
+        if named and (len(named) == 2 or self.column != TEXT_COLUMN):
+            both = " and ".join(named if len(named) == 2 else [f"column={self.column}", *named])
+            raise ConfigError(
+                f"{both} each say where the text stands; use messages for chats, prompt_column with answer_column for pairs, "
+                "or column for plain text."
+            )
+
+    @property
+    def answers(self) -> Answers:
+        if self.messages is not None:
+            return "chat"
+        return "none" if self.answer_column is None else "columns"
 
     def parts(self) -> list[Part]:
         self.check_columns()
@@ -69,14 +94,14 @@ class HubDataset(NamedDataset):
             if document is not None:
                 yield document
 
-    def document(self, row: Mapping[str, Any], where: Callable[[], str]) -> str | BadDocument | None:
-        """The text of a row; None where a filter leaves the row out, and for a blank line.
+    def document(self, row: Mapping[str, Any], where: Callable[[], str]) -> str | Dialogue | BadDocument | None:
+        """What a row holds, in turns where only answers are predicted; None where a filter leaves it out, or for a blank line.
 
         Args:
             row: as the opened dataset gives it.
             where: names the row for a sentence; called only where there is one to write.
         """
-        columns = decoded(row, self.column)
+        columns = decoded(row, self._text_columns())
         if columns is None:
             return None
         if isinstance(columns, BadRow):
@@ -89,6 +114,8 @@ class HubDataset(NamedDataset):
             # Types may differ from row to row, so a value without an order is one row's and not the column's.
             reason = f"cannot be filtered: {str(error).rstrip('.')}"
             return BadDocument(where=where(), reason=reason, remedy="mend the row")
+        if self.answers != "none":
+            return self._dialogue(columns, where())
         text = cell(columns, self.column)
         if isinstance(text, str):
             if _is_encodable(text):
@@ -121,7 +148,7 @@ class HubDataset(NamedDataset):
         columns = list(dict.fromkeys(name for one in seen for name in columns_of(one)))
         if not columns:
             raise DataError(f"dataset {self.path} has no rows in split {self.split}; name another split.")
-        for column in (self.column, *(check.column for check in self.filters)):
+        for column in (*self._text_columns(), *(check.column for check in self.filters)):
             if column not in columns:
                 more = ", ..." if len(columns) > _COLUMNS_SHOWN else ""
                 raise DataError(
@@ -144,6 +171,9 @@ class HubDataset(NamedDataset):
     def settings(self) -> dict[str, Any]:
         # `compare` leaves out the cache of opened objects, which is no setting.
         stated = {one.name: getattr(self, one.name) for one in fields(self) if one.compare}
+        # where none is named a folder's settings are those of releases that knew no answers
+        of_answers = ("messages", "prompt_column", "answer_column")
+        stated = {name: value for name, value in stated.items() if value is not None or name not in of_answers}
         return {"kind": "dataset", **stated, "filters": [asdict(check) for check in self.filters]}
 
     def describe(self) -> dict[str, Any]:
@@ -171,6 +201,21 @@ class HubDataset(NamedDataset):
     # Opened datasets hold memory maps and locks; each worker opens its own.
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
+
+    def _dialogue(self, columns: Mapping[str, Any], where: str) -> Dialogue | BadDocument:
+        if self.messages is not None:
+            found = chat_of(cell(columns, self.messages), where)
+        else:
+            assert self.prompt_column is not None and self.answer_column is not None  # __post_init__
+            pair = (self.prompt_column, self.answer_column)
+            found = pair_of(cell(columns, pair[0]), cell(columns, pair[1]), pair, where)
+        if isinstance(found, Dialogue) and not _is_encodable(found.as_json()):
+            return BadDocument(where=where, reason="holds half a surrogate pair", remedy="mend the row's escapes")
+        return found
+
+    def _text_columns(self) -> tuple[str, ...]:
+        named = tuple(c for c in (self.messages, self.prompt_column, self.answer_column) if c is not None)
+        return named or (self.column,)
 
     def _text(self) -> TextFiles | None:
         if "text" not in self._opened:

@@ -172,6 +172,7 @@ def batch_of(arrays: PackedArrays, index_B: Tensor) -> CleanBatch:
         is_padding_BL=optional[1],
         position_BL=optional[2],
         is_fill_BL=optional[3],
+        is_supervised_BL=optional[4],
     )
 
 
@@ -316,6 +317,9 @@ def _gather(parts: list[tuple[np.ndarray, PackedArrays]], size: int) -> PackedAr
     # One source is the common case: its rows are in order already and need no copy.
     if len(parts) == 1:
         return parts[0][1]
+    # beside a source of answers, of plain text everything is predicted
+    if any(arrays.is_supervised_BL is not None for _, arrays in parts):
+        parts = [(chosen, _all_supervised(arrays)) for chosen, arrays in parts]
     columns: list[np.ndarray | None] = []
     for column, first in enumerate(parts[0][1]):
         if first is None:
@@ -326,3 +330,9 @@ def _gather(parts: list[tuple[np.ndarray, PackedArrays]], size: int) -> PackedAr
             whole[chosen] = arrays[column]
         columns.append(whole)
     return PackedArrays._make(columns)
+
+
+def _all_supervised(arrays: PackedArrays) -> PackedArrays:
+    if arrays.is_supervised_BL is not None:
+        return arrays
+    return arrays._replace(is_supervised_BL=np.ones(arrays.tokens_BL.shape, dtype=np.bool_))

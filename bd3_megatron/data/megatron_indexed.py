@@ -124,6 +124,14 @@ class MegatronIndexed:
     def document_ends(self, shard: int) -> NDArray[np.integer]:
         return self._ends
 
+    @property
+    def num_supervised(self) -> int | None:
+        return None
+
+    def supervised(self, shard: int) -> NDArray[np.integer] | None:
+        # the format has no such file
+        return None
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokens": None}
 

@@ -127,6 +127,7 @@ class PackedArrays(NamedTuple):
     is_padding_BL: NDArray[np.bool_] | None
     position_BL: Ints | None
     is_fill_BL: NDArray[np.bool_] | None
+    is_supervised_BL: NDArray[np.bool_] | None
 
     def row(self, number: int) -> PackedArrays:
         """One row, its arrays [L] being views."""
@@ -145,6 +146,12 @@ class PackedRows:
     _places: dict[int, Ints] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Rows that begin and end anywhere would give an answer without its prompt, or prompts alone.
+        if self.shards.num_supervised is not None and not self.rule.pads:
+            raise ConfigError(
+                f"packing={self.rule.mode} cuts documents anywhere, and {self.shards.where} holds prompts with their answers; "
+                "use packing=isolated, or pad."
+            )
         lengths = [self._stream_length(shard) for shard in range(self.shards.num_shards)]
         # int64: a corpus exceeds 2^31 tokens, and cumsum must not fall back to the platform's int.
         self._shard_places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
@@ -193,7 +200,8 @@ class PackedRows:
         document_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
         position_BL = np.zeros((size, length), dtype=np.int64) if isolated else None
         fill_BL = np.zeros((size, length), dtype=np.bool_) if self.rule.fill > 1 else None
-        rows = PackedArrays(tokens_BL, document_BL, padding_BL, position_BL, fill_BL)
+        supervised_BL = None if self.shards.num_supervised is None else np.zeros((size, length), dtype=np.bool_)
+        rows = PackedArrays(tokens_BL, document_BL, padding_BL, position_BL, fill_BL, supervised_BL)
         for row, row_id in enumerate(row_ids.tolist()):
             if padding_BL is None:
                 self._fill_wrapped(payload_BL[row], row_id)
@@ -256,6 +264,10 @@ class PackedRows:
                 row.is_padding_BL[offset:end] = (text_left <= -int(self.rule.append_eos)) & ~is_fill
             if row.is_fill_BL is not None:
                 row.is_fill_BL[offset:end] = is_fill
+            supervised = self.shards.supervised(shard)
+            if row.is_supervised_BL is not None and supervised is not None:
+                # what ends a document is supervised as its last token is: after an answer, the model is to stop
+                row.is_supervised_BL[offset:end] = supervised[starts[:-1][of_place] + np.minimum(within, length - 1)]
             if row.document_id_BL is not None and row.position_BL is not None:
                 row.document_id_BL[offset:end] = of_place + number
                 row.position_BL[offset:end] = place - edges[:-1][of_place]

@@ -11,20 +11,24 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bd3_megatron.data.cleaning import CleanDocument, clean_documents
 from bd3_megatron.data.decontaminate import NgramIndex, NgramRequest
 from bd3_megatron.data.deduplicate import copies_digest, read_copies
 from bd3_megatron.data.detokenizers import Rule, detokenizer
+from bd3_megatron.data.dialogue import Spans, plain_spans
 from bd3_megatron.data.held_out import is_held_out
 from bd3_megatron.data.part_pool import Progress, Report
 from bd3_megatron.data.shard_header import ShardRecord, token_dtype
 from bd3_megatron.data.shards import ShardWriter
-from bd3_megatron.data.source import BadDocument, Part, PartTask, Source
-from bd3_megatron.data.tokenizer import Tokenizer
+from bd3_megatron.data.source import BadDocument, Dialogue, Part, PartTask, Source
+from bd3_megatron.data.tokenizer import Tokenizer, Tokens
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import DataError, WorkStopped
 from bd3_megatron.files import disk_errors, read_json, whole, write_json
@@ -133,7 +137,11 @@ class TokenPartMaker:
         with ExitStack() as stack:
             # Fixed by the vocabulary and not by the ids met, so that all parts of a split have one dtype.
             dtype = token_dtype(self._opened().vocab_size)
-            writers = {split: ShardWriter(folder / split, dtype) for split in self._splits(task.split)}
+            answers_only = source.answers != "none"
+            writers = {
+                split: ShardWriter(folder / split, dtype, answers_only=answers_only)
+                for split in self._splits(task.split)
+            }
             for writer in writers.values():
                 stack.enter_context(writer)
             self._encode(task, chosen.documents(source), writers, report)
@@ -153,18 +161,48 @@ class TokenPartMaker:
     ) -> None:
         weight_left = float(task.part.weight)
         for batch in _batches(documents):
-            encoded = self._opened().encode_batch([document.text for document in batch])
+            encoded = self._encoded(batch)
             sides = [self._split_of(task.split, document.key) for document in batch]
             for split, writer in writers.items():
                 writer.add(
-                    [tokens for side, tokens in zip(sides, encoded, strict=True) if side == split and len(tokens)]
+                    [tokens for side, (tokens, _) in zip(sides, encoded, strict=True) if side == split and len(tokens)],
+                    [
+                        known
+                        for side, (tokens, known) in zip(sides, encoded, strict=True)
+                        if side == split and len(tokens)
+                    ],
                 )
             # Characters only approximate bytes: the sum must not exceed the part's weight, and the rest is reported
             # below.
             weight = min(_weight_of(task.part, batch), weight_left)
             weight_left -= weight
-            report(Progress(documents=len(batch), tokens=sum(map(len, encoded)), weight=weight))
+            report(Progress(documents=len(batch), tokens=sum(len(tokens) for tokens, _ in encoded), weight=weight))
         report(Progress(weight=weight_left))
+
+    def spans_of(self, dialogue: Dialogue) -> Spans | BadDocument:
+        """A dialogue written out: by the tokenizer's template, or as it is."""
+        template = self._opened().chat_template
+        if not dialogue.is_chat:
+            return plain_spans(dialogue)
+        assert template is not None  # `prepare` refuses chats without one
+        return template.spans(dialogue)
+
+    def _encoded(self, batch: list[CleanDocument]) -> list[tuple[Tokens, NDArray[np.bool_]]]:
+        """Ids of each document, and which of them are supervised."""
+        # Spans of a dialogue are encoded one by one: the ids of a prompt do not depend on its answer.
+        spans = [document.spans or () for document in batch]
+        texts = [
+            [s.text for s in some] if some else [document.text] for document, some in zip(batch, spans, strict=True)
+        ]
+        with_control = any(document.dialogue is not None and document.dialogue.is_chat for document in batch)
+        ids = iter(self._opened().encode_batch([text for some in texts for text in some], with_control=with_control))
+        encoded = []
+        for some, written in zip(spans, texts, strict=True):
+            pieces = [next(ids) for _ in written]
+            known = [np.full(len(p), s.is_supervised) for p, s in zip(pieces, some, strict=True)] if some else []
+            tokens = np.concatenate(pieces, dtype=np.uint32)
+            encoded.append((tokens, np.concatenate(known) if known else np.ones(len(tokens), dtype=np.bool_)))
+        return encoded
 
     def _splits(self, split: str) -> list[str]:
         return ["train", "valid"] if split == "train" and self.valid_fraction > 0 else [split]
@@ -202,13 +240,17 @@ class _Choice:
             else:
                 number += 1
                 reason = self._reason(number, document.text)
-                if reason is None:
-                    self.lowest_key = min(self.lowest_key, document.key)
-                    yield document
-                else:
+                if reason is not None:
                     self.left_out[reason] += 1
+                    continue
+                spans = None if document.dialogue is None else self._maker.spans_of(document.dialogue)
+                if isinstance(spans, BadDocument):
+                    self._count_bad(spans)
+                    continue
+                self.lowest_key = min(self.lowest_key, document.key)
+                yield replace(document, spans=spans)
 
-    def _hashed(self, source: Source) -> Iterator[str | BadDocument]:
+    def _hashed(self, source: Source) -> Iterator[str | Dialogue | BadDocument]:
         for document in source.documents(self._task.part):
             _add_to(self.digest, document)
             yield document
@@ -270,8 +312,9 @@ def _weight_of(part: Part, batch: list[CleanDocument]) -> float:
     return float(sum(len(document.text) for document in batch) if part.items else len(batch))
 
 
-def _add_to(digest: Any, document: str | BadDocument) -> None:
+def _add_to(digest: Any, document: str | Dialogue | BadDocument) -> None:
+    text = document.as_json() if isinstance(document, Dialogue) else document
     # The length goes first, so that a document cut in two is other text.
-    content = document.encode() if isinstance(document, str) else document.reason.encode()
+    content = (text if isinstance(text, str) else text.reason).encode()
     digest.update(f"{len(content)} {type(document).__name__} ".encode())
     digest.update(content)

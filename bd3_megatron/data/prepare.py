@@ -8,6 +8,7 @@ Costs: memory of a few megabytes of text and its tokens a worker.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from bd3_megatron.data.source import PartTask, Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.data.work_folder import MANIFEST_FILE, WorkFolder, is_written, named_shards
-from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped
+from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped, cut
 from bd3_megatron.files import disk_errors, whole
 
 TRAINED_TOKENIZERS = {"sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
@@ -72,6 +73,8 @@ class Prepared:
     num_tokens: dict[str, int]
     """By split."""
     num_documents: dict[str, int]
+    num_supervised: dict[str, int]
+    """Tokens of answers, of the splits where only answers are predicted."""
     left_out: dict[str, int]
     """Documents that stand in no shard, by reason: empty, bad, repeated, contaminated."""
     vocab_size: int
@@ -224,8 +227,27 @@ def _check(request: PrepareRequest, num_workers: int, skip_bad: int) -> None:
         raise ConfigError(
             f"tokenizer={request.tokenizer} is trained on train text and there is none; name a tokenizer."
         )
+    _check_answers(request)
     if request.out.is_file():
         raise ConfigError(f"out={request.out} is a file; name a folder.")
+
+
+def _check_answers(request: PrepareRequest) -> None:
+    for split, source in request.sources.items():
+        if source.answers == "chat" and request.tokenizer in TRAINED_TOKENIZERS:
+            raise _no_template(request.tokenizer)
+        if source.answers != "none" and request.detokenizer != "none":
+            raise ConfigError(
+                f"detokenizer={request.detokenizer} undoes the spacing of a benchmark's plain text, and {split} holds prompts "
+                "and answers; leave it out."
+            )
+
+
+def _no_template(tokenizer: str) -> ConfigError:
+    return ConfigError(
+        f"tokenizer={cut(tokenizer)} has no chat template, so nothing says how messages are written; name a tokenizer with a "
+        "chat_template.jinja, or give the columns of prompt and answer."
+    )
 
 
 def _settings(request: PrepareRequest) -> dict[str, Any]:
@@ -235,7 +257,7 @@ def _settings(request: PrepareRequest) -> dict[str, Any]:
         {"train": request.tokenizer, "vocab_size": request.vocab_size, "sample_bytes": request.tokenizer_sample_bytes}
         if trained
         # The fingerprint and not the name: a name on the hub may give another tokenizer tomorrow.
-        else {"fingerprint": open_tokenizer(request.tokenizer).fingerprint}
+        else _identity_of(request)
     )
     return {
         "format": FORMAT,
@@ -248,6 +270,21 @@ def _settings(request: PrepareRequest) -> dict[str, Any]:
         "dedup": request.dedup,
         "decontaminate": None if request.decontaminate is None else request.decontaminate.identity(),
     }
+
+
+def _identity_of(request: PrepareRequest) -> dict[str, str]:
+    """What tells the named tokenizer from others; its template too where chats are written by it.
+
+    Raises:
+        ConfigError: there are chats and no template.
+    """
+    tokenizer = open_tokenizer(request.tokenizer)
+    if not any(source.answers == "chat" for source in request.sources.values()):
+        return {"fingerprint": tokenizer.fingerprint}
+    if tokenizer.chat_template is None:
+        raise _no_template(request.tokenizer)
+    template = hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()
+    return {"fingerprint": tokenizer.fingerprint, "chat_template": template}
 
 
 def _find_finished(out: Path, expected: dict[str, Any]) -> Prepared | None:
@@ -360,6 +397,7 @@ def _prepared(folder: Path, headers: dict[str, Header], *, was_there: bool) -> P
         was_there=was_there,
         num_tokens={split: header.num_tokens for split, header in headers.items()},
         num_documents={split: header.num_documents for split, header in headers.items()},
+        num_supervised={s: header.num_supervised for s, header in headers.items() if header.num_supervised is not None},
         left_out=dict(left_out),
         vocab_size=next(iter(headers.values())).vocab_size,
     )

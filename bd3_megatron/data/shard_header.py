@@ -22,6 +22,8 @@ from bd3_megatron.files import read_json
 FORMAT = "bd3_megatron shards"
 SHARDS_VERSION = 2
 """2: held out by content; 1: by number, which other corpora and streams could not follow."""
+ANSWERS_VERSION = 3
+"""Of headers whose shards say what is supervised: a release that does not know them would train on the prompts."""
 HEADER_FILE = "header.json"
 PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py"
 PACKING_KEYS = ("append_eos", "wrap_special")
@@ -42,6 +44,13 @@ class ShardRecord:
     num_documents: int
     bin_sha256: str
     idx_sha256: str
+    num_supervised: int | None = None
+    """Tokens that are predicted; None: all are, and there is no file that says which."""
+    sup_sha256: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a header holds it: without what plain text does not have."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +85,21 @@ class Header:
         """Of all shards."""
         return sum(shard.num_documents for shard in self.shards)
 
+    @property
+    def num_supervised(self) -> int | None:
+        """Tokens that are predicted; None: all are."""
+        counts = [shard.num_supervised for shard in self.shards if shard.num_supervised is not None]
+        return sum(counts) if counts else None
+
     def as_dict(self) -> dict[str, Any]:
         """The content of header.json."""
         # The totals repeat the sums over shards on purpose: a header that lost shards no longer agrees with them.
         content = asdict(self) | {"special_ids": self.special_ids.as_dict(), "dtype": self.dtype.str}
+        content |= {"shards": [shard.as_dict() for shard in self.shards]}
+        version = SHARDS_VERSION if self.num_supervised is None else ANSWERS_VERSION
         totals = {"num_tokens": self.num_tokens, "num_documents": self.num_documents}
         held_out = {"held_out": {"rule": HELD_OUT_RULE, "fraction": content.pop("held_out_fraction")}}
-        return {"format": FORMAT, "version": SHARDS_VERSION, **content, **held_out, **totals}
+        return {"format": FORMAT, "version": version, **content, **held_out, **totals}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -105,9 +122,10 @@ def read_header(folder: Path) -> Header:
     # The format is checked before the version: a version of another format says nothing.
     if content.get("format") != FORMAT:
         raise DataError(f"{path} is not a header of token shards; {PREPARE_AGAIN}.")
-    if content.get("version") != SHARDS_VERSION:
+    version = content.get("version")
+    if version not in (SHARDS_VERSION, ANSWERS_VERSION):
         raise DataError(
-            f"{path} has version {str(content.get('version'))[:40]}; this release reads version {SHARDS_VERSION}, "
+            f"{path} has version {str(version)[:40]}; this release reads versions {SHARDS_VERSION} and {ANSWERS_VERSION}, "
             f"use the release that wrote it or {PREPARE_AGAIN}."
         )
     stated = Stated(content, str(path))
@@ -116,7 +134,7 @@ def read_header(folder: Path) -> Header:
         vocab_size=vocab_size,
         special_ids=SpecialIds.from_dict(stated.mapping("special_ids"), vocab_size, str(path)),
         tokenizer_fingerprint=stated.text("tokenizer_fingerprint", _DIGEST),
-        shards=_shards(stated, path),
+        shards=_shards(stated, path, answers_only=version == ANSWERS_VERSION),
         source=stated.mapping("source"),
         left_out=stated.counts("left_out"),
         packing=_packing(stated),
@@ -178,7 +196,7 @@ class Stated:
         return DataError(f"{self.where} is damaged ({name} is {shown}, {law}); {PREPARE_AGAIN}.")
 
 
-def _shards(stated: Stated, path: Path) -> tuple[ShardRecord, ...]:
+def _shards(stated: Stated, path: Path, *, answers_only: bool) -> tuple[ShardRecord, ...]:
     records = []
     for number, content in enumerate(stated.listed("shards")):
         where = f"{path}, shard {number},"
@@ -195,6 +213,8 @@ def _shards(stated: Stated, path: Path) -> tuple[ShardRecord, ...]:
                 num_documents=shard.whole("num_documents", 1, num_tokens),
                 bin_sha256=shard.text("bin_sha256", _DIGEST),
                 idx_sha256=shard.text("idx_sha256", _DIGEST),
+                num_supervised=shard.whole("num_supervised", 1, num_tokens) if answers_only else None,
+                sup_sha256=shard.text("sup_sha256", _DIGEST) if answers_only else None,
             )
         )
     # A shard read twice would be trained on twice, unnoticed.

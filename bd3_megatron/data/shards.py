@@ -24,8 +24,10 @@ from bd3_megatron.errors import DataError
 from bd3_megatron.files import disk_errors, write_bytes
 
 # .bin holds little-endian uint16 (V <= 65536) or uint32 tokens, documents end to end; .idx holds little-endian uint64
-# [num_documents], the end of each document in tokens.
+# [num_documents], the end of each document in tokens; where only answers are predicted, .sup holds a byte a token: 1 is an
+# answer's.
 SHARD_SUFFIXES = (".bin", ".idx")
+SUPERVISED_SUFFIX = ".sup"
 END_DTYPE = np.dtype("<u8")
 MOST_MAPS = 256
 """Files mapped at a time: each keeps a descriptor, of which a process has 1,024 as a rule."""
@@ -33,16 +35,19 @@ _READ_BYTES = 1 << 22
 
 
 class ShardWriter:
-    """Writes the two files of a shard inside a folder that is published when it is complete."""
+    """Writes the files of a shard inside a folder that is published when it is complete."""
 
-    def __init__(self, stem: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, stem: Path, dtype: np.dtype[Any], *, answers_only: bool = False) -> None:
         """Open the file of tokens.
 
         Args:
             stem: path of the shard without .bin and .idx.
             dtype: uint16 or uint32.
+            answers_only: a file of what is supervised is written too.
         """
         self._stem, self._dtype = stem, dtype
+        self._supervised: IO[bytes] | None = open(self._path(SUPERVISED_SUFFIX), "wb") if answers_only else None  # noqa: SIM115
+        self._supervised_hash, self._num_supervised = hashlib.sha256(), 0
         # Written as it comes: a shard may be larger than memory. Only the ends, 8 bytes a document, are kept.
         self._tokens: IO[bytes] = open(self._path(".bin"), "wb")  # noqa: SIM115
         self._hash = hashlib.sha256()
@@ -56,12 +61,17 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.close()
+        self._close()
 
-    def add(self, documents: list[NDArray[np.uint32]]) -> None:
-        """Append documents, each uint32 [num_tokens], none of them empty."""
+    def add(self, documents: list[NDArray[np.uint32]], supervised: list[NDArray[np.bool_]] | None = None) -> None:
+        """Append documents, each uint32 [num_tokens], none of them empty, and which of their tokens are supervised."""
         if not documents:
             return
+        if self._supervised is not None and supervised is not None:
+            flags = np.concatenate(supervised).astype(np.uint8).tobytes()
+            self._supervised.write(flags)
+            self._supervised_hash.update(flags)
+            self._num_supervised += sum(flags)
         # The dtype holds every id of the vocabulary, so the narrowing loses nothing.
         content = np.concatenate(documents).astype(self._dtype).tobytes()
         self._tokens.write(content)
@@ -72,10 +82,11 @@ class ShardWriter:
 
     def finish(self) -> ShardRecord | None:
         """Write the ends; None (and no files) where no document was added."""
-        self._tokens.close()
+        self._close()
         # numpy refuses to map an empty file, and a header may not list a shard without tokens.
         if not self._ends:
             self._path(".bin").unlink()
+            self._path(SUPERVISED_SUFFIX).unlink(missing_ok=True)
             return None
         ends = np.frombuffer(self._ends, dtype=np.uint64).astype(END_DTYPE, copy=False).tobytes()
         write_bytes(self._path(".idx"), ends)
@@ -85,7 +96,14 @@ class ShardWriter:
             num_documents=len(self._ends),
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(ends).hexdigest(),
+            num_supervised=None if self._supervised is None else self._num_supervised,
+            sup_sha256=None if self._supervised is None else self._supervised_hash.hexdigest(),
         )
+
+    def _close(self) -> None:
+        self._tokens.close()
+        if self._supervised is not None:
+            self._supervised.close()
 
     def _path(self, suffix: str) -> Path:
         return self._stem.with_name(self._stem.name + suffix)
@@ -163,6 +181,13 @@ class TokenShards(Protocol):
     def document_ends(self, shard: int) -> NDArray[np.integer]:
         """End of each document in the shard's tokens: [num_documents], increasing to the number of tokens."""
 
+    @property
+    def num_supervised(self) -> int | None:
+        """Tokens that are predicted; None: all are."""
+
+    def supervised(self, shard: int) -> NDArray[np.integer] | None:
+        """Which of a shard's tokens are predicted, mapped: uint8 [num_tokens], 1 where they are; None: all are."""
+
 
 class ShardFolder:
     """One split of a prepared folder, opened for reading."""
@@ -186,6 +211,8 @@ class ShardFolder:
             # Sizes cost one stat a file; checksums would read all tokens at every start.
             _check_size(self._path(shard, ".bin"), shard.num_tokens * self.header.dtype.itemsize)
             _check_size(self._path(shard, ".idx"), shard.num_documents * END_DTYPE.itemsize)
+            if shard.sup_sha256 is not None:
+                _check_size(self._path(shard, SUPERVISED_SUFFIX), shard.num_tokens)
         if verify:
             for _ in self.verify():
                 pass
@@ -245,6 +272,16 @@ class ShardFolder:
             self._in_order.add(shard)
         return ends
 
+    @property
+    def num_supervised(self) -> int | None:
+        return self.header.num_supervised
+
+    def supervised(self, shard: int) -> NDArray[np.integer] | None:
+        record = self.header.shards[shard]
+        if record.sup_sha256 is None:
+            return None
+        return self._maps.get(self._path(record, SUPERVISED_SUFFIX), np.dtype(np.uint8))
+
     def verify(self) -> Iterator[ShardRecord]:
         """Check every byte; yields each shard that is sound.
 
@@ -252,8 +289,13 @@ class ShardFolder:
             DataError: a checksum differs, document ends are out of order, or a token is outside [0, V).
         """
         for number, shard in enumerate(self.header.shards):
-            for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
-                if _sha256(self._path(shard, suffix)) != expected:
+            expected_of = (
+                (".bin", shard.bin_sha256),
+                (".idx", shard.idx_sha256),
+                (SUPERVISED_SUFFIX, shard.sup_sha256),
+            )
+            for suffix, expected in expected_of:
+                if expected is not None and _sha256(self._path(shard, suffix)) != expected:
                     raise DataError(
                         f"{self._path(shard, suffix)} is damaged (checksum differs from the header); {PREPARE_AGAIN}."
                     )

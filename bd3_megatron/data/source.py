@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,39 @@ class BadDocument:
     remedy: str
 
 
-Documents = Iterator[str | BadDocument]
+@dataclass(frozen=True)
+class Dialogue:
+    """One document in turns, before it is text; see dialogue.py."""
+
+    where: str
+    """File or dataset, and row."""
+    messages: tuple[Mapping[str, Any], ...]
+    """role and content, and whatever else a template reads."""
+    is_chat: bool
+    """A template writes it; else its contents stand one after the other as they are."""
+
+    @property
+    def text(self) -> str:
+        """The contents of all turns: what content keys, decontamination and vocabularies read, whatever the template."""
+        return "\n".join(str(message["content"]) for message in self.messages)
+
+    def as_json(self) -> str:
+        """What tells this dialogue from others."""
+        return json.dumps([self.is_chat, self.messages], ensure_ascii=False, sort_keys=True, default=str)
+
+
+Texts = Iterator[str | BadDocument]
+Documents = Iterator[str | Dialogue | BadDocument]
+Answers = Literal["none", "columns", "chat"]
+"""What of a source is predicted: all of it, or only answers, of two columns or of chats that a template writes."""
 
 
 class Source(Protocol):
     """Text in parts. Instances travel to worker processes by pickling."""
+
+    @property
+    def answers(self) -> Answers:
+        """Whether only answers are predicted, and where they stand."""
 
     def parts(self) -> list[Part]:
         """All parts, in order, numbered from 0."""

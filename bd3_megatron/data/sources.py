@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.data.builtin_text import builtin_documents, builtin_items
-from bd3_megatron.data.source import Documents, Part, Source
+from bd3_megatron.data.source import Answers, Documents, Part, Source
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import ConfigError
 
@@ -26,6 +26,10 @@ class BuiltinText:
     name: str
     # Topics or modules; fixed, because parts decide the order of shards.
     items_per_part: int = 40
+
+    @property
+    def answers(self) -> Answers:
+        return "none"
 
     def parts(self) -> list[Part]:
         items = builtin_items(self.name)
@@ -55,6 +59,11 @@ class JoinedSources:
     """Several sources one after the other."""
 
     sources: tuple[Source, ...]
+
+    @property
+    def answers(self) -> Answers:
+        # only files of text are joined
+        return "none"
 
     def parts(self) -> list[Part]:
         joined = [(which, part) for which, source in enumerate(self.sources) for part in source.parts()]

@@ -22,7 +22,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.detokenizers import detokenizer
 from bd3_megatron.data.held_out import is_held_out
 from bd3_megatron.data.packing import Ints, PackedArrays, PackingRule
-from bd3_megatron.data.source import BadDocument
+from bd3_megatron.data.source import BadDocument, Dialogue
 from bd3_megatron.data.special_ids import SpecialIds
 from bd3_megatron.data.tokenizer_open import load_tokenizer
 from bd3_megatron.errors import ConfigError, DataError
@@ -128,7 +128,7 @@ class RowPacker:
             document = self._document[:payload] - self._document[0]
             starts = np.flatnonzero(np.diff(document, prepend=-1))
             position = np.arange(payload) - np.repeat(starts, np.diff(starts, append=payload))
-        row = PackedArrays(np.array(tokens, dtype=np.int64), document, padding, position, fill)
+        row = PackedArrays(np.array(tokens, dtype=np.int64), document, padding, position, fill, None)
         self.drop(payload)
         return row
 
@@ -237,6 +237,8 @@ class StreamShard:
             document = dataset.document(row, self._where)
             if isinstance(document, BadDocument):
                 raise DataError(f"{document.where} {document.reason}; {document.remedy}.")
+            # the configuration of a stream names one column of plain text
+            assert not isinstance(document, Dialogue)
             cleaned = None if document is None else clean(document, self._rules)
             # The same rule by content as in prepared folders, so a held-out document is never trained on.
             if cleaned is not None and not is_held_out(cleaned.key, self._plan.held_out_fraction):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bd3_megatron.data.source import BadDocument, Documents, Part
+from bd3_megatron.data.source import Answers, BadDocument, Part, Texts
 from bd3_megatron.data.text_reading import BOM, COMPRESSIONS, decode_text, is_compressed, open_unpacked, reading
 from bd3_megatron.errors import ConfigError, DataError, either, shown
 from bd3_megatron.files import reason_of
@@ -55,6 +55,10 @@ class TextFiles:
         if self.part_bytes is not None and self.part_bytes < 1:
             raise ConfigError(f"part_bytes={self.part_bytes} is empty; use 1 or more.")
 
+    @property
+    def answers(self) -> Answers:
+        return "none"
+
     def parts(self) -> list[Part]:
         sizes = [(path, os.path.getsize(path)) for path in self._files()]
         part_bytes = self.part_bytes or _part_bytes(sum(size for _, size in sizes))
@@ -63,7 +67,7 @@ class TextFiles:
         # Numbers are given last, over all files: shards are named in this order.
         return [replace(part, number=number) for number, part in enumerate(parts)]
 
-    def documents(self, part: Part) -> Documents:
+    def documents(self, part: Part) -> Texts:
         for path in part.items:
             with reading(path), open_unpacked(path) as file:
                 start, size = 0, None

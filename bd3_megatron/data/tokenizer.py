@@ -14,10 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_megatron.data.dialogue import ChatTemplate
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.files import write_json, write_text
 
 META_FILE = "bd3_tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers keeps a chat template beside tokenizer.json."""
 META_VERSION = 2
 """2: the fingerprint is of what decides the ids; 1: of the bytes of tokenizer.json."""
 
@@ -40,14 +43,18 @@ class Tokenizer(Protocol):
     def special(self) -> SpecialIds: ...
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How chats are written; None: nobody said."""
+
+    @property
     def fingerprint(self) -> str:
         """64 hex digits that change when any id of any text could; see tokenizer_fingerprint."""
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, no special tokens added: uint32 [num_tokens]."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """`encode` of many texts."""
+    def encode_batch(self, texts: Sequence[str], *, with_control: bool = False) -> list[Tokens]:
+        """`encode` of many texts; with_control: texts of control tokens become them, since a template wrote them."""
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -77,6 +84,8 @@ def write_tokenizer_folder(
         "fingerprint": tokenizer.fingerprint,
         "special_ids": tokenizer.special.as_dict(),
     }
+    if tokenizer.chat_template is not None:
+        write_text(folder / TEMPLATE_FILE, tokenizer.chat_template.source)
     write_text(folder / "tokenizer.json", tokenizer_json)
     # tokenizer.json goes first and the record last: a folder that has the record is complete.
     for name, content in (

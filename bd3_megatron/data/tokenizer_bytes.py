@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_megatron.data.dialogue import ChatTemplate
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.data.tokenizer import Tokens, write_tokenizer_folder
 from bd3_megatron.data.tokenizer_fingerprint import fingerprint_of
@@ -43,7 +44,11 @@ class ByteTokenizer:
         # The shorter way: the ids are those of the tokenizer.json, without the library.
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return None
+
+    def encode_batch(self, texts: Sequence[str], *, with_control: bool = False) -> list[Tokens]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special: bool = False) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_megatron.data.dialogue import ChatTemplate
 from bd3_megatron.data.special_ids import SpecialIds, SpecialTexts
 from bd3_megatron.data.text_cutting import cut_text, is_cuttable
 from bd3_megatron.data.tokenizer import Tokens, write_tokenizer_folder
@@ -28,7 +29,15 @@ class FastTokenizer:
 
     kind = "fast"
 
-    def __init__(self, tokenizer_json: str, texts: SpecialTexts, *, where: str, clean_up: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer_json: str,
+        texts: SpecialTexts,
+        *,
+        where: str,
+        clean_up: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
         """Build from the text of a tokenizer.json whose vocabulary holds the four special texts.
 
         Args:
@@ -36,6 +45,7 @@ class FastTokenizer:
             texts: the special tokens as written.
             where: name or folder, for errors.
             clean_up: transformers' clean_up_tokenization_spaces for the exported folder.
+            chat_template: Jinja that writes chats; None: there is none.
 
         Raises:
             TokenizerError: not a tokenizer.json, no vocabulary, or special tokens that are missing or share the mask's id.
@@ -63,6 +73,11 @@ class FastTokenizer:
         # As the library writes it: files of different releases then have one form.
         self._fingerprint = fingerprint_of(self._tokenizer.to_str(), self._special)
         self._cuttable = is_cuttable(json.loads(tokenizer_json))
+        self._template = None
+        if chat_template is not None:
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            named = {f"{name}_token": text for name, text in vars(texts).items()}
+            self._template = ChatTemplate(chat_template, named, frozenset(t.content for t in added if t.special))
 
     @property
     def vocab_size(self) -> int:
@@ -79,8 +94,14 @@ class FastTokenizer:
     def encode(self, text: str) -> Tokens:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        pieces = [self._pieces(text) for text in texts]
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._template
+
+    def encode_batch(self, texts: Sequence[str], *, with_control: bool = False) -> list[Tokens]:
+        # a cut may fall inside a control token's text
+        pieces = [[text] if with_control else self._pieces(text) for text in texts]
+        self._tokenizer.encode_special_tokens = not with_control
         # All pieces in one call, so that the library's threads share them; offsets, which nobody reads, are not
         # computed.
         encodings = iter(self._tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
@@ -104,7 +125,13 @@ class FastTokenizer:
 
 
 def with_mask(
-    tokenizer_json: str, texts: SpecialTexts, *, has_mask: bool, where: str, clean_up: bool = False
+    tokenizer_json: str,
+    texts: SpecialTexts,
+    *,
+    has_mask: bool,
+    where: str,
+    clean_up: bool = False,
+    chat_template: str | None = None,
 ) -> FastTokenizer:
     """Append the mask token where the tokenizer has none.
 
@@ -113,7 +140,7 @@ def with_mask(
         texts: its special tokens; `texts.mask` is appended unless `has_mask`.
         has_mask: the tokenizer declares `texts.mask` itself.
         where: name or folder, for errors.
-        clean_up: passed on to the exported folder.
+        clean_up, chat_template: passed on to the exported folder.
 
     Raises:
         TokenizerError: the vocabulary already uses the text without declaring it a mask, or ids would collide.
@@ -121,7 +148,7 @@ def with_mask(
     import tokenizers
 
     if has_mask:
-        return FastTokenizer(tokenizer_json, texts, where=where, clean_up=clean_up)
+        return FastTokenizer(tokenizer_json, texts, where=where, clean_up=clean_up, chat_template=chat_template)
     built = tokenizers.Tokenizer.from_str(tokenizer_json)
     vocabulary = built.get_vocab(with_added_tokens=True)
     if texts.mask in vocabulary:
@@ -137,4 +164,4 @@ def with_mask(
             f"the mask token would get id {built.token_to_id(texts.mask)} inside the vocabulary of {expected}; "
             "remove the gaps in the tokenizer's ids."
         )
-    return FastTokenizer(built.to_str(), texts, where=where, clean_up=clean_up)
+    return FastTokenizer(built.to_str(), texts, where=where, clean_up=clean_up, chat_template=chat_template)

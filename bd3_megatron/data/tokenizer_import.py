@@ -47,7 +47,14 @@ def import_tokenizer(name: str) -> FastTokenizer:
     named = {key: None if getattr(foreign, key, None) is None else str(getattr(foreign, key)) for key in _NAMED}
     texts = SpecialTexts.choose(named, name)
     clean_up = bool(getattr(foreign, "clean_up_tokenization_spaces", False))
-    return with_mask(backend.to_str(), texts, has_mask=named["mask_token"] is not None, where=name, clean_up=clean_up)
+    return with_mask(
+        backend.to_str(),
+        texts,
+        has_mask=named["mask_token"] is not None,
+        where=name,
+        clean_up=clean_up,
+        chat_template=_template_of(foreign),
+    )
 
 
 def _from_vocab_and_merges(folder: Path) -> FastTokenizer:
@@ -72,6 +79,12 @@ def _from_vocab_and_merges(folder: Path) -> FastTokenizer:
     built.add_special_tokens([tokenizers.AddedToken(_GPT2_END, special=True, normalized=True)])
     texts = SpecialTexts(bos=_GPT2_END, eos=_GPT2_END, mask=MASK_TEXT, pad=_GPT2_END)
     return with_mask(built.to_str(), texts, has_mask=False, where=str(folder))
+
+
+def _template_of(foreign: object) -> str | None:
+    """The template that chats get where nobody names another one."""
+    given = getattr(foreign, "chat_template", None)
+    return given.get("default") if isinstance(given, dict) else given
 
 
 def _open_with_transformers(name: str) -> object:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bd3_megatron.data.sentencepiece_model import load_sentencepiece
 from bd3_megatron.data.special_ids import NAMES, SpecialTexts
-from bd3_megatron.data.tokenizer import META_FILE, META_VERSION, Tokenizer
+from bd3_megatron.data.tokenizer import META_FILE, META_VERSION, TEMPLATE_FILE, Tokenizer
 from bd3_megatron.data.tokenizer_bytes import ByteTokenizer
 from bd3_megatron.data.tokenizer_fast import FastTokenizer
 from bd3_megatron.data.tokenizer_fingerprint import check_same_tokenizer
@@ -48,7 +48,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         texts = SpecialTexts(**{name: _special_text(folder, config, name) for name in NAMES})
         text = _read_text(folder / "tokenizer.json")
         clean_up = bool(config.get("clean_up_tokenization_spaces", False))
-        tokenizer = FastTokenizer(text, texts, where=str(folder), clean_up=clean_up)
+        template = folder / TEMPLATE_FILE
+        written = _read_text(template) if template.is_file() else None
+        tokenizer = FastTokenizer(text, texts, where=str(folder), clean_up=clean_up, chat_template=written)
     # The fingerprint is computed from the files: whoever swaps or edits one is told before a token is made of it.
     check_same_tokenizer((tokenizer.fingerprint, str(folder)), (recorded, f"its own record {META_FILE}"))
     # Copies of the record travel with runs and exported folders, where it is read without the tokenizer.

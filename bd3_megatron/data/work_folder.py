@@ -16,7 +16,7 @@ from typing import Any
 
 from bd3_megatron.data.part_maker import RECORD_FILE, PartRecord, part_folder
 from bd3_megatron.data.shard_header import ShardRecord
-from bd3_megatron.data.shards import SHARD_SUFFIXES
+from bd3_megatron.data.shards import SHARD_SUFFIXES, SUPERVISED_SUFFIX
 from bd3_megatron.data.source import PartTask
 from bd3_megatron.errors import ConfigError
 from bd3_megatron.files import move, read_json, remove_leftovers, write_json
@@ -95,9 +95,10 @@ class WorkFolder:
         # Killed from here on, the next run finds in this list whose part each file is.
         write_json(self._order, [task.stem for task in tasks])
         for number, task in enumerate(tasks):
-            for split in records[task].shards:
+            for split, record in records[task].shards.items():
                 (self.data / split).mkdir(exist_ok=True)
-                for suffix in SHARD_SUFFIXES:
+                supervised = () if record.sup_sha256 is None else (SUPERVISED_SUFFIX,)
+                for suffix in (*SHARD_SUFFIXES, *supervised):
                     move(
                         part_folder(self.work, task) / f"{split}{suffix}",
                         self.data / split / f"{shard_name(number)}{suffix}",

@@ -62,13 +62,16 @@ def write_split(
     vocab_size: int = VOCAB,
     fingerprint: str = BYTES.fingerprint,
     held_out_fraction: float = 0.0,
+    supervised: Sequence[Sequence[Sequence[bool]]] | None = None,
 ) -> Path:
-    """Write a split from shards of documents of ids, as `prepare` would."""
+    """Write a split from shards of documents of ids, and of what is predicted of them, as `prepare` would."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for number, listed in enumerate(shards):
-        with ShardWriter(folder / f"part-{number:05d}", token_dtype(vocab_size)) as writer:
-            writer.add([np.asarray(document, dtype=np.uint32) for document in listed])
+        known = None if supervised is None else [np.asarray(one, dtype=np.bool_) for one in supervised[number]]
+        stem = folder / f"part-{number:05d}"
+        with ShardWriter(stem, token_dtype(vocab_size), answers_only=known is not None) as writer:
+            writer.add([np.asarray(document, dtype=np.uint32) for document in listed], known)
             record = writer.finish()
         assert record is not None
         records.append(record)
@@ -81,6 +84,17 @@ def write_split(
     )
     write_json(folder / HEADER_FILE, header.as_dict())
     return folder
+
+
+def answers(listed: Sequence[Sequence[int]], seed: int) -> list[list[bool]]:
+    """What is predicted of documents: spans at random places, at least one token of each."""
+    chosen = random.Random(seed)
+    flags = []
+    for document in listed:
+        edges = sorted(chosen.sample(range(len(document) + 1), k=min(3, len(document) + 1)))
+        known = [sum(edge <= i for edge in edges) % 2 == 1 for i in range(len(document))]
+        flags.append(known if any(known) else [True] * len(document))
+    return flags
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ import pytest
 from bd3_megatron.data.packing import PackedRows, PackingRule
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.errors import ConfigError, DataError
-from tests.unit.data.corpora import SPECIAL, documents, write_split
+from tests.unit.data.corpora import SPECIAL, answers, documents, write_split
 
 Row = tuple[list[int], list[bool], list[int], list[int], list[bool]]
 
@@ -103,8 +103,9 @@ def test_wrap_loses_less_than_one_row_of_the_whole_split(tmp_path: Path) -> None
 
 
 def test_rows_do_not_depend_on_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:
+    listed = documents(40, seed=3)
     rows = PackedRows(
-        ShardFolder(write_split(tmp_path, [documents(40, seed=3)])),
+        ShardFolder(write_split(tmp_path, [listed], supervised=[answers(listed, 3)])),
         PackingRule(seq_len=8, mode="isolated", block_size=4),
     )
     whole = rows.read(np.arange(rows.num_rows))
@@ -113,6 +114,47 @@ def test_rows_do_not_depend_on_the_order_in_which_they_are_asked_for(tmp_path: P
     for column, expected in zip(shuffled, whole, strict=True):
         assert column is not None and expected is not None
         np.testing.assert_array_equal(column, expected[order])
+
+
+@pytest.mark.parametrize("mode", ["isolated", "pad"])
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_what_is_predicted_follows_its_tokens_and_an_end_its_document(
+    tmp_path: Path, mode: str, append_eos: bool
+) -> None:
+    chosen = random.Random(f"{mode}{append_eos}")
+    for trial in range(8):
+        block = chosen.choice([1, 2, 4])
+        rule = PackingRule(seq_len=block * 3, mode=mode, block_size=block, append_eos=append_eos)
+        listed = documents(12, seed=trial, longest=20)
+        known = answers(listed, trial)
+        shards = cut(listed, chosen)
+        bounds = np.cumsum([0, *map(len, shards)])
+        folder = write_split(
+            tmp_path / f"{trial}", shards, supervised=[known[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        )
+        rows = PackedRows(ShardFolder(folder, verify=True), rule)
+        got = rows.read(np.arange(rows.num_rows))
+        assert got.is_supervised_BL is not None and got.is_padding_BL is not None
+        # ids are below 256, so that a token carries its own flag through the naive reading
+        marked = [[t + 300 * k for t, k in zip(*pair, strict=True)] for pair in zip(listed, known, strict=True)]
+        plain, with_flags = naive_rows([listed], rule), naive_rows([marked], rule)
+        flag = False
+        for row, (tokens, padding, _, _, _) in enumerate(plain):
+            np.testing.assert_array_equal(got.tokens_BL[row], tokens)
+            for place, marked_token in enumerate(with_flags[row][0]):
+                if padding[place]:
+                    continue
+                is_end = tokens[place] == SPECIAL.eos and marked_token == SPECIAL.eos
+                # an end token has the flag of the token before it
+                flag = flag if is_end else marked_token >= 300
+                assert got.is_supervised_BL[row, place] == flag, (trial, row, place)
+
+
+def test_answers_are_not_wrapped(tmp_path: Path) -> None:
+    listed = documents(4, seed=1)
+    shards = ShardFolder(write_split(tmp_path, [listed], supervised=[answers(listed, 1)]))
+    with pytest.raises(ConfigError, match=r"packing=wrap cuts documents anywhere.*use packing=isolated, or pad\."):
+        PackedRows(shards, PackingRule(seq_len=8))
 
 
 def test_isolated_documents_begin_at_block_boundaries_and_pieces_of_long_ones_at_rows(tmp_path: Path) -> None:
