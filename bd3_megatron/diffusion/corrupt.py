@@ -45,6 +45,10 @@ class NoisyBatch:
     """bool: the token may be masked, so it belongs in the mean."""
     is_padding_BL: Tensor | None = None
     """bool: no token of the text; None = there is none."""
+    is_supervised_BL: Tensor | None = None
+    """bool: False at what is given, as a prompt is; None = everything is predicted."""
+    document_id_BL: Tensor | None = None
+    """int: the document of each token; None = a row is one."""
 
     @property
     def block_size(self) -> int:
@@ -57,8 +61,9 @@ class NoisyBatch:
 
     @property
     def text_BL(self) -> Tensor:
-        """bool: every token of the text, also those that are never masked."""
-        return torch.ones_like(self.countable_BL) if self.is_padding_BL is None else ~self.is_padding_BL
+        """bool: every token of the text that is not given, also a first one that is never masked."""
+        text_BL = torch.ones_like(self.countable_BL) if self.is_padding_BL is None else ~self.is_padding_BL
+        return text_BL if self.is_supervised_BL is None else text_BL & self.is_supervised_BL
 
 
 def corrupt(
@@ -72,6 +77,7 @@ def corrupt(
     resample_to: Interval | None = None,
     never_mask_first: bool = False,
     is_padding_BL: Tensor | None = None,
+    is_supervised_BL: Tensor | None = None,
     document_id_BL: Tensor | None = None,
     axes: ObjectiveAxes = BD3_LM,
     is_complement: bool = False,
@@ -89,7 +95,8 @@ def corrupt(
         resample_to: condition every block's masked fraction on this interval; None: do not (unbiased).
         never_mask_first: keep position 0 visible and out of the mean (the paper's ignore_bos).
         is_padding_BL: bool [B, L]; padding is masked by its own draws, without loss, and never counted.
-        document_id_BL: int [B, L], where packed documents do not see each other; only weights by nearness ask.
+        is_supervised_BL: bool [B, L]; what is not stays visible and out of the mean.
+        document_id_BL: int [B, L], where packed documents do not see each other: asked by weights by nearness, and kept.
         axes: which positions are masked, and how a masked token weighs.
         is_complement: mask just what the same arguments without it leave.
         weight_dtype: of weight_BL.
@@ -101,11 +108,16 @@ def corrupt(
         ShapeError: wrong shapes or dtypes, or K does not divide L.
         RangeError: t out of range, a negative mask_id, an interval that no mask fulfils.
     """
-    _check(clean_BL, t_BK, index_B, mask_id, is_padding_BL)
+    _check(clean_BL, t_BK, index_B, mask_id)
+    for name, given_BL in (("is_padding_BL", is_padding_BL), ("is_supervised_BL", is_supervised_BL)):
+        if given_BL is not None:
+            check_shape(name, given_BL.shape, clean_BL.shape)
     device, length = clean_BL.device, clean_BL.shape[1]
     # The schedule reads t to check it: with t on the CPU nothing here waits for a GPU.
     probability_BK = schedule.mask_probability(t_BK)
     countable_BL = torch.ones_like(clean_BL, dtype=torch.bool) if is_padding_BL is None else ~is_padding_BL
+    if is_supervised_BL is not None:
+        countable_BL = countable_BL & is_supervised_BL
     if never_mask_first:
         countable_BL = countable_BL & (torch.arange(length, device=device) > 0)
     u_BKS = _uniform(index_B, t_BK.shape[1], length, seed=seed, device=device)
@@ -136,6 +148,8 @@ def corrupt(
         drawn_BK=drawn_BKS.sum(dim=2),
         countable_BL=countable_BL,
         is_padding_BL=is_padding_BL,
+        is_supervised_BL=is_supervised_BL,
+        document_id_BL=document_id_BL,
     )
 
 
@@ -185,14 +199,12 @@ def _draw(u_BKS: Tensor, probability_BK: Tensor, index_B: Tensor, *, seed: int, 
     return rank_BKS < count_BK.to(device)[:, :, None]
 
 
-def _check(clean_BL: Tensor, t_BK: Tensor, index_B: Tensor, mask_id: int, is_padding_BL: Tensor | None) -> None:
+def _check(clean_BL: Tensor, t_BK: Tensor, index_B: Tensor, mask_id: int) -> None:
     if clean_BL.dim() != 2 or clean_BL.dtype != torch.int64:
         raise ShapeError(f"clean_BL is {clean_BL.dtype} {list(clean_BL.shape)}; expected torch.int64 [any, any].")
     batch, length = clean_BL.shape
     check_shape("index_B", index_B.shape, (batch,))
     check_shape("t_BK", t_BK.shape, (batch, None))
     check_divides("num_blocks", t_BK.shape[1], "length", length, kind=ShapeError)
-    if is_padding_BL is not None:
-        check_shape("is_padding_BL", is_padding_BL.shape, (batch, length))
     if mask_id < 0:
         raise RangeError(f"mask_id={mask_id} is negative; use the id of the tokenizer's mask token.")

@@ -91,7 +91,7 @@ class Objective(ABC):
         copies: Sequence[NoisyBatch],
         *,
         document_id_BL: Tensor | None = None,
-        is_padding_BL: Tensor | None = None,
+        is_scored_BL: Tensor | None = None,
     ) -> list[LossRows]:
         """Loss rows of every stream that carries loss.
 
@@ -99,7 +99,7 @@ class Objective(ABC):
             tokens_BL: int64 [B, L] clean tokens.
             copies: what `copies` gave for these tokens.
             document_id_BL: int [B, L] where packed documents do not see each other.
-            is_padding_BL: bool [B, L].
+            is_scored_BL: bool [B, L]: False at padding and at what is given; None: everything is predicted.
         """
 
     @abstractmethod
@@ -136,15 +136,15 @@ class _Denominator:
     """True for each thing of a copy that is counted, bool of any shape."""
     varies: bool = False
     """The count depends on the draw."""
-    is_per_sample: bool = False
-    """Every sample's sum is divided by its own length, and samples are counted."""
+    is_per_answer: bool = False
+    """The sum over each document of a row is divided by its own length; one that rows cut in two counts in both."""
 
 
 _DENOMINATORS: Mapping[Denominator, _Denominator] = {
     "maskable": _Denominator(lambda rows, copy: copy.countable_BL),
     "all": _Denominator(lambda rows, copy: copy.text_BL),
     "loss_rows": _Denominator(lambda rows, copy: rows.has_loss_BL, varies=True),
-    "answer_length": _Denominator(lambda rows, copy: copy.countable_BL.any(dim=1), is_per_sample=True),
+    "answer_length": _Denominator(lambda rows, copy: _per_document(copy)[0] > 0, is_per_answer=True),
 }
 
 
@@ -184,15 +184,15 @@ class BlockDiffusion(Objective):
         copies: Sequence[NoisyBatch],
         *,
         document_id_BL: Tensor | None = None,
-        is_padding_BL: Tensor | None = None,
+        is_scored_BL: Tensor | None = None,
     ) -> list[LossRows]:
-        # corrupt() has left padding out of is_masked_BL, and documents do not matter: a row predicts its own token
+        # corrupt() has left what is not scored out of is_masked_BL, and a row predicts its own token in any document
         rows = [LossRows(copy.is_masked_BL, copy.clean_BL, copy.weight_BL, copy.level_BL) for copy in copies]
-        if not self._denominator.is_per_sample:
+        if not self._denominator.is_per_answer:
             return rows
-        # sample by sample: the sum over a sample's rows is a mean over its tokens, and samples are counted
-        lengths_B1 = [copy.countable_BL.sum(dim=1, keepdim=True).clamp_min(1) for copy in copies]
-        return [replace(one, weight_BL=one.weight_BL / n_B1) for one, n_B1 in zip(rows, lengths_B1, strict=True)]
+        # document by document: the sum over one's rows is a mean over its tokens, and documents are counted
+        lengths = [_countable_in_document(copy).clamp_min(1) for copy in copies]
+        return [replace(one, weight_BL=one.weight_BL / n_BL) for one, n_BL in zip(rows, lengths, strict=True)]
 
     def token_count(self, rows: Sequence[LossRows], copies: Sequence[NoisyBatch]) -> int:
         # Counted over all copies: with V views numerator and denominator both grow V times.
@@ -240,7 +240,7 @@ class NextToken(Objective):
         copies: Sequence[NoisyBatch],
         *,
         document_id_BL: Tensor | None = None,
-        is_padding_BL: Tensor | None = None,
+        is_scored_BL: Tensor | None = None,
     ) -> list[LossRows]:
         # tensor methods only: this file must not import torch
         has_loss_BL = tokens_BL.new_ones(tokens_BL.shape).bool()
@@ -249,10 +249,11 @@ class NextToken(Objective):
         if document_id_BL is not None:
             check_shape("document_id_BL", document_id_BL.shape, tokens_BL.shape)
             has_loss_BL &= document_id_BL == document_id_BL.roll(-1, dims=1)
-        if is_padding_BL is not None:
-            check_shape("is_padding_BL", is_padding_BL.shape, tokens_BL.shape)
-            # The target decides: the last text token before padding would else learn to predict padding.
-            has_loss_BL &= ~is_padding_BL.roll(-1, dims=1)
+        if is_scored_BL is not None:
+            check_shape("is_scored_BL", is_scored_BL.shape, tokens_BL.shape)
+            # The target decides: the last text token before padding would else learn to predict padding, and the last
+            # one of a prompt not what the answer begins with.
+            has_loss_BL &= is_scored_BL.roll(-1, dims=1)
         ones_BL = tokens_BL.new_ones(tokens_BL.shape).float()
         return [LossRows(has_loss_BL, tokens_BL.roll(-1, dims=1), ones_BL, ones_BL)]
 
@@ -286,3 +287,17 @@ def objective_named(
     if name == NextToken.name:
         return NextToken(views=views, axes=axes)
     raise ConfigError(f"objective={name!r} is unknown; use {either((BlockDiffusion.name, NextToken.name))}.")
+
+
+def _per_document(copy: NoisyBatch) -> tuple[Tensor, Tensor]:
+    """(tokens that may be masked by document of a row [B, D], document of each token [B, L])."""
+    ids_BL = copy.document_id_BL
+    ids_BL = copy.countable_BL.long() * 0 if ids_BL is None else ids_BL.long()
+    counts_BD = ids_BL.new_zeros((ids_BL.shape[0], int(ids_BL.max()) + 1))
+    return counts_BD.scatter_add(1, ids_BL, copy.countable_BL.long()), ids_BL
+
+
+def _countable_in_document(copy: NoisyBatch) -> Tensor:
+    """Tokens that may be masked in each token's document: int64 [B, L]."""
+    counts_BD, ids_BL = _per_document(copy)
+    return counts_BD.gather(1, ids_BL)

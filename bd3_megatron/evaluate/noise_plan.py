@@ -122,7 +122,7 @@ class NextTokenPlan:
     def counted(self, clean: CleanBatch) -> Tensor:
         # autoregressive rows have blocks of one token, so nothing fills them
         rows = NextToken().loss_rows(
-            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_scored_BL=clean.scored_BL
         )
         return rows[0].has_loss_BL.sum(dim=1)
 
@@ -191,6 +191,7 @@ class LevelDrawn(_Drawn):
             schedule=noise_schedule("loglinear"),
             never_mask_first=self.first_token_given,
             is_padding_BL=clean.is_padding_BL,
+            is_supervised_BL=clean.is_supervised_BL,
             weight_dtype=torch.float64,
         )
 
@@ -316,6 +317,7 @@ def _masked(
         drawn_BK=count_BK,
         countable_BL=countable_BL,
         is_padding_BL=clean.is_padding_BL,
+        is_supervised_BL=clean.is_supervised_BL,
     )
 
 
@@ -329,9 +331,8 @@ def _num_counted(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
 
 def _countable(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
     """bool [B, L]: tokens that may be masked: those whose likelihood is asked for, and fill."""
-    countable_BL = torch.ones_like(clean.tokens_BL, dtype=torch.bool)
-    if clean.is_padding_BL is not None:
-        countable_BL = ~clean.is_padding_BL
+    scored_BL = clean.scored_BL
+    countable_BL = torch.ones_like(clean.tokens_BL, dtype=torch.bool) if scored_BL is None else scored_BL
     if first_token_given:
         # a row's first token has no past in the official convention: it is given
         countable_BL = countable_BL & (torch.arange(countable_BL.shape[1], device=countable_BL.device) > 0)

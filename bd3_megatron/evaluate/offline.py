@@ -233,7 +233,7 @@ def weighted_sums(
     clean_BL = clean.tokens_BL.to(device)
     if noisy is None:
         rows = NextToken().loss_rows(
-            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+            clean.tokens_BL, [], document_id_BL=clean.document_id_BL, is_scored_BL=clean.scored_BL
         )[0]
         target_BL, is_loss_BL, weight_BL = rows.target_BL, rows.has_loss_BL, rows.weight_BL
         hidden_BLD = next_token_hidden(model, clean_BL, clean.document_id_BL)

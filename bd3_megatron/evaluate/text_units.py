@@ -85,7 +85,8 @@ def text_units(dataset: TokenDataset, row_id_N: Tensor, tokenizer: Tokenizer) ->
     num_tokens, previous = 0, -1
     for row_id_B in row_id_N.split(ROWS_AT_ONCE):
         clean = dataset.batch_for(row_id_B)
-        skipped = [mask.tolist() for mask in (clean.is_padding_BL, clean.is_fill_BL) if mask is not None]
+        given_BL = None if clean.is_supervised_BL is None else ~clean.is_supervised_BL
+        skipped = [mask.tolist() for mask in (clean.is_padding_BL, clean.is_fill_BL, given_BL) if mask is not None]
         documents = None if clean.document_id_BL is None else clean.document_id_BL.tolist()
         for place, (row_id, ids) in enumerate(zip(row_id_B.tolist(), clean.tokens_BL.tolist(), strict=True)):
             # A row that was left out lies between: what is cut there cannot be joined.
@@ -96,11 +97,12 @@ def text_units(dataset: TokenDataset, row_id_N: Tensor, tokenizer: Tokenizer) ->
             num_tokens += len(kept)
             # BOS and EOS at both ends of a row are no document's
             for i in kept[first : len(kept) - first]:
-                if documents is not None and i > 0 and documents[place][i] != documents[place][i - 1]:
+                is_new = documents is not None and i > 0 and documents[place][i] != documents[place][i - 1]
+                # Padding and fill stand behind the end of a text, a prompt stands before an answer.
+                if is_new or i > 0 and any(mask[place][i - 1] for mask in skipped):
                     text.end()
                 text.add(ids[i])
-            # Padding and fill stand behind the end of a text.
-            if len(kept) < len(ids):
+            if any(mask[place][-1] for mask in skipped):
                 text.end()
     text.end()
     return TextUnits(num_tokens, text.num_bytes, text.num_words)

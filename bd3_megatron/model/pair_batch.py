@@ -62,7 +62,7 @@ class PairBatch:
 def loss_rows(clean: CleanBatch, copies: Sequence[NoisyBatch], layout: PairLayout) -> list[LossRows]:
     """What the objective says of every row of the stream that carries loss, for whole sequences."""
     return layout.objective.loss_rows(
-        clean.tokens_BL, copies, document_id_BL=clean.document_id_BL, is_padding_BL=clean.is_padding_BL
+        clean.tokens_BL, copies, document_id_BL=clean.document_id_BL, is_scored_BL=clean.scored_BL
     )
 
 

@@ -76,6 +76,7 @@ class Noise:
             resample_to=self.interval if config.resample else None,
             never_mask_first=config.never_mask_first,
             is_padding_BL=clean.is_padding_BL,
+            is_supervised_BL=clean.is_supervised_BL,
             document_id_BL=clean.document_id_BL,
             axes=self.axes,
             is_complement=self.is_complement,

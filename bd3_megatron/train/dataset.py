@@ -240,7 +240,9 @@ def open_data(config: Config) -> RunData:
 
 def _counts(rows: PackedRows) -> dict[str, int]:
     shards = rows.shards
-    return {"rows": rows.num_rows, "documents": shards.num_documents, "tokens": shards.num_tokens}
+    counts = {"rows": rows.num_rows, "documents": shards.num_documents, "tokens": shards.num_tokens}
+    # absent where every token is predicted: checkpoints of plain text are those of releases that knew no answers
+    return counts if shards.num_supervised is None else counts | {"supervised": shards.num_supervised}
 
 
 def evaluation_convention(config: Config, recipe: Mapping[str, bool]) -> EvaluationConvention:
@@ -265,6 +267,11 @@ def _open_train(config: Config, folder: Path) -> tuple[list[TokenShards], Traini
     """What is trained on, and the shards that decide about it."""
     if config.data.stream is not None:
         shards = open_shards(folder / "train")
+        if shards.num_supervised is not None:
+            raise ConfigError(
+                f"data.stream reads plain text, and '{cut(str(folder))}' holds prompts with their answers: what is trained on "
+                "and what is held out would differ in kind; take the tokenizer and held-out rows from a folder of plain text."
+            )
         return [shards], _open_stream(config, config.data.stream, folder / "tokenizer", shards)
     # weights that cannot be mixed are refused here, before a model is built
     Mixture(mixture_stages(config.data, RunPlan(config)))
@@ -332,4 +339,20 @@ def prepare_and_open(config: Config, *, rank: int, say: Callable[[str], None]) -
     data = open_data(config)
     for sentence in data.by_source.left_out:
         say(sentence)
+    if (remark := answers_remark(data.train.counts())) is not None:
+        say(remark)
     return data
+
+
+def answers_remark(counts: Sequence[Mapping[str, int]]) -> str | None:
+    """What is predicted of the training sources, or None where it is everything."""
+    of_answers = [source for source in counts if "supervised" in source]
+    if not of_answers:
+        return None
+    share = sum(source["supervised"] for source in of_answers) / sum(source["tokens"] for source in of_answers)
+    # Text mixed in keeps a model from forgetting; it is allowed and said, since a forgotten --messages looks the same.
+    plain = "; of the others every token is" if len(of_answers) < len(counts) else ""
+    return (
+        f"{len(of_answers)} of {len(counts)} training sources hold prompts with their answers: only the answers, "
+        f"{100 * share:.0f}% of their tokens, are predicted{plain}"
+    )

@@ -231,7 +231,8 @@ def refuse_changes(changed: list[Change], config: Config) -> None:
 def _identity_values(identity: DataIdentity, num_sources: int) -> dict[str, Any]:
     """What is compared of a run's data; of the training sources the first `num_sources`, since a mixture may grow."""
     # documents and tokens, not rows: how they are cut into rows is compared by its own settings
-    counts = [{name: source[name] for name in ("documents", "tokens")} for source in identity.rows["train"]]
+    names = ("documents", "tokens", "supervised")
+    counts = [{name: source[name] for name in names if name in source} for source in identity.rows["train"]]
     values = {f"tokenizer.{name}": value for name, value in identity.tokenizer.items()}
     return values | {"rows.train": counts[:num_sources], "rows.valid": identity.rows["valid"]}
 

@@ -141,6 +141,7 @@ def _corrupt(clean: CleanBatch, config: Config, engine: ZeroEngine, drawn_from: 
         schedule=noise_schedule(config.diffusion.noise_schedule),
         never_mask_first=config.diffusion.never_mask_first,
         is_padding_BL=clean.is_padding_BL,
+        is_supervised_BL=clean.is_supervised_BL,
     )
 
 

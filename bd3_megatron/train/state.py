@@ -37,6 +37,8 @@ class CountedSource:
     rows: Count
     documents: Count
     tokens: Count
+    supervised: Count | None = None
+    """Tokens that are predicted; None: all are."""
 
 
 @dataclass(frozen=True, kw_only=True)

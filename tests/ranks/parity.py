@@ -399,6 +399,7 @@ def plain_loss(
 ) -> tuple[Tensor, Tensor]:
     """Nats per token of the plain model on some samples, and its confidence term without its factor."""
     tokens_BL, documents_BL, padding_BL = clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL
+    supervised_BL = clean.is_supervised_BL
     if config.diffusion.objective == "ar":
         nll_BL = next_token_nll(model(tokens_BL, None, documents_BL)[:, :-1], tokens_BL[:, 1:])
         counts_BL = torch.ones_like(nll_BL, dtype=torch.bool)
@@ -406,6 +407,8 @@ def plain_loss(
             counts_BL = documents_BL[:, 1:] == documents_BL[:, :-1]
         if padding_BL is not None:
             counts_BL = counts_BL & ~padding_BL[:, 1:]
+        if supervised_BL is not None:
+            counts_BL = counts_BL & supervised_BL[:, 1:]
         loss = nll_BL[counts_BL].sum() / counts_BL.sum()
         return loss, torch.zeros_like(loss)
     total, confidence, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
@@ -419,17 +422,31 @@ def plain_loss(
         law_BL = torch.distributions.Categorical(logits=allowed_BLV)
         sharp_BL = law_BL.entropy() * (nll_BL.detach() <= -law_BL.logits.max(-1).values.detach() + 1e-6)
         for row, masked_L in enumerate(noisy.is_masked_BL):
-            sample, maskable = (
-                (nll_BL[row] * noisy.weight_BL[row])[masked_L].double().sum(),
-                noisy.countable_BL[row].sum(),
-            )
-            share = 1 / maskable if denominator == "answer_length" else 1
-            total = total + sample * share
-            confidence = confidence + (sharp_BL[row] * noisy.weight_BL[row])[masked_L].double().sum() * share
-            text = len(masked_L) if padding_BL is None else (~padding_BL[row]).sum()
-            counts = {"maskable": maskable, "all": text, "loss_rows": masked_L.sum(), "answer_length": 1}
-            count += int(counts[denominator])
+            text_L = torch.ones_like(masked_L) if padding_BL is None else ~padding_BL[row]
+            if supervised_BL is not None:
+                text_L = text_L & supervised_BL[row]
+            for part_L, maskable in answers_of(masked_L, noisy.countable_BL[row], documents_BL, row, denominator):
+                share = 1 / max(maskable, 1) if denominator == "answer_length" else 1
+                total = total + (nll_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share
+                confidence = confidence + (sharp_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share
+                counts = {
+                    "maskable": maskable,
+                    "all": text_L.sum(),
+                    "loss_rows": part_L.sum(),
+                    "answer_length": maskable > 0,
+                }
+                count += int(counts[denominator])
     return total / count, confidence / count
+
+
+def answers_of(
+    masked_L: Tensor, countable_L: Tensor, documents_BL: Tensor | None, row: int, denominator: str
+) -> list[tuple[Tensor, int]]:
+    """(masked tokens, tokens that may be masked) of a row, or of each of its documents where answers are counted."""
+    if documents_BL is None or denominator != "answer_length":
+        return [(masked_L, int(countable_L.sum()))]
+    parts = [documents_BL[row] == number for number in documents_BL[row].unique()]
+    return [(masked_L & part_L, int((countable_L & part_L).sum())) for part_L in parts]
 
 
 def plain_model(config: Config, *, vocab: int = VOCAB, mask_id: int = MASK_ID) -> PlainBD3:

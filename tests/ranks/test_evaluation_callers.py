@@ -15,13 +15,16 @@ import torch
 
 from bd3_megatron.cli import main
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
+from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.prepare import PrepareRequest, prepare
+from bd3_megatron.data.source import Source
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.evaluate.harness import HarnessModel
 from bd3_megatron.evaluate.offline import load_model
 from bd3_megatron.hf.plain_bd3 import PlainBD3
 from tests.ranks.train_runs import record, train, train_config, write_data
 from tests.tolerances import EVALUATION
+from tests.unit.data.chats import write_rows
 
 BOS, EOS, PAD, MASK = 256, 257, 258, 259
 TEXTS = ("abcdefg", "hijklmnopqrst", "uvw", "xyzxyzx", "a", "bcdefghijklmno", "pqr", "stuvwxy", "zz")
@@ -37,6 +40,8 @@ class Case:
     """The first token of a row is never masked."""
     objective: str = "block"
     length: int = 8
+    answers: bool = False
+    """The first third of a text is a prompt, and only the rest is predicted."""
 
 
 CASES = (
@@ -47,6 +52,8 @@ CASES = (
     Case("pad", 4, given=True),
     Case("wrap", 1, special=True, objective="ar"),
     Case("isolated", 1, objective="ar"),
+    Case("isolated", 4, answers=True),
+    Case("pad", 1, objective="ar", answers=True),
 )
 
 
@@ -54,7 +61,8 @@ def rows_of(case: Case) -> list[list[tuple[int, int, str]]]:
     """(token, document, kind) of every position of every row, from the texts alone."""
     stream: list[tuple[int, int, str]] = []
     for number, text in enumerate(TEXTS):
-        stream += [(token, number, "text") for token in [*text.encode(), EOS]]
+        given = len(text) // 3 if case.answers else 0
+        stream += [(t, number, "text" if i >= given else "prompt") for i, t in enumerate([*text.encode(), EOS])]
         while case.packing != "wrap" and len(stream) % case.block:
             stream.append((EOS, number, "fill"))
         while case.packing == "pad" and len(stream) % case.length:
@@ -77,13 +85,15 @@ def reference(model: PlainBD3, case: Case) -> float:
         document = documents if case.packing == "isolated" else None
         kinds = [r[2] for r in row]
         if case.objective == "ar":
-            targets = [i for i in range(1, case.length) if kinds[i] != "pad"]
+            targets = [i for i in range(1, case.length) if kinds[i] not in ("pad", "prompt")]
             targets = [i for i in targets if document is None or row[i][1] == row[i - 1][1]]
             log_p = model(ids, None, document)[0].log_softmax(dim=-1)
             total -= sum(log_p[i - 1, ids[0, i]].item() for i in targets)
             count += len(targets)
             continue
-        free = torch.tensor([kind != "pad" and not (case.given and i == 0) for i, kind in enumerate(kinds)])
+        free = torch.tensor(
+            [kind not in ("pad", "prompt") and not (case.given and i == 0) for i, kind in enumerate(kinds)]
+        )
         count += sum(kind == "text" and bool(free[i]) for i, kind in enumerate(kinds))
         for bits in itertools.product((False, True), repeat=case.block):
             m = sum(bits)
@@ -101,7 +111,11 @@ def prepared(folder: Path, case: Case) -> Path:
     for number, text in enumerate(TEXTS):
         (folder / "texts").mkdir(parents=True, exist_ok=True)
         (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
-    source = text_source([str(folder / "texts")])
+    source: Source = text_source([str(folder / "texts")])
+    if case.answers:
+        rows = [{"q": text[: len(text) // 3], "a": text[len(text) // 3 :]} for text in TEXTS]
+        path = write_rows(folder / "pairs.jsonl", rows)
+        source = HubDataset(path=str(path), prompt_column="q", answer_column="a")
     rules = {"train": {"wrap_special": True}, "valid": {"wrap_special": True}} if case.special else {}
     request = PrepareRequest(
         out=folder / "data",
@@ -158,7 +172,8 @@ def test_every_caller_gives_the_same_number(case: Case, tmp_path: Path, capsys: 
     expected = pytest.approx(reference(model, case), abs=EVALUATION)
     exact = [asked(capsys, place, "--data", data, "--exact") for place in (run, folder)]
     assert [found["nll_nats_per_token"] for found in exact] == [expected, expected]
-    assert by_the_harness(folder, case) == expected
+    # to the harness a text has no prompt but what its task says
+    assert case.answers or by_the_harness(folder, case) == expected
     if case.block == 1:
         assert in_loop["eval/nll_nats_per_token"] == expected
 

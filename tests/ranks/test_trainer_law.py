@@ -46,6 +46,16 @@ CASES: dict[str, dict[str, Any]] = {
     "cp and views": {"parallel": {"cp": 2}, "diffusion": {"views": 2}},
     "zero 3 and MDLM": {"parallel": {"dp": 2, "zero_stage": 3}, "diffusion": {"block_size": 32}},
     "zero 2 and next token": {"parallel": {"dp": 2, "zero_stage": 2}, "diffusion": {"objective": "ar"}},
+    "dp and answers in packed documents": {
+        "parallel": {"dp": 2},
+        "data": {"packing": "isolated"},
+        "diffusion": {"axes": {"denominator": "answer_length"}},
+    },
+    "tp and padded answers, next token": {
+        "parallel": {"tp": 2},
+        "data": {"packing": "pad"},
+        "diffusion": {"objective": "ar"},
+    },
     "tp, pp and the first token kept": {
         "parallel": {"tp": 2, "pp": 2},
         "diffusion": {"never_mask_first": True},
@@ -69,7 +79,8 @@ def law_config(data: Path, run_dir: Path, case: dict[str, Any]) -> Config:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_trainer_is_the_plain_model(name: str, tmp_path: Path) -> None:
-    config = law_config(write_documents(tmp_path / "data"), tmp_path / "run", CASES[name])
+    data_folder = write_documents(tmp_path / "data", of_answers="answers" in name)
+    config = law_config(data_folder, tmp_path / "run", CASES[name])
     ranks = train(config)
     found = found_by(config, ranks, tmp_path / "run")
     data = open_data(config)
@@ -87,9 +98,9 @@ def test_the_trainer_is_the_plain_model(name: str, tmp_path: Path) -> None:
         assert worst <= tolerances.GRID_PARAMETERS, f"{key}: {worst:.2e}"
 
 
-def write_documents(folder: Path) -> Path:
+def write_documents(folder: Path, *, of_answers: bool = False) -> Path:
     """As write_data, in documents of 5 to 40 tokens, so that isolation and padding have something to do."""
-    return write_data(folder, longest_document=40)
+    return write_data(folder, longest_document=40, of_answers=of_answers)
 
 
 def found_by(config: Config, ranks: list[dict[str, Any]], run_dir: Path) -> Outcome:

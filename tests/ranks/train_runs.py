@@ -17,18 +17,19 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.build import build_trainer
 from tests.ranks.harness import run_ranks
-from tests.unit.data.corpora import write_split
+from tests.unit.data.corpora import answers, write_split
 
 LENGTH, BATCH, VOCAB = 32, 8, 64
 STABLE = ("step", "tokens", "loss/", "optim/", "noise/", "search/", "eval/")
 """What a record may be compared by."""
 
 
-def write_data(folder: Path, *, longest_document: int | None = None) -> Path:
+def write_data(folder: Path, *, longest_document: int | None = None, of_answers: bool = False) -> Path:
     """Random tokens as prepare would leave them: 200 training rows and 40 held-out ones, with pairs that can be learnt.
 
     Args:
         folder: to write to.
+        of_answers: only spans of the documents are predicted.
         longest_document: cut the text into documents of 5 to so many tokens; None: one document.
     """
     chosen = random.Random(1)
@@ -42,7 +43,7 @@ def write_data(folder: Path, *, longest_document: int | None = None) -> Path:
                 size = chosen.randint(5, longest_document)
                 documents.append(text[:size])
                 text = text[size:]
-        write_split(folder / split, [documents])
+        write_split(folder / split, [documents], supervised=[answers(documents, rows)] if of_answers else None)
     return folder
 
 

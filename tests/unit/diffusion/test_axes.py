@@ -70,6 +70,14 @@ def test_exactly_round_p_n_tokens_of_a_block_are_masked(schedule: str, least: in
     assert 0.3 < (batch.noisy_BL[:, 27:] == MASK).double().mean() < 0.7
 
 
+def test_exactly_k_is_of_the_answer_in_a_block() -> None:
+    supervised = torch.arange(L).expand(64, L) % 8 >= 3
+    batch = drawn(64, {"positions": "exact"}, is_supervised_BL=supervised)
+    wanted_BK = torch.floor(batch.t_BK * 5 + 0.5).long()
+    assert torch.equal(batch.is_masked_BL.unflatten(1, (4, 8)).sum(2), wanted_BK) and wanted_BK.max() == 5
+    assert torch.equal(batch.noisy_BL == MASK, batch.is_masked_BL & supervised)
+
+
 @pytest.mark.parametrize("half_life", [None, 0.5])
 def test_tokens_are_included_with_the_stated_probabilities(half_life: float | None) -> None:
     """Draws without replacement in proportion to the weights, enumerated; n = 20,000 blocks of 4 with k = 2.

@@ -130,6 +130,25 @@ def test_padding_is_noised_as_text_and_changes_nothing_else(resample_to: Interva
     assert torch.equal(batch.countable_BL, ~is_padding_BL)
 
 
+@pytest.mark.parametrize("resample_to", [None, Interval(0.3, 0.8)])
+def test_what_is_given_is_never_masked_and_changes_nothing_else(resample_to: Interval | None) -> None:
+    given_BL = torch.arange(L).expand(G, L) % 7 < torch.arange(G)[:, None]
+    is_padding_BL = torch.arange(L).expand(G, L) >= 28
+    options: dict[str, Any] = {"resample_to": resample_to, "interval": Interval(0.3, 0.8)}
+    options["is_padding_BL"] = is_padding_BL
+    whole = corrupted(torch.arange(G), **options)
+    batch = corrupted(torch.arange(G), is_supervised_BL=~given_BL, **options)
+    given_BL = given_BL & ~is_padding_BL
+    assert (whole.is_masked_BL & given_BL).any()
+    assert torch.equal(batch.noisy_BL[given_BL], clean(G)[given_BL])
+    assert torch.equal(batch.is_masked_BL, whole.is_masked_BL & ~given_BL)
+    assert torch.equal(batch.weight_BL, whole.weight_BL * ~given_BL)
+    assert torch.equal(batch.countable_BL, ~given_BL & ~is_padding_BL) and torch.equal(
+        batch.text_BL, batch.countable_BL
+    )
+    assert torch.equal(batch.noisy_BL[is_padding_BL], whole.noisy_BL[is_padding_BL])
+
+
 def test_the_pattern_of_masks_does_not_tell_where_a_document_ends() -> None:
     """n = 16,000 padded and as many text places at t = .6: equal rates within five standard errors (chance 6e-7 each)."""
     is_padding_BL = torch.arange(L).expand(1000, L) >= L // 2
@@ -179,6 +198,8 @@ def test_bad_requests_are_refused() -> None:
         corrupt(clean(2), torch.full((2, 5), 0.5), **good)
     with pytest.raises(ShapeError, match=r"is_padding_BL has shape \[2, 3\]; expected \[2, 32\]\."):
         corrupt(clean(2), t_BK, **good, is_padding_BL=torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ShapeError, match=r"is_supervised_BL has shape \[2, 3\]; expected \[2, 32\]\."):
+        corrupt(clean(2), t_BK, **good, is_supervised_BL=torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(RangeError, match=r"mask_id=-1 is negative; use the id of the tokenizer's mask token\."):
         corrupt(clean(2), t_BK, **{**good, "mask_id": -1})
     with pytest.raises(RangeError, match=r"t reaches from 0 to 0, outside"):

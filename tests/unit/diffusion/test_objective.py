@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def golden_batch(golden: dict[str, Tensor], block_size: int) -> NoisyBatch:
 
 def losses_and_count(objective: Objective, nll_BL: Tensor, batch: NoisyBatch) -> tuple[Tensor, int]:
     """(weight x NLL where the objective has loss: [B, L], tokens in its denominator) of one noisy copy."""
-    rows = objective.loss_rows(batch.clean_BL, [batch], is_padding_BL=batch.is_padding_BL)
+    rows = objective.loss_rows(batch.clean_BL, [batch])
     assert torch.equal(rows[0].target_BL, batch.clean_BL)
     losses_BL = torch.where(rows[0].has_loss_BL, nll_BL * rows[0].weight_BL, 0.0)
     return losses_BL, objective.token_count(rows, [batch])
@@ -203,12 +204,12 @@ def test_every_schedule_is_unbiased_and_its_variance_is_the_exact_one(schedule: 
     assert abs(sums.var().item() - variance) < 5 * math.sqrt((central_fourth - variance**2) / len(index))
 
 
-def simple_batch(padding: Tensor | None = None) -> NoisyBatch:
+def simple_batch(padding: Tensor | None = None, **more: Any) -> NoisyBatch:
     clean = torch.zeros(2, 6, dtype=torch.int64)
     t = torch.full((2, 3), 0.5, dtype=torch.float64)
     return corrupt(
         clean, t, index_B=torch.arange(2), seed=1, mask_id=MASK, schedule=LINEAR, never_mask_first=True,
-        is_padding_BL=padding,
+        is_padding_BL=padding, **more,
     )  # fmt: skip
 
 
@@ -221,6 +222,24 @@ def test_the_sum_is_over_masked_tokens_and_the_count_over_maskable_ones() -> Non
     assert losses_and_count(BlockDiffusion(block_size=2, axes=ALL), nll, batch)[1] == 12
     blocks = block_losses(nll, batch)
     assert blocks.shape == (2, 3) and blocks.sum().item() * 2 == pytest.approx(by_hand)
+
+
+def test_answers_are_means_over_their_own_tokens_and_are_counted_themselves() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]])
+    supervised = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 1]]).bool()
+    padding = torch.tensor([[0] * 6, [0, 0, 0, 0, 0, 1]]).bool()
+    batch = simple_batch(padding, is_supervised_BL=supervised, document_id_BL=documents)
+    objective = BlockDiffusion(block_size=2, axes=ObjectiveAxes(denominator="answer_length", row_weight="flat"))
+    (row,) = objective.loss_rows(batch.clean_BL, [batch])
+    # the first token of a row is never masked here; the answer of the last document is padding
+    lengths = torch.tensor([[2, 2, 2, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    assert torch.equal(row.weight_BL, batch.weight_BL / lengths.clamp_min(1))
+    assert objective.token_count([row], [batch]) == 3
+    maskable = BlockDiffusion(block_size=2, axes=ALL)
+    assert maskable.token_count([row], [batch]) == maskable.text_count([row], [batch]) == 5
+    # without documents a row is one answer
+    alone = simple_batch(is_supervised_BL=supervised)
+    assert objective.token_count(objective.loss_rows(alone.clean_BL, [alone]), [alone]) == 2
 
 
 def test_every_view_is_counted() -> None:
@@ -264,7 +283,7 @@ def test_the_next_token_objective_is_the_causal_chain_rule_without_a_mask_token(
 def test_next_tokens_stop_at_documents_and_padding() -> None:
     clean = torch.tensor([[1, 2, 3, 4, 0, 0]])
     documents = torch.tensor([[7, 7, 8, 8, 8, 8]])
-    (rows,) = NextToken().loss_rows(clean, [], document_id_BL=documents, is_padding_BL=clean == 0)
+    (rows,) = NextToken().loss_rows(clean, [], document_id_BL=documents, is_scored_BL=clean != 0)
     assert rows.target_BL.tolist() == [[2, 3, 4, 0, 0, 1]]
     assert rows.has_loss_BL.tolist() == [[True, False, True, False, False, False]]
     assert rows.level_BL.tolist() == rows.weight_BL.tolist() == [[1.0] * 6]
@@ -320,5 +339,5 @@ def test_bad_requests_are_refused() -> None:
         block_losses(torch.zeros(2, 5), batch)
     with pytest.raises(ShapeError, match=r"document_id_BL has shape"):
         NextToken().loss_rows(tokens, [], document_id_BL=tokens[:1])
-    with pytest.raises(ShapeError, match=r"is_padding_BL has shape"):
-        NextToken().loss_rows(tokens, [], is_padding_BL=tokens[:1] == 0)
+    with pytest.raises(ShapeError, match=r"is_scored_BL has shape"):
+        NextToken().loss_rows(tokens, [], is_scored_BL=tokens[:1] == 0)

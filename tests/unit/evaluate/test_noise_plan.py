@@ -74,6 +74,33 @@ def test_padding_is_hidden_as_text_is_and_weighs_nothing(exact: bool) -> None:
     assert torch.equal(noisy.is_masked_BL, whole.is_masked_BL & ~is_padding_BL)
 
 
+@pytest.mark.parametrize("kind", ["counts", "levels", "patterns", "next token"])
+def test_only_answers_are_scored_and_counted(kind: str) -> None:
+    rows, draw_B = clean(50), torch.arange(50) % 4
+    supervised_BL = torch.arange(12).expand(50, -1) % 5 >= 2
+    asked = CleanBatch(
+        tokens_BL=rows.tokens_BL,
+        index_B=rows.index_B,
+        is_supervised_BL=supervised_BL,
+        is_padding_BL=torch.arange(12).expand(50, -1) >= 10,
+        is_fill_BL=torch.arange(12).expand(50, -1) == 9,
+    )
+    plan = noise_plan(
+        objective="ar" if kind == "next token" else "block",
+        block_size=4, mask_id=9, draws=4, exact=kind == "patterns", by_level=kind == "levels",
+    )  # fmt: skip
+    # positions 2, 3, 4, 7, 8, and 9 that fills a block: predicted, but no token of the text
+    assert plan.counted(asked).tolist() == [6 if kind == "next token" else 5] * 50
+    noisy, whole = plan.noisy(asked, draw_B), plan.noisy(rows, draw_B)
+    if noisy is None or whole is None:
+        assert kind == "next token"
+        return
+    shown_BL = ~supervised_BL & (torch.arange(12) < 10)
+    assert torch.equal(noisy.noisy_BL[shown_BL], rows.tokens_BL[shown_BL])
+    assert torch.equal(noisy.is_masked_BL, whole.is_masked_BL & supervised_BL & (torch.arange(12) < 10))
+    assert torch.equal(noisy.weight_BL, whole.weight_BL * noisy.is_masked_BL)
+
+
 def test_a_replicate_uses_every_stratum_once() -> None:
     plan = LevelDrawn(block_size=4, mask_id=9, num_draws=6)
     rows = clean(1)

@@ -14,7 +14,9 @@ from bd3_megatron.convert.to_hf import write_folder
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
+from bd3_megatron.data.tokenizer_open import open_tokenizer
 from bd3_megatron.evaluate.text_units import TextUnits, text_tokenizer, text_units
+from tests.unit.data.corpora import write_split
 from tests.unit.evaluate.tiny import LENGTH, tiny_model
 
 TEXTS = ("naïve café words", "a b", "ünderlined 漢字 text here", "zz")
@@ -42,6 +44,21 @@ def test_text_that_rows_cut_is_counted_whole(data: Path, packing: str) -> None:
     num_bytes = sum(len(text.encode()) for text in TEXTS)
     # every document has an end token
     assert found == TextUnits(num_bytes + len(TEXTS), num_bytes, sum(len(text.split()) for text in TEXTS))
+
+
+def test_of_prompts_nothing_is_counted(tmp_path: Path) -> None:
+    pairs = [("Frage é: ", "größer als 3"), ("x ", "y"), ("", "漢字 text")]
+    listed = [list((prompt + answer).encode()) for prompt, answer in pairs]
+    known = [[i >= len(p.encode()) for i in range(len(ids))] for (p, _), ids in zip(pairs, listed, strict=True)]
+    write_split(tmp_path / "valid", [listed], supervised=[known])
+    tokenizer = open_tokenizer("bytes")
+    answers = [answer for _, answer in pairs]
+    num_bytes = sum(len(answer.encode()) for answer in answers)
+    for packing in ("isolated", "pad"):
+        dataset = EvaluationConvention(packing=packing, aligned_block=4).open_rows(tmp_path / "valid", seq_len=LENGTH)
+        found = text_units(dataset, torch.arange(dataset.num_rows), tokenizer)
+        expected = TextUnits(num_bytes + len(pairs), num_bytes, sum(len(answer.split()) for answer in answers))
+        assert found == expected, packing
 
 
 def test_rows_between_special_tokens_count_them_as_tokens_and_not_as_text(data: Path) -> None:

@@ -241,7 +241,7 @@ def test_the_ar_baseline_counts_its_predictions() -> None:
     config = case(kind="ar")
     clean = Samples(padded=True).batch_for(torch.arange(8))
     made = make_micro_batch(clean, noise_of(1), config.diffusion, layout_of(config, 1))
-    (rows,) = NextToken().loss_rows(clean.tokens_BL, [], is_padding_BL=clean.is_padding_BL)
+    (rows,) = NextToken().loss_rows(clean.tokens_BL, [], is_scored_BL=clean.scored_BL)
     assert made.token_count == made.masked_count == rows.has_loss_BL.sum() == len(made.pair.loss_row_R)
     _, found = rows_by_place(made.pair, torch.arange(8), layout_of(config, 1))
     assert all(found[tuple(p)][0] == rows.target_BL[tuple(p)] for p in rows.has_loss_BL.nonzero().tolist())

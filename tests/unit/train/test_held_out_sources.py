@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.held_out import content_key, is_held_out
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.shards import ShardFolder
 from bd3_megatron.data.sources import text_source
 from bd3_megatron.data.stream_shard import StreamShard
-from bd3_megatron.train.dataset import StreamRows, open_data
+from bd3_megatron.errors import ConfigError
+from bd3_megatron.train.dataset import StreamRows, answers_remark, open_data
 from bd3_megatron.train.held_out_sources import HeldOutSources, held_out_sources, source_names
 from tests.unit.cost.cases import case
-from tests.unit.data.corpora import documents, english, write_split
+from tests.unit.data.corpora import answers, documents, english, write_split
 
 LENGTH = 8
 
@@ -61,6 +64,28 @@ def test_parts_are_named_by_the_shortest_ends_that_differ() -> None:
     assert source_names(["a/web", "b/web", "b/books"]) == ["a/web", "b/web", "b/books"]
     assert source_names(["/x/a/web", "/web"]) == ["a/web", "web"]
     assert source_names(["web", "./web"]) == ["web", "./web"]
+
+
+def test_a_stream_beside_a_folder_of_answers_is_refused(tmp_path: Path) -> None:
+    listed = documents(9, 3)
+    for split in ("train", "valid"):
+        write_split(tmp_path / "asked" / split, [listed], supervised=[answers(listed, 1)])
+    stream = {"dataset": str(tmp_path), "shuffle_rows": 1, "shards": 1}
+    data = {"path": str(tmp_path / "asked"), "seq_len": LENGTH, "packing": "isolated"}
+    with pytest.raises(
+        ConfigError, match=r"data\.stream reads plain text, and '.*asked' holds prompts with their answers"
+    ):
+        open_data(case(data={**data, "stream": stream}, model={"vocab_size": None}, kind="s4"))
+    counts = open_data(case(data=data, model={"vocab_size": None}, kind="s4")).identity.rows
+    known = sum(map(sum, answers(listed, 1)))
+    assert counts["train"][0]["supervised"] == counts["valid"]["supervised"] == known
+    assert answers_remark(counts["train"]) == (
+        "1 of 1 training sources hold prompts with their answers: only the answers, "
+        f"{100 * known / counts['train'][0]['tokens']:.0f}% of their tokens, are predicted"
+    )
+    mixed = answers_remark([*counts["train"], {"rows": 1, "documents": 1, "tokens": 5}])
+    assert mixed is not None and mixed.endswith("are predicted; of the others every token is")
+    assert answers_remark([{"rows": 1, "documents": 1, "tokens": 5}]) is None
 
 
 def test_the_stream_of_the_readme_trains_on_nothing_that_its_folder_holds_out(tmp_path: Path) -> None:

@@ -119,6 +119,17 @@ def test_grown_text_is_refused_unless_the_text_is_named() -> None:
     refuse_changes(changed, replace_field(case(), "run.overridden", ("data.path",)))
 
 
+def test_text_of_which_other_tokens_are_predicted_is_other_text() -> None:
+    before, now = identity(7), identity(7)
+    now.rows["train"][0]["supervised"] = 31
+    assert changes(case(), case(), data=(now, now)) == []
+    for was, is_now in ((before, now), (now, before)):
+        with pytest.raises(ConfigError, match=r"rows\.train was .*supervised.*as data\.path=VALUE\.$"):
+            refuse_changes(changes(case(), case(), data=(was, is_now)), case())
+    state = TrainState(rows=now.rows)
+    assert TrainState.from_json(state.to_json(), "x").rows == now.rows
+
+
 def test_what_is_no_other_text_is_not_refused() -> None:
     # the same text cut into other rows, a mixture that grew at its end, and more held-out text, which is said
     assert changes(case(), case(), data=(identity(7, rows=5), identity(7, rows=9))) == []
