@@ -96,11 +96,18 @@ WRITTEN = {
     },
     "a timeline": {"step_STEP_rank_RANK.json"},
     "a data set": {"header.json", "part-00000.bin", "part-00000.idx", "PREFIX.bin", "PREFIX.idx"},
-    "a tokenizer": {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"},
+    "a tokenizer": {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    },
     "an exported folder": {"config.json", "generation_config.json", "model.safetensors", "README.md"},
     "tests/run.sh --mutations": {"mutations.md"},
     "a report": {"report.html", "results.md", "results.json", "samples.txt"},
-    "the user": {"book.txt", "a.txt", "corpus.jsonl", "NAME.yaml", "NAME.md"},
+    "the user": {"book.txt", "a.txt", "corpus.jsonl", "chats.jsonl", "NAME.yaml", "NAME.md"},
 }
 """Files that are made, not shipped: who makes them -> their names, without folders."""
 

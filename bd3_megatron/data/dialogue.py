@@ -25,7 +25,7 @@ _REASON_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
-class Span:
+class TextSpan:
     """A stretch of a document's text."""
 
     text: str
@@ -33,7 +33,7 @@ class Span:
     """It is predicted; else it is given."""
 
 
-Spans = tuple[Span, ...]
+Spans = tuple[TextSpan, ...]
 
 
 def chat_of(messages: Any, where: str) -> Dialogue | BadDocument:
@@ -78,7 +78,9 @@ def pair_of(prompt: Any, answer: Any, columns: tuple[str, str], where: str) -> D
 
 def plain_spans(dialogue: Dialogue) -> Spans:
     """The contents as they are; answers are supervised."""
-    return tuple(Span(turn["content"], turn["role"] == ANSWER_ROLE) for turn in dialogue.messages if turn["content"])
+    return tuple(
+        TextSpan(turn["content"], turn["role"] == ANSWER_ROLE) for turn in dialogue.messages if turn["content"]
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class ChatTemplate:
             text = kept[-1].text.rstrip().removesuffix(end)
             if text == kept[-1].text:
                 break
-            kept[-1] = Span(text, kept[-1].is_supervised)
+            kept[-1] = TextSpan(text, kept[-1].is_supervised)
             if text:
                 break
             kept.pop()
@@ -170,9 +172,9 @@ def _cut(text: str, marks: Sequence[tuple[int, int]], dialogue: Dialogue) -> Spa
         return _bad(dialogue.where, "has no answer that the chat template marks")
     spans, done = [], 0
     for start, stop in marks:
-        spans += [Span(text[done:start], False), Span(text[start:stop], True)]
+        spans += [TextSpan(text[done:start], False), TextSpan(text[start:stop], True)]
         done = stop
-    return tuple(span for span in (*spans, Span(text[done:], False)) if span.text)
+    return tuple(span for span in (*spans, TextSpan(text[done:], False)) if span.text)
 
 
 def _unclear(dialogue: Dialogue, number: int) -> BadDocument:

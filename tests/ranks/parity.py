@@ -398,8 +398,8 @@ def plain_loss(
     model: PlainBD3, config: Config, clean: CleanBatch, *, block_size: int | None = None, mask_id: int = MASK_ID
 ) -> tuple[Tensor, Tensor]:
     """Nats per token of the plain model on some samples, and its confidence term without its factor."""
-    tokens_BL, documents_BL, padding_BL = clean.tokens_BL, clean.document_id_BL, clean.is_padding_BL
-    supervised_BL = clean.is_supervised_BL
+    tokens_BL, documents_BL = clean.tokens_BL, clean.document_id_BL
+    padding_BL, supervised_BL = clean.is_padding_BL, clean.is_supervised_BL
     if config.diffusion.objective == "ar":
         nll_BL = next_token_nll(model(tokens_BL, None, documents_BL)[:, :-1], tokens_BL[:, 1:])
         counts_BL = torch.ones_like(nll_BL, dtype=torch.bool)
@@ -429,13 +429,8 @@ def plain_loss(
                 share = 1 / max(maskable, 1) if denominator == "answer_length" else 1
                 total = total + (nll_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share
                 confidence = confidence + (sharp_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share
-                counts = {
-                    "maskable": maskable,
-                    "all": text_L.sum(),
-                    "loss_rows": part_L.sum(),
-                    "answer_length": maskable > 0,
-                }
-                count += int(counts[denominator])
+                counts = {"maskable": maskable, "all": text_L.sum(), "loss_rows": part_L.sum()}
+                count += int(counts.get(denominator, maskable > 0))
     return total / count, confidence / count
 
 

@@ -37,12 +37,15 @@ def test_only_the_papers_ten_runs_share_a_base(path: Path) -> None:
 def test_recipes_are_their_authors_numbers_on_one_base() -> None:
     assert all("base: ../ar_to_bd_qwen3_0b6.yaml" in path.read_text("utf-8") for path in RECIPES)
     found = {path.stem: load_config(path) for path in RECIPES}
-    assert set(found) == {"sdar_cpt", "efficient_dlm", "dfactory_flat", "llada2_cap"}
+    assert set(found) == {"sdar_cpt", "efficient_dlm", "dfactory_flat", "llada2_cap", "sdar_sft"}
     cap = found["llada2_cap"].diffusion
     assert (cap.block_size, cap.views, cap.axes.pairing, cap.axes.confidence) == (32, 2, "complementary", 2.0)
     sdar, efficient, flat = (found[name].diffusion for name in ("sdar_cpt", "efficient_dlm", "dfactory_flat"))
     assert (sdar.block_size, sdar.axes.level_per, sdar.interval_at(4)) == (4, "sample", (1e-3, 1.0))
     assert (found["sdar_cpt"].train.tokens, found["sdar_cpt"].optim.lr) == (50_000_000_000, 1e-5)
+    stage = found["sdar_sft"]
+    assert (block_sizes(stage), stage.diffusion.axes.denominator) == ([4, 16, 64], "answer_length")
+    assert (stage.diffusion.axes.level_per, stage.data.packing) == ("sample", "isolated")
     assert (efficient.axes.positions, efficient.axes.position_half_life) == ("exact", 0.25)
     assert (flat.axes.row_weight, flat.axes.denominator, flat.interval_at(32)) == ("flat", "loss_rows", (0.3, 0.8))
 
