@@ -27,7 +27,7 @@ from bd3_megatron.data.dataset_open import (
 from bd3_megatron.data.dataset_rows import BadRow, decoded, is_decoded_later, sampled_rows
 from bd3_megatron.data.dialogue import chat_of, pair_of
 from bd3_megatron.data.row_filter import cell, columns_of, keeps
-from bd3_megatron.data.source import Answers, BadDocument, Dialogue, Documents, Part
+from bd3_megatron.data.source import BadDocument, Dialogue, Documents, Part
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import BD3Error, ConfigError, DataError
 
@@ -60,10 +60,12 @@ class HubDataset(NamedDataset):
             )
 
     @property
-    def answers(self) -> Answers:
-        if self.messages is not None:
-            return "chat"
-        return "none" if self.answer_column is None else "columns"
+    def answers_only(self) -> bool:
+        return self.messages is not None or self.answer_column is not None
+
+    @property
+    def needs_template(self) -> bool:
+        return self.messages is not None
 
     def parts(self) -> list[Part]:
         self.check_columns()
@@ -114,7 +116,7 @@ class HubDataset(NamedDataset):
             # Types may differ from row to row, so a value without an order is one row's and not the column's.
             reason = f"cannot be filtered: {str(error).rstrip('.')}"
             return BadDocument(where=where(), reason=reason, remedy="mend the row")
-        if self.answers != "none":
+        if self.answers_only:
             return self._dialogue(columns, where())
         text = cell(columns, self.column)
         if isinstance(text, str):

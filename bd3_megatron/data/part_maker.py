@@ -137,9 +137,8 @@ class TokenPartMaker:
         with ExitStack() as stack:
             # Fixed by the vocabulary and not by the ids met, so that all parts of a split have one dtype.
             dtype = token_dtype(self._opened().vocab_size)
-            answers_only = source.answers != "none"
             writers = {
-                split: ShardWriter(folder / split, dtype, answers_only=answers_only)
+                split: ShardWriter(folder / split, dtype, answers_only=source.answers_only)
                 for split in self._splits(task.split)
             }
             for writer in writers.values():

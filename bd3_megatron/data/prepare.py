@@ -234,9 +234,9 @@ def _check(request: PrepareRequest, num_workers: int, skip_bad: int) -> None:
 
 def _check_answers(request: PrepareRequest) -> None:
     for split, source in request.sources.items():
-        if source.answers == "chat" and request.tokenizer in TRAINED_TOKENIZERS:
+        if source.needs_template and request.tokenizer in TRAINED_TOKENIZERS:
             raise _no_template(request.tokenizer)
-        if source.answers != "none" and request.detokenizer != "none":
+        if source.answers_only and request.detokenizer != "none":
             raise ConfigError(
                 f"detokenizer={request.detokenizer} undoes the spacing of a benchmark's plain text, and {split} holds prompts "
                 "and answers; leave it out."
@@ -279,7 +279,7 @@ def _identity_of(request: PrepareRequest) -> dict[str, str]:
         ConfigError: there are chats and no template.
     """
     tokenizer = open_tokenizer(request.tokenizer)
-    if not any(source.answers == "chat" for source in request.sources.values()):
+    if not any(source.needs_template for source in request.sources.values()):
         return {"fingerprint": tokenizer.fingerprint}
     if tokenizer.chat_template is None:
         raise _no_template(request.tokenizer)

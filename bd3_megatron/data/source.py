@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +68,18 @@ class Dialogue:
 
 Texts = Iterator[str | BadDocument]
 Documents = Iterator[str | Dialogue | BadDocument]
-Answers = Literal["none", "columns", "chat"]
-"""What of a source is predicted: all of it, or only answers, of two columns or of chats that a template writes."""
 
 
 class Source(Protocol):
     """Text in parts. Instances travel to worker processes by pickling."""
 
     @property
-    def answers(self) -> Answers:
-        """Whether only answers are predicted, and where they stand."""
+    def answers_only(self) -> bool:
+        """Its documents are dialogues, of which only the answers are predicted."""
+
+    @property
+    def needs_template(self) -> bool:
+        """A tokenizer's chat template writes them."""
 
     def parts(self) -> list[Part]:
         """All parts, in order, numbered from 0."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_megatron.data.builtin_text import builtin_documents, builtin_items
-from bd3_megatron.data.source import Answers, Documents, Part, Source
+from bd3_megatron.data.source import Documents, Part, Source
 from bd3_megatron.data.text_files import TextFiles
 from bd3_megatron.errors import ConfigError
 
@@ -28,8 +28,12 @@ class BuiltinText:
     items_per_part: int = 40
 
     @property
-    def answers(self) -> Answers:
-        return "none"
+    def answers_only(self) -> bool:
+        return False
+
+    @property
+    def needs_template(self) -> bool:
+        return False
 
     def parts(self) -> list[Part]:
         items = builtin_items(self.name)
@@ -61,9 +65,13 @@ class JoinedSources:
     sources: tuple[Source, ...]
 
     @property
-    def answers(self) -> Answers:
+    def answers_only(self) -> bool:
         # only files of text are joined
-        return "none"
+        return False
+
+    @property
+    def needs_template(self) -> bool:
+        return False
 
     def parts(self) -> list[Part]:
         joined = [(which, part) for which, source in enumerate(self.sources) for part in source.parts()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bd3_megatron.data.source import Answers, BadDocument, Part, Texts
+from bd3_megatron.data.source import BadDocument, Part, Texts
 from bd3_megatron.data.text_reading import BOM, COMPRESSIONS, decode_text, is_compressed, open_unpacked, reading
 from bd3_megatron.errors import ConfigError, DataError, either, shown
 from bd3_megatron.files import reason_of
@@ -56,8 +56,12 @@ class TextFiles:
             raise ConfigError(f"part_bytes={self.part_bytes} is empty; use 1 or more.")
 
     @property
-    def answers(self) -> Answers:
-        return "none"
+    def answers_only(self) -> bool:
+        return False
+
+    @property
+    def needs_template(self) -> bool:
+        return False
 
     def parts(self) -> list[Part]:
         sizes = [(path, os.path.getsize(path)) for path in self._files()]
