@@ -182,7 +182,7 @@ def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
     original = (split / "header.json").read_text()
     shards = json.loads(original)["shards"]
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"version": 1}, "has version 1; this release reads version 2, use the release that wrote it"),
+        ({"version": 1}, "has version 1; this release reads versions 2 and 3, use the release that wrote it"),
         ({"format": "other"}, "is not a header of token shards"),
         (
             {"num_tokens": 1},
@@ -200,6 +200,7 @@ def test_headers_that_do_not_fit_are_refused(split: Path) -> None:
             {"shards": [shards[0] | {"num_documents": 0}]},
             r"shard 0, is damaged \(num_documents is 0, no whole number in \[1",
         ),
+        ({"version": 3}, r"shard 0, is damaged \(num_supervised is missing, no whole number in \[1, "),
         ({"vocab_size": "many"}, r"header.json is damaged \(vocab_size is 'many', no whole number in \[2, "),
         ({"packing": {"append_eos": 1}}, r"\(packing is .*, not true or false for append_eos and wrap_special\)"),
         ({"held_out": {"rule": "by name", "fraction": 0.1}}, r"held_out, is damaged \(rule is 'by name', no text of"),
