@@ -424,8 +424,9 @@ def plain_loss(
         for row, masked_L in enumerate(noisy.is_masked_BL):
             text_L = torch.ones_like(masked_L) if padding_BL is None else ~padding_BL[row]
             if supervised_BL is not None:
-                text_L = text_L & supervised_BL[row]
-            for part_L, maskable in answers_of(masked_L, noisy.countable_BL[row], documents_BL, row, denominator):
+                text_L, masked_L = text_L & supervised_BL[row], masked_L & supervised_BL[row]
+            maskable_L = noisy.countable_BL[row] & text_L
+            for part_L, maskable in answers_of(masked_L, maskable_L, documents_BL, row, denominator):
                 share = 1 / max(maskable, 1) if denominator == "answer_length" else 1
                 total = total + (nll_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share
                 confidence = confidence + (sharp_BL[row] * noisy.weight_BL[row])[part_L].double().sum() * share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,8 @@ def test_answers_are_means_over_their_own_tokens_and_are_counted_themselves() ->
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]])
     supervised = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 1]]).bool()
     padding = torch.tensor([[0] * 6, [0, 0, 0, 0, 0, 1]]).bool()
-    batch = simple_batch(padding, is_supervised_BL=supervised, document_id_BL=documents)
+    drawn = simple_batch(padding, is_supervised_BL=supervised, document_id_BL=documents)
+    batch = replace(drawn, weight_BL=torch.ones(2, 6))
     objective = BlockDiffusion(block_size=2, axes=ObjectiveAxes(denominator="answer_length", row_weight="flat"))
     (row,) = objective.loss_rows(batch.clean_BL, [batch])
     # the first token of a row is never masked here; the answer of the last document is padding

@@ -47,17 +47,19 @@ def test_text_that_rows_cut_is_counted_whole(data: Path, packing: str) -> None:
 
 
 def test_of_prompts_nothing_is_counted(tmp_path: Path) -> None:
-    pairs = [("Frage é: ", "größer als 3"), ("x ", "y"), ("", "漢字 text")]
-    listed = [list((prompt + answer).encode()) for prompt, answer in pairs]
-    known = [[i >= len(p.encode()) for i in range(len(ids))] for (p, _), ids in zip(pairs, listed, strict=True)]
+    """Every second piece is an answer; two answers of one document are two texts."""
+    pieces = [("Frage é: ", "größer als 3"), ("x ", "y", "ja", "z"), ("", "漢字 text")]
+    listed = [list("".join(some).encode()) for some in pieces]
+    known = [[n % 2 == 1 for n, text in enumerate(some) for _ in text.encode()] for some in pieces]
     write_split(tmp_path / "valid", [listed], supervised=[known])
     tokenizer = open_tokenizer("bytes")
-    answers = [answer for _, answer in pairs]
+    answers = [text for some in pieces for text in some[1::2]]
     num_bytes = sum(len(answer.encode()) for answer in answers)
     for packing in ("isolated", "pad"):
         dataset = EvaluationConvention(packing=packing, aligned_block=4).open_rows(tmp_path / "valid", seq_len=LENGTH)
         found = text_units(dataset, torch.arange(dataset.num_rows), tokenizer)
-        expected = TextUnits(num_bytes + len(pairs), num_bytes, sum(len(answer.split()) for answer in answers))
+        # every document has an end token
+        expected = TextUnits(num_bytes + len(pieces), num_bytes, sum(len(answer.split()) for answer in answers))
         assert found == expected, packing
 
 
