@@ -1,13 +1,19 @@
 """Ranks that must come to one verdict: gather and broadcast of small plain values, also where there is only one process.
 
-Decides nothing; every function is collective over all ranks when a process group exists, and trivial without one.
+Every function is collective over all ranks when a process group exists, and trivial without one. `together` lets all
+ranks end with one error, wherever it arose.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from bd3_megatron.errors import BD3Error
+
+Made = TypeVar("Made")
 
 
 def is_alone() -> bool:
@@ -44,3 +50,25 @@ def first_failure(error: str | None) -> str | None:
     """The failure of the lowest failing rank, on every rank; None when none failed."""
     # The lowest rank's text, not each rank's own: every rank must raise the same sentence.
     return next((text for text in gathered(error) if text is not None), None)
+
+
+def together(kind: type[BD3Error], action: Callable[[], Made]) -> Made:
+    """What an action gives here; an error of `kind` that any rank met is raised on every rank. Collective.
+
+    Args:
+        kind: other errors are programming errors and end their rank alone.
+        action: holds no collective that a rank with an error would leave its peers in.
+
+    Raises:
+        kind: the sentence of the lowest failing rank.
+    """
+    made, failure = [], None
+    try:
+        made.append(action())
+    except kind as error:
+        failure = str(error)
+    # A rank that raised alone would leave the others in the next collective, until its time-out.
+    failure = first_failure(failure)
+    if failure is not None:
+        raise kind(failure)
+    return made[0]

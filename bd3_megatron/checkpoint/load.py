@@ -22,7 +22,6 @@ from bd3_megatron.checkpoint.layout import (
     Manifest,
     ema_name,
     inside,
-    read_manifest,
 )
 from bd3_megatron.checkpoint.pieces import (
     MOMENTS,
@@ -74,31 +73,29 @@ def load(engine: ZeroEngine, path: Path) -> Manifest:
     Raises:
         CheckpointError: on every rank; another model, or a damaged file.
     """
-    manifest, reader = read_manifest(path), open_together(path)
+    reader = open_together(path)
+    manifest = reader.manifest
     # Before anything is changed: an engine that was half filled would train on without a sign.
     problem = agree.first_failure(_mismatch(engine, reader))
     if problem is not None:
         raise CheckpointError(problem)
     # All or none: the universal form is made collectively, so one rank alone cannot take that way.
-    same = agree.gathered(_is_same_layout(engine, path, manifest))
-    if all(same):
-        source: ElementSource = OwnFiles(path, engine)
-    # Such weights are stored whole already; no other form is needed.
-    elif manifest.is_whole:
-        source = WholeTensors(reader, engine)
-    else:
-        source = WholeTensors(UniversalReader(universal_form(reader)), engine)
-    try:
+    same = agree.gathered(agree.together(CheckpointError, lambda: _is_same_layout(engine, path, manifest)))
+    # Weights that are stored whole need no other form.
+    form = None if all(same) or manifest.is_whole else universal_form(reader)
+
+    def fill() -> None:
+        if all(same):
+            source: ElementSource = OwnFiles(path, engine)
+        else:
+            source = WholeTensors(reader if form is None else UniversalReader(form), engine)
         _fill(engine, manifest, source, reader.kinds())
         with torch.no_grad():
             for name, bias in engine.model.root.named_biases():
                 bias.copy_(reader.tensor(name))
-    except CheckpointError as error:
-        problem = str(error)
+
     # a rank that could not read must not leave the others in the collectives of publish
-    problem = agree.first_failure(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
+    agree.together(CheckpointError, fill)
     # The fp32 partitions are filled; the model's own bf16 or fp32 weights are still those of initialisation.
     engine.publish()
     return manifest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +38,16 @@ from bd3_megatron.files import discard, move, remove_leftovers, write_bytes, wri
 PUBLISH_POLL_SECONDS = 0.02
 
 
-def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> Path:
+def publish(
+    temporary: Path, manifest: Manifest, *, timeout_seconds: float, given_up: threading.Event | None = None
+) -> Path:
     """Make a finished temporary folder a checkpoint.
 
     Args:
         temporary: every rank has written, or is still writing, its files and then its sidecar here.
         manifest: without files.
         timeout_seconds: for the slowest rank.
+        given_up: set by another thread that knows of a rank that failed.
 
     Returns:
         The published folder.
@@ -51,7 +55,7 @@ def publish(temporary: Path, manifest: Manifest, *, timeout_seconds: float) -> P
     Raises:
         CheckpointError: a rank failed or did not end in time.
     """
-    files = _collect(temporary, manifest.world_size, timeout_seconds)
+    files = _collect(temporary, manifest.world_size, timeout_seconds, given_up or threading.Event())
     return publish_files(temporary, replace(manifest, files=files))
 
 
@@ -81,7 +85,9 @@ def point_latest(target: Path) -> None:
     write_text(target.parent / LATEST, f"{target.name}\n")
 
 
-def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[str, FileRecord]:
+def _collect(
+    temporary: Path, world_size: int, timeout_seconds: float, given_up: threading.Event
+) -> dict[str, FileRecord]:
     """Wait for every rank's sidecar; what they and the sidecars themselves record."""
     deadline = time.monotonic() + timeout_seconds
     files: dict[str, FileRecord] = {}
@@ -90,11 +96,11 @@ def _collect(temporary: Path, world_size: int, timeout_seconds: float) -> dict[s
         # Files and not a collective: this runs in a background thread beside the steps' own collectives, and a rank
         # that died is told by the deadline.
         while not path.is_file():
-            if time.monotonic() > deadline:
+            if given_up.is_set() or time.monotonic() > deadline:
                 raise CheckpointError(
                     f"rank {rank} did not finish writing {temporary} in {timeout_seconds:.0f} s; earlier checkpoints are intact."
                 )
-            time.sleep(PUBLISH_POLL_SECONDS)
+            given_up.wait(PUBLISH_POLL_SECONDS)
         tree = json.loads(path.read_bytes())
         # A rank that cannot write its tensors still writes the reason, so that nobody waits for the deadline.
         if tree.get("error"):

@@ -310,20 +310,14 @@ def open_together(path: Path) -> CheckpointReader:
     Raises:
         CheckpointError: on every rank, when one could not read its share.
     """
-    manifest = read_manifest(path)
+    manifest = agree.together(CheckpointError, lambda: read_manifest(path))
     if manifest.is_whole:
-        return WholeReader(path, manifest)
+        return agree.together(CheckpointError, lambda: WholeReader(path, manifest))
     rank, size = agree.rank_and_size()
     # ranks that each opened every sidecar would ask a shared file system for the square of their number of files
-    mine, problem = {}, None
-    try:
-        mine = {number: read_sidecar(path, number) for number in range(rank, manifest.world_size, size)}
-    except CheckpointError as error:
-        problem = str(error)
-    problem = agree.first_failure(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
-    known = {number: tree for share in agree.gathered(mine) for number, tree in share.items()}
+    share = range(rank, manifest.world_size, size)
+    mine = agree.together(CheckpointError, lambda: {number: read_sidecar(path, number) for number in share})
+    known = {number: tree for part in agree.gathered(mine) for number, tree in part.items()}
     return ShardedReader(path, manifest, [known[number] for number in range(manifest.world_size)])
 
 

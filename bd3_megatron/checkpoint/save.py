@@ -8,6 +8,7 @@ Costs: synchronous, the time of writing; asynchronous, one host copy of the rank
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bd3_megatron.checkpoint import agree
 from bd3_megatron.checkpoint.describe import describe_run
 from bd3_megatron.checkpoint.files import check_space
-from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, Manifest, rank_name, step_name
+from bd3_megatron.checkpoint.layout import TEMPORARY_PREFIX, rank_name, step_name
 from bd3_megatron.checkpoint.publish import delete_old, publish, sweep
 from bd3_megatron.checkpoint.record import RankRecord, record_rank
 from bd3_megatron.config.schema import Config
@@ -90,6 +91,8 @@ class Saver:
         self._warn = warn
         self._timeout = write_timeout_seconds
         self._thread: threading.Thread | None = None
+        # set where another rank failed, so that rank 0's thread waits no longer for its files
+        self._given_up = threading.Event()
         self._failure: str | None = None
         self._is_first = agree.rank_and_size()[0] == 0
 
@@ -129,26 +132,30 @@ class Saver:
         if not self._agreed(lambda: check_space(self._folder, needed), only_first=True):
             return
 
-        def work() -> None:
+        def finish() -> None:
             # Retention comes after publishing only: a failed save deletes nothing.
-            published = _write_and_publish(temporary, record, manifest, self._timeout)
-            if published is not None:
-                keep = config.checkpoint
-                delete_old(
-                    published,
-                    keep_last=keep.keep_last,
-                    keep_every_steps=keep.keep_every_steps,
-                    finite_step=finite_step,
-                )
+            published = publish(temporary, manifest, timeout_seconds=self._timeout, given_up=self._given_up)
+            keep = config.checkpoint
+            delete_old(
+                published,
+                keep_last=keep.keep_last,
+                keep_every_steps=keep.keep_every_steps,
+                finite_step=finite_step,
+            )
 
         if not self._asynchronous:
-            self._agreed(work)
+            # Agreed before rank 0 looks for the others' files: it would wait for one that never comes.
+            if self._agreed(lambda: _write(temporary, record)):
+                self._agreed(finish, only_first=True)
             return
 
         def work_and_remember() -> None:
             # No collective in the thread: the ranks agree on the failure when the main threads meet in _complete.
-            self._failure = _attempt(work)
+            self._failure = _attempt(lambda: _write(temporary, record))
+            if self._failure is None and self._is_first:
+                self._failure = _attempt(finish)
 
+        self._given_up.clear()
         # A daemon: a process that is told to end does not wait for the disk; what it leaves is swept at the next save.
         self._thread = threading.Thread(target=work_and_remember, name=f"checkpoint {step}", daemon=True)
         self._thread.start()
@@ -172,9 +179,15 @@ class Saver:
     def _complete(self) -> None:
         """Join the save in flight; whether there is one is the same on every rank."""
         if self._thread is not None:
+            # Rank 0's thread waits for the others' files: they end theirs first, and it is told of a failure.
+            if not self._is_first:
+                self._thread.join()
+            failure = agree.first_failure(self._failure)
+            if failure is not None:
+                self._given_up.set()
             self._thread.join()
             self._thread = None
-            self._settle(self._failure)
+            self._settle(failure or self._failure)
 
     def _settle(self, mine: str | None) -> None:
         self._failure = agree.first_failure(mine)
@@ -203,16 +216,13 @@ def _free_space(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_and_publish(temporary: Path, record: RankRecord, manifest: Manifest, timeout: float) -> Path | None:
-    """Write this rank's files; on rank 0, publish when all ranks have, and return the checkpoint's folder."""
-    rank = record.rank
-    failure = None
+def _write(temporary: Path, record: RankRecord) -> None:
+    """Write this rank's files, and the sidecar that says so."""
     try:
         content = record.sidecar(record.write(temporary))
     except Exception as error:
-        # rank 0 waits for this rank's sidecar: it must learn that none will come
-        failure, content = error, record.failed_sidecar(error)
-    write_bytes(temporary / rank_name(rank), content)
-    if failure is not None:
-        raise failure
-    return publish(temporary, manifest, timeout_seconds=timeout) if rank == 0 else None
+        # Behind the training rank 0 looks for this sidecar: it ends at once where the disk still takes so much.
+        with contextlib.suppress(FileError):
+            write_bytes(temporary / rank_name(record.rank), record.failed_sidecar(error))
+        raise
+    write_bytes(temporary / rank_name(record.rank), content)

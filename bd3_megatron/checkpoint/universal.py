@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from bd3_megatron.checkpoint.read import CheckpointReader
 from bd3_megatron.checkpoint.restricted_pickle import open_pt
 from bd3_megatron.checkpoint.universal_info import universal_info
 from bd3_megatron.compat.deepspeed import EXPERT_GROUP
-from bd3_megatron.errors import CheckpointError
+from bd3_megatron.errors import CheckpointError, FileError
 from bd3_megatron.files import discard, move, write_text
 from bd3_megatron.model.partition import Partition, partition_of
 
@@ -64,9 +65,9 @@ def universal_form(reader: CheckpointReader) -> Path:
     rank, size = agree.rank_and_size()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     # Each step ends on all ranks before the next begins: nobody writes into a folder that is being removed.
-    _together(lambda: _renew(temporary, _form_bytes(reader)) if rank == 0 else None)
-    _together(lambda: _convert(reader, temporary, rank=rank, size=size))
-    _together(lambda: _publish(temporary, target, source) if rank == 0 else None)
+    _in_step(lambda: _renew(temporary, _form_bytes(reader)) if rank == 0 else None)
+    _in_step(lambda: _convert(reader, temporary, rank=rank, size=size))
+    _in_step(lambda: _publish(temporary, target, source) if rank == 0 else None)
     return target
 
 
@@ -89,15 +90,16 @@ def _made_from(target: Path) -> str | None:
         return None
 
 
-def _together(action: Any) -> None:
-    try:
-        action()
-        problem = None
-    except (CheckpointError, OSError) as error:
-        problem = str(error)
-    problem = agree.first_failure(problem)
-    if problem is not None:
-        raise CheckpointError(f"the universal form could not be made: {problem}")
+def _in_step(action: Callable[[], None]) -> None:
+    """One step of all ranks; whatever fails on one of them is raised on every rank. Collective."""
+
+    def told() -> None:
+        try:
+            action()
+        except (CheckpointError, FileError, OSError) as error:
+            raise CheckpointError(f"the universal form could not be made: {error}") from error
+
+    agree.together(CheckpointError, told)
 
 
 def _form_bytes(reader: CheckpointReader) -> int:

@@ -20,13 +20,13 @@ from torch import Tensor
 from bd3_megatron.attention.request import AttentionRequest, ragged_documents
 from bd3_megatron.attention.select import Backend
 from bd3_megatron.attention.visibility import Rows
-from bd3_megatron.checkpoint.agree import first_failure
+from bd3_megatron.checkpoint.agree import together
 from bd3_megatron.compat.device import rank_device, training_dtype
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import BackendError, BD3Error, LeakError
+from bd3_megatron.errors import BackendError, LeakError
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention
 from bd3_megatron.model.row_kernels import check_row_kernels, row_kernels
@@ -101,7 +101,7 @@ def diagnose_together(config: Config, backends: Mapping[int, Backend], topology:
         LeakError: on every rank, with the table of the first that found one.
     """
     shared = Shared(topology.cp_rank, topology.groups.cp) if topology.cp > 1 else None
-    return _together(LeakError, lambda: diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared))
+    return together(LeakError, lambda: diagnose(config, backends, dtype=dtype, device=topology.device, shared=shared))
 
 
 def check_rows_together(config: Config, topology: Topology, dtype: torch.dtype) -> str:
@@ -114,21 +114,7 @@ def check_rows_together(config: Config, topology: Topology, dtype: torch.dtype) 
         BackendError: on every rank, where one of them found a wrong kernel.
     """
     kernels = row_kernels(config.model, dtype=dtype, device=topology.device)
-    return _together(BackendError, lambda: check_row_kernels(kernels))
-
-
-def _together(kind: type[BD3Error], check: Callable[[], str]) -> str:
-    """What a check says here; an error of `kind` that any rank found is raised on every rank. Collective."""
-    said, failure = "", None
-    try:
-        said = check()
-    except kind as error:
-        failure = str(error)
-    # A rank that raised alone would leave the others in the next collective.
-    failure = first_failure(failure)
-    if failure is not None:
-        raise kind(failure)
-    return said
+    return together(BackendError, lambda: check_row_kernels(kernels))
 
 
 def examine_layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,30 @@ def test_a_failed_save_is_told_and_harms_nothing(asynchronous: bool, tmp_path: P
 
     assert run_ranks(on_rank, config.parallel) == [(1, 1, 3), (0, 1, 3)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", step_name(1), step_name(3)]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "behind"])
+def test_no_rank_waits_for_one_whose_disk_takes_nothing_more(asynchronous: bool, tmp_path: Path) -> None:
+    config = tiny(dp=2)
+
+    def on_rank(topology: Topology) -> Any:
+        engine = build(config, topology)
+        saver = Saver(engine, tmp_path, asynchronous=asynchronous, write_timeout_seconds=6)
+        # The system's own refusal, of this rank's sidecar too, by which the other would learn of it.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if topology.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+        saver.save(step=1, samples_consumed=4, config=config, train_state={})
+        try:
+            saver.finish()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    first, second = run_ranks(on_rank, config.parallel)
+    assert first == second and "File too large" in first and "did not finish" not in first, first
+    assert newest_valid(tmp_path) is None
 
 
 def test_settings_named_anew_are_the_ones_that_hold(tmp_path: Path) -> None:
