@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bd3_megatron import __version__
-from bd3_megatron.command import CommandParser, print_error, run_command
+from bd3_megatron.command import CommandParser, add_config_arguments, print_error, run_command
 from bd3_megatron.errors import BD3Error
 
 NAME = "bd3"
@@ -62,19 +62,9 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/debug_cpu.yaml")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="settings that replace those of the file; values are YAML",
-    )
-
-
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    _add_config_arguments(parser)
+    add_config_arguments(parser)
     parser.epilog = (
         "Starts tp x pp x cp x dp ranks on this machine, or joins the job when started by torchrun or srun.\n"
         "The same command on the same run.dir resumes from the last checkpoint.\n\n"
@@ -159,7 +149,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         summary="Prove that no block sees what it must not, under a configuration's backend and packing.",
-        add_arguments=_add_config_arguments,
+        add_arguments=add_config_arguments,
         run=_run_of("bd3_megatron.train.doctor"),
     ),
     "config": Command(

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bd3_megatron.errors import BD3Error, FileError, UsageError, cut, sentence
 
@@ -30,6 +30,52 @@ class CommandParser(argparse.ArgumentParser):
             UsageError: always.
         """
         raise UsageError(f"{cut(message, LONGEST_COMPLAINT)}; see {self.prog} --help.")
+
+
+class _AnyOrder(argparse.Action):
+    """Overrides, the first of which may stand before the configuration."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        given = [] if namespace.config is None else [namespace.config]
+        namespace.overrides = config_first([*given, *values])
+        if namespace.overrides:
+            namespace.config = namespace.overrides.pop(0)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """The operands CONFIG and section.key=value, in any order.
+
+    Args:
+        parser: its options get `config` and `overrides`.
+        is_required: otherwise `config` is None where there is none.
+    """
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs=None if is_required else "?",
+        help="a YAML file, for example configs/debug_cpu.yaml",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        action=_AnyOrder,
+        help="settings that replace those of the file; values are YAML",
+    )
+
+
+def config_first(operands: Sequence[str]) -> list[str]:
+    """The operands of a command with the configuration before its overrides: the first word that is none of them."""
+    words = list(operands)
+    first = next((number for number, word in enumerate(words) if not is_override(word)), 0)
+    return [*words[first : first + 1], *words[:first], *words[first + 1 :]]
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is meant as section.key=value."""
+    name = word.partition("=")[0]
+    # a path may hold = or a dot, but the key of an override has a dot and no slash
+    return "=" in word and "." in name and "/" not in name
 
 
 def run_tool(

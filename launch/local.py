@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from bd3_megatron.command import run_command
+from bd3_megatron.command import config_first, run_command
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "usage: python -m launch.local CONFIG [section.key=value ...]", file=sys.stdout if arguments else sys.stderr
         )
         return 0 if arguments else 2
-    return run_command("bd3", lambda: start(arguments[0], arguments[1:]))
+    config, *overrides = config_first(arguments)
+    return run_command("bd3", lambda: start(config, overrides))
 
 
 if __name__ == "__main__":

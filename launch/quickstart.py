@@ -29,7 +29,7 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import ConfigError, LaunchError
+from bd3_megatron.errors import ConfigError, LaunchError, cut
 from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
@@ -123,7 +123,10 @@ def grid_overrides(grid: str | None) -> list[str]:
             return []
         grid = "tp=2" if gpus >= 2 else "tp=1"
         print(f"quickstart: {gpus} GPU{'s' if gpus > 1 else ''} found, so the grid is {grid},dp=1 instead of tp=2,dp=2")
-    named = dict(part.partition("=")[::2] for part in grid.split(","))
+    parts = grid.split(",")
+    named = dict(part.partition("=")[::2] for part in parts)
+    if len(named) < len(parts):
+        raise ConfigError(f"--grid {cut(grid)} names an axis twice; leave one of them out.")
     for axis, value in named.items():
         if axis not in GRID_KEYS or not value:
             raise ConfigError(f"--grid {grid}: '{axis}' is no axis with a value; write for example --grid tp=1,dp=2.")

@@ -24,12 +24,12 @@ from pathlib import Path
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.command import CommandParser, run_tool
-from bd3_megatron.config.load import load_config, replace_field
+from bd3_megatron.command import CommandParser, add_config_arguments, run_tool
+from bd3_megatron.config.load import RECORD_KEY, load_config, replace_field, with_later
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.unreached import unreached_settings
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import GridError, LaunchError
+from bd3_megatron.errors import GridError, LaunchError, shown
 from launch.batch_script import Job, script_of
 from launch.cluster import FOLDER, JOB_NAME, ClusterProfile, load_cluster
 from launch.container import check_visible, check_writable_mounts
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> CommandParser:
     """The command line."""
     parser = CommandParser(prog="slurm", description="Submit a training run to SLURM.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for bd3 train")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="as for bd3 train")
+    add_config_arguments(parser)
     parser.add_argument("--cluster", metavar="FILE", required=True, type=Path, help="a profile of configs/cluster/")
     parser.add_argument("--nodes", type=int, help="nodes (default: what a given parallel.dp needs, else 1)")
     parser.add_argument("--ranks-per-node", type=int, help="ranks of a node, instead of the profile's")
@@ -162,9 +161,22 @@ def _profile(options: argparse.Namespace) -> ClusterProfile:
 
 
 def _array_configs(options: argparse.Namespace, main_config: Config, here: Path) -> tuple[Config, ...]:
+    tasks: list[Config] = []
     found = []
     for number, overrides in enumerate(options.array):
-        config = with_absolute_paths(load_config(options.config, [*options.overrides, *shlex.split(overrides)]), here)
+        try:
+            own = shlex.split(overrides)
+        except ValueError as error:
+            raise LaunchError(f"--array {shown(overrides)} is no shell text ({error}); mend its quotes.") from error
+        config = with_absolute_paths(load_config(options.config, with_later(options.overrides, own)), here)
+        # which keys were named, and in which order, makes no other run
+        what_runs = replace_field(config, RECORD_KEY, ())
+        if what_runs in tasks:
+            raise LaunchError(
+                f"--array {shown(options.array[tasks.index(what_runs)])} and --array {shown(overrides)} are the same run; "
+                "leave one of them out."
+            )
+        tasks.append(what_runs)
         if config.run.dir == main_config.run.dir:
             config = replace_field(config, "run.dir", f"{main_config.run.dir}-{number}")
         found.append(config)

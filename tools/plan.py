@@ -24,9 +24,9 @@ from typing import Any
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.command import CommandParser, add_config_arguments, is_override, run_tool
 from bd3_megatron.config.budget import samples_before, total_steps
-from bd3_megatron.config.load import flatten, load_config, replace_field
+from bd3_megatron.config.load import flatten, load_config, replace_field, with_later
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import engine_assumptions
 from bd3_megatron.cost.parameters import parameter_count
@@ -73,6 +73,8 @@ class Answer:
     found: RankedPlans
     configured: Plan | str
     """The configuration's own grid, or why it is not legal on these devices."""
+    typed: tuple[str, ...]
+    """Overrides of the command line."""
 
     @property
     def best(self) -> Plan | None:
@@ -91,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> CommandParser:
     """The arguments of this tool."""
     parser = CommandParser(prog="plan", description="Predict memory and speed of every legal grid on N devices.")
-    parser.add_argument("config", nargs="?", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for bd3 train, anywhere")
+    add_config_arguments(parser, is_required=False)
     parser.add_argument("--gpus", type=int, help="number of devices N")
     parser.add_argument(
         "--gpu", help=f"one of {', '.join(sorted([*DEVICES, *ALIASES]))}; the cluster profile may name it"
@@ -113,8 +114,8 @@ def work(options: argparse.Namespace) -> int:
     if options.weak_scaling is not None:
         return write_weak_scaling(options)
     # `--calibrate RUN ...` takes every word that follows it, overrides too
-    runs = [word for word in options.calibrate if not _is_override(word)]
-    options.overrides += [word for word in options.calibrate if _is_override(word)]
+    runs = [word for word in options.calibrate if not is_override(word)]
+    options.overrides += [word for word in options.calibrate if is_override(word)]
     options.calibrate = runs
     answer = answer_of(options)
     if options.format == "json":
@@ -122,12 +123,6 @@ def work(options: argparse.Namespace) -> int:
     else:
         print("\n".join(as_lines(answer, options.top, calibrated=bool(runs))))
     return 0 if answer.best is not None else 1
-
-
-def _is_override(word: str) -> bool:
-    name = word.partition("=")[0]
-    # A run's folder may hold = or a dot, but an override's key has a dot and no slash.
-    return "=" in word and "." in name and "/" not in name
 
 
 def answer_of(options: argparse.Namespace) -> Answer:
@@ -169,6 +164,7 @@ def answer_of(options: argparse.Namespace) -> Answer:
         tokens=tokens,
         found=rank_plans(config, options.gpus, machine, constants),
         configured=configured,
+        typed=tuple(options.overrides),
     )
 
 
@@ -253,8 +249,12 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
     if isinstance(answer.configured, str):
         lines += ["", f"The configured grid is not legal here: {answer.configured}"]
     if best is not None:
-        pasted = " ".join(map(shlex.quote, override_to(best, config)))
-        lines += ["", f"To run the best, add: {pasted}" if pasted else "The configuration is the best plan."]
+        added = override_to(best, config)
+        lines += ["", f"To run the best, add: {shlex.join(added)}" if added else "The configuration is the best plan."]
+        # A key may be set once only.
+        kept = with_later(answer.typed, added)
+        replaced = [override for override in answer.typed if override not in kept]
+        lines += [f"and leave out: {shlex.join(replaced)}"] * bool(replaced)
     lines += [
         "",
         f"Parts of {'the best' if best is not None else 'the smallest'}:",

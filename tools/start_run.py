@@ -14,15 +14,14 @@ from pathlib import Path
 # run as a script from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.command import CommandParser, add_config_arguments, run_tool
 
 
 def build_parser() -> CommandParser:
     """The arguments of this tool."""
     parser = CommandParser(prog="start_run", description="Write step 0 of a run from a Hugging Face folder's weights.")
     parser.add_argument("folder", type=Path, help="Qwen3, Llama or SDAR folder, or an exported folder")
-    parser.add_argument("config", help="YAML file of the run to come")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for bd3 train")
+    add_config_arguments(parser)
     parser.add_argument(
         "--mask-init",
         choices=("mean", "noise", "keep"),

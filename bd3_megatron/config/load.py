@@ -22,6 +22,15 @@ from bd3_megatron.config.yaml_file import DEEPEST, parse_yaml, read_yaml
 from bd3_megatron.errors import ConfigError, cut, either, shown
 from bd3_megatron.files import write_text
 
+RECORD_KEY = "run.overridden"
+"""What a command line named; in a file only where a launcher wrote it."""
+RENAMED: Mapping[str, str] = types.MappingProxyType(
+    {
+        "diffusion.count_all_tokens": "diffusion.axes.denominator (`all` for true, left out for false)",
+        "data.stream.lanes": "data.stream.shards",
+    }
+)
+"""Keys that older versions had, and what took their part: such files and stored configurations are still about."""
 MOST_BASES = 10
 """Files that name each other as base, one after another."""
 _WORDS: Mapping[type, str] = types.MappingProxyType(
@@ -37,15 +46,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: "section.key=value" strings; the value is read as YAML.
 
     Raises:
-        ConfigError: missing or unreadable file, unknown key, wrong type, malformed override.
+        ConfigError: missing or unreadable file, unknown key, wrong type, malformed override, a key given twice.
     """
     tree = _read_tree(Path(path), parents=())
+    _refuse_repeated(overrides)
     for override in overrides:
         _apply_override(tree, override)
     config = build(Config, tree, where="")
-    # a resumed run may change what was named, and nothing else that matters for training
-    named = tuple(override.partition("=")[0] for override in overrides)
-    return replace_field(config, "run.overridden", named) if named else config
+    # a resumed run may change what was named, and nothing else that matters for training; without overrides the file's
+    # record holds, by which a batch job keeps what was named when it was submitted
+    return replace_field(config, RECORD_KEY, tuple(map(override_key, overrides))) if overrides else config
+
+
+def override_key(override: str) -> str:
+    """The key that an override "section.key=value" sets; blanks around its parts come with quotes in a shell."""
+    return ".".join(part.strip() for part in override.partition("=")[0].split("."))
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
@@ -111,10 +126,42 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def with_later(overrides: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Overrides that hold where others do not say otherwise, and those others.
+
+    Args:
+        overrides: kept where `later` does not set the same key.
+        later: of one task of a sweep, for example.
+    """
+    keys = [override_key(override) for override in later]
+    return [text for text in overrides if not any(_sets(key, override_key(text)) for key in keys)] + list(later)
+
+
+def _sets(key: str, name: str) -> bool:
+    # a section replaces what was set below it, while keys below a section that was given add to it
+    return name == key or name.startswith(f"{key}.")
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override_key(override)
+        earlier = next((text for name, text in given.items() if _sets(key, name)), None)
+        if earlier is not None:
+            raise ConfigError(
+                f"'{cut(earlier)}' and '{cut(override)}' set the same key, and only the last of them could count; leave one "
+                "of them out."
+            )
+        given[key] = override
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
+    _, equals, text = override.partition("=")
+    name = override_key(override)
     parts = name.split(".")
     said = f"override '{cut(override)}'"
+    if name == RECORD_KEY:
+        raise ConfigError(f"{said}: {RECORD_KEY} is the run's own record of what its command line named; leave it out.")
     # no key lies deeper than YAML may be nested
     if not equals or not 2 <= len(parts) <= DEEPEST or not all(parts):
         raise ConfigError(f"{said} is not of the form section.key=value; write for example parallel.tp=2.")
@@ -171,10 +218,15 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 
 
 def _unknown(prefix: str, key: str, known: list[str]) -> str:
+    replaced = RENAMED.get(f"{prefix}{key}")
+    if replaced is not None:
+        return f"unknown key {prefix}{key}, which is of an older version; write {replaced} in its place."
     # the search for the nearest name takes time by the square of the length
-    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key.strip()[:100], known, n=1, cutoff=0.5)
     remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
-    return f"unknown key {prefix}{cut(key)}; {remedy}"
+    # blanks around a key are seen only in quotes
+    named = cut(key) if key == key.strip() else shown(key)
+    return f"unknown key {prefix}{named}; {remedy}"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bd3_megatron.attention.select import Backend
 from bd3_megatron.checkpoint.save import Saver
 from bd3_megatron.compat.device import device_name, keep_freed_memory, limit_cpu_threads, rank_device, training_dtype
-from bd3_megatron.config.load import dump_config, replace_field
+from bd3_megatron.config.load import RECORD_KEY, dump_config, replace_field
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.unreached import unreached_settings
 from bd3_megatron.config.validate import validate
@@ -141,7 +141,8 @@ def _checked_kernels(
 def _keep_what_runs(config: Config, data: RunData, run_dir: Path) -> None:
     """Write the configuration and the tokenizer into the run's folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    dump_config(config, run_dir / "config.yaml")
+    # trained from again, the file names nothing by itself: what may change is named by each command line anew
+    dump_config(replace_field(config, RECORD_KEY, ()), run_dir / "config.yaml")
     keep_tokenizer(data, run_dir)
 
 

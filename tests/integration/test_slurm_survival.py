@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bd3_megatron.config.load import with_later
 from tests.integration.slurm_client import AT_STEP, DEBUG, Slurm, last_step, losses, status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long, pytest.mark.timeout(1800)]
@@ -28,7 +29,7 @@ SLOWLY = AT_STEP.format(body="time.sleep(0.0 if attempt else 1.0)")
 
 def overrides(tokens: Path, *more: str) -> list[str]:
     fixed = ["watch.leak_check=false", "throughput.peak_tflops=1.0", "checkpoint.every_steps=5", f"train.steps={STEPS}"]
-    return [f"data.path={tokens}", *fixed, *more]
+    return with_later([f"data.path={tokens}", *fixed], more)
 
 
 def is_complete(run: Path, steps: int = STEPS) -> bool:

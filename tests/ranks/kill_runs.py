@@ -25,7 +25,7 @@ from typing import Any
 import bd3_megatron.train.entry  # noqa: F401 - imported once here, so that every start is a fork
 from bd3_megatron.compat import deepspeed as deepspeed_compat
 from bd3_megatron.compat import megatron as megatron_compat
-from bd3_megatron.config.load import load_config
+from bd3_megatron.config.load import load_config, with_later
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.process.ranks import fork_ranks, reserve_port
@@ -52,7 +52,7 @@ def make_config(folder: Path, name: str, num_steps: int, *overrides: str) -> Con
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("\n\n".join(f"Line {n} is about the number {n * n}." for n in range(2000)))
-    settings = [
+    fixed = [
         f"run.dir={folder / name}",
         f"data.text=[{text}]",
         "data.seq_len=16",
@@ -65,9 +65,8 @@ def make_config(folder: Path, name: str, num_steps: int, *overrides: str) -> Con
         "throughput.peak_tflops=0.1",
         "watch.leak_check=false",
         "watch.preflight=false",
-        *overrides,
     ]
-    config = load_config(ROOT / "configs/debug_cpu.yaml", settings)
+    config = load_config(ROOT / "configs/debug_cpu.yaml", with_later(fixed, overrides))
     validate(config, world_size=config.parallel.world_size())
     return config
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bd3_megatron.checkpoint.describe import config_of
 from bd3_megatron.checkpoint.read import open_checkpoint
+from bd3_megatron.config.load import with_later
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.convert.from_checkpoint import describe_model, find_checkpoint
 from bd3_megatron.convert.name_table import NameTable
@@ -105,11 +106,12 @@ def _train(options: argparse.Namespace) -> list[Path]:
     folders: list[Path] = []
     for size in options.block_size:
         folder = options.out / f"S{size}"
-        overrides = [f"run.dir={folder}", f"diffusion.block_size={size}", f"train.steps={options.steps}", *options.set]
+        overrides = [f"run.dir={folder}", f"diffusion.block_size={size}", f"train.steps={options.steps}"]
         # One copy of the data: the second run reads what the first prepared.
         if folders and (folders[0] / "data").is_dir():
             overrides.append(f"data.path={folders[0] / 'data'}")
-        command = [sys.executable, "-m", "bd3_megatron.cli", "train", options.train, *overrides]
+        typed = with_later(overrides, options.set)
+        command = [sys.executable, "-m", "bd3_megatron.cli", "train", options.train, *typed]
         code = subprocess.run(command).returncode
         if code:
             raise LaunchError(f"training at block_size={size} ended with exit code {code}; see its own words above.")

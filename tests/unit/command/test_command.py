@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_megatron.command import INTERRUPTED, CommandParser, run_command, run_tool
+from bd3_megatron.command import INTERRUPTED, CommandParser, add_config_arguments, run_command, run_tool
 from bd3_megatron.errors import BD3Error, DataError, NodeFailure
 
 
@@ -55,6 +55,28 @@ def parser() -> CommandParser:
 def test_a_bad_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tool(parser(), lambda _: 0, ["--count", "x"]) == 2
     assert capsys.readouterr().err == "tool: error: argument --count: invalid int value: 'x'; see tool --help.\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "config", "overrides"),
+    [
+        (["c.yaml", "a.b=1", "--count", "2", "a.c=2"], "c.yaml", ["a.b=1", "a.c=2"]),
+        (["a.b=1", "--count", "2", "a.c=2", "c.yaml"], "c.yaml", ["a.b=1", "a.c=2"]),
+        (["a.b=1", "runs/a.b=1/c.yaml", "a.c=2"], "runs/a.b=1/c.yaml", ["a.b=1", "a.c=2"]),
+        # a mistake keeps its place, so that its sentence names it
+        (["a.b=1", "a.c=2"], "a.b=1", ["a.c=2"]),
+        (["c.yaml", "d.yaml"], "c.yaml", ["d.yaml"]),
+        ([], None, []),
+    ],
+)
+def test_a_configuration_and_its_overrides_stand_in_any_order(
+    typed: list[str], config: str | None, overrides: list[str]
+) -> None:
+    made = CommandParser(prog="tool")
+    add_config_arguments(made, is_required=False)
+    made.add_argument("--count", type=int, default=1)
+    parsed = made.parse_intermixed_args(typed)
+    assert (parsed.config, parsed.overrides) == (config, overrides)
 
 
 def test_operands_stand_anywhere() -> None:

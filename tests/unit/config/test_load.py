@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from bd3_megatron.config.load import config_from_tree, dump_config, flatten, load_config, replace_field, to_tree
+from bd3_megatron.config.load import (
+    RENAMED,
+    config_from_tree,
+    dump_config,
+    flatten,
+    load_config,
+    replace_field,
+    to_tree,
+    with_later,
+)
+from bd3_megatron.config.reference import keys
 from bd3_megatron.errors import ConfigError
 
 MINIMAL = """
@@ -113,6 +125,10 @@ def test_flatten_and_replace_speak_of_section_and_key(file: Path) -> None:
         ("data.mixture=3", r"^data\.mixture=3 is not a mapping; give keys and values\.$"),
         ("diffusion.phases=[3]", r"^diffusion\.phases\[0\]=3 is not a section"),
         ("diffusion.phases=[{}]", r"^diffusion\.phases\[0\]\.block_size is not set and has no default"),
+        (
+            "run.overridden=[optim.lr]",
+            r"^override 'run\.overridden=\[optim\.lr\]': run\.overridden is the run's own record of what its command line",
+        ),
         ("optim=3", r"^override 'optim=3' is not of the form section\.key=value; write for example parallel\.tp=2\.$"),
         ("parallel.tp", r"^override 'parallel\.tp' is not of the form"),
         ("parallel..tp=2", r"is not of the form"),
@@ -154,6 +170,68 @@ def test_bad_files_are_refused_in_one_sentence(file: Path, text: str, sentence: 
     with pytest.raises(ConfigError, match=sentence) as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_a_key_of_an_older_version_is_refused_by_what_replaced_it(file: Path, key: str) -> None:
+    sentence = re.escape(f"unknown key {key}, which is of an older version; write {RENAMED[key]} in its place.")
+    with pytest.raises(ConfigError, match=f"^{sentence}$"):
+        load_config(file, [f"{key}=3"])
+    # stored in a checkpoint's manifest
+    tree = to_tree(load_config(file, ["data.stream.dataset=a"]))
+    section, _, name = key.rpartition(".")
+    functools.reduce(lambda node, part: node[part], section.split("."), tree)[name] = 3
+    with pytest.raises(ConfigError, match=f"^{sentence}$"):
+        config_from_tree(tree)
+
+
+def test_what_replaced_a_key_is_a_key() -> None:
+    known = {key.name for key in keys()}
+    assert all(said.split(" ")[0] in known for said in RENAMED.values()) and not known & set(RENAMED)
+
+
+def test_blanks_around_a_key_are_none_of_it(file: Path) -> None:
+    config = load_config(file, [" optim. lr =0.5"])
+    assert config.optim.lr == 0.5 and config.run.overridden == ("optim.lr",)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.lr=1", "optim.lr=2"],
+        ["optim.lr=1", "train.steps=3", " optim.lr=1"],
+        ["data.mixture.a=1", "data.mixture={b: 2}"],
+    ],
+)
+def test_a_key_that_is_set_twice_is_refused_with_both_values(file: Path, overrides: list[str]) -> None:
+    sentence = (
+        f"^'{re.escape(overrides[0])}' and '{re.escape(overrides[-1].strip())}' set the same key, and only the last"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(file, overrides)
+
+
+def test_keys_below_a_section_add_to_it_and_later_ones_stand_in_for_the_same(file: Path) -> None:
+    assert load_config(file, ["data.mixture={a: 1}", "data.mixture.b=2"]).data.mixture == {"a": 1.0, "b": 2.0}
+    first = ["optim.lr=1", "data.mixture.a=1", "optim.lr_extra=1"]
+    assert with_later(first, ["optim.lr=2", "data.mixture={b: 1}"]) == [
+        "optim.lr_extra=1",
+        "optim.lr=2",
+        "data.mixture={b: 1}",
+    ]
+
+
+def test_a_record_of_what_was_named_holds_until_something_is_named(file: Path, tmp_path: Path) -> None:
+    # a batch job's copy of the configuration carries it
+    dump_config(load_config(file, ["optim.lr=1"]), tmp_path / "job.yaml")
+    assert load_config(tmp_path / "job.yaml").run.overridden == ("optim.lr",)
+    assert load_config(tmp_path / "job.yaml", ["train.steps=3"]).run.overridden == ("train.steps",)
+
+
+def test_a_blank_in_a_key_is_shown(file: Path) -> None:
+    file.write_text(MINIMAL + "optim: {' lr': 3}\n")
+    with pytest.raises(ConfigError, match=r"^unknown key optim\.' lr'; did you mean optim\.lr\?$"):
+        load_config(file)
 
 
 def test_a_long_chain_of_bases_is_refused(tmp_path: Path) -> None:

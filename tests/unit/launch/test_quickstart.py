@@ -33,7 +33,7 @@ def test_the_grid_fits_the_gpus_there_are(
     assert (parallel.tp, parallel.dp) == grid
 
 
-@pytest.mark.parametrize("grid", ["tp", "tp=", "zz=2", "tp=1;dp=2x"])
+@pytest.mark.parametrize("grid", ["tp", "tp=", "zz=2", "tp=1;dp=2x", "tp=1,tp=2"])
 def test_what_is_no_grid_is_refused(grid: str) -> None:
     with pytest.raises(ConfigError):
         quickstart.quickstart_of(quickstart.build_parser().parse_args(["--grid", grid]))

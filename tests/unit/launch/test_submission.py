@@ -218,7 +218,26 @@ def test_nodes_are_asked_for_or_what_a_given_dp_needs(
             r"^1001 --array tasks are more than SLURM takes; give at most 1000\.$",
         ),
         (["--chain", "2", "--array", "optim.lr=1"], LaunchError, r"^--chain with --array"),
-        (["--array", "run.dir=/tmp/x", "--array", "run.dir=/tmp/x"], LaunchError, r"^--array tasks share a run folder"),
+        (
+            ["--array", "run.dir=/tmp/x optim.lr=1", "--array", "run.dir=/tmp/x optim.lr=2"],
+            LaunchError,
+            r"^--array tasks share a run folder",
+        ),
+        (
+            ["--array", "optim.lr=1 run.seed=2", "--array", "optim.lr=2", "--array", "run.seed=2 optim.lr=1.0"],
+            LaunchError,
+            r"^--array 'optim\.lr=1 run\.seed=2' and --array 'run\.seed=2 optim\.lr=1\.0' are the same run; leave one of them",
+        ),
+        (
+            ["--array", "optim.lr='1"],
+            LaunchError,
+            r'^--array "optim\.lr=\'1" is no shell text \(No closing quotation\); mend',
+        ),
+        (
+            ["optim.lr=1", "optim.lr=2"],
+            ConfigError,
+            r"^'optim\.lr=1' and 'optim\.lr=2' set the same key, and only the last",
+        ),
         (["--array", "optim.lr=fast"], ConfigError, r"^optim\.lr='fast' is not a number"),
         (["run.dir=run.yaml/x"], LaunchError, r"run\.yaml' is a file; give a folder\.$"),
         (["model.num_layer=3"], ConfigError, r"^unknown key model\.num_layer; did you mean model\.num_layers\?$"),

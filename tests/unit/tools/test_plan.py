@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_megatron.config.load import dump_config, load_config
+from bd3_megatron.config.load import dump_config, load_config, with_later
 from bd3_megatron.config.validate import validate
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.sources import text_source
@@ -67,12 +67,11 @@ def test_overrides_stand_anywhere_and_a_profile_gives_device_and_links(
     run = str(steady_run(tmp_path / "a", 1))
     for arguments in (
         ["train.global_batch_size=16", "--gpus", "4", "--cluster", site, config],
+        ["train.global_batch_size=16", config, "--gpus", "4", "--cluster", site],
         [config, "--gpus", "4", "train.global_batch_size=16", "--cluster", site],
         [config, "--gpus", "4", "--cluster", site, "--calibrate", run, "train.global_batch_size=16"],
     ):
-        # a configuration's name comes before overrides; only overrides may stand anywhere
-        ordered = arguments if arguments[0] == config else [config, *arguments[:-1]]
-        assert main(ordered) == 0
+        assert main(arguments) == 0
         out = capsys.readouterr().out
         assert "batch 16, 4 x a100-80g" in out and "2 devices a node; 300 GB/s" in out and "1 GB/s" in out
     assert "fitted: compute_factor" in out
@@ -94,12 +93,18 @@ def test_the_configured_grid_stands_beside_the_best_and_the_override_makes_it(
     assert re.search(r"^configured +tp2 dp2 sp, mb \d+, full, zero \d .* slower \(", out, re.MULTILINE)
     pasted = next(line for line in out.splitlines() if line.startswith("To run the best, add: "))
     override = shlex.split(pasted.removeprefix("To run the best, add: "))
-    best = load_config(config, [*own, *override])
+    # a key stands once on a command line
+    replaced = next(line for line in out.splitlines() if line.startswith("and leave out: "))
+    assert shlex.split(replaced.removeprefix("and leave out: ")) == [
+        o for o in own if o not in with_later(own, override)
+    ]
+    own = with_later(own, override)
+    best = load_config(config, own)
     validate(best, world_size=4)
     label = next(line for line in out.splitlines() if line.startswith("best ")).split("  ")
     assert plan_of(best, machine_of("h200", peak_tflops=1.0)).label in [cell.strip() for cell in label]
     # with the override given, the configuration is the best
-    assert main([config, *own, *override, "--gpus", "4", "--gpu", "h200"]) == 0
+    assert main([config, *own, "--gpus", "4", "--gpu", "h200"]) == 0
     out = capsys.readouterr().out
     assert "The configuration is the best plan." in out and "\nconfigured best" in out
 
@@ -186,8 +191,8 @@ def test_the_vocabulary_is_the_prepared_datas(config: str, tmp_path: Path, capsy
     source = {"train": text_source([str(tmp_path / "text.txt")])}
     prepare(PrepareRequest(out=tmp_path / "data", sources=source, tokenizer="bytes"), say=lambda _: None)
     for own in ([f"data.path={tmp_path}/data"], ["data.path=null", "data.text=[a.txt]", "data.tokenizer=bytes"]):
-        asked = [config, "model.vocab_size=null", *own, "--gpus", "2", "--gpu", "h200", "--format", "json"]
-        assert main(asked) == 0
+        asked = [config, *own, "--gpus", "2", "--gpu", "h200", "--format", "json"]
+        assert main([*asked, "model.vocab_size=null"]) == 0
         smaller = json.loads(capsys.readouterr().out)["plans"][0]["memory_bytes"]["parameters"]
         assert main([*asked, "model.vocab_size=260"]) == 0
         assert json.loads(capsys.readouterr().out)["plans"][0]["memory_bytes"]["parameters"] == smaller
