@@ -60,6 +60,17 @@ class _Unread:
     """None where no record is due."""
 
 
+def read_lag(device_type: str, spike_factor: float) -> int:
+    """So many steps late the host reads what an update did.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        spike_factor: train.spike_factor, 0 without a guard.
+    """
+    # the spike guard asks for the loss in the middle of a step, so there is nothing to gain behind it
+    return 1 if device_type == "cuda" and spike_factor == 0 else 0
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """A run on one rank, wired by `build.py`."""
@@ -83,13 +94,11 @@ class Trainer:
     """What the steps read; None before the first."""
     training_step: TrainingStep = field(init=False)
     lag_steps: int = field(init=False)
-    """So many steps late the host reads what an update did: on a GPU one, so that the device has the next one to work on."""
+    """Steps by which the host reads late what an update did: on a GPU one, so that the device has the next to work on."""
     _unread: deque[_Unread] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
-        # the spike guard asks for the loss in the middle of a step, so there is nothing to gain behind it
-        on_gpu = self.topology.device.type == "cuda"
-        self.lag_steps = 1 if on_gpu and self.config.train.spike_factor is None else 0
+        self.lag_steps = read_lag(self.topology.device.type, self.config.train.spike_factor)
         self.training_step = TrainingStep(
             config=self.config, topology=self.topology, engine=self.engine, timeline=self.timeline
         )

@@ -11,6 +11,7 @@ import torch
 
 from bd3_megatron.parallel.topology import Topology
 from bd3_megatron.train.build import build_trainer
+from bd3_megatron.train.trainer import read_lag
 from tests.ranks.harness import run_ranks
 from tests.ranks.test_not_finite import planted
 from tests.ranks.train_runs import BATCH, train_config, write_data
@@ -69,6 +70,11 @@ def test_reads_are_noticed() -> None:
         for way in ways:
             way(device)
     assert sum(reads.found.values()) == len(ways)
+
+
+@pytest.mark.parametrize(("device", "guard", "lag"), [("cuda", 0.0, 1), ("cuda", 3.0, 0), ("cpu", 0.0, 0)])
+def test_a_gpu_is_read_one_step_late_unless_a_guard_asks_in_between(device: str, guard: float, lag: int) -> None:
+    assert read_lag(device, guard) == lag
 
 
 def test_an_answer_read_late_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
