@@ -48,9 +48,9 @@ class RunStatus:
     exit_code: int = 0
     """By the table of exit codes in `errors`."""
     step: Annotated[int, Range(0, 2**53)] = 0
-    """Updates made when this was written."""
+    """Updates made when this was written: at the start of the attempt and at its end."""
     attempt: Annotated[int, Range(1, 2**53)] = 1
-    """Launches of this run folder so far."""
+    """Launches that took this run folder so far, this one included; one that finds the run finished is none."""
     job: str | None = None
     """SLURM job id; None outside SLURM."""
     host: str = ""
