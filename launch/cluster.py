@@ -159,10 +159,21 @@ def check_cluster(profile: ClusterProfile) -> None:
             f"cluster.time={profile.time} leaves no time to train: ranks are told to save {profile.signal_lead_seconds} s "
             f"before the limit and SLURM may do so {SLURM_EARLY_SECONDS} s early; raise time or lower signal_lead_seconds."
         )
+    _check_environment(profile.environment)
     if profile.container.is_used and not profile.container.image:
         raise LaunchError(
             f"cluster.container.kind={profile.container.kind} without an image; set cluster.container.image."
         )
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    # without them a batch script finds none of its programs, and programs no folder for what they keep
+    for name in ("PATH", "HOME"):
+        if name in environment and not environment[name].strip():
+            raise ConfigError(
+                f"cluster.environment.{name}={shown(environment[name])} is empty, and the job would find "
+                f"{'no program' if name == 'PATH' else 'no home folder'}; give its value, or leave it out."
+            )
 
 
 def seconds_of(limit: str) -> int:

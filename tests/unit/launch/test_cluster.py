@@ -74,6 +74,11 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str, kind: type[BD3Error
             "environment: {'A-B': x}",
             r"^cluster\.environment='A-B' is not a variable's name: letters, digits and _; give one\.$",
         ),
+        (
+            "environment: {PATH: ' '}",
+            r"^cluster\.environment\.PATH=' ' is empty, and the job would find no program; give its value, or leave it out\.$",
+        ),
+        ("environment: {HOME: ''}", r"^cluster\.environment\.HOME='' is empty, and the job would find no home folder"),
         ("environment_file: ~/secrets", r"^cluster\.environment_file='~/secrets' begins with ~"),
         (
             "extra: [comment]",
