@@ -211,6 +211,17 @@ def either(options: Iterable[object]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """'1 part' or '2 parts'.
+
+    Args:
+        count: 0 is many.
+        one: what there is one of, with its verb where that differs: "GPU is".
+        many: of several: "GPUs are"; None: `one` and an s.
+    """
+    return f"{count} {one}" if count == 1 else f"{count} {many or f'{one}s'}"
+
+
 def shown(value: object) -> str:
     """A value as a sentence repeats it: its repr in one line, the middle of a long one left out."""
     try:

@@ -19,7 +19,7 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.config.validate_run import refuse_without_held_out
-from bd3_megatron.errors import ConfigError, LaunchError, cut
+from bd3_megatron.errors import ConfigError, LaunchError, counted, cut
 from launch.env import rank_settings, visible_gpus
 
 HOLDER = "bd3_megatron.train.local_ranks"
@@ -74,7 +74,7 @@ def check_gpus(ranks: int, gpus: int) -> None:
         )
     if gpus and ranks > gpus:
         raise LaunchError(
-            f"the grid asks for {ranks} ranks but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible; "
+            f"the grid asks for {ranks} ranks but {counted(gpus, 'GPU is', 'GPUs are')} visible; "
             f"use a grid of {gpus} or fewer, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU."
         )
 

@@ -29,7 +29,7 @@ from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import ConfigError, LaunchError, cut
+from bd3_megatron.errors import ConfigError, LaunchError, counted, cut
 from bd3_megatron.files import move, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
@@ -122,7 +122,7 @@ def grid_overrides(grid: str | None) -> list[str]:
         if not 0 < gpus < 4:
             return []
         grid = "tp=2" if gpus >= 2 else "tp=1"
-        print(f"quickstart: {gpus} GPU{'s' if gpus > 1 else ''} found, so the grid is {grid},dp=1 instead of tp=2,dp=2")
+        print(f"quickstart: {counted(gpus, 'GPU')} found, so the grid is {grid},dp=1 instead of tp=2,dp=2")
     parts = grid.split(",")
     named = dict(part.partition("=")[::2] for part in parts)
     if len(named) < len(parts):

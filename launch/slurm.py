@@ -29,7 +29,7 @@ from bd3_megatron.config.load import RECORD_KEY, load_config, replace_field, wit
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.unreached import unreached_settings
 from bd3_megatron.config.validate import validate
-from bd3_megatron.errors import GridError, LaunchError, shown
+from bd3_megatron.errors import GridError, LaunchError, counted, shown
 from launch.batch_script import Job, script_of
 from launch.cluster import FOLDER, JOB_NAME, ClusterProfile, load_cluster
 from launch.container import check_visible, check_writable_mounts
@@ -202,7 +202,7 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
         if nodes * per_node % parallel.model_ranks:
             axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} = {parallel.model_ranks}"
             raise GridError(
-                f"{nodes} nodes x {per_node} ranks = {nodes * per_node} is not a multiple of {axes}; "
+                f"{counted(nodes, 'node')} x {counted(per_node, 'rank')} = {nodes * per_node} is not a multiple of {axes}; "
                 f"use --nodes {_fitting_nodes(per_node, parallel.model_ranks)} or a multiple of it."
             )
         return nodes
@@ -212,7 +212,8 @@ def nodes_of(config: Config, profile: ClusterProfile, asked: int | None) -> int:
         axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} = {wanted}"
         exact = f"use --nodes {wanted // per_node} or " if wanted % per_node == 0 else "use --ranks-per-node or "
         raise GridError(
-            f"{nodes} nodes x {per_node} ranks = {nodes * per_node} do not match {axes}; {exact}leave parallel.dp unset."
+            f"{counted(nodes, 'node')} x {counted(per_node, 'rank')} = {nodes * per_node} do not match {axes}; "
+            f"{exact}leave parallel.dp unset."
         )
     return nodes
 
@@ -232,13 +233,15 @@ def plan_lines(submission: Submission) -> list[str]:
     chain = f", a chain of {submission.copies} jobs" if submission.copies > 1 else ""
     lines = [
         f"job      {job.name} on partition {profile.partition}, limit {profile.time}{tasks}{chain}",
-        f"grid     {job.nodes} nodes x {profile.ranks} ranks = {axes}, {job.launcher}",
+        f"grid     {counted(job.nodes, 'node')} x {counted(profile.ranks, 'rank')} = {axes}, {job.launcher}",
         *prediction_lines(replace_field(config, "parallel.dp", dp), profile),
         f"folder   {job.folder}",
         f"ranks    {Path(config.run.dir) / 'logs'}/JOB.ATTEMPT/rank-N.log",
     ]
     if parallel.tp > profile.ranks:
-        lines.append(f"warning  tp={parallel.tp} spans nodes of {profile.ranks} ranks: its traffic leaves the node")
+        lines.append(
+            f"warning  tp={parallel.tp} spans nodes of {counted(profile.ranks, 'rank')}: its traffic leaves the node"
+        )
     # tasks of an array mostly share them
     said = dict.fromkeys(sentence for task in submission.configs for sentence in unreached_settings(task))
     return [*lines, *(f"warning  {sentence}" for sentence in said)]

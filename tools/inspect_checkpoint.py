@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.errors import counted
 
 if TYPE_CHECKING:
     from bd3_megatron.checkpoint.read import CheckpointReader
@@ -68,7 +69,8 @@ def print_manifest(reader: CheckpointReader, *, verified: bool) -> None:
     total = sum(record.bytes for record in manifest.files.values())
     print(f"{reader.folder}: step {manifest.step}, {manifest.samples_consumed} samples consumed, {manifest.kind}")
     print(
-        f"  grid {manifest.grid}, ZeRO {manifest.zero_stage}, {manifest.world_size} ranks; holds {', '.join(reader.kinds())}"
+        f"  grid {manifest.grid}, ZeRO {manifest.zero_stage}, {counted(manifest.world_size, 'rank')}; "
+        f"holds {', '.join(reader.kinds())}"
     )
     print(
         f"  vocabulary {manifest.vocab_size}, mask {manifest.mask_id}; commit {manifest.git_commit}; {manifest.software}"
@@ -77,7 +79,7 @@ def print_manifest(reader: CheckpointReader, *, verified: bool) -> None:
     if manifest.origin:
         print(f"  from {json.dumps(manifest.origin)}")
     state = "every checksum is right" if verified else "checksums not checked (--verify)"
-    print(f"  {len(manifest.files)} files, {total / 2**20:.1f} MiB, {state}")
+    print(f"  {counted(len(manifest.files), 'file')}, {total / 2**20:.1f} MiB, {state}")
 
 
 def print_tensors(reader: CheckpointReader, which: str, *, norms: bool) -> None:

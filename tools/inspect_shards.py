@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
-from bd3_megatron.errors import DataError
+from bd3_megatron.errors import DataError, counted
 
 if TYPE_CHECKING:
     from bd3_megatron.data.shards import ShardFolder
@@ -63,7 +63,7 @@ def print_split(shards: ShardFolder) -> None:
     )
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     print(f"{shards.where}")
-    print(f"  tokens       {header.num_tokens:,} ({header.dtype.name}) in {len(header.shards)} shards")
+    print(f"  tokens       {header.num_tokens:,} ({header.dtype.name}) in {counted(len(header.shards), 'shard')}")
     if header.num_supervised is not None:
         share = 100 * header.num_supervised / header.num_tokens
         print(f"  answers      {header.num_supervised:,} tokens ({share:.1f}%); nothing else is predicted")
@@ -116,7 +116,7 @@ def work(options: argparse.Namespace) -> int:
         if options.verify:
             # The generator raises at the first shard that is not sound.
             sound = sum(1 for _ in shards.verify())
-            print(f"  verified     {sound} shards are sound")
+            print(f"  verified     {counted(sound, 'shard is', 'shards are')} sound")
     return 0
 
 

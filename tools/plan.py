@@ -32,7 +32,7 @@ from bd3_megatron.cost.memory import engine_assumptions
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.cost.traffic import bytes_by_axis
 from bd3_megatron.data.vocabulary import vocabulary_size
-from bd3_megatron.errors import ConfigError, UsageError, either
+from bd3_megatron.errors import ConfigError, UsageError, counted, either
 from bd3_megatron.files import write_text
 from bd3_megatron.planner.calibrate import Observation, calibrate, fitted_factors
 from bd3_megatron.planner.constants import Constants, constants_for
@@ -237,7 +237,8 @@ def as_lines(answer: Answer, top: int, *, calibrated: bool) -> list[str]:
     lines = [
         f"{_size(parameter_count(config))} parameters, L {config.data.seq_len}, batch "
         f"{config.train.global_batch_size}, {answer.devices} x {answer.machine.name}, {answer.tokens:.3g} tokens: "
-        f"{len(found.fitting)} plans fit, {len(found.too_large)} are too large, {found.illegal} are illegal",
+        f"{counted(len(found.fitting), 'plan fits', 'plans fit')}, "
+        f"{counted(len(found.too_large), 'is', 'are')} too large, {counted(found.illegal, 'is', 'are')} illegal",
         "",
     ]
     if best is None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
 from bd3_megatron.config.objective import objective_of
-from bd3_megatron.errors import RangeError
+from bd3_megatron.errors import RangeError, counted
 from bd3_megatron.files import write_text
 from bd3_megatron.report.results import ResultChart, ResultSection, ResultSeries, write_results
 from tools.mini.variants import QUICK, TRUNK, VARIANTS, WHOLE, MiniSize, base_tree
@@ -168,7 +168,7 @@ def _what(size: MiniSize, dataset: Any) -> str:
     tokens = size.steps * size.global_batch_size * MINI_SEQ_LEN
     return (
         f"{tokens / 1e6:.2f}M bytes of training a model ({size.steps} updates; blocks from update {size.branch_step} on), "
-        f"{len(size.seeds)} seed{'s' if len(size.seeds) > 1 else ''}, {min(size.num_sequences, dataset.num_rows)} held-out "
+        f"{counted(len(size.seeds), 'seed')}, {min(size.num_sequences, dataset.num_rows)} held-out "
         f"sequences of {MINI_SEQ_LEN} bytes, the first byte given. Perplexity is per byte, an upper bound for S > 1."
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bd3_megatron.checkpoint.manifest_fields import SHARDED_KIND, WHOLE_KIND, check_manifest
-from bd3_megatron.errors import CheckpointError
+from bd3_megatron.errors import CheckpointError, counted
 
 # Raised when a reader of today would misread a file of tomorrow; older programs refuse new fields by name.
 VERSION = 1
@@ -219,9 +219,9 @@ def _check_complete(manifest: Manifest, folder: Path) -> None:
     else:
         complete = all(rank_name(rank) in manifest.files for rank in range(manifest.world_size))
     if not complete:
-        what = "weights" if manifest.is_whole else f"the sidecars of its {manifest.world_size} ranks"
+        what = "weights" if manifest.is_whole else f"the sidecars of {counted(manifest.world_size, 'rank')}"
         raise CheckpointError(
-            f"{folder / MANIFEST} lists no complete checkpoint: {what} are not among its {len(manifest.files)} files; "
+            f"{folder / MANIFEST} lists no complete checkpoint: {what} are not among its {counted(len(manifest.files), 'file')}; "
             "use another."
         )
 

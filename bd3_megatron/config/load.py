@@ -19,7 +19,7 @@ import yaml
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.yaml_file import DEEPEST, parse_yaml, read_yaml
-from bd3_megatron.errors import ConfigError, cut, either, shown
+from bd3_megatron.errors import ConfigError, counted, cut, either, shown
 from bd3_megatron.files import write_text
 
 RECORD_KEY = "run.overridden"
@@ -266,7 +266,7 @@ def _typed_tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ..
     if args[-1] is Ellipsis:
         return tuple(_typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if len(value) != len(args):
-        raise ConfigError(f"{where}={shown(list(value))} has {len(value)} values; it takes {len(args)}.")
+        raise ConfigError(f"{where}={shown(list(value))} has {counted(len(value), 'value')}; it takes {len(args)}.")
     return tuple(_typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from bd3_megatron.config.budget import batch_size_at, budget_setting, phase_spans, total_steps
 from bd3_megatron.config.schema import Config, LogConfig
-from bd3_megatron.errors import shown
+from bd3_megatron.errors import counted, shown
 
 
 def unreached_settings(config: Config) -> list[str]:
@@ -41,8 +41,9 @@ def _unreached_rates(config: Config) -> Iterator[str]:
         length = min(end, steps) - first
         if phase.lr_warmup_steps > length:
             yield (
-                f"diffusion.phases[{number}].lr_warmup_steps={phase.lr_warmup_steps} is more than the {length} steps that the "
-                f"phase has: its warm-up ends at {length / phase.lr_warmup_steps:.0%} of the rate"
+                f"diffusion.phases[{number}].lr_warmup_steps={phase.lr_warmup_steps} is more than the "
+                f"{counted(length, 'step')} that the phase has: its warm-up "
+                f"ends at {length / phase.lr_warmup_steps:.0%} of the rate"
             )
 
 
@@ -52,7 +53,7 @@ def _unreached_batch(config: Config) -> Iterator[str]:
     if last < train.global_batch_size:
         yield (
             f"train.batch_warmup_steps={train.batch_warmup_steps} {_beyond(config)}: the batch ends at {last} of "
-            f"{train.global_batch_size} sequences"
+            f"{counted(train.global_batch_size, 'sequence')}"
         )
 
 
@@ -86,7 +87,7 @@ def _unreached_searches(config: Config) -> Iterator[str]:
     for size, is_reached in wanted.items():
         if not is_reached:
             yield (
-                f"diffusion.search_every_steps={every} meets no step of block size {size} in a run of {steps} steps "
+                f"diffusion.search_every_steps={every} meets no step of block size {size} in a run of {counted(steps, 'step')} "
                 f"({budget_setting(config.train)}): its noise interval is never searched"
             )
 
@@ -98,7 +99,7 @@ def _unreached_checkpoints(config: Config) -> Iterator[str]:
     is_kept = keep and (steps % keep == 0 or (every and math.lcm(keep, every) <= steps))
     if keep and checkpoint.keep_last and not is_kept:
         yield (
-            f"checkpoint.keep_every_steps={keep} meets no saved step in a run of {steps} steps "
+            f"checkpoint.keep_every_steps={keep} meets no saved step in a run of {counted(steps, 'step')} "
             f"({budget_setting(config.train)}, checkpoint.every_steps={every}): no checkpoint is kept for it"
         )
     if config.train.spike_action == "rollback" and every >= steps:
@@ -113,4 +114,4 @@ def _steps(config: Config) -> int:
 
 
 def _beyond(config: Config) -> str:
-    return f"is not reached in a run of {_steps(config)} steps ({budget_setting(config.train)})"
+    return f"is not reached in a run of {counted(_steps(config), 'step')} ({budget_setting(config.train)})"

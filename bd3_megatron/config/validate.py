@@ -12,7 +12,7 @@ from bd3_megatron.config.schema import Config, PhaseConfig
 from bd3_megatron.config.validate_data import check_data
 from bd3_megatron.config.validate_experts import check_experts, check_experts_grid
 from bd3_megatron.config.validate_run import check_run
-from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, divisors, either, shown
+from bd3_megatron.errors import ConfigError, GridError, check_divides, check_multiple, counted, divisors, either, shown
 
 
 def validate(config: Config, *, world_size: int | None = None) -> None:
@@ -57,7 +57,7 @@ def data_parallel_size(config: Config, world_size: int | None = None) -> int:
     if wanted != world_size:
         raise GridError(
             f"world size {world_size} does not match {axes} x dp={parallel.dp} = {wanted}; "
-            f"start {wanted} ranks or leave parallel.dp unset."
+            f"start {counted(wanted, 'rank')} or leave parallel.dp unset."
         )
     return parallel.dp
 
@@ -202,8 +202,8 @@ def check_layer_split(given: Sequence[int], num_layers: int, num_stages: int) ->
     """
     if len(given) != num_stages or sum(given) != num_layers:
         raise GridError(
-            f"layers_per_stage={shown(list(given))} does not split num_layers={num_layers} over {num_stages} stages; "
-            f"give {num_stages} numbers that add up to {num_layers}."
+            f"layers_per_stage={shown(list(given))} does not split num_layers={num_layers} over {counted(num_stages, 'stage')}; "
+            f"give {counted(num_stages, 'number that adds', 'numbers that add')} up to {num_layers}."
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import Config, ModelConfig
-from bd3_megatron.errors import ConfigError, GridError, check_divides
+from bd3_megatron.errors import ConfigError, GridError, check_divides, counted
 
 
 def check_experts(model: ModelConfig) -> None:
@@ -107,6 +107,7 @@ def _check_stages(config: Config) -> None:
     first = parallel.layers_per_stage[0] if parallel.layers_per_stage else model.num_layers // parallel.pp
     if dense >= first:
         raise GridError(
-            f"leading_dense_layers={dense} fills the first of pp={parallel.pp} stages (of {first} layers), which then holds no "
+            f"leading_dense_layers={dense} fills the first of pp={parallel.pp} stages (of {counted(first, 'layer')}), which "
+            "then holds no "
             "expert; use fewer stages, or a longer first one by layers_per_stage."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bd3_megatron.config.budget import budget_setting, phase_spans, samples_before, total_steps
 from bd3_megatron.config.schema import Config
-from bd3_megatron.errors import ConfigError
+from bd3_megatron.errors import ConfigError, counted, cut
 
 
 def check_run(config: Config) -> None:
@@ -19,6 +19,7 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: one sentence with value, law and remedy.
     """
+    _check_run_dir(config)
     _check_phases(config)
     _check_stages(config)
     _check_held_out(config)
@@ -27,6 +28,17 @@ def check_run(config: Config) -> None:
     _check_decay(config)
     _check_watch(config)
     _check_stop_file(config)
+
+
+def _check_run_dir(config: Config) -> None:
+    folder = Path(config.run.dir).absolute()
+    # .. and links may lead there too; a part that cannot be read is no root
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = folder.resolve()
+    if folder.parent == folder:
+        raise ConfigError(
+            f"run.dir={cut(config.run.dir)} is the root of the file system; name a folder of its own, such as runs/first."
+        )
 
 
 def _check_phases(config: Config) -> None:
@@ -41,8 +53,8 @@ def _check_phases(config: Config) -> None:
     # the learning-rate segment of the last phase would be left behind
     if spans and spans[-1][1] < steps:
         raise ConfigError(
-            f"diffusion.phases end at step {spans[-1][1]} and the run has {steps} steps ({budget_setting(config.train)}); "
-            "lower the budget, or leave out the length of the last phase."
+            f"diffusion.phases end at step {spans[-1][1]} and the run has {counted(steps, 'step')} "
+            f"({budget_setting(config.train)}); lower the budget, or leave out the length of the last phase."
         )
 
 

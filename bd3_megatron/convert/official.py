@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_megatron.errors import ConversionError
+from bd3_megatron.errors import ConversionError, counted
 
 # Buffers without meaning for the folded model: the search's interval, and frequencies that we compute anew.
 IGNORED_KEYS = frozenset({"sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq"})
@@ -83,7 +83,7 @@ def check_official_keys(state: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected - IGNORED_KEYS)
     if missing or unknown:
         raise ConversionError(
-            f"official state lacks {len(missing)} keys {missing[:3]} and has {len(unknown)} unknown ones {unknown[:3]}; "
+            f"official state lacks {counted(len(missing), 'key')} {missing[:3]} and has {len(unknown)} unknown {unknown[:3]}; "
             "only the DiT of BD3-LM (bd3lm, mdlm, ar) can be folded."
         )
 

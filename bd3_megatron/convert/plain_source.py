@@ -17,7 +17,7 @@ from torch import Tensor
 from bd3_megatron.checkpoint.layout import inside
 from bd3_megatron.checkpoint.read import CheckpointReader, open_safetensors
 from bd3_megatron.convert.name_table import NameTable
-from bd3_megatron.errors import CheckpointError, ConversionError
+from bd3_megatron.errors import CheckpointError, ConversionError, counted
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -84,7 +84,8 @@ class CheckpointSource:
         missing = sorted(set(table.parallel_names()) ^ {*reader.names(), *reader.bias_names()})
         if missing:
             raise ConversionError(
-                f"{reader.folder} and its configuration disagree on {len(missing)} parameters, {missing[0]} among them; "
+                f"{reader.folder} and its configuration disagree on {counted(len(missing), 'parameter')}, {missing[0]} among "
+                "them; "
                 "the checkpoint is of another model."
             )
         self._last: tuple[str, dict[str, Tensor]] = ("", {})

@@ -18,7 +18,7 @@ from bd3_megatron.convert.plain_source import PlainSource, StateSource
 from bd3_megatron.convert.stream import SHARD_BYTES, stream_weights
 from bd3_megatron.data.special_ids import check_special_ids
 from bd3_megatron.diffusion.objective import objective_named
-from bd3_megatron.errors import ConversionError
+from bd3_megatron.errors import ConversionError, counted
 from bd3_megatron.files import write_json, write_text
 from bd3_megatron.hf.configuration_bd3 import BD3Config
 from bd3_megatron.hf.plain_bd3 import PlainBD3
@@ -157,8 +157,8 @@ def checked_shapes(source: PlainSource, config: BD3Config) -> dict[str, tuple[in
     missing, unknown = sorted(set(expected) - there), sorted(there - set(expected))
     if missing or unknown:
         raise ConversionError(
-            f"the source lacks {len(missing)} parameters {missing[:3]} and has {len(unknown)} unknown ones {unknown[:3]}; "
-            f"it must hold exactly those of style={config.style} with {config.num_hidden_layers} layers."
+            f"the source lacks {counted(len(missing), 'parameter')} {missing[:3]} and has {len(unknown)} unknown {unknown[:3]}; "
+            f"it must hold exactly those of style={config.style} with {counted(config.num_hidden_layers, 'layer')}."
         )
     for name, shape in expected.items():
         if source.shape(name) != shape:

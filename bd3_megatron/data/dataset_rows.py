@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_megatron.data.text_reading import BOM, COMPRESSIONS, open_unpacked, reading
-from bd3_megatron.errors import DataError
+from bd3_megatron.errors import DataError, counted
 from bd3_megatron.files import json_record
 
 # Names of the only column of such a table. They are sentences, which no column of a corpus is called.
@@ -177,7 +177,7 @@ def _csv_file(path: str, reader: Any) -> Iterator[dict[str, str]]:
 
 def _cells(header: Sequence[str], fields: Sequence[str]) -> dict[str, Any] | str:
     if len(fields) != len(header):
-        return f"has {len(fields)} fields and the header names {len(header)} columns"
+        return f"has {counted(len(fields), 'field')} and the header names {counted(len(header), 'column')}"
     if any("\udc80" <= letter <= "\udcff" for field in fields if not field.isascii() for letter in field):
         return "is not UTF-8"
     # An empty cell holds nothing, as it does in the library's own tables.

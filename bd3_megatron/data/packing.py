@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_megatron.data.shards import TokenShards
-from bd3_megatron.errors import ConfigError, DataError, check_multiple
+from bd3_megatron.errors import ConfigError, DataError, check_multiple, counted
 
 MODES = ("wrap", "isolated", "pad")
 _MAX_CACHED_SHARDS = 4096
@@ -162,7 +162,7 @@ class PackedRows:
         self.num_rows = whole + (1 if rest and self.rule.pads else 0)
         if self.num_rows == 0:
             raise DataError(
-                f"{self.shards.where} holds {total} tokens, fewer than one row of seq_len={self.rule.seq_len}; "
+                f"{self.shards.where} holds {counted(total, 'token')}, fewer than one row of seq_len={self.rule.seq_len}; "
                 "use a shorter seq_len, more text, or packing=pad."
             )
 

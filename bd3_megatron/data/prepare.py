@@ -27,7 +27,7 @@ from bd3_megatron.data.source import PartTask, Source
 from bd3_megatron.data.tokenizer import Tokenizer
 from bd3_megatron.data.tokenizer_open import load_tokenizer, open_tokenizer
 from bd3_megatron.data.work_folder import MANIFEST_FILE, WorkFolder, is_written, named_shards
-from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped, cut
+from bd3_megatron.errors import BD3Error, ConfigError, DataError, WorkStopped, counted, cut
 from bd3_megatron.files import disk_errors, whole
 
 TRAINED_TOKENIZERS = {"sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
@@ -116,7 +116,7 @@ def prepare(
     # Two runs with one --out would publish each other's half-written parts, so one of them is refused.
     with work.locked(), disk_errors(f"writing {work.root}", DISK_REMEDY, kind=WorkStopped):
         if work.begin(settings):
-            say(f"going on with {work.root}: {work.num_finished()} parts are finished")
+            say(f"going on with {work.root}: {counted(work.num_finished(), 'part is', 'parts are')} finished")
         try:
             tokenizer = _tokenizer(request, work, say)
             tasks = [PartTask(split=split, part=part) for split, listed in parts.items() for part in listed]
@@ -130,7 +130,8 @@ def prepare(
         except BD3Error:
             # What is finished may have taken days, and the text that cannot be read may be mended in a minute.
             if kept := work.num_finished():
-                say(f"{kept} finished parts are kept in {work.root}: the same command goes on from there")
+                finished = counted(kept, "finished part is", "finished parts are")
+                say(f"{finished} kept in {work.root}: the same command goes on from there")
             else:
                 work.remove()
             raise
@@ -166,7 +167,8 @@ class _Run:
         for _ in make_parts(maker, self.tasks, self.num_workers, lambda progress: None):
             pass
         copies = mark_copies(self.work.work, self.tasks, self.request.sources)
-        self.say(f"{copies} documents are copies of earlier ones and are left out")
+        one, many = "document is a copy of an earlier one and is", "documents are copies of earlier ones and are"
+        self.say(f"{counted(copies, one, many)} left out")
 
     def make(self, skip_bad: int, *, show_progress: bool) -> dict[PartTask, PartRecord]:
         """Make every part that is not there yet.
@@ -197,7 +199,9 @@ class _Run:
         if named := [bad for task in self.tasks for bad in records[task].bad]:
             count = sum(record.left_out.get("bad", 0) for record in records.values())
             more = ", ..." if count > BAD_NAMED else ""
-            self.say(f"{count} bad documents are left out: {', '.join(named[:BAD_NAMED])}{more}")
+            self.say(
+                f"{counted(count, 'bad document is', 'bad documents are')} left out: {', '.join(named[:BAD_NAMED])}{more}"
+            )
         return records
 
     def _finished(self, task: PartTask) -> PartRecord | None:
@@ -331,8 +335,8 @@ def _check_bad(records: Mapping[PartTask, PartRecord], skip_bad: int) -> None:
         # The limit holds for the whole corpus; a worker checks only its own part, to stop early.
         named = [bad for record in records.values() for bad in record.bad]
         raise DataError(
-            f"{count} documents are bad and skip_bad={skip_bad} allows no more ({'; '.join(named[:BAD_NAMED])}); "
-            "mend them, or raise --skip-bad."
+            f"{counted(count, 'document is', 'documents are')} bad and skip_bad={skip_bad} allows no more "
+            f"({'; '.join(named[:BAD_NAMED])}); mend them, or raise --skip-bad."
         )
 
 
@@ -383,8 +387,8 @@ def _emptiness(request: PrepareRequest, split: str, records: Iterable[PartRecord
             f"their text; use --valid-fraction {wanted}, give more documents, or cut them smaller (--documents line)."
         )
     return (
-        f"{documents} documents with valid_fraction={fraction} leave none for {split}; give more documents, cut them "
-        "smaller (--documents line), or use --valid-fraction 0."
+        f"{counted(documents, 'document')} with valid_fraction={fraction} {'leaves' if documents == 1 else 'leave'} none for "
+        f"{split}; give more documents, cut them smaller (--documents line), or use --valid-fraction 0."
     )
 
 

@@ -18,7 +18,7 @@ from bd3_megatron.data.part_maker import RECORD_FILE, PartRecord, part_folder
 from bd3_megatron.data.shard_header import ShardRecord
 from bd3_megatron.data.shards import SHARD_SUFFIXES, SUPERVISED_SUFFIX
 from bd3_megatron.data.source import PartTask
-from bd3_megatron.errors import ConfigError
+from bd3_megatron.errors import ConfigError, counted
 from bd3_megatron.files import move, read_json, remove_leftovers, write_json
 from bd3_megatron.lease import held
 
@@ -68,7 +68,7 @@ class WorkFolder:
         # Finished parts may be days of work: they are never removed without being asked.
         if finished:
             raise ConfigError(
-                f"{self.root} holds {finished} finished parts of a run with other settings; run that command again, "
+                f"{self.root} holds {counted(finished, 'finished part')} of a run with other settings; run that command again, "
                 "remove the folder, or name another --out."
             )
         for folder in (self.data, self.work):

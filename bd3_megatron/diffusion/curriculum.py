@@ -14,7 +14,7 @@ from typing import Literal
 
 from bd3_megatron.diffusion.axes import BD3_LM, ObjectiveAxes
 from bd3_megatron.diffusion.noise_level import Interval
-from bd3_megatron.errors import ConfigError, RangeError, check_divides
+from bd3_megatron.errors import ConfigError, RangeError, check_divides, counted
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class Curriculum:
     def __post_init__(self) -> None:
         if not self.phases or self.total_steps < 1:
             raise ConfigError(
-                f"A curriculum of {len(self.phases)} phases and {self.total_steps} steps is empty; give one of each."
+                f"A curriculum of {counted(len(self.phases), 'phase')} and {counted(self.total_steps, 'step')} is empty; "
+                "give one of each."
             )
         # Checked for every phase at the start: a run must not fail at a seam after days.
         for phase in self.phases:
@@ -126,7 +127,7 @@ class Curriculum:
         # A run may stop before its last phase, but a step without a phase would have no block size.
         if lengths[-1] is not None and self.seams()[-1] + lengths[-1] < self.total_steps:
             raise ConfigError(
-                f"The phases end at step {self.seams()[-1] + lengths[-1]} but the run has {self.total_steps} steps; "
+                f"The phases end at step {self.seams()[-1] + lengths[-1]} but the run has {counted(self.total_steps, 'step')}; "
                 f"shorten the run or leave the last phase's length out."
             )
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from bd3_megatron.errors import CheckpointError, DataError, TokenizerError
+from bd3_megatron.errors import CheckpointError, DataError, TokenizerError, counted
 from bd3_megatron.hf.modeling_bd3 import BD3ForCausalLM
 from bd3_megatron.sampling.folder import MODEL_TYPE, read_export_json
 from bd3_megatron.sampling.text import HubTokenizer, folder_tokenizer
@@ -122,7 +122,7 @@ class ScoringModel:
         """
         found = [one for one in map(self.score, texts) if one.num_tokens]
         if not found:
-            raise DataError(f"none of {len(texts)} texts has a token to score; generate longer ones.")
+            raise DataError(f"none of {counted(len(texts), 'text')} has a token to score; generate longer ones.")
         # Mean of perplexities, not exp of the mean: the paper's tables are made so. The other stands beside it.
         each = [one.perplexity for one in found if one.perplexity is not None]
         centre = mean(each)

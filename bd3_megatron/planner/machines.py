@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from bd3_megatron.config.ranges import Range
-from bd3_megatron.errors import ConfigError, either, shown
+from bd3_megatron.errors import ConfigError, counted, either, shown
 
 GIB = 2**30
 GB = 1e9
@@ -188,7 +188,7 @@ def assumptions(machine: Machine) -> list[str]:
         f"device {machine.device_name}: {machine.peak_tflops:g} TFLOP/s peak at the training precision, "
         f"{machine.memory_bytes / GIB:g} GiB ({machine.reserve_bytes / GIB:g} kept free), "
         f"{machine.memory_bytes_per_second / GB:g} GB/s memory",
-        f"{machine.gpus_per_node} devices a node; {machine.intra_node_bytes_per_second / GB:g} GB/s and "
+        f"{counted(machine.gpus_per_node, 'device')} a node; {machine.intra_node_bytes_per_second / GB:g} GB/s and "
         f"{machine.intra_node_latency_seconds * 1e6:g} us inside it, {machine.inter_node_bytes_per_second / GB:g} GB/s and "
         f"{machine.inter_node_latency_seconds * 1e6:g} us between nodes (per device, each direction)",
     ]

@@ -16,7 +16,7 @@ from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.flops import convention_flops
 from bd3_megatron.cost.memory import MemoryBytes, engine_assumptions, memory_per_device
 from bd3_megatron.cost.shape import data_parallel
-from bd3_megatron.errors import ConfigError, GridError, divisors
+from bd3_megatron.errors import ConfigError, GridError, counted, divisors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import GIB, Machine
 from bd3_megatron.planner.peaks import TERA
@@ -128,7 +128,7 @@ def rank_plans(config: Config, devices: int, machine: Machine, constants: Consta
         plans.append(plan_of(candidate, machine, constants))
     if not plans:
         raise ConfigError(
-            f"no grid of {devices} devices is legal for this configuration; the last was refused: {last_reason}"
+            f"no grid of {counted(devices, 'device')} is legal for this configuration; the last was refused: {last_reason}"
         )
     fitting = sorted((p for p in plans if p.time is not None), key=lambda p: -p.tokens_per_second)
     too_large = sorted((p for p in plans if p.time is None), key=lambda p: p.memory.peak)
@@ -143,7 +143,7 @@ def on_devices(config: Config, devices: int) -> Config:
     """
     ranks = config.parallel.model_ranks
     if devices % ranks:
-        raise GridError(f"{devices} devices are not a multiple of tp x pp x cp = {ranks}.")
+        raise GridError(f"{counted(devices, 'device is', 'devices are')} not a multiple of tp x pp x cp = {ranks}.")
     spread = replace(config, parallel=replace(config.parallel, dp=devices // ranks))
     validate(spread, world_size=devices)
     return spread

@@ -29,7 +29,7 @@ from bd3_megatron import __version__
 from bd3_megatron.compat.device import device_name, occupied_fraction, release_memory
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.parameters import parameter_count
-from bd3_megatron.errors import LaunchError, NodeFailure
+from bd3_megatron.errors import LaunchError, NodeFailure, counted
 from bd3_megatron.files import append_line
 from bd3_megatron.lease import node_name
 from bd3_megatron.parallel.topology import Topology
@@ -326,7 +326,7 @@ def summary(reports: Sequence[RankReport], seconds: float) -> str:
     nodes = len({r.node for r in reports})
     product = 1e3 * statistics.median(r.product_seconds for r in reports)
     axes = "".join(f", all-reduce {axis} {speed / 1e9:.2f} GB/s" for axis, speed in reports[0].bandwidth.items())
-    ranks = f"{len(reports)} rank{'s' if len(reports) > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}"
+    ranks = f"{counted(len(reports), 'rank')} on {counted(nodes, 'node')}"
     return f"preflight: {ranks}, matrix product {product:.2f} ms{axes}; {seconds:.1f} s"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from bd3_megatron.errors import counted
 from bd3_megatron.report.run_data import ReportedRun
 from bd3_megatron.report.run_record import LOSS_KEY, end_of
 from bd3_megatron.report.run_summary import beyond_peak
@@ -65,7 +66,7 @@ def _not_finite(run: ReportedRun) -> list[str]:
     ):
         steps = run.not_finite(key)
         if steps:
-            said.append(f"{what} was not a number at {_times(len(steps), 'logged step')}, first at step {steps[0]}.")
+            said.append(f"{what} was not a number at {counted(len(steps), 'logged step')}, first at step {steps[0]}.")
     return said
 
 
@@ -76,13 +77,13 @@ def _skipped(run: ReportedRun) -> list[str]:
     if skipped and (count := int(max(skipped.values()))):
         first = next(step for step, value in skipped.items() if value)
         said.append(
-            f"{_times(count, 'update')} skipped (gradients that were not finite, or the spike guard), the first by step {first}."
+            f"{counted(count, 'update')} skipped (gradients that were not finite, or the spike guard), the first by step {first}."
         )
     vetoed, returned = run.events("loss_spike"), run.events("rollback")
     if vetoed:
-        said.append(f"the spike guard left out {_times(len(vetoed), 'step')}, first step {vetoed[0].get('step')}.")
+        said.append(f"the spike guard left out {counted(len(vetoed), 'step')}, first step {vetoed[0].get('step')}.")
     if returned:
-        said.append(f"the run went back to a checkpoint {_times(len(returned), 'time')} because of loss spikes.")
+        said.append(f"the run went back to a checkpoint {counted(len(returned), 'time')} because of loss spikes.")
     return said
 
 
@@ -111,7 +112,7 @@ def _spikes(run: ReportedRun) -> list[str]:
         return []
     step, value, usual = max(spikes, key=lambda spike: spike[1] - spike[2])
     return [
-        f"the loss rose suddenly {_times(len(spikes), 'time')}; most at step {step}, to {value:.2f} from about "
+        f"the loss rose suddenly {counted(len(spikes), 'time')}; most at step {step}, to {value:.2f} from about "
         f"{usual:.2f} nats per token."
     ]
 
@@ -197,10 +198,6 @@ def _course(run: ReportedRun, now: float) -> list[str]:
         stands = f"the run stands at step {run.num_steps}{of_total} and has written nothing for {_duration(silent)}"
         return [*said, f"{stands}: it may hang, or be gone."]
     return [*said, f"the run goes on: step {run.num_steps}{of_total} when this page was made."]
-
-
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -92,7 +92,7 @@ def test_a_manifest_is_guarded_by_its_digest(tmp_path: Path) -> None:
         ({"kind": "whole"}, "lists no complete checkpoint: weights are not among its 2 files"),
         ({"files": {}}, r"files=\{\} must be size and SHA-256 of one file or more"),
         ({"files": {"a": 3}}, "must be size and SHA-256"),
-        ({"files": {"a": {"bytes": 1, "sha256": "0" * 64}}}, "the sidecars of its 1 ranks are not among its 1 files"),
+        ({"files": {"a": {"bytes": 1, "sha256": "0" * 64}}}, "the sidecars of 1 rank are not among its 1 file"),
         ({"files": {"../a": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),
         ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),
         ({"files": {"a/../../b": {"bytes": 1, "sha256": "0" * 64}}}, "leaves the folder"),

@@ -121,7 +121,7 @@ def test_flatten_and_replace_speak_of_section_and_key(file: Path) -> None:
         ("parallel.zero_stage=1.0", r"^parallel\.zero_stage=1\.0 is not allowed"),
         ("data.text=one", r"^data\.text='one' is not a list; write it as \[a, b\]\.$"),
         ("data.text=[1]", r"^data\.text\[0\]=1 is not text"),
-        ("diffusion.interval=[0.1]", r"^diffusion\.interval=\[0\.1\] has 1 values; it takes 2\.$"),
+        ("diffusion.interval=[0.1]", r"^diffusion\.interval=\[0\.1\] has 1 value; it takes 2\.$"),
         ("data.mixture=3", r"^data\.mixture=3 is not a mapping; give keys and values\.$"),
         ("diffusion.phases=[3]", r"^diffusion\.phases\[0\]=3 is not a section"),
         ("diffusion.phases=[{}]", r"^diffusion\.phases\[0\]\.block_size is not set and has no default"),

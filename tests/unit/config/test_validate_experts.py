@@ -72,7 +72,7 @@ def test_a_fraction_that_leaves_no_pairs_is_refused() -> None:
         ({"pp": 2, "vpp": 2}, r"^vpp=2 with model\.experts is not proved equal on every grid; leave vpp unset\.$"),
         (
             {"pp": 4},
-            r"^leading_dense_layers=1 fills the first of pp=4 stages \(of 1 layers\), which then holds no expert",
+            r"^leading_dense_layers=1 fills the first of pp=4 stages \(of 1 layer\), which then holds no expert",
         ),
     ],
 )

@@ -81,6 +81,8 @@ def test_what_happens_as_asked_passes(overrides: list[str]) -> None:
             ["diffusion.search_every_steps=5", "diffusion.phases=[{block_size: 4, interval: [0.3, 0.8]}]"],
             r"^diffusion\.search_every_steps=5 has nothing to search for, because every phase names its interval; leave one out",
         ),
+        (["run.dir=/"], r"^run\.dir=/ is the root of the file system; name a folder of its own, such as runs/first\.$"),
+        (["run.dir=//usr/.."], r"^run\.dir=//usr/\.\. is the root of the file system"),
         (
             ["train.spike_action=rollback"],
             r"^train\.spike_action=rollback with train\.spike_factor=0, which looks for no spike; set spike_factor, for example",

@@ -56,11 +56,11 @@ def test_tokenizer_files_come_along_and_weights_do_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dtype"])
 def test_states_that_are_not_the_configurations_are_refused(change: str, tmp_path: Path) -> None:
     state: dict[str, Any] = dict(tiny_model(4, dtype=torch.float32).state_dict())
-    sentence, dtype = "lacks 1 parameters", torch.float32
+    sentence, dtype = "lacks 1 parameter", torch.float32
     if change == "missing":
         del state["model.norm.weight"]
     elif change == "unknown":
-        state["extra"], sentence = torch.zeros(1), r"1 unknown ones \['extra'\]"
+        state["extra"], sentence = torch.zeros(1), r"1 unknown \['extra'\]"
     elif change == "shape":
         state["model.norm.weight"], sentence = torch.zeros(3), r"has shape \[3\]; the configuration asks for \[16\]"
     else:

@@ -255,7 +255,7 @@ def test_the_checkpoint_a_person_means_is_found(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_shape_than_its_configuration_is_refused(tmp_path: Path) -> None:
     path = whole_checkpoint(tmp_path / step_name(3), run_config(tmp_path, model={"tie_embeddings": True}))
     table = NameTable(run_config(tmp_path).model, VOCAB)
-    with pytest.raises(ConversionError, match="disagree on 1 parameters, output_layer.weight among them"):
+    with pytest.raises(ConversionError, match="disagree on 1 parameter, output_layer.weight among them"):
         CheckpointSource(open_checkpoint(path), table, "model")
 
 

@@ -96,9 +96,9 @@ def test_a_tied_model_unfolds_with_a_copy_of_its_table() -> None:
 def test_missing_and_unknown_official_keys_are_refused() -> None:
     state = official_state()
     del state["backbone.blocks.1.norm2.weight"]
-    with pytest.raises(ConversionError, match=r"lacks 1 keys \['backbone.blocks.1.norm2.weight'\]"):
+    with pytest.raises(ConversionError, match=r"lacks 1 key \['backbone.blocks.1.norm2.weight'\]"):
         fold(state)
-    with pytest.raises(ConversionError, match=r"1 unknown ones \['backbone.surprise'\]"):
+    with pytest.raises(ConversionError, match=r"1 unknown \['backbone.surprise'\]"):
         fold({**official_state(), "backbone.surprise": torch.zeros(1)})
     with pytest.raises(ConversionError, match=r"has layers \[\]; expected backbone.blocks.0, 1, 2"):
         fold({"weight": torch.zeros(1)})

@@ -87,7 +87,7 @@ def test_a_folder_without_one_of_its_experts_is_refused(tmp_path: Path) -> None:
     del state["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(state, path, {"format": "pt"})
     with pytest.raises(
-        ConversionError, match=r"lacks 1 parameters \['model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight'\]"
+        ConversionError, match=r"lacks 1 parameter \['model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight'\]"
     ):
         start_run(tmp_path / "qwen", moe_run(tmp_path / "run", tied=False), vocab_size=ROWS, mask_id=None)
 

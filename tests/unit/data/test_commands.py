@@ -91,7 +91,7 @@ def test_copies_and_evaluated_text_are_left_out(tmp_path: Path, capsys: pytest.C
     evaluated = ("--decontaminate", tmp_path / "eval.jsonl")
     assert run(*options, *evaluated, "--out", tmp_path / "a") == 0
     shown = capsys.readouterr()
-    assert "1 documents are copies of earlier ones and are left out" in shown.err
+    assert "1 document is a copy of an earlier one and is left out" in shown.err
     assert "compared with 1 evaluation texts; 2 are shorter than 13 words and are not" in shown.err
     assert "left out: 1 contaminated, 1 repeated" in shown.out
     assert texts_of(tmp_path / "a" / "train") == ["one thing", "two"]
@@ -196,7 +196,7 @@ def test_inspection_prints_header_statistics_and_samples(
     capsys.readouterr()
     assert inspect_shards.main([str(out), "--verify", "--samples", "1"]) == 0
     shown = capsys.readouterr().out
-    for sentence in ("tokens", "documents", "lengths", "mask 259", "verified     1 shards are sound", "document 0: '"):
+    for sentence in ("tokens", "documents", "lengths", "mask 259", "verified     1 shard is sound", "document 0: '"):
         assert shown.count(sentence) >= 2, sentence
     assert inspect_shards.main([str(out / "train"), "--samples", "0"]) == 0
     assert "document 0" not in capsys.readouterr().out

@@ -177,7 +177,7 @@ def test_a_csv_row_that_is_wrong_is_one_bad_row_and_costs_no_other(tmp_path: Pat
     assert [(one.where, one.reason) for one in bad_of(source)] == [
         (f"row 2 of {path}", "has 3 fields and the header names 2 columns"),
         (f"row 3 of {path}", "is not UTF-8"),
-        (f"row 4 of {path}", "has 1 fields and the header names 2 columns"),
+        (f"row 4 of {path}", "has 1 field and the header names 2 columns"),
         (f"row 5 of {path}", "is no CSV (',' expected after '\"')"),
         (f"row 8 of {path}", "holds nothing (null) in column text"),
     ]

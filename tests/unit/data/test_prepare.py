@@ -365,7 +365,7 @@ def test_bad_requests_are_refused_before_anything_is_written(text: Path, tmp_pat
         (
             {"sources": {"train": TextFiles(paths=(str(tmp_path / "one.txt"),))}},
             DataError,
-            "1 documents with valid_fraction=0.2 leave none for valid; give more documents, cut them smaller",
+            "1 document with valid_fraction=0.2 leaves none for valid; give more documents, cut them smaller",
         ),
         (
             {"sources": {"test": TextFiles(paths=(str(text),))}, "tokenizer": "sentencepiece"},

@@ -21,6 +21,7 @@ from bd3_megatron.errors import (
     check_divides,
     check_multiple,
     check_shape,
+    counted,
     cut,
     divisors,
     either,
@@ -100,6 +101,13 @@ def test_the_nearest_multiple_is_never_below_one(number: int, remedy: str) -> No
 @pytest.mark.parametrize(("options", "words"), [([1], "1"), ([1, 2], "1 or 2"), (["a", "b", "c"], "a, b or c")])
 def test_either_reads_like_a_sentence(options: list[object], words: str) -> None:
     assert either(options) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 parts, 0 GPUs are"), (1, "1 part, 1 GPU is"), (2, "2 parts, 2 GPUs are")]
+)
+def test_what_is_counted_stands_in_its_number(count: int, words: str) -> None:
+    assert f"{counted(count, 'part')}, {counted(count, 'GPU is', 'GPUs are')}" == words
 
 
 def test_of_many_legal_values_the_first_and_the_last_are_named() -> None:

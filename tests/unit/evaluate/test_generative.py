@@ -105,7 +105,7 @@ def test_the_score_of_many_is_the_mean_over_texts_with_its_error(scorer: Scoring
     assert found.num_texts == 3 and found.perplexity == pytest.approx(sum(each) / 3)  # type: ignore[arg-type]
     spread = torch.tensor(each, dtype=torch.float64).std().item()
     assert found.stderr == pytest.approx(spread / math.sqrt(3))
-    with pytest.raises(DataError, match="none of 1 texts has a token to score"):
+    with pytest.raises(DataError, match="none of 1 text has a token to score"):
         scorer.score_all(["w1"])
 
 

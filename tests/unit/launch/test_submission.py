@@ -173,7 +173,7 @@ def test_nodes_are_asked_for_or_what_a_given_dp_needs(
         (
             ["parallel.tp=4"],
             GridError,
-            r"^1 nodes x 2 ranks = 2 is not a multiple of tp=4 x pp=1 x cp=1 = 4; use --nodes 2 or a multiple",
+            r"^1 node x 2 ranks = 2 is not a multiple of tp=4 x pp=1 x cp=1 = 4; use --nodes 2 or a multiple",
         ),
         (["--nodes", "0"], GridError, r"^--nodes 0 is outside \[1, 100000\]; ask for the nodes of the grid\.$"),
         (["--nodes", "-2"], GridError, r"^--nodes -2 is outside"),
@@ -430,7 +430,7 @@ def test_a_dry_run_answers_within_a_second_without_torch(
     assert done.returncode == 0, done.stderr
     assert seconds < DRY_RUN_SECONDS
     assert done.stdout.startswith("#!/bin/bash\n")
-    assert "# grid     1 nodes x 2 ranks = tp 1 x pp 1 x cp 1 x dp 2, srun" in done.stdout
+    assert "# grid     1 node x 2 ranks = tp 1 x pp 1 x cp 1 x dp 2, srun" in done.stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -47,7 +47,7 @@ def test_the_state_survives_json(state: TrainState) -> None:
         ({"step": -1}, r"train_state\.step=-1 is outside \[0, "),
         ({"skipped_steps": 10**30}, r"train_state\.skipped_steps=10+ is outside"),
         ({"recent_losses": [float("nan")]}, r"train_state\.recent_losses\[0\]=nan is not finite"),
-        ({"intervals": {"4": [0.5]}}, r"train_state\.intervals\.4=\[0\.5\] has 1 values; it takes 2"),
+        ({"intervals": {"4": [0.5]}}, r"train_state\.intervals\.4=\[0\.5\] has 1 value; it takes 2"),
         ({"intervals": {"x": [0.5, 1]}}, r"train_state\.intervals='x' is not a whole number"),
         ({"rows": {"train": [{"rows": 1}], "valid": None}}, r"train_state\.rows\.train\[0\]\.documents is not set"),
         (
