@@ -170,7 +170,9 @@ def summed_over_tp(config: Config, stage: int) -> int:
     # in a trimmed last layer every rank holds the rows that carry loss, from the attention's output on
     shape = shape_of(config)
     behind = ("post_attention_layernorm.", "mlp.")
-    whole = [p for p in layer_parameters(shape, 0) if p.cut is None and any(name in p.name for name in behind)]
+    held = [p for p in layer_parameters(shape, shape.layers - 1) if p.cut is None and not p.is_expert]
+    # a router is handed its share of these rows
+    whole = [p for p in held if any(name in p.name for name in behind) and ".gate." not in p.name]
     return copied - sum(p.count for p in [*whole, *_norm("model.norm", shape)])
 
 

@@ -8,15 +8,16 @@ Does not list collectives of a few numbers (token counts, norms, loss logs): the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
-from bd3_megatron.cost.parameters import parameters_per_rank, summed_over_tp
+from bd3_megatron.cost.parameters import experts_per_rank, parameters_per_rank, summed_over_tp
 from bd3_megatron.cost.shape import (
     Shape,
     expected_masked_fraction,
+    expert_shards,
     last_layer_is_recomputed,
     last_layer_is_trimmed,
     layers_per_stage,
@@ -30,6 +31,12 @@ from bd3_megatron.cost.shape import (
 )
 
 AXES = ("tp", "pp", "cp", "dp")
+EXPERT_AXIS = "ep"
+"""Of models with experts, beside the others; its ranks lie on tp, cp and dp."""
+COUNT_BYTES = 8
+"""Of a number of rows."""
+LOAD_LEVELS = 10
+"""Noise levels by which loads are counted."""
 
 
 class Collective(Enum):
@@ -41,6 +48,8 @@ class Collective(Enum):
     REDUCE = "reduce"
     """A sum that one rank gets; over the buckets of a step as much as a reduce-scatter of them all."""
     SEND = "send"
+    ALL_TO_ALL = "all_to_all"
+    """Rows to the ranks of their experts; the size is what one rank sends at even load, its own part included."""
 
     def ring_steps(self, ranks: int) -> int:
         """Messages one after another when it runs as a ring."""
@@ -97,6 +106,22 @@ class _Stage:
         return self.index == self.config.parallel.pp - 1
 
     @property
+    def alone(self) -> tuple[int, int]:
+        """(layers whose MLP is experts without a shared one, and of them the trimmed last one): tensor-parallel ranks do not
+        meet in them, but in a trimmed one to deal its rows out and collect them."""
+        experts = self.shape.experts
+        if experts is None or experts.shared_width is not None:
+            return 0, 0
+        return self.sparse
+
+    @property
+    def sparse(self) -> tuple[int, int]:
+        """(layers with experts, and of them the trimmed last one)."""
+        first = sum(layers_per_stage(self.config)[: self.index])
+        trimmed = int(self.last and last_layer_is_trimmed(self.config))
+        return self.shape.num_sparse(first, first + self.layers), trimmed * int(self.shape.experts is not None)
+
+    @property
     def rows_bytes(self) -> float:
         """Activations of all rows of a micro-batch, whole."""
         rows = pipeline_rows(self.config, self.shape) * self.config.train.micro_batch_size
@@ -133,7 +158,7 @@ def transfers(
     engine, layers = engine or engine_assumptions("cuda", config), layers_per_stage(config)[stage]
     at = _Stage(config, shape, engine, stage, layers, micro_batches(config), masked)
     tensor = _sequence_parallel(at) if config.parallel.sequence_parallel else _tensor_parallel(at)
-    lines = [*tensor, *_head(at), *_pipeline(at), *_context(at), *_data(at)]
+    lines = [*tensor, *_head(at), *_pipeline(at), *_context(at), *_data(at), *_experts(at)]
     return [line for line in lines if line.ranks > 1 and line.calls > 0]
 
 
@@ -147,7 +172,8 @@ def bytes_by_axis(
 ) -> dict[str, int]:
     """{axis: bytes handed to its collectives by one rank of `stage` in one step}; see `transfers` for the arguments."""
     lines = transfers(config, stage, engine, masked_fraction=masked_fraction, block_size=block_size)
-    return {axis: round(sum(line.total_bytes for line in lines if line.axis == axis)) for axis in AXES}
+    axes = AXES if config.model.experts is None else (*AXES, EXPERT_AXIS)
+    return {axis: round(sum(line.total_bytes for line in lines if line.axis == axis)) for axis in axes}
 
 
 def small_collectives(config: Config) -> Mapping[str, int]:
@@ -163,7 +189,8 @@ def small_collectives(config: Config) -> Mapping[str, int]:
 
 def _line(at: _Stage, axis: str, collective: Collective, what: str, calls: int, size: float) -> Transfer:
     parallel = at.config.parallel
-    ranks = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": zero_shards(at.config)}[axis]
+    sizes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": zero_shards(at.config), "ep": parallel.ep}
+    ranks = sizes[axis]
     return Transfer(axis=axis, collective=collective, what=what, ranks=ranks, calls=calls, size_bytes=size)
 
 
@@ -212,6 +239,13 @@ def _sequence_parallel(at: _Stage) -> list[Transfer]:
     layers, short = (at.layers - trimmed) * at.micro, trimmed * at.micro
     covered, covered_short = _again(at, "full")
     forward = 2 * (layers + (covered - covered_short) * at.micro)
+    # Experts take rows as sequence parallelism cuts them; a shared expert is cut as an MLP is. In a trimmed last layer the
+    # collection of its experts' rows is what the sum of an MLP's outputs would be, and a shared expert comes on top.
+    alone, alone_short = at.alone
+    unmet = (alone - alone_short) * at.micro
+    unmet_again = min(alone, max(0, covered - (at.layers - alone))) - covered_short * alone_short
+    forward -= unmet + unmet_again * at.micro
+    both = at.sparse[1] * int(at.shape.experts is not None and at.shape.experts.shared_width is not None)
     # selective recomputation gathers anew with the norm
     gathered_short = short + _again(at, "full", "selective")[1] * at.micro
     lines = [
@@ -219,13 +253,15 @@ def _sequence_parallel(at: _Stage) -> list[Transfer]:
             at, "tp", Collective.ALL_GATHER, "rows before attention and MLP", forward + gathered_short, at.rows_bytes
         ),
         _line(at, "tp", Collective.REDUCE_SCATTER, "outputs of attention and MLP", forward, at.rows_bytes),
-        _line(at, "tp", Collective.ALL_GATHER, "rows again and output gradients", 4 * layers, at.rows_bytes),
+        _line(
+            at, "tp", Collective.ALL_GATHER, "rows again and output gradients", 4 * layers - 2 * unmet, at.rows_bytes
+        ),
         _line(
             at,
             "tp",
             Collective.REDUCE_SCATTER,
             "gradients of attention and MLP inputs",
-            2 * layers + short,
+            2 * layers + short - unmet,
             at.rows_bytes,
         ),
         _line(
@@ -233,10 +269,10 @@ def _sequence_parallel(at: _Stage) -> list[Transfer]:
             "tp",
             Collective.ALL_REDUCE,
             "scored rows into the last layer and its outputs",
-            3 * (short + covered_short * at.micro),
+            (3 + both) * (short + covered_short * at.micro),
             at.scored_bytes,
         ),
-        _line(at, "tp", Collective.ALL_REDUCE, "gradients of its MLP input", short, at.scored_bytes),
+        _line(at, "tp", Collective.ALL_REDUCE, "gradients of its MLP input", (1 + both) * short, at.scored_bytes),
         _line(
             at,
             "tp",
@@ -308,14 +344,21 @@ def _context(at: _Stage) -> list[Transfer]:
 
 def _data(at: _Stage) -> list[Transfer]:
     # gradients travel in fp32 whatever the precision of the weights, where nothing else is asked for
-    zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index)
+    experts = experts_per_rank(at.config, at.index)
+    zero, count = zero_stage(at.config), parameters_per_rank(at.config, at.index) - experts
     weights = count * at.engine.element_bytes
     if zero == 1 and not at.config.parallel.offload_optimizer:
         wire = 2 if at.config.parallel.grad_reduce_dtype == "bf16" else FP32
-        return [
+        lines = [
             _line(at, "dp", Collective.REDUCE, "gradients", 1, count * wire),
             _line(at, "dp", Collective.ALL_GATHER, "updated weights", 1, weights),
+            _line(at, "dp", Collective.REDUCE, "gradients of experts", 1, experts * wire),
+            _line(at, "dp", Collective.ALL_GATHER, "updated weights of experts", 1, experts * at.engine.element_bytes),
+            _line(at, "dp", Collective.ALL_REDUCE, "loads of experts", 1, _load_bytes(at)),
         ]
+        # only ranks with the same experts share their state
+        held = expert_shards(at.config)
+        return [replace(line, ranks=held) if "experts" in line.what else line for line in lines]
     # DeepSpeed all-reduces whole buckets at stage 2 and with an offloaded optimizer, and lets every rank keep its part
     if zero < 3:
         return [
@@ -328,3 +371,33 @@ def _data(at: _Stage) -> list[Transfer]:
         _line(at, "dp", Collective.REDUCE_SCATTER, "gradients", at.micro, count * FP32),
         _line(at, "dp", Collective.ALL_GATHER, "weights before each pass", passes * at.micro, weights),
     ]
+
+
+def _experts(at: _Stage) -> list[Transfer]:
+    """Every row to its experts and back, forwards and backwards; how many rows come is asked for first."""
+    experts = at.shape.experts
+    if experts is None:
+        return []
+    sparse, trimmed = at.sparse
+    covered, covered_short = _again(at, "full")
+    # leading layers are dense, and those that compute again come first
+    again = min(sparse, max(0, covered - (at.layers - sparse)))
+    whole, short = (sparse - trimmed) * at.micro, trimmed * at.micro
+    whole_again, short_again = (again - covered_short * trimmed) * at.micro, covered_short * trimmed * at.micro
+    # a row goes to each of its experts, and tensor-parallel ranks have each their own rows
+    copies = experts.top_k / at.config.parallel.tp
+    exchanges = 4 * whole + 2 * whole_again, 4 * short + 2 * short_again
+    counts = whole + short + whole_again + short_again
+    exchange = Collective.ALL_TO_ALL
+    return [
+        _line(at, EXPERT_AXIS, exchange, "rows to experts and back", exchanges[0], copies * at.rows_bytes),
+        _line(at, EXPERT_AXIS, exchange, "scored rows to experts and back", exchanges[1], copies * at.scored_bytes),
+        _line(at, EXPERT_AXIS, exchange, "numbers of rows", counts, COUNT_BYTES * experts.number),
+        _line(at, EXPERT_AXIS, Collective.ALL_REDUCE, "loads of experts", 1, _load_bytes(at)),
+    ]
+
+
+def _load_bytes(at: _Stage) -> float:
+    """Of a step's loads: of all counted rows, and of those that carry loss by tenths of noise levels."""
+    experts = at.shape.experts
+    return 0 if experts is None else at.sparse[0] * (1 + LOAD_LEVELS) * experts.number * COUNT_BYTES

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_megatron.cost.traffic import LOAD_LEVELS
 from bd3_megatron.model.pair_batch import PairBatch
 
-NUM_BINS = 10
+NUM_BINS = LOAD_LEVELS
 """Noise levels are binned in tenths."""
 
 

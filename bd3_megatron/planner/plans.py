@@ -1,17 +1,18 @@
 """Every legal way to run a model on N devices, what it needs and how long it takes, best first.
 
-Tried are all grids tp x pp x cp x dp = N with every vpp that divides the layers, sequence parallelism wherever tp > 1,
+Tried are all grids tp x pp x cp x dp = N with every vpp that divides the layers, every ep, sequence parallelism wherever tp > 1,
 micro-batches in powers of two, three recomputations, and every ZeRO stage a grid allows. `config/validate.py` says what is
 illegal. A plan does not fit when the fullest stage needs more memory than the device's less its reserve. Torch-free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bd3_megatron.config.schema import Config, ParallelConfig
+from bd3_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from bd3_megatron.config.validate import validate
 from bd3_megatron.cost.flops import convention_flops
 from bd3_megatron.cost.memory import MemoryBytes, engine_assumptions, memory_per_device
@@ -20,7 +21,7 @@ from bd3_megatron.errors import ConfigError, GridError, counted, divisors
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import GIB, Machine
 from bd3_megatron.planner.peaks import TERA
-from bd3_megatron.planner.timing import StepTime, refuse_experts, step_time
+from bd3_megatron.planner.timing import StepTime, step_time
 
 # a bound on the search: matrices are large enough for full efficiency long before, and memory grows with it
 MAX_MICRO_BATCH = 32
@@ -71,7 +72,7 @@ class Plan:
     def label(self) -> str:
         """Grid and settings in short: "tp2 pp4 vpp2 dp8 sp, mb 4, full, zero 1"."""
         parallel, train = self.config.parallel, self.config.train
-        sizes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp or 1, "cp": parallel.cp}
+        sizes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp or 1, "cp": parallel.cp, "ep": parallel.ep}
         axes = [f"{name}{size}" for name, size in sizes.items() if size > 1] + [f"dp{data_parallel(self.config)}"]
         axes += ["sp"] if parallel.sequence_parallel else []
         return f"{' '.join(axes)}, mb {train.micro_batch_size}, {train.recompute}, zero {parallel.zero_stage}"
@@ -113,9 +114,8 @@ def rank_plans(config: Config, devices: int, machine: Machine, constants: Consta
         constants: of the time model.
 
     Raises:
-        ConfigError: the model has experts; or not one grid is legal: says which law the last one broke.
+        ConfigError: not one grid is legal: says which law the last one broke.
     """
-    refuse_experts(config)
     plans: list[Plan] = []
     illegal, last_reason = 0, ""
     # validation is the law: a plan that it refuses would be refused at the start of the run, too
@@ -154,23 +154,27 @@ def _candidates(config: Config, devices: int) -> Iterator[Config]:
         dp = devices // (tp * pp * cp)
         if config.train.global_batch_size % dp:
             continue
-        parallels = _parallels(replace(config.parallel, tp=tp, pp=pp, cp=cp, dp=dp), config.model.num_layers)
+        parallels = _parallels(replace(config.parallel, tp=tp, pp=pp, cp=cp, dp=dp), config.model)
         for micro in _micro_batches(config.train.global_batch_size // dp):
             # recomputation trades the memory that a larger micro-batch needs, so all pairs are tried
             train = [replace(config.train, micro_batch_size=micro, recompute=recompute) for recompute in RECOMPUTE]
             yield from (replace(config, parallel=p, train=t) for p in parallels for t in train)
 
 
-def _parallels(grid: ParallelConfig, num_layers: int) -> list[ParallelConfig]:
-    """A grid with every interleaving and ZeRO stage it allows."""
+def _parallels(grid: ParallelConfig, model: ModelConfig) -> list[ParallelConfig]:
+    """A grid with every interleaving, ZeRO stage and dealing of experts it allows."""
     # with tp > 1 only the sequence-parallel form is tried: it divides the memory of norms and residuals by tp, for two
     # gathers more a layer
-    cut = replace(grid, sequence_parallel=grid.tp > 1, layers_per_stage=())
+    cut = replace(grid, sequence_parallel=grid.tp > 1, layers_per_stage=(), ep=1)
+    if model.experts is not None:
+        # neither ZeRO 2 nor interleaved stages are legal with experts
+        ranks = math.gcd(model.experts.number, grid.tp * grid.cp * grid.replicas)
+        return [replace(cut, vpp=None, zero_stage=1, ep=ep) for ep in divisors(ranks)]
     if grid.pp == 1:
         stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
         return [replace(cut, vpp=None, zero_stage=stage) for stage in stages]
     # the pipeline accumulates whole gradients, which ZeRO 2 and 3 do not keep: with pp > 1 only ZeRO 1 is legal
-    chunks = [None, *(v for v in (2, 4) if num_layers % (grid.pp * v) == 0)]
+    chunks = [None, *(v for v in (2, 4) if model.num_layers % (grid.pp * v) == 0)]
     return [replace(cut, vpp=vpp, zero_stage=1) for vpp in chunks]
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, fields, replace
 from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.flops import Flops, executed_flops, execution_of
 from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
-from bd3_megatron.cost.parameters import parameters_per_rank
+from bd3_megatron.cost.parameters import experts_per_rank, parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,
     data_parallel,
     expected_masked_fraction,
+    expert_shards,
     last_layer_is_trimmed,
     layers_per_stage,
     micro_batches,
@@ -30,7 +31,6 @@ from bd3_megatron.cost.shape import (
     zero_stage,
 )
 from bd3_megatron.cost.traffic import Collective, Transfer, small_collectives, transfers
-from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.constants import Constants, constants_for
 from bd3_megatron.planner.machines import Machine
 from bd3_megatron.planner.peaks import TERA
@@ -47,6 +47,7 @@ class StepTime:
     overhead: float = 0.0
     tp: float = 0.0
     cp: float = 0.0
+    ep: float = 0.0
     pp: float = 0.0
     bubble: float = 0.0
     dp: float = 0.0
@@ -63,7 +64,7 @@ class StepTime:
 
     @property
     def communication(self) -> float:
-        return self.tp + self.cp + self.pp + self.dp
+        return self.tp + self.cp + self.ep + self.pp + self.dp
 
     def parts(self) -> dict[str, float]:
         """{part: seconds} in the order of the fields."""
@@ -101,19 +102,6 @@ class _Setting:
         return self.config.parallel.model_ranks * data_parallel(self.config)
 
 
-def refuse_experts(config: Config) -> None:
-    """Refuse a model whose exchange of rows the time model does not know.
-
-    Raises:
-        ConfigError: the model has experts.
-    """
-    if config.model.experts is not None:
-        raise ConfigError(
-            f"model.experts (number={config.model.experts.number}): the planner does not time the exchange of rows between "
-            "experts; measure the grids that the shipped mixtures name (configs/README.md)."
-        )
-
-
 def step_time(config: Config, machine: Machine, constants: Constants | None = None) -> StepTime:
     """Predict one optimizer step.
 
@@ -121,11 +109,7 @@ def step_time(config: Config, machine: Machine, constants: Constants | None = No
         config: a validated configuration whose dp is set.
         machine: device and links.
         constants: fitted, or None for the machine's defaults.
-
-    Raises:
-        ConfigError: the model has experts.
     """
-    refuse_experts(config)
     shape = shape_of(config)
     ran, masked = execution_of(config), expected_masked_fraction(config)
     flops = executed_flops(config, ran, masked)
@@ -147,12 +131,13 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
     config, parallel, c = at.config, at.config.parallel, at.constants
     layers = layers_per_stage(config)[stage]
     last = stage == parallel.pp - 1
-    # t_s = matrix + attention + head + elementwise + overhead + tp + cp, forward and backward. FLOPs are counted a
-    # sequence; tensor and context parallelism divide them evenly. Collectives of tp and cp are not hidden.
+    # t_s = matrix + attention + head + elementwise + overhead + tp + cp + ep, forward and backward. FLOPs are counted a
+    # sequence; tensor and context parallelism divide them evenly. Collectives of tp, cp and ep are not hidden, and experts are
+    # taken to be loaded evenly.
     share = config.train.micro_batch_size / (parallel.tp * parallel.cp)
     work = {part: share * _stage_flops(at, part, layers, last=last) for part in ("projections", "mlp", "attention")}
     lines, m = transfers(config, stage, at.engine), micro_batches(config)
-    collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp")}
+    collectives = {axis: sum(_seconds(at, t) for t in lines if t.axis == axis) / m for axis in ("tp", "cp", "ep")}
     # crowding slows what computes, not what waits
     factor = c.compute_factor * c.shared_factor ** _crowding(at)
     compute = StepTime(
@@ -162,9 +147,9 @@ def _micro_batch(at: _Setting, stage: int) -> StepTime:
         elementwise=factor * _elementwise(at, layers, last=last),
         overhead=c.overhead_factor * c.layer_overhead_seconds * layers,
     )
-    # the ranks of tp and cp meet in every layer; those of dp and pp once a step or micro-batch
-    waiting = {axis: compute.total * _waiting(c, getattr(parallel, axis)) for axis in ("tp", "cp")}
-    return replace(compute, **{axis: collectives[axis] + waiting[axis] for axis in ("tp", "cp")})
+    # the ranks of tp, cp and ep meet in every layer; those of dp and pp once a step or micro-batch
+    waiting = {axis: compute.total * _waiting(c, getattr(parallel, axis)) for axis in collectives}
+    return replace(compute, **{axis: collectives[axis] + waiting[axis] for axis in collectives})
 
 
 def _waiting(constants: Constants, ranks: int) -> float:
@@ -198,11 +183,20 @@ def _matrix(at: _Setting, forward: float, layers: int) -> float:
     passes = 3 + _again(at.config, "matrix")
     by_rate = passes * forward / (at.rate * at.constants.matrix_efficiency)
     shape, tp, b = at.shape, at.config.parallel.tp, at.engine.element_bytes
-    numbers = shape.hidden * (2 * shape.q_width + shape.kv_width + shape.mlp_matrices * shape.ffn) / tp
+    # every expert of a rank has rows, so that all of its weights are read
+    inner = shape.ffn / tp if shape.experts is None else _held_width(at)
+    numbers = shape.hidden * ((2 * shape.q_width + shape.kv_width) / tp + shape.mlp_matrices * inner)
     rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
-    touched = numbers + rows * (4 * shape.hidden + (2 * shape.q_width + shape.kv_width + 3 * shape.ffn) / tp)
+    touched = numbers + rows * (4 * shape.hidden + (2 * shape.q_width + shape.kv_width + 3 * shape.active_ffn) / tp)
     by_memory = passes * layers * touched * b / at.machine.memory_bytes_per_second
     return max(by_rate, by_memory)
+
+
+def _held_width(at: _Setting) -> float:
+    """Inner MLP channels of a layer with experts whose weights one rank holds."""
+    experts, parallel = at.shape.experts, at.config.parallel
+    assert experts is not None
+    return experts.number * experts.width / parallel.ep + (experts.shared_width or 0) / parallel.tp
 
 
 def _attention(at: _Setting, forward: float) -> float:
@@ -241,12 +235,14 @@ def _elementwise(at: _Setting, layers: int, *, last: bool) -> float:
     cut = tp if at.config.parallel.sequence_parallel else 1
     rows = pipeline_rows(at.config, shape) * at.config.train.micro_batch_size
     rotation = 2 * (shape.q_width + shape.kv_width / 2) / tp
-    activation = (2 if shape.paper else 3) * shape.ffn / tp
+    activation = (2 if shape.paper else 3) * shape.active_ffn / tp
     # the first norm of a trimmed last layer, a fifth of its traffic, still sees every row
     trimmed = last and last_layer_is_trimmed(at.config)
     scored = scored_rows(at.config, shape, at.masked) / rows if trimmed else 1.0
     counted = layers - (0.8 * (1 - scored) if trimmed else 0.0)
-    elements = rows * (10 * shape.hidden / cut + rotation + activation)
+    # sorted, unsorted, weighted and added up: a row of D is written and read for each of its experts
+    sorting = 0 if shape.experts is None else 6 * shape.experts.top_k * shape.hidden / cut
+    elements = rows * (10 * shape.hidden / cut + rotation + activation + sorting)
     passes = 3 + _again(at.config, "elementwise")
     return passes * counted * elements * at.engine.element_bytes / at.memory_rate
 
@@ -322,9 +318,11 @@ def _exposed(at: _Setting, seconds: float, behind: float) -> float:
 
 def _optimizer(at: _Setting) -> float:
     """Adam and the average over the own shard, and one pass over its gradients for their norm."""
-    count, shards = parameters_per_rank(at.config, 0), zero_shards(at.config)
+    experts = experts_per_rank(at.config, 0)
+    dense = parameters_per_rank(at.config, 0) - experts
+    owned = dense / zero_shards(at.config) + experts / expert_shards(at.config)
     ema = 2 if at.config.optim.ema_decay > 0 else 0
-    touched = count / shards * FP32 * (at.constants.optimizer_passes + ema + 1)
+    touched = owned * FP32 * (at.constants.optimizer_passes + ema + 1)
     return at.constants.optimizer_factor * touched / at.memory_rate
 
 
@@ -334,7 +332,7 @@ def _seconds(at: _Setting, transfer: Transfer) -> float:
     steps = transfer.collective.ring_steps(transfer.ranks)
     c = at.constants
     # gloo gathers at a third of the rate of its all-reduces; NCCL's efficiencies are equal by default
-    is_gather = transfer.collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
+    is_gather = transfer.collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_TO_ALL)
     efficiency = c.gather_efficiency if is_gather else c.link_efficiency
     wire = transfer.wire_bytes / (rate * efficiency)
     return c.communication_factor * (transfer.calls * steps * latency + wire)
@@ -345,7 +343,8 @@ def _link(at: _Setting, transfer: Transfer) -> tuple[float, float]:
     parallel, machine = at.config.parallel, at.machine
     # neighbouring ranks lie in one node, and tp is the fastest axis, then cp, dp, pp: a group lies inside a node if its
     # stride times its size fits there
-    stride = {"tp": 1, "cp": parallel.tp, "dp": parallel.tp, "pp": parallel.tp * zero_shards(at.config)}[transfer.axis]
+    strides = {"tp": 1, "ep": 1, "cp": parallel.tp, "dp": parallel.tp, "pp": parallel.tp * zero_shards(at.config)}
+    stride = strides[transfer.axis]
     here = max(1, machine.gpus_per_node // stride)
     if transfer.ranks <= here:
         return machine.intra_node_bytes_per_second, machine.intra_node_latency_seconds

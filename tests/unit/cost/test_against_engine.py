@@ -38,6 +38,8 @@ class _Collectives(TorchDispatchMode):
         super().__init__()
         groups = topology.groups
         by_axis = [("dp", topology.shard_group), ("cp", groups.cp), ("tp", groups.tp), ("pp", topology.embedding_group)]
+        if topology.ep > 1:
+            by_axis += [("ep", topology.expert_group), ("dp", topology.expert_data_group)]
         self.axis = {g.group_name: axis for axis, g in by_axis if g is not None and dist.get_world_size(g) > 1}
         self.bytes: Counter[str] = Counter()
 
@@ -48,6 +50,8 @@ class _Collectives(TorchDispatchMode):
         elif name.startswith("c10d.") and not name.startswith("c10d.recv"):
             group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
             size = max(_size(a) for a in args)
+            # what comes depends on the load, what goes does not
+            size = _size(args[1]) if "alltoall_base" in name else size
             if size > SMALL_BYTES and group.group_name in self.axis:
                 self.bytes[self.axis[group.group_name]] += size
         return func(*args, **(kwargs or {}))
@@ -122,6 +126,35 @@ def test_bytes_by_axis_are_those_of_the_collectives(style: str, parallel: dict[s
         expected = bytes_by_axis(counted, stage, CPU, masked_fraction=share)
         assert {axis: seen.get(axis, 0) for axis in expected} == expected
         assert held == parameters_per_rank(counted, stage)
+
+
+EXPERTS = {"number": 4, "top_k": 2, "width": 24, "leading_dense_layers": 1}
+EXPERT_GRIDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"ep": 4, "tp": 2, "sequence_parallel": True, "dp": 2}, {}, "none"),
+    ({"ep": 4, "tp": 2, "sequence_parallel": True, "dp": 2}, {"shared_width": 16}, "full"),
+    ({"ep": 2, "dp": 4}, {}, "full of 2"),
+]
+"""Grids on which the expert-parallel ranks are those of no other axis."""
+
+
+@pytest.mark.parametrize(("parallel", "experts", "recompute"), EXPERT_GRIDS, ids=str)
+def test_bytes_of_experts_are_those_of_the_collectives(
+    parallel: dict[str, Any], experts: dict[str, Any], recompute: str
+) -> None:
+    train = _recompute(recompute)
+    config = job_config("modern", layers=3, parallel=parallel, train=train, model={"experts": EXPERTS | experts})
+    counted = replace_field(config, "model.vocab_size", VOCAB)
+    micro = BATCH // ((config.parallel.dp or 1) * config.train.micro_batch_size)
+    totals: Counter[str] = Counter()
+    for stage, held, seen, scored in run_ranks(_counted_step(config), config.parallel):
+        expected = bytes_by_axis(
+            counted, stage, CPU, masked_fraction=scored / (micro * config.train.micro_batch_size * LENGTH)
+        )
+        assert held == parameters_per_rank(counted, stage)
+        assert {axis: seen.get(axis, 0) for axis in ("tp", "dp")} == {axis: expected[axis] for axis in ("tp", "dp")}
+        # a rank sends back what it was sent: as much as it sent itself over all ranks, and not on each
+        totals.update(expected=expected["ep"], seen=seen["ep"])
+    assert totals["seen"] == totals["expected"] > 0
 
 
 class _Kept:

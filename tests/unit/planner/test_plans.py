@@ -69,6 +69,19 @@ def test_the_fastest_comes_first_and_the_others_say_why_not() -> None:
     assert "GiB too large, most of it" in why_not(found.too_large[-1], best, A100)
 
 
+def test_experts_are_dealt_out_in_every_way() -> None:
+    experts = {"number": 8, "top_k": 2, "width": 1376}
+    config = case(
+        model={**SEVEN_B, "experts": experts}, data={"seq_len": 2048}, diffusion={"block_size": 16},
+        train={"steps": 1, "global_batch_size": 16},
+    )  # fmt: skip
+    found = rank_plans(config, 8, A100)
+    plans = [plan.config.parallel for plan in [*found.fitting, *found.too_large]]
+    assert {p.ep for p in plans} == {1, 2, 4, 8}
+    assert all(p.zero_stage == 1 and p.vpp is None and p.tp * p.cp * p.replicas % p.ep == 0 for p in plans)
+    assert any(plan.config.parallel.ep > 1 and f"ep{plan.config.parallel.ep}" in plan.label for plan in found.fitting)
+
+
 def test_one_plan_stands_for_every_grid() -> None:
     grids = [plan.grid for plan in best_by_grid(rank_plans(_seven_b(), 8, A100))]
     assert len(grids) == len(set(grids)) > 10

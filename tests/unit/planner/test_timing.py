@@ -11,7 +11,6 @@ from bd3_megatron.config.schema import Config
 from bd3_megatron.cost.flops import convention_flops
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import bytes_by_axis
-from bd3_megatron.errors import ConfigError
 from bd3_megatron.planner.constants import Constants
 from bd3_megatron.planner.machines import machine_of
 from bd3_megatron.planner.timing import step_time
@@ -196,8 +195,23 @@ def test_a_predicted_step_is_never_faster_than_the_peak() -> None:
     assert step_time(config, A100).total > flops / 312e12
 
 
-def test_models_with_experts_are_not_timed() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^model\.experts \(number=6\): the planner does not time the exchange of rows"
-    ):
-        step_time(case(style="experts"), A100, FREE)
+def test_experts_cost_their_exchange_and_spare_their_weights() -> None:
+    experts = {"number": 64, "top_k": 4, "width": 2752}
+    model = {**BIG, "experts": experts}
+    train = {"steps": 1, "global_batch_size": 64, "micro_batch_size": 1}
+
+    def of(**parallel: Any) -> Config:
+        return case(model=model, data={"seq_len": 2048}, diffusion={"block_size": 16}, parallel=parallel, train=train)
+
+    here, spread = step_time(of(dp=16), A100, FREE), step_time(of(dp=16, ep=8), A100, FREE)
+    assert here.ep == 0
+    # four times a layer and micro-batch top_k rows of D in bf16, 7 / 8 of them over NVLink; of the last layer the scored ones
+    rows, scored = 4096 - 16, 2048 * 0.5005
+    moved = 4 * 4 * (15 * rows + scored) * 4096 * 2 * 7 / 8 * 4
+    # a fifth call says how many rows will come
+    latency = 4 * 16 * 5 * 7 * 5e-6
+    assert spread.ep == pytest.approx(moved / (300e9 * FREE.gather_efficiency) + latency, rel=2e-3)
+    # each rank holds and updates an eighth of the experts, and reads as few of their weights
+    assert spread.dp < here.dp / 3 and spread.matrix <= here.matrix
+    # beyond the node the exchange crosses slower links
+    assert step_time(of(dp=16, ep=16), A100, FREE).ep > spread.ep
