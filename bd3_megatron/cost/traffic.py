@@ -352,13 +352,16 @@ def _data(at: _Stage) -> list[Transfer]:
         lines = [
             _line(at, "dp", Collective.REDUCE, "gradients", 1, count * wire),
             _line(at, "dp", Collective.ALL_GATHER, "updated weights", 1, weights),
+        ]
+        if at.shape.experts is None:
+            return lines
+        routed = [
             _line(at, "dp", Collective.REDUCE, "gradients of experts", 1, experts * wire),
             _line(at, "dp", Collective.ALL_GATHER, "updated weights of experts", 1, experts * at.engine.element_bytes),
             _line(at, "dp", Collective.ALL_REDUCE, "loads of experts", 1, _load_bytes(at)),
         ]
         # only ranks with the same experts share their state
-        held = expert_shards(at.config)
-        return [replace(line, ranks=held) if "experts" in line.what else line for line in lines]
+        return lines + [replace(line, ranks=expert_shards(at.config)) for line in routed]
     # DeepSpeed all-reduces whole buckets at stage 2 and with an offloaded optimizer, and lets every rank keep its part
     if zero < 3:
         return [
