@@ -36,6 +36,7 @@ def render_page(
         sections.course_charts(runs),
         sections.held_out_by_source(runs),
         sections.noise(runs),
+        sections.experts(runs),
         sections.time_split(runs),
         sections.curriculum(runs),
         sections.samples(runs),

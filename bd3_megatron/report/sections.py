@@ -36,6 +36,14 @@ LAST_SHARE = 0.2
 """Share of a run whose records are averaged where a chart shows a state, not a course."""
 _SOURCE_LOSS = re.compile(rf"{SOURCE_PREFIX}(.+)/nll_nats_per_token$")
 _BINNED = re.compile(r"loss/nll_nats_at_t_(\d\.\d+)$")
+_LOADED = re.compile(r"experts/load_entropy_layer_(\d+)$")
+_LOADED_AT = re.compile(r"experts/masked_load_entropy_at_t_(\d\.\d+)$")
+_LOAD_KINDS = (
+    ("load_entropy", "load entropy"),
+    ("largest_load_share", "largest share of an expert"),
+    ("masked_load_entropy", "load entropy, masked rows"),
+)
+"""Parts of the keys of a layer's load, and what the page calls them."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def noise(runs: Sequence[ReportedRun]) -> Section | None:
     x = "clean tokens" if by_tokens else "step"
     charts = []
     if any(_BINNED.match(key) for run in runs for key in run.keys):
-        series = [Series(run.name, _binned(run), stroke(i)) for i, run in enumerate(runs)]
+        series = [Series(run.name, _at_levels(run, _BINNED), stroke(i)) for i, run in enumerate(runs)]
         title = "NLL by noise level t, last fifth of the run"
         charts.append(line_chart(title, "noise level t", "nats per masked token", series))
     if any("noise/masked_fraction" in run.keys for run in runs):
@@ -145,6 +153,33 @@ def noise(runs: Sequence[ReportedRun]) -> Section | None:
         charts.append(line_chart("masked share of tokens", x, "share", series, from_zero=True))
     charts += _interval_charts(runs, x, by_tokens)
     return Section(title="Noise", charts=charts) if charts else None
+
+
+def experts(runs: Sequence[ReportedRun]) -> Section | None:
+    """How evenly the rows of each layer, and masked rows of each noise level, choose their experts."""
+    rows: list[list[str]] = []
+    by_layer: list[Series] = []
+    by_level: list[Series] = []
+    for number, run in enumerate(runs):
+        layers = sorted({match[1] for key in run.keys if (match := _LOADED.match(key))})
+        found = {
+            layer: [_last_mean(run, f"experts/{kind}_layer_{layer}") for kind, _ in _LOAD_KINDS] for layer in layers
+        }
+        rows += [[run.name, str(int(layer)), *(_number(v, ".3f") for v in values)] for layer, values in found.items()]
+        # masked rows share one embedding: where they choose alike, their curve lies below the other
+        for index, name, own in ((0, "all rows", stroke(number)), (2, "masked", Stroke(stroke(number).colour, "4 2"))):
+            points = [(float(layer), value) for layer, values in found.items() if (value := values[index]) is not None]
+            by_layer += [Series(f"{run.name} {name}", points, own)] if points else []
+        levels = _at_levels(run, _LOADED_AT)
+        by_level += [Series(run.name, levels, stroke(number))] if levels else []
+    if not rows:
+        return None
+    table = PageTable(("run", "layer", *(head for _, head in _LOAD_KINDS)), rows, caption="Last fifth of the run")
+    charts = [
+        line_chart("load entropy by layer, 1 where all experts are chosen alike", "layer", "share", by_layer),
+        line_chart("load entropy of masked rows by noise level t", "noise level t", "share", by_level),
+    ]
+    return Section(title="Experts", tables=[table], charts=charts)
 
 
 def _interval_charts(runs: Sequence[ReportedRun], x: str, by_tokens: bool) -> list[Chart]:
@@ -319,9 +354,9 @@ def _held_out(runs: Sequence[ReportedRun], by_tokens: bool) -> list[Series]:
     return series
 
 
-def _binned(run: ReportedRun) -> list[Point]:
-    found = [(float(match[1]), _last_mean(run, key)) for key in run.keys if (match := _BINNED.match(key))]
-    return sorted((level, nll) for level, nll in found if nll is not None)
+def _at_levels(run: ReportedRun, keys: re.Pattern[str]) -> list[Point]:
+    found = [(float(match[1]), _last_mean(run, key)) for key in run.keys if (match := keys.match(key))]
+    return sorted((level, value) for level, value in found if value is not None)
 
 
 def _last_mean(run: ReportedRun, key: str) -> float | None:

@@ -277,6 +277,20 @@ def test_phases_and_intervals_are_listed_where_they_change(tmp_path: Path) -> No
     assert "noise interval: lower and upper end" in text and "chosen interval" in text
 
 
+def test_the_loads_of_experts_are_shown_by_layer_and_noise_level(tmp_path: Path) -> None:
+    loads = {f"experts/{kind}_layer_0{n}": 0.25 * n for kind in ("load_entropy", "largest_load_share") for n in (1, 2)}
+    loads |= {"experts/masked_load_entropy_layer_01": 0.125, "experts/masked_load_entropy_layer_02": 0.375}
+    write_run(tmp_path / "a", course(40, **loads, **{"experts/masked_load_entropy_at_t_0.3": 0.75}))
+    assert main([str(tmp_path / "a"), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<td>1</td><td>0.250</td><td>0.250</td><td>0.125</td>" in text
+    assert "<td>2</td><td>0.500</td><td>0.500</td><td>0.375</td>" in text
+    assert "load entropy by layer" in text and "load entropy of masked rows by noise level" in text
+    write_run(tmp_path / "b", course(40))
+    assert main([str(tmp_path / "b"), "-o", str(tmp_path / "r.html")]) == 0
+    assert "Experts" not in (tmp_path / "r.html").read_text()
+
+
 def test_the_held_out_loss_of_each_source_is_shown_with_its_newest_value(tmp_path: Path) -> None:
     records = course(40)
     for record in records:
