@@ -1,4 +1,4 @@
-"""Which kernels work on single rows (norms, rotary turns, activations, residuals), and a check of them before the first step.
+"""Which kernels work on single rows (norms, turns, activations, residuals, experts), and their check before the first step.
 
 Each is held against its formula in fp64 on random rows of the run's own widths, dtype and device, outputs and gradients: a fused
 kernel that is wrong here would train a wrong model without a word.
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor
 
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.errors import BackendError
 from bd3_megatron.model.activation import COMPILED, activate, elementwise_kernel
+from bd3_megatron.model.experts import ExpertStack, is_grouped
 from bd3_megatron.model.norms import LayerNorm, RMSNorm, norm_kernel
 from bd3_megatron.model.rotary import rotary_angles, rotary_turn, turned, turning_kernel
 
@@ -29,6 +31,8 @@ ROW_TOLERANCES = MappingProxyType(
 # Few rows: a wrong kernel is wrong on the first one, and the widths are the run's own.
 _ROWS, _BATCH = 24, 2
 _ROPE_BASE = 10_000.0
+# Unequal, with none at one: groups of a grouped product start where the ones before them end.
+_EXPERT_ROWS = (7, 0, 16, 1)
 
 _Call = Callable[..., Tensor]
 
@@ -148,6 +152,8 @@ def _row_kernels(model: ModelConfig, draw: _Draw) -> Iterator[RowKernel]:
             lambda x, bias: F.gelu(x + bias, approximate="tanh"),
             (inner, draw(32)),
         )
+    if model.experts is not None:
+        yield _expert_product(model, model.experts, draw)
     kernel = elementwise_kernel(draw.device)
     add = get_bias_dropout_add(True, kernel == COMPILED)
     yield RowKernel(
@@ -156,6 +162,21 @@ def _row_kernels(model: ModelConfig, draw: _Draw) -> Iterator[RowKernel]:
         lambda x, residual, bias: add((x, bias), residual, 0.0),
         lambda x, residual, bias: x + bias + residual,
         (rows, draw(_ROWS, _BATCH, width), draw(width)),
+    )
+
+
+def _expert_product(model: ModelConfig, experts: ExpertsConfig, draw: _Draw) -> RowKernel:
+    """The down matrices of four experts, one of which no row has chosen."""
+    counts_e = torch.tensor(_EXPERT_ROWS, device=draw.device)
+    rows, weight = draw(sum(_EXPERT_ROWS), experts.width), draw(len(_EXPERT_ROWS), model.hidden_size, experts.width)
+    stack = ExpertStack(len(_EXPERT_ROWS), model.hidden_size, experts.width, draw.dtype)
+    chosen = [expert for expert, number in enumerate(_EXPERT_ROWS) for _ in range(number)]
+    return RowKernel(
+        "experts",
+        "torch, grouped" if is_grouped(rows, weight) else "torch, one after another",
+        lambda x, weight: torch.func.functional_call(stack, {"weight": weight}, (x, counts_e)),
+        lambda x, weight: torch.stack([weight[expert] @ row for expert, row in zip(chosen, x, strict=True)]),
+        (rows, weight),
     )
 
 

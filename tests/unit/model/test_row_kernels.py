@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_megatron.config.experts import ExpertsConfig
 from bd3_megatron.config.schema import ModelConfig
 from bd3_megatron.errors import BackendError
-from bd3_megatron.model import activation, norms, rotary
+from bd3_megatron.model import activation, experts, norms, rotary
 from bd3_megatron.model.row_kernels import check_row_kernels, row_kernels, worst_error
 from tests import tolerances
 
 CPU = torch.device("cpu")
 MODERN = ModelConfig(hidden_size=96, num_layers=1, num_heads=6, style="modern", qk_norm=True)
+MIXTURE = replace(MODERN, experts=ExpertsConfig(number=8, top_k=2, width=48))
 PAPER = ModelConfig(hidden_size=96, num_layers=1, num_heads=6, style="paper")
 
 
-@pytest.mark.parametrize("model", [MODERN, PAPER], ids=["modern", "paper"])
+@pytest.mark.parametrize("model", [MODERN, MIXTURE, PAPER], ids=["modern", "mixture", "paper"])
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
@@ -57,6 +60,12 @@ def with_another_eps(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, 10 * eps)
 
 
+def by_the_next_expert(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return torch.cat(
+        [F.linear(part, matrix) for part, matrix in zip(rows.split(counts.tolist()), weight.roll(1, 0), strict=True)]
+    )
+
+
 def swapped(inner: Tensor) -> Tensor:
     return inner[..., :16] * F.silu(inner[..., 16:])
 
@@ -69,6 +78,7 @@ def swapped(inner: Tensor) -> Tensor:
         (MODERN, rotary, "_turn", lambda heads, turn, sign: heads * float("nan"), "off by nan"),
         (MODERN, norms._RmsNorm, "apply", with_another_eps, "RMSNorm by torch .* is off by"),
         (PAPER, norms._LayerNorm, "apply", without_bias, "LayerNorm by torch .* is off by"),
+        (MIXTURE, experts, "looped_product", by_the_next_expert, "experts by torch, one after another is off by"),
         (MODERN, activation._SwiGlu, "apply", swapped, "SwiGLU by torch .* is off by"),
     ],
 )
