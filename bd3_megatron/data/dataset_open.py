@@ -6,6 +6,7 @@ Refuses: names that do not resolve and unknown splits; the library's own reason 
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -80,19 +81,23 @@ def text_files(wanted: NamedDataset) -> TextFiles | None:
         DataError: a part of them was asked for: text files have no splits.
     """
     path = Path(wanted.path)
+    chosen: tuple[str, ...] = (wanted.path,)
     if path.is_dir():
-        listed = [found for found in path.rglob("*") if found.is_file() and not found.name.startswith(".")]
+        inside = _inside(path, wanted.data_files)
+        listed = [found for found in inside if found.is_file() and not found.name.startswith(".")]
         # README and LICENSE files lie beside datasets of every kind.
         if not listed or any(_builder_of(found) for found in listed) or not any(map(is_text_file, listed)):
             return None
         # A saved dataset or a loading script: the texts beside it are its documentation.
         if any(found.suffix == ".arrow" or found.suffix == ".py" for found in listed):
             return None
+        if wanted.data_files is not None:
+            chosen = tuple(str(found) for found in listed if is_text_file(found))
     elif not is_text_file(path):
         return None
     if wanted.split != "train":
         raise DataError(f"dataset {wanted.path} is made of text files, which have no split {wanted.split}; use train.")
-    return TextFiles(paths=(wanted.path,))
+    return TextFiles(paths=chosen)
 
 
 def stream_of(source: TextFiles) -> Any:
@@ -131,6 +136,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _inside(folder: Path, data_files: str | None) -> list[Path]:
+    """What lies in a folder at any depth, or what the pattern finds below it."""
+    if data_files is None:
+        return list(folder.rglob("*"))
+    # glob's own syntax, as in the library: its patterns may begin with "/", which pathlib refuses
+    pattern = os.path.join(glob.escape(str(folder)), data_files)
+    return sorted(map(Path, glob.glob(pattern, recursive=True)))
 
 
 def _rows_of(files: list[str]) -> Iterator[dict[str, str]]:

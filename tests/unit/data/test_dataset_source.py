@@ -98,6 +98,24 @@ def test_streams_give_the_same_rows_in_parts_of_files(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_pattern_chooses_text_files_of_a_folder_of_any_kind(tmp_path: Path, streaming: bool) -> None:
+    for name in ("a1.txt", "a2.txt", "b1.txt", "deep/a3.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name} one\nline\n\n{name} two\n")
+
+    def chosen(pattern: str) -> list[str]:
+        found = texts_of(HubDataset(path=str(tmp_path), data_files=pattern, streaming=streaming))
+        return [" ".join(text.split()) for text in found]
+
+    assert chosen("a*.txt") == ["a1.txt one line", "a1.txt two", "a2.txt one line", "a2.txt two"]
+    assert [text for text in chosen("**/a*.txt") if "two" in text] == ["a1.txt two", "a2.txt two", "deep/a3.txt two"]
+    # text is read by paragraphs also beside files of another kind
+    jsonl(tmp_path / "rows.jsonl", [{"text": "a row"}])
+    assert chosen("b*.txt") == ["b1.txt one line", "b1.txt two"]
+    assert chosen("*.jsonl") == ["a row"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_nested_columns_have_dots_in_their_names(tmp_path: Path, streaming: bool) -> None:
     rows = [{"meta": {"body": f"b{i}", "more": {"n": i}}} for i in range(6)]
     path = str(jsonl(tmp_path / "rows.jsonl", rows))
