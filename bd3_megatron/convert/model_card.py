@@ -1,7 +1,7 @@
 """The README.md of an exported folder: what the model is, what it saw, how well it predicts, how to sample from it.
 
-Decides: only what the run recorded is said; what is not known is called unknown, and a licence is named only where one
-was given.
+Decides: only what the run recorded of these weights is said; what is not known is called unknown, and a licence is named
+only where one was given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ tags:
 
 # {title}
 
-{kind} language model, {parameters:.3g} M parameters, {weights} weights of step {step:,}, written by bd3_megatron.
+{kind} language model, {parameters:.3g} M parameters, {weights}, written by bd3_megatron.
 
 | | |
 |---|---|
@@ -103,7 +103,9 @@ def model_card(
         has_tokenizer: whether the folder holds the tokenizer's files.
     """
     block = objective_named(described.objective).has_noise
-    found = _evaluation(run_dir / "metrics.jsonl", manifest.step)
+    # a run evaluates the averaged weights of its steps, and no mean of several checkpoints
+    found = None if _merged_steps(manifest) else _evaluation(run_dir / "metrics.jsonl", manifest.step)
+    is_other = weights == "raw" and config.optim.ema_decay > 0
     # Clean tokens: rows of the noisy copies are not counted.
     tokens = manifest.samples_consumed * config.data.seq_len
     return _CARD.format(
@@ -112,9 +114,7 @@ def model_card(
         title=Path(config.run.dir).name or "model",
         kind="Block-diffusion" if block else "Autoregressive",
         parameters=num_parameters / 1e6,
-        # Averaged and raw weights differ in quality; readers must know which they have.
-        weights=weights,
-        step=manifest.step,
+        weights=_weights(weights, manifest),
         layers=described.num_hidden_layers,
         width=described.hidden_size,
         heads=described.num_attention_heads,
@@ -127,7 +127,7 @@ def model_card(
         data=_data(config, manifest),
         tokenizer=_tokenizer(described, manifest),
         tokens=f"{tokens:,}" if tokens else "none by this run" if manifest.origin else "unknown",
-        perplexity="not measured" if found is None else _perplexity(found),
+        perplexity="not measured" if found is None else _perplexity(found, is_other=is_other),
         convention=_convention(found, manifest),
         sampling=_snippet(described, has_tokenizer=has_tokenizer),
         logits="`model(input_ids=noisy, context_ids=clean).logits` are the raw logits of the noisy half."
@@ -136,6 +136,20 @@ def model_card(
         commit=manifest.git_commit or "unknown",
         config=json.dumps(_without_paths(manifest.config), indent=1),
     )
+
+
+def _merged_steps(manifest: Manifest) -> list[int]:
+    """Steps of the checkpoints that tools/average_checkpoints.py made this one of; none for a run's own."""
+    return sorted(manifest.origin.get("averaged_steps") or [])
+
+
+def _weights(weights: str, manifest: Manifest) -> str:
+    # Averaged, raw and merged weights differ in quality; readers must know which they have.
+    merged = _merged_steps(manifest)
+    if not merged:
+        return f"{weights} weights of step {manifest.step:,}"
+    kind = "averaged" if manifest.origin.get("weights") == "ema" else "raw"
+    return f"the mean of the {kind} weights of steps {', '.join(f'{step:,}' for step in merged)}"
 
 
 def _data(config: Config, manifest: Manifest) -> str:
@@ -191,13 +205,14 @@ def _evaluation(metrics: Path, step: int) -> dict[str, Any] | None:
     return best
 
 
-def _perplexity(found: dict[str, Any]) -> str:
-    """With its standard error."""
+def _perplexity(found: dict[str, Any], *, is_other: bool) -> str:
+    """With its standard error; `is_other`: the folder holds the raw weights, and the averaged ones were measured."""
     # of the texts and of the noise: independent, and small against 1, so that they are relative errors of the perplexity
     errors = [found.get(f"eval/stderr_{of}_nats_per_token") for of in ("text", "noise")]
     total = math.hypot(*(error for error in errors if type(error) is float))
     spread = f" ± {found['eval/perplexity'] * total:.2g} (standard error)" if total else ""
-    return f"{found['eval/perplexity']:.4g}{spread} at step {found['step']:,}"
+    whose = ", of the averaged weights, not of these" if is_other else ""
+    return f"{found['eval/perplexity']:.4g}{spread} at step {found['step']:,}{whose}"
 
 
 def _convention(found: dict[str, Any] | None, manifest: Manifest) -> str:

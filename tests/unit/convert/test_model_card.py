@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import yaml
 
-from bd3_megatron.checkpoint.layout import step_name
+from bd3_megatron.checkpoint.layout import read_manifest, step_name
+from bd3_megatron.config.load import config_from_tree
+from bd3_megatron.convert.average import average
 from bd3_megatron.convert.from_checkpoint import convert_checkpoint
 from bd3_megatron.data.convention import EvaluationConvention
 from tests.unit.convert.models import run_config, whole_checkpoint
 from tests.unit.data.corpora import BYTES, SPECIAL, VOCAB
 
 
-def card(tmp_path: Path, *records: dict[str, object], licence: str | None = None, **manifest: Any) -> str:
+def card(
+    tmp_path: Path, *records: dict[str, object], licence: str | None = None, ema_decay: float = 0.0, **manifest: Any
+) -> str:
     run_dir = tmp_path / "secret_place" / "run"
-    config = run_config(run_dir, data={"seq_len": 32, "path": str(tmp_path / "secret_place" / "web")})
+    data = {"seq_len": 32, "path": str(tmp_path / "secret_place" / "web")}
+    config = run_config(run_dir, data=data, optim={"ema_decay": ema_decay})
     path = whole_checkpoint(run_dir / "checkpoints" / step_name(3), config, **manifest)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
     convert_checkpoint(path, tmp_path / "hf", licence=licence)
@@ -37,6 +42,21 @@ def test_perplexity_has_its_error_and_is_of_this_checkpoint(tmp_path: Path) -> N
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "| clean tokens seen | 384 |" in text
     assert "| length, block size | 32 tokens, 4 |" in text and "| vocabulary | 61 ids, mask id 60 |" in text
+
+
+def test_a_perplexity_of_other_weights_is_not_taken_for_that_of_the_folder(tmp_path: Path) -> None:
+    # the run kept an average and evaluated it; the folder holds the trained weights
+    text = card(tmp_path, evaluation(3, 40.0), ema_decay=0.9)
+    assert ", raw weights of step 3, written by" in text
+    assert "(standard error) at step 3, of the averaged weights, not of these |" in text
+    run_dir = tmp_path / "secret_place" / "run"
+    paths = [run_dir / "checkpoints" / step_name(step) for step in (2, 3)]
+    whole_checkpoint(paths[0], config_from_tree(read_manifest(paths[1]).config), step=2, seed=2)
+    average(paths, run_dir / "checkpoints" / "mean")
+    convert_checkpoint(run_dir / "checkpoints" / "mean", tmp_path / "mean")
+    text = (tmp_path / "mean" / "README.md").read_text()
+    assert ", the mean of the raw weights of steps 2, 3, written by" in text
+    assert "| held-out perplexity | not measured |" in text
 
 
 def test_what_the_run_read_and_how_it_was_measured_is_said(tmp_path: Path) -> None:
