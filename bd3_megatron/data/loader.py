@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bd3_megatron.data.batch import CleanBatch
-from bd3_megatron.data.held_out import check_nothing_leaks
+from bd3_megatron.data.held_out import check_nothing_leaks, check_read_alike
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
 from bd3_megatron.data.order import EpochOrder
@@ -288,7 +288,7 @@ def check_held_out(held_out: TokenShards, trained: Sequence[TokenShards]) -> Non
 
     Raises:
         TokenizerError: another tokenizer made it.
-        ConfigError: its documents may stand in the training text too.
+        ConfigError: its documents may stand in the training text too, whole or as parts of others.
     """
     for shards in trained:
         check_same_tokenizer(
@@ -297,6 +297,10 @@ def check_held_out(held_out: TokenShards, trained: Sequence[TokenShards]) -> Non
     fractions = [(shards.where, shards.held_out_fraction) for shards in trained]
     # Documents are held out by their content: a folder with at least the same fraction holds out these documents too.
     check_nothing_leaks(fractions, (held_out.where, held_out.held_out_fraction))
+    # A held-out text of its own says nothing about others.
+    if held_out.held_out_fraction:
+        for shards in trained:
+            check_read_alike((shards.where, shards.source), (held_out.where, held_out.source))
 
 
 # Different lengths cannot be stacked to one batch, and ids of different tokenizers mean different text.

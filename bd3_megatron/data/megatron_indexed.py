@@ -8,6 +8,7 @@ Source: megatron/core/datasets/indexed_dataset.py, _IndexReader (megatron-core 0
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ class MegatronIndexed:
     def held_out_fraction(self) -> float:
         # Nothing is known about what was held out, so nothing is promised.
         return 0.0
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        return {}
 
     def shard_size(self, shard: int) -> tuple[int, int]:
         return self._num_tokens, self.num_documents

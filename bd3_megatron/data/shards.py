@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -172,6 +172,10 @@ class TokenShards(Protocol):
     def held_out_fraction(self) -> float:
         """Share of documents held out by content; see held_out."""
 
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Where the text came from and how it was cut and cleaned, as header.json states it; empty where nobody knows."""
+
     def shard_size(self, shard: int) -> tuple[int, int]:
         """(tokens, documents) of a shard."""
 
@@ -252,6 +256,10 @@ class ShardFolder:
     @property
     def held_out_fraction(self) -> float:
         return self.header.held_out_fraction
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        return self.header.source
 
     def shard_size(self, shard: int) -> tuple[int, int]:
         record = self.header.shards[shard]

@@ -25,6 +25,7 @@ from bd3_megatron.config.validate_run import refuse_without_held_out
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.dataset_source import HubDataset
+from bd3_megatron.data.held_out import check_read_alike
 from bd3_megatron.data.loader import BatchLoader, TokenDataset, check_held_out
 from bd3_megatron.data.megatron_indexed import open_shards
 from bd3_megatron.data.mixture import Mixture
@@ -302,6 +303,9 @@ def _open_stream(config: Config, stream: StreamConfig, tokenizer_folder: Path, s
     """The stream's rows are laid out as those of the prepared folder are, and what that holds out is left out."""
     data, recipe = config.data, shards.packing_rule
     dataset = HubDataset(path=stream.dataset, streaming=True, **options_of(stream, DatasetOptions))
+    if shards.held_out_fraction:
+        read = dataset.settings() | {"detokenizer": stream.detokenizer}
+        check_read_alike(("data.stream", read), (shards.where, shards.source))
     plan = plan_stream(
         dataset,
         tokenizer_folder,

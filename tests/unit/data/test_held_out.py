@@ -16,6 +16,7 @@ from bd3_megatron.data.dataset_source import HubDataset
 from bd3_megatron.data.held_out import (
     check_fraction,
     check_nothing_leaks,
+    check_read_alike,
     content_key,
     fraction_of,
     is_held_out,
@@ -193,6 +194,43 @@ def test_folders_that_hold_out_less_are_not_trained_on_beside_another(tmp_path: 
     foreign = ShardFolder(write_split(tmp_path / "f", listed, fingerprint="f" * 64))
     with pytest.raises(TokenizerError, match="f has the tokenizer ffffffffffffffff, .*own has"):
         check_held_out(foreign, [folders["own"]])
+
+
+def test_one_text_cut_in_two_ways_is_not_mixed_with_itself(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for number in range(12):
+        (tmp_path / "notes" / f"{number}.txt").write_text("\n\n".join(texts(random.Random(number), 4)))
+    folder = str(tmp_path / "notes")
+    own = prepared(tmp_path / "own", TextFiles(paths=(folder,)))
+    files = tuple(f"{folder}/{number}.txt" for number in range(10))
+    whole = prepared(tmp_path / "whole", TextFiles(paths=files, documents_are="file"))
+    cleaned = prepared(tmp_path / "cleaned", HubDataset(path=folder), detokenizer="ptb")
+    copied = prepared(tmp_path / "copied", HubDataset(path=folder, streaming=True))
+    # a file holds paragraphs that are held out by themselves
+    held = ShardFolder(own.parent / "valid")
+    for other, way in ((whole, "documents=file, detokenizer=none"), (cleaned, "documents=paragraph, detokenizer=ptb")):
+        with pytest.raises(
+            ConfigError, match=rf"reads .*notes.* with {way} and .*documents=paragraph, .*read both alike"
+        ):
+            check_held_out(held, [ShardFolder(own), ShardFolder(other)])
+    check_held_out(held, [ShardFolder(own), ShardFolder(copied)])
+
+
+def prepared(out: Path, source: Source, detokenizer: str = "none") -> Path:
+    """The training split of half of a source's documents."""
+    request = PrepareRequest(out=out, sources={"train": source}, valid_fraction=0.5, detokenizer=detokenizer)
+    return prepare(request).folder / "train"
+
+
+def test_texts_of_other_names_may_be_cut_in_other_ways() -> None:
+    held = {"kind": "text", "documents": "file", "paths": ["books"], "detokenizer": "none"}
+    joined = {"sources": [{"kind": "builtin", "name": "python-docs"}, {"path": "books/a.txt"}], "detokenizer": "none"}
+    check_read_alike(("web", {"path": "web", "detokenizer": "ptb"}), ("own", held))
+    check_read_alike(("web", {"path": "bookshop", "sources": 3}), ("own", held))
+    with pytest.raises(
+        ConfigError, match=r"^web reads books/a.txt with documents=paragraph, detokenizer=none and own with"
+    ):
+        check_read_alike(("web", joined), ("own", held))
 
 
 def test_a_vocabulary_is_trained_on_an_even_share_without_what_is_held_out(tmp_path: Path) -> None:

@@ -110,3 +110,18 @@ def test_the_stream_of_the_readme_trains_on_nothing_that_its_folder_holds_out(tm
     # both sides are there, and the last document of the pass may be cut off
     assert len(held) > 4 and not seen & held
     assert len({" ".join(text.split()) for text in texts} - held - seen) <= 1
+
+
+@pytest.mark.parametrize(("documents_are", "detokenizer"), [("file", "none"), ("paragraph", "ptb")])
+def test_a_stream_that_cuts_its_folders_text_in_another_way_is_refused(
+    tmp_path: Path, documents_are: str, detokenizer: str
+) -> None:
+    for number in range(8):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        (tmp_path / "corpus" / f"{number}.txt").write_text(english(9, seed=number), encoding="utf-8")
+    source = text_source([str(tmp_path / "corpus")], documents_are=documents_are)
+    prepare(PrepareRequest(out=tmp_path / "own", sources={"train": source}, tokenizer="bytes", valid_fraction=0.5))
+    stream = {"dataset": str(tmp_path / "corpus"), "detokenizer": detokenizer}
+    data = {"path": str(tmp_path / "own"), "stream": stream, "seq_len": LENGTH}
+    with pytest.raises(ConfigError, match=rf"data.stream reads .* detokenizer={detokenizer} and .*own.train with"):
+        open_data(case(data=data, model={"vocab_size": None}, kind="s4"))
