@@ -234,7 +234,11 @@ def open_data(config: Config) -> RunData:
         vocab_size=shards.vocab_size,
         identity=DataIdentity(
             tokenizer={"fingerprint": shards.tokenizer_fingerprint, **shards.special.as_dict()},
-            rows={"train": train.counts(), "valid": None if valid is None else _counts(valid.sources[0])},
+            rows={
+                "train": train.counts(),
+                "valid": None if valid is None else _counts(valid.sources[0]),
+                "held_out_fraction": (shards if valid is None else valid.sources[0].shards).held_out_fraction,
+            },
         ),
     )
 

@@ -52,6 +52,8 @@ MEANING_KEYS = ("diffusion.objective",)
 # They need to be named like any other learning setting, but give no stored number another meaning.
 LEARNING_KEYS = ("model.dropout", "model.init_std", "model.experts.bias_rate", "model.experts.counted_rows")
 """Of the model section, what changes how it learns but not what its weights are."""
+HELD_OUT = "rows.held_out_fraction"
+"""Share of documents that the training text has left out so far."""
 VALUE_CHARACTERS = 60
 
 
@@ -74,11 +76,14 @@ class Change:
     @property
     def is_free(self) -> bool:
         """What is learned does not depend on it."""
-        return self.key in FREE_KEYS or self.key.split(".")[0] in FREE_SECTIONS
+        return self.key in FREE_KEYS or self.key.split(".")[0] in FREE_SECTIONS or self.key == HELD_OUT
 
     @property
     def is_meaning(self) -> bool:
         """The checkpoint's numbers would stand for something else."""
+        # Documents held out from now on were trained on: their loss would pass for that of unseen text.
+        if self.key == HELD_OUT:
+            return bool(self.now > self.before)
         in_section = self.key.split(".")[0] in MEANING_SECTIONS and self.key not in LEARNING_KEYS
         return in_section or self.key in MEANING_KEYS
 
@@ -202,7 +207,7 @@ def changes(saved: Config, config: Config, *, data: tuple[DataIdentity, DataIden
     return [
         Change(key, before.get(key), value)
         for key, value in now.items()
-        if before.get(key) != value and key not in UNCOMPARED
+        if before.get(key, value if key == HELD_OUT else None) != value and key not in UNCOMPARED
     ]
 
 
@@ -234,6 +239,8 @@ def _identity_values(identity: DataIdentity, num_sources: int) -> dict[str, Any]
     names = ("documents", "tokens", "supervised")
     counts = [{name: source[name] for name in names if name in source} for source in identity.rows["train"]]
     values = {f"tokenizer.{name}": value for name, value in identity.tokenizer.items()}
+    # not known of checkpoints of older versions
+    values |= {HELD_OUT: fraction} if (fraction := identity.rows.get("held_out_fraction")) is not None else {}
     return values | {"rows.train": counts[:num_sources], "rows.valid": identity.rows["valid"]}
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from bd3_megatron.config.load import build
 from bd3_megatron.config.ranges import Range
 from bd3_megatron.config.schema import NoiseLevel
+from bd3_megatron.data.held_out import GREATEST_FRACTION
 from bd3_megatron.errors import CheckpointError, ConfigError
 
 # what a float64 of a record still tells apart
@@ -23,7 +24,8 @@ class DataIdentity:
     tokenizer: dict[str, Any]
     """Fingerprint and special ids of the tokenizer that made the ids."""
     rows: dict[str, Any]
-    """train: rows, documents and tokens of each source; valid: of the held-out split, None where there is none."""
+    """train: rows, documents and tokens of each source; valid: of the held-out split, None where there is none;
+    held_out_fraction: share of documents held out by content, which the training text leaves out."""
 
     def to_json(self) -> dict[str, Any]:
         """Both, as the train state holds them."""
@@ -49,6 +51,8 @@ class CountedData:
     """By source."""
     valid: CountedSource | None
     """Of the held-out split."""
+    held_out_fraction: Annotated[float, Range(0, GREATEST_FRACTION)] | None = None
+    """Share of documents held out by content; None in checkpoints of older versions."""
 
 
 @dataclass

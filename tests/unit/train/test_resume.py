@@ -139,6 +139,22 @@ def test_what_is_no_other_text_is_not_refused() -> None:
     refuse_changes(grown, case())
 
 
+def test_documents_that_were_trained_on_are_not_held_out_afterwards() -> None:
+    def holding_out(fraction: float | None) -> DataIdentity:
+        rows = identity(7, valid=2).rows
+        return DataIdentity(tokenizer={}, rows=rows if fraction is None else rows | {"held_out_fraction": fraction})
+
+    more = changes(case(), case(), data=(holding_out(0.05), holding_out(0.3)))
+    named = replace_field(case(), "run.overridden", ("data.path",))
+    with pytest.raises(ConfigError, match=r"would mean something else: rows\.held_out_fraction was 0\.05 and is 0\.3;"):
+        refuse_changes(more, named)
+    switched = replace_field(case(), "run.reinterpret", True)
+    refuse_changes(more, replace_field(switched, "run.overridden", ("run.reinterpret",)))
+    # less was left out of what was trained on all the same
+    refuse_changes(changes(case(), case(), data=(holding_out(0.3), holding_out(0.05))), case())
+    assert changes(case(), case(), data=(holding_out(None), holding_out(0.3))) == []
+
+
 def test_what_is_derived_may_be_written_down() -> None:
     model = case().model
     written = {"head_dim": model.head_width, "ffn_hidden_size": model.ffn_width, "num_kv_heads": model.kv_heads}
