@@ -88,6 +88,7 @@ class BD3Model(BD3PreTrainedModel):
         trace: Trace,
     ) -> Tensor:
         """Normed hidden states [B, L, D]; padding (attention_mask 0) is a document of its own, which no text sees."""
+        check_rows(input_ids, document_ids)
         positions = None
         if attention_mask is not None:
             is_text_BL = binary_mask(attention_mask, input_ids)
@@ -234,7 +235,7 @@ class BD3ForMaskedLM(BD3LanguageModel):
             `logits` [B, L, V] in the model's dtype, and `loss` when labels are given.
 
         Raises:
-            ValueError: a soft mask, labels where the input is not masked, or an unknown name.
+            ValueError: a soft mask, another shape, labels where the input is not masked, or an unknown name.
         """
         refuse_unknown(kwargs)
         if labels is not None:
@@ -295,12 +296,35 @@ def refuse_unknown(given: dict[str, Any]) -> None:
         raise ValueError(f"forward got {name}, which it does not know; use {', '.join(FORWARD_NAMES)}.")
 
 
+def check_rows(input_ids: Tensor, document_ids: Tensor | None) -> None:
+    """Refuse ids that are no rows of tokens, and documents that would be broadcast or taken for padding.
+
+    Raises:
+        ValueError: the shape or the values, and what is wanted.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids have shape {list(input_ids.shape)}; give token ids [rows, columns].")
+    if document_ids is None:
+        return
+    is_whole = not document_ids.is_floating_point() and document_ids.shape == input_ids.shape
+    # below 0 lies the padding's own document
+    if not is_whole or bool((document_ids < 0).any()):
+        raise ValueError(
+            f"document_ids are {document_ids.dtype} {list(document_ids.shape)} for input_ids {list(input_ids.shape)}; "
+            "give one whole number from 0 on a token."
+        )
+
+
 def check_labels(labels: Tensor, input_ids: Tensor, config: BD3Config) -> None:
     """Refuse a loss on tokens that the model is shown.
 
     Raises:
-        ValueError: how many labels stand where the input is not masked.
+        ValueError: another shape, or how many labels stand where the input is not masked.
     """
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)} and input_ids {list(input_ids.shape)}; give one label a token."
+        )
     # An autoregressive model never sees the token that it predicts.
     if predicts_next(config.objective):
         return

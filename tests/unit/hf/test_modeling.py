@@ -244,6 +244,15 @@ def test_padding_moves_no_logits_wherever_it_stands(in_front: int) -> None:
         ({"past_key_values": 1}, "forward got past_key_values, which it does not know; use input_ids"),
         ({"attention_mask": torch.full((1, 8), 0.5)}, "attention_mask holds values other than 0 and 1"),
         ({"attention_mask": torch.ones(1, 5)}, "give one 0 or 1 a token"),
+        (
+            {"document_ids": torch.full((1, 8), -1)},
+            r"document_ids are torch.int64 \[1, 8\] .* whole number from 0 on a token",
+        ),
+        ({"document_ids": torch.zeros(1, 8)}, r"document_ids are torch.float32 \[1, 8\] for input_ids \[1, 8\]"),
+        # it would be broadcast, and no document would end anywhere
+        ({"document_ids": torch.zeros(1, 1).long()}, r"document_ids are torch.int64 \[1, 1\] for input_ids \[1, 8\]"),
+        ({"input_ids": tokens(1, 8)[0]}, r"input_ids have shape \[8\]; give token ids \[rows, columns\]"),
+        ({"labels": tokens(1, 4)}, r"labels have shape \[1, 4\] and input_ids \[1, 8\]; give one label a token"),
         ({"labels": tokens(1, 8)}, "8 labels stand where the input is not masked: the model is shown those tokens"),
     ],
 )
@@ -252,7 +261,7 @@ def test_forward_refuses_what_it_would_have_to_ignore(kind: type, given: dict[st
     if kind is BD3Model and "labels" in given:
         sentence = "forward got labels, which it does not know"
     with pytest.raises(ValueError, match=sentence):
-        kind(tiny_config(4))(tokens(1, 8), **given)
+        kind(tiny_config(4))(**{"input_ids": tokens(1, 8)} | given)
 
 
 def test_a_block_model_is_no_next_token_model() -> None:
