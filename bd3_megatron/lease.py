@@ -351,7 +351,11 @@ def look(path: Path, mine: Holder) -> Sighting | None:
 
 def is_held(path: Path) -> bool:
     """Whether a folder seems to be held, by one look that writes nothing: for reports."""
-    holder = read_holder(path)
+    try:
+        holder = read_holder(path)
+    except OSError:
+        # a folder of that name, or a file that is not ours to read
+        return False
     if holder is None:
         return False
     runs = is_running(holder.process, holder.ticks) if holder.machine == machine_id() else None

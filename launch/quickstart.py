@@ -30,7 +30,7 @@ from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
 from bd3_megatron.errors import ConfigError, LaunchError, counted, cut
-from bd3_megatron.files import move, write_json, write_text
+from bd3_megatron.files import move, read_json_list, write_json, write_text
 from launch.env import visible_gpus
 from launch.local import check_gpus, check_run_folder
 from launch.submission import ROOT
@@ -146,7 +146,7 @@ def begin(quickstart: Quickstart) -> str:
     if not mark.is_file():
         _write_mark(folder, settings)
         return f"quickstart: starts in {folder}"
-    if json.loads(mark.read_text(encoding="utf-8")) == settings:
+    if read_json_list(mark, f"name another --out, or remove {folder}", kind=LaunchError) == settings:
         done = (folder / "checkpoints" / "LATEST").exists()
         return f"quickstart: {'resumes' if done else 'starts anew (nothing was saved yet)'} in {folder}"
     aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())

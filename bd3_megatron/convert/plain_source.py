@@ -6,7 +6,6 @@ Decides: what a streamed conversion reads from. Nothing is held but the parallel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +17,11 @@ from bd3_megatron.checkpoint.layout import inside
 from bd3_megatron.checkpoint.read import CheckpointReader, open_safetensors
 from bd3_megatron.convert.name_table import NameTable
 from bd3_megatron.errors import CheckpointError, ConversionError, counted
+from bd3_megatron.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_COPY_AGAIN = "copy the folder again, completely"
 
 
 class PlainSource(Protocol):
@@ -167,18 +168,15 @@ def _index(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder with safetensors weights.")
         with open_safetensors(single) as opened:
             return dict.fromkeys(opened.keys(), single)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        # An index from elsewhere may name any path.
-        files = {str(name): inside(folder, str(file)) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error}); copy the folder again, completely.") from None
+    weight_map = read_json(index, _COPY_AGAIN, kind=CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; {_COPY_AGAIN}.")
+    # An index from elsewhere may name any path.
+    files = {name: inside(folder, str(file)) for name, file in weight_map.items()}
     for path in sorted(set(files.values())):
         with open_safetensors(path) as opened:
             # Found now and not after an hour of writing.
             absent = {name for name, file in files.items() if file == path} - set(opened.keys())
         if absent:
-            raise CheckpointError(
-                f"{path} lacks '{min(absent)}', which the index names; copy the folder again, completely."
-            )
+            raise CheckpointError(f"{path} lacks '{min(absent):.80}', which the index names; {_COPY_AGAIN}.")
     return files

@@ -117,8 +117,9 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); {_AGAIN}.") from error
+    # A hostile file may nest deeper than Python's stack.
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON ({error!s:.200}); {_AGAIN}.") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds no JSON object; {_AGAIN}.")
     return content

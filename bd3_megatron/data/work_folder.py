@@ -18,8 +18,8 @@ from bd3_megatron.data.part_maker import RECORD_FILE, PartRecord, part_folder
 from bd3_megatron.data.shard_header import ShardRecord
 from bd3_megatron.data.shards import SHARD_SUFFIXES, SUPERVISED_SUFFIX
 from bd3_megatron.data.source import PartTask
-from bd3_megatron.errors import ConfigError, counted
-from bd3_megatron.files import move, read_json, remove_leftovers, write_json
+from bd3_megatron.errors import ConfigError, DataError, counted
+from bd3_megatron.files import move, read_json, read_json_list, remove_leftovers, write_json
 from bd3_megatron.lease import held
 
 MANIFEST_FILE = "prepare.json"
@@ -125,9 +125,14 @@ class WorkFolder:
         if not self._order.is_file():
             return
         # A killed publication may have renamed some files only; each goes back to the part it came from.
-        stems = json.loads(self._order.read_text(encoding="utf-8"))
+        stems = dict(enumerate(read_json_list(self._order, f"remove {self.root} and prepare the data again")))
         for path in sorted(self.data.glob("*/part-*")):
-            stem = stems[int(path.stem.removeprefix("part-"))]
+            number = path.stem.removeprefix("part-")
+            stem = stems.get(int(number)) if number.isdecimal() else None
+            if not isinstance(stem, str):
+                raise DataError(
+                    f"{self._order} names no part of {path}; remove {self.root} and prepare the data again."
+                )
             move(path, self.work / "parts" / stem / f"{path.parent.name}{path.suffix}")
         self._order.unlink()
 

@@ -50,6 +50,7 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
         FolderSource(indexed(tmp_path, {"a": "x.safetensors", "b": "x.safetensors"}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         FolderSource(indexed(tmp_path, {"a": "y.safetensors"}))
-    (tmp_path / INDEX).write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        FolderSource(tmp_path)
+    for content in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[]", "null", "[" * 100_000):
+        (tmp_path / INDEX).write_text(content)
+        with pytest.raises(CheckpointError, match="has no weight_map; copy|is damaged .*; copy the folder again"):
+            FolderSource(tmp_path)

@@ -273,6 +273,15 @@ def test_a_run_killed_while_it_publishes_goes_on(tmp_path: Path, monkeypatch: py
                 prepare(wanted)
             except KeyboardInterrupt:
                 assert not wanted.out.exists()
+    order = tmp_path / ".out.partial" / "work" / "order.json"
+    whole_order = order.read_text()
+    for damaged in ("[", "[]", "[1, 2, 3, 4]"):
+        order.write_text(damaged)
+        with pytest.raises(
+            DataError, match=r"order.json (is damaged|names no part of) .*; remove .*partial and prepare"
+        ):
+            prepare(wanted)
+    order.write_text(whole_order)
     made = made_parts(monkeypatch)
     prepare(wanted)
     assert made == [] and content_of(tmp_path / "out") == content_of(tmp_path / "calm")

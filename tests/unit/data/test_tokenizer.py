@@ -349,9 +349,10 @@ def test_changed_or_newer_folders_are_refused(made: dict[str, Tokenizer], tmp_pa
     (tmp_path / "bd3_tokenizer.json").write_text("[]")
     with pytest.raises(TokenizerError, match="holds no JSON object"):
         load_tokenizer(tmp_path)
-    (tmp_path / "bd3_tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerError, match="is not JSON"):
-        load_tokenizer(tmp_path)
+    for content in ("{", "[" * 100_000, f'{{"a": {"1" * 5000}}}'):
+        (tmp_path / "bd3_tokenizer.json").write_text(content)
+        with pytest.raises(TokenizerError, match="is not JSON"):
+            load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_megatron.errors import ConfigError
+from bd3_megatron.errors import ConfigError, LaunchError
 from launch import quickstart
 
 
@@ -52,6 +52,11 @@ def test_the_same_settings_go_on_and_others_start_anew_beside_the_old(tmp_path: 
     assert "starts anew (nothing was saved yet)" in quickstart.begin(planned(folder, "--steps", "3"))
     (folder / "checkpoints/LATEST").touch()
     assert quickstart.begin(planned(folder, "--steps", "3")) == f"quickstart: resumes in {folder}"
+    kept = (folder / quickstart.MARK).read_text()
+    (folder / quickstart.MARK).write_text(kept[:9])
+    with pytest.raises(LaunchError, match="is damaged .not JSON.; name another --out, or remove"):
+        quickstart.begin(planned(folder, "--steps", "3"))
+    (folder / quickstart.MARK).write_text(kept)
     said = quickstart.begin(planned(folder, "--steps", "4"))
     assert said == (
         f"quickstart: starts anew in {folder}, because the settings differ; the earlier run is now {tmp_path}/q.1"

@@ -152,6 +152,9 @@ def test_a_run_that_nobody_holds_has_died(run: Path) -> None:
         assert read_status(run) == began
     died = read_status(run)
     assert died is not None and died == dataclasses.replace(began, status="died", reason=died.reason) and died.reason
+    # nobody holds a folder by what is no file
+    (run / "lease.json").mkdir()
+    assert read_status(run) == died
     write_status(run, "stopped", reason="file", step=2)
     assert read_status(run) == RunStatus(**said(run))
 
