@@ -18,8 +18,8 @@ from bd3_megatron.command import config_first, run_command
 from bd3_megatron.config.load import load_config
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.config.validate_run import refuse_without_held_out
-from bd3_megatron.errors import ConfigError, LaunchError, counted, cut
+from bd3_megatron.config.validate_run import refuse_without_held_out, refuse_without_text
+from bd3_megatron.errors import LaunchError, counted, cut
 from launch.env import rank_settings, visible_gpus
 
 HOLDER = "bd3_megatron.train.local_ranks"
@@ -103,8 +103,7 @@ def check_training_data(config: Config) -> None:
     """
     data = config.data
     if data.path is None and not data.mixtures:
-        if not data.text:
-            raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
+        refuse_without_text(data)
         return
     # of a mixture without path, the first folder gives the held-out rows
     folder = Path(data.path or data.mixed_folders[0])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bd3_megatron.command import CommandParser, run_tool
+from bd3_megatron.config.data import DEFAULT_HELD_OUT, DEFAULT_NUM_PIECES
 from bd3_megatron.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -102,9 +103,14 @@ def _add_result(what: argparse._ArgumentGroup) -> None:
         default=None,
         help="bytes (default), sentencepiece or sentencepiece-bpe (trained here), a .model file, a folder or hub name",
     )
-    what.add_argument("--vocab-size", type=int, default=None, help="of a trained tokenizer, mask included (2048)")
     what.add_argument(
-        "--valid-fraction", type=float, default=None, help="share of documents held out, by content (0.05)"
+        "--vocab-size", type=int, default=None, help=f"of a trained tokenizer, mask included ({DEFAULT_NUM_PIECES})"
+    )
+    what.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=None,
+        help=f"share of documents held out, by content ({DEFAULT_HELD_OUT})",
     )
     what.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
     what.add_argument("--quiet", action="store_true", help="no progress bar")

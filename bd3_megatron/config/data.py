@@ -15,6 +15,8 @@ Weight = Annotated[float, Range(0, 1e9)]
 NumPieces = Annotated[int, Range(2, 1e7)]
 # the bound of data/held_out.py: a part that is larger than the rest is a slip
 HeldOutShare = Annotated[float, Range(0, 0.5)]
+DEFAULT_NUM_PIECES = 2048
+DEFAULT_HELD_OUT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +109,9 @@ class DataConfig:
     """Text files or folders to prepare where path is null; `builtin:python-docs` is text every Python has."""
     tokenizer: PathText = "bytes"
     """With `text`: bytes, sentencepiece (trained on the text), or a folder with a fast tokenizer."""
-    tokenizer_vocab_size: NumPieces = 2048
+    tokenizer_vocab_size: NumPieces = DEFAULT_NUM_PIECES
     """With a trained tokenizer: its number of pieces."""
-    valid_fraction: HeldOutShare = 0.05
+    valid_fraction: HeldOutShare = DEFAULT_HELD_OUT
     """With `text`: share of documents held out for evaluation."""
     # of a single token nothing can be predicted
     seq_len: Annotated[int, Range(2, 1e8)]

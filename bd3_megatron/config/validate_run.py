@@ -9,6 +9,7 @@ import contextlib
 from pathlib import Path
 
 from bd3_megatron.config.budget import budget_setting, phase_spans, samples_before, total_steps
+from bd3_megatron.config.data import DataConfig
 from bd3_megatron.config.schema import Config
 from bd3_megatron.errors import ConfigError, counted, cut
 
@@ -74,6 +75,16 @@ def _check_stages(config: Config) -> None:
         steps += stage.steps or 0
         # as train/mixing.py: a stage ends with the sample that holds its last token
         samples += -(-(stage.tokens or 0) // seq_len)
+
+
+def refuse_without_text(data: DataConfig) -> None:
+    """Refuse a run that prepares its data from text and names none.
+
+    Raises:
+        ConfigError: data.text is empty.
+    """
+    if not data.text:
+        raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
 
 
 def refuse_without_held_out(config: Config, why: str) -> None:

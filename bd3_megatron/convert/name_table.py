@@ -111,9 +111,7 @@ class NameTable:
         if short == _FC1:
             return {f"{prefix}mlp.up_proj.weight": whole}
         if short not in _ONE_TO_ONE:
-            raise ConversionError(
-                f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py."
-            )
+            raise _unknown(name)
         return {prefix + _ONE_TO_ONE[short]: whole}
 
     def plain_names(self, name: str) -> list[str]:
@@ -136,9 +134,7 @@ class NameTable:
         if self._is_sparse(layer) and short in _EXPERT_ONE_TO_ONE:
             return [prefix + _EXPERT_ONE_TO_ONE[short]]
         if short not in _ONE_TO_ONE:
-            raise ConversionError(
-                f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py."
-            )
+            raise _unknown(name)
         return [prefix + _ONE_TO_ONE[short]]
 
     def to_parallel(self, name: str, plain: Mapping[str, Tensor]) -> Tensor:
@@ -198,11 +194,15 @@ class NameTable:
         return torch.cat(parts, dim=1).flatten(0, 2)
 
 
+def _unknown(name: str) -> ConversionError:
+    return ConversionError(f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py.")
+
+
 def _split_name(name: str) -> tuple[str, str]:
     # decoder, layers, number, the rest.
     parts = name.split(".", 3)
     if len(parts) < 4 or parts[:2] != ["decoder", "layers"]:
-        raise ConversionError(f"parameter '{name}' has no place in the plain model; add it to convert/name_table.py.")
+        raise _unknown(name)
     return parts[2], parts[3]
 
 

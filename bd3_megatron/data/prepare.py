@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bd3_megatron.config.data import DEFAULT_HELD_OUT, DEFAULT_NUM_PIECES
 from bd3_megatron.data.cleaning import sample_documents
 from bd3_megatron.data.decontaminate import NgramRequest
 from bd3_megatron.data.deduplicate import KeyPartMaker, copies_digest, mark_copies, read_copies
@@ -43,9 +44,9 @@ class PrepareRequest:
     """Text of each split: `train`, and others where the corpus has them."""
     tokenizer: str = "bytes"
     """bytes, sentencepiece, sentencepiece-bpe (trained on the text), or what `open_tokenizer` takes."""
-    vocab_size: int = 2048
+    vocab_size: int = DEFAULT_NUM_PIECES
     """V of a trained tokenizer."""
-    valid_fraction: float = 0.05
+    valid_fraction: float = DEFAULT_HELD_OUT
     """Share of train's documents held out as `valid` by content; unused where a valid source is given."""
     detokenizer: str = "none"
     packing: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from bd3_megatron.config.data import HeldOutShare, NumPieces, TableOptions, options_of
+from bd3_megatron.config.data import DEFAULT_NUM_PIECES, HeldOutShare, NumPieces, TableOptions, options_of
 from bd3_megatron.config.load import build_named
 from bd3_megatron.config.ranges import Matches, PathText
 from bd3_megatron.config.yaml_file import read_yaml
@@ -97,7 +97,7 @@ class Recipe:
     """Text by split."""
     tokenizer: PathText = "bytes"
     """bytes, sentencepiece, sentencepiece-bpe (trained on the text), a file, a folder or a hub name."""
-    vocab_size: NumPieces = 2048
+    vocab_size: NumPieces = DEFAULT_NUM_PIECES
     """With a trained tokenizer: its number of pieces."""
     valid_fraction: HeldOutShare = 0.0
     """Share of train's documents held out, where no valid is given."""

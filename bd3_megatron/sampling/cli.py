@@ -35,6 +35,7 @@ OPTION_FLAGS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "more than 1 makes visible tokens less likely (default 1)"),
     "window": (str, "beyond the trained length: recomputed (default) or evicted"),
 }  # fmt: skip
+_STREAM_SHOWS_ONE = "stream shows one text; give one prompt and one sample, without --infill."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not all(args.stop):
         raise SamplingError("a stop string is empty; give at least one character.")
     if args.stream and (args.num_samples != 1 or args.infill):
-        raise SamplingError("stream shows one text; give one prompt and one sample, without --infill.")
+        raise SamplingError(_STREAM_SHOWS_ONE)
     if args.stream and args.out is not None:
         raise SamplingError("--out holds finished texts and --stream shows one as it grows; leave one of them out.")
     new_options(args.seed, decoding_options(args))
@@ -173,7 +174,7 @@ def _results(sampler: Sampler, args: argparse.Namespace, prompts: list[str | lis
 
 def _stream(sampler: Sampler, args: argparse.Namespace, prompts: list[str | list[int]]) -> int:
     if len(prompts) != 1:
-        raise SamplingError("stream shows one text; give one prompt and one sample, without --infill.")
+        raise SamplingError(_STREAM_SHOWS_ONE)
     blocks = sampler.stream(
         prompts[0], num_tokens=args.num_tokens, seed=args.seed, stop_strings=args.stop, **decoding_options(args)
     )

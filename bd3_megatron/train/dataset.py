@@ -21,7 +21,7 @@ from bd3_megatron.checkpoint.layout import checkpoint_folders
 from bd3_megatron.config.data import DataConfig, DatasetOptions, StreamConfig, options_of
 from bd3_megatron.config.objective import block_sizes, objective_of
 from bd3_megatron.config.schema import Config
-from bd3_megatron.config.validate_run import refuse_without_held_out
+from bd3_megatron.config.validate_run import refuse_without_held_out, refuse_without_text
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.data.convention import EvaluationConvention
 from bd3_megatron.data.dataset_source import HubDataset
@@ -175,8 +175,7 @@ def prepare_text(config: Config, say: Callable[[str], None]) -> None:
         Path(config.run.dir) / "checkpoints"
     ):
         return
-    if not data.text:
-        raise ConfigError("data.path is not set and data.text is empty; name a prepared folder or text files.")
+    refuse_without_text(data)
     request = PrepareRequest(
         out=data_folder(config),
         sources={"train": text_source(data.text)},
