@@ -115,11 +115,9 @@ def corrupt(
     device, length = clean_BL.device, clean_BL.shape[1]
     # The schedule reads t to check it: with t on the CPU nothing here waits for a GPU.
     probability_BK = schedule.mask_probability(t_BK)
-    countable_BL = torch.ones_like(clean_BL, dtype=torch.bool) if is_padding_BL is None else ~is_padding_BL
-    if is_supervised_BL is not None:
-        countable_BL = countable_BL & is_supervised_BL
-    if never_mask_first:
-        countable_BL = countable_BL & (torch.arange(length, device=device) > 0)
+    text_BL = torch.ones_like(clean_BL, dtype=torch.bool) if is_padding_BL is None else ~is_padding_BL
+    scored_BL = text_BL if is_supervised_BL is None else text_BL & is_supervised_BL
+    countable_BL = countable(scored_BL, never_mask_first=never_mask_first)
     u_BKS = _uniform(index_B, t_BK.shape[1], length, seed=seed, device=device)
     if axes.positions == "exact":
         drawn_BKS = exact_mask(u_BKS, probability_BK.to(device), countable_BL.view_as(u_BKS), axes)
@@ -151,6 +149,14 @@ def corrupt(
         is_supervised_BL=is_supervised_BL,
         document_id_BL=document_id_BL,
     )
+
+
+def countable(scored_BL: Tensor, *, never_mask_first: bool) -> Tensor:
+    """Tokens that may be masked, of those that may carry loss: bool [B, L]."""
+    if not never_mask_first:
+        return scored_BL
+    # a row's first token has no past in the official convention: it is given
+    return scored_BL & (torch.arange(scored_BL.shape[1], device=scored_BL.device) > 0)
 
 
 def hidden(drawn_BL: Tensor, is_masked_BL: Tensor, is_padding_BL: Tensor | None) -> Tensor:

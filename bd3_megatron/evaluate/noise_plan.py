@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bd3_megatron.data.batch import CleanBatch
 from bd3_megatron.diffusion.constants import MIN_T
-from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt, hidden, per_token
+from bd3_megatron.diffusion.corrupt import NoisyBatch, corrupt, countable, hidden, per_token
 from bd3_megatron.diffusion.noise_level import Interval, noise_levels
 from bd3_megatron.diffusion.noise_schedule import noise_schedule
 from bd3_megatron.diffusion.objective import NextToken, objective_named
@@ -332,8 +332,5 @@ def _num_counted(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
 def _countable(clean: CleanBatch, *, first_token_given: bool) -> Tensor:
     """bool [B, L]: tokens that may be masked: those whose likelihood is asked for, and fill."""
     scored_BL = clean.scored_BL
-    countable_BL = torch.ones_like(clean.tokens_BL, dtype=torch.bool) if scored_BL is None else scored_BL
-    if first_token_given:
-        # a row's first token has no past in the official convention: it is given
-        countable_BL = countable_BL & (torch.arange(countable_BL.shape[1], device=countable_BL.device) > 0)
-    return countable_BL
+    scored_BL = torch.ones_like(clean.tokens_BL, dtype=torch.bool) if scored_BL is None else scored_BL
+    return countable(scored_BL, never_mask_first=first_token_given)

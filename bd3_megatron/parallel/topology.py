@@ -108,13 +108,7 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         dist.init_process_group(
             collective_backend(device), rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
-    if world_size % config.model_ranks:
-        raise GridError(
-            f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis."
-        )
-    grid = Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp, ep=config.ep)
-    if world_size // config.pp % config.ep:
-        raise GridError(f"ep={config.ep} does not divide the {world_size // config.pp} ranks of a stage; change ep.")
+    grid = _grid(config, world_size)
     vpp = config.vpp if (config.vpp or 1) > 1 else None
     # joining the same grid again in one process finds its groups
     groups = megatron_compat.published_groups()
@@ -146,6 +140,21 @@ def join(config: ParallelConfig, *, rank: int, world_size: int, device: torch.de
         expert_group=groups.ep,
         expert_data_group=groups.expt_dp,
     )
+
+
+def _grid(config: ParallelConfig, world_size: int) -> Grid:
+    """The grid of so many ranks.
+
+    Raises:
+        GridError: the axes do not multiply to the world size.
+    """
+    if world_size % config.model_ranks:
+        raise GridError(
+            f"world size {world_size} is not a multiple of tp x pp x cp = {config.model_ranks}; change an axis."
+        )
+    if world_size // config.pp % config.ep:
+        raise GridError(f"ep={config.ep} does not divide the {world_size // config.pp} ranks of a stage; change ep.")
+    return Grid(tp=config.tp, cp=config.cp, dp=world_size // config.model_ranks, pp=config.pp, ep=config.ep)
 
 
 def _groups(grid: Grid, timeout: datetime.timedelta) -> ProcessGroupCollection:
