@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from bd3_megatron.config.budget import samples_before, total_steps
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
+from bd3_megatron.cost.assumptions import engine_assumptions
+from bd3_megatron.cost.memory import memory_per_device
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.planner.machines import GIB, machine_of
 from bd3_megatron.planner.plans import Plan

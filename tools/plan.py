@@ -28,7 +28,7 @@ from bd3_megatron.command import CommandParser, add_config_arguments, is_overrid
 from bd3_megatron.config.budget import samples_before, total_steps
 from bd3_megatron.config.load import flatten, load_config, replace_field, with_later
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import engine_assumptions
+from bd3_megatron.cost.assumptions import engine_assumptions
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.cost.traffic import bytes_by_axis
 from bd3_megatron.data.vocabulary import vocabulary_size

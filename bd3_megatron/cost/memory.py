@@ -11,12 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.activations import (
+    last_layer_activation_bytes,
+    last_layer_kept,
+    layer_activation_bytes,
+    layer_kept,
+    layer_rebuilt,
+    rotary_bytes,
+    row_cut,
+    whole_layer,
+)
+from bd3_megatron.cost.assumptions import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.parameters import experts_per_rank, layer_parameters, parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,
     expected_masked_fraction,
     expert_shards,
-    last_layer_is_recomputed,
     last_layer_is_trimmed,
     layers_per_stage,
     micro_batches,
@@ -27,51 +37,6 @@ from bd3_megatron.cost.shape import (
     zero_shards,
     zero_stage,
 )
-
-FP32 = 4
-
-
-def head_chunk_bytes(device: str, *, is_sharded: bool = False) -> int:
-    """fp32 logits that the head holds at a time on "cuda" or "cpu"; the working set is one and a half of them.
-
-    Args:
-        device: type of the device.
-        is_sharded: tensor-parallel ranks share the vocabulary.
-    """
-    if device == "cpu":
-        return 32 * 2**20
-    # every chunk of a shared vocabulary costs two all-reduces, so that all rows go in one wherever 2 GiB allow
-    return 2**31 if is_sharded else 2**29
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineAssumptions:
-    """What arithmetic must be told about the engine; the defaults describe it on a GPU."""
-
-    precision: str = "bf16"
-    """bf16 or fp32."""
-    fused: bool = True
-    """Activation of the MLP fused (GPU); on CPU it is not."""
-    head_chunk_bytes: int = head_chunk_bytes("cuda")
-    """fp32 logits of the rows that exist at a time; under bf16 half as much again in low precision."""
-    reduce_bucket_elements: int = 50_000_000
-    """Elements of a ZeRO-2/3 reduction bucket."""
-
-    @property
-    def element_bytes(self) -> int:
-        return 2 if self.precision == "bf16" else FP32
-
-
-def engine_assumptions(device: str, config: Config, *, reduce_bucket_elements: int = 50_000_000) -> EngineAssumptions:
-    """Assumptions on "cuda" or "cpu" at the configuration's precision."""
-    auto = "bf16" if device == "cuda" else "fp32"
-    precision = auto if config.train.precision == "auto" else config.train.precision
-    return EngineAssumptions(
-        precision=precision,
-        fused=device == "cuda",
-        head_chunk_bytes=head_chunk_bytes(device, is_sharded=config.parallel.tp > 1),
-        reduce_bucket_elements=reduce_bucket_elements,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +109,18 @@ def memory_of_stage(
     chunks = chunks_in_flight(config, stage)
     held = layers / (config.parallel.vpp or 1) * chunks
     share = recomputed_layers(config, stage) / layers
-    activations = held * (share * _kept(layer, config) + (1 - share) * _whole(layer))
-    activations += _stage_inputs(config, shape, engine, stage) + chunks * _rotary(config, shape, engine.element_bytes)
+    activations = held * (share * layer_kept(layer, config) + (1 - share) * whole_layer(layer))
+    activations += _stage_inputs(config, shape, engine, stage) + chunks * rotary_bytes(
+        config, shape, engine.element_bytes
+    )
     last = stage == config.parallel.pp - 1
-    working = _gradients(config, shape, engine, scored=False) + (_rebuilt(layer, config) if share else 0.0)
+    working = _gradients(config, shape, engine, scored=False) + (layer_rebuilt(layer, config) if share else 0.0)
     head = _Head(0.0, 0.0)
     if last:
         short = last_layer_activation_bytes(config, shape, engine)
         # of an interleaved stage's chunks in flight one in vpp holds the last layer
         once = chunks / (config.parallel.vpp or 1)
-        activations -= once * (_last_kept(layer, config) - _last_kept(short, config))
+        activations -= once * (last_layer_kept(layer, config) - last_layer_kept(short, config))
         head = _head(config, shape, engine)
         working = _beyond_the_head(config, shape, engine, layers=(layer, short), head=head)
     return MemoryBytes(
@@ -210,118 +177,11 @@ def chunks_in_flight(config: Config, stage: int) -> int:
     return min(warm_up + 1, total * vpp)
 
 
-def _row_cut(config: Config) -> int:
-    return config.parallel.tp if config.parallel.sequence_parallel else 1
-
-
-def layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptions) -> dict[str, float]:
-    """Bytes one layer keeps for its backward, for one micro-batch, by part ("input" is the layer's input alone)."""
-    b, tp = engine.element_bytes, config.parallel.tp
-    rows = pipeline_rows(config, shape) * config.train.micro_batch_size
-    # tp cuts q, k, v and the MLP, but rows of norms only under sequence parallelism
-    cut = rows / _row_cut(config)
-    q, kv = shape.q_width / tp, shape.kv_width / tp
-    return {
-        # qkv: stacked q, k, v (its v is a view), then rotated q and k. Attention: the kernel's output, the same again
-        # in row order, one fp32 statistic a head. MLP: gated, gate and up 2F and their product F; plain, input and
-        # output of gelu, 2F.
-        "input": cut * shape.hidden * b,
-        "norms": cut * 2 * shape.hidden * b,
-        "normed": cut * 2 * shape.hidden * b,
-        "qk_norms": rows * _qk_norm_bytes(shape, b) / tp if shape.qk_norm else 0.0,
-        "qkv": rows * (q + kv + q + kv / 2) * b,
-        "attention_kernel": rows * (q * b + FP32 * shape.heads / tp),
-        "attention_output": rows * q * b,
-        **_mlp_rows(config, shape, engine, rows, cut),
-        "dropout": 2 * cut * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
-    }
-
-
-def last_layer_activation_bytes(config: Config, shape: Shape, engine: EngineAssumptions) -> dict[str, float]:
-    """The same of the model's last layer where it computes keys and values of all rows, the rest of scored rows only."""
-    if not last_layer_is_trimmed(config):
-        return layer_activation_bytes(config, shape, engine)
-    b, tp, mbs = engine.element_bytes, config.parallel.tp, config.train.micro_batch_size
-    rows = pipeline_rows(config, shape) * mbs
-    stream = (shape.noisy_rows or shape.length) // config.parallel.cp * mbs
-    scored = scored_rows(config, shape, expected_masked_fraction(config))
-    q, kv = shape.q_width / tp, shape.kv_width / tp
-    # the cut of the stacked weight into queries and the rest is a copy
-    weights = shape.hidden * (q + kv) * b
-    return {
-        "input": rows / _row_cut(config) * shape.hidden * b,
-        "norms": (rows / _row_cut(config) + scored) * shape.hidden * b,
-        # normed rows are whole on every rank, under sequence parallelism too
-        "normed": (rows + scored) * shape.hidden * b,
-        "qk_norms": scored * q * b + rows * FP32 * shape.heads / tp if shape.qk_norm else 0.0,
-        "qkv": (scored * shape.hidden + stream * q + rows * 1.5 * kv) * b + weights,
-        "rotary": 2.0 * scored * shape.head_width * b,
-        "attention_kernel": stream * (q * b + FP32 * shape.heads / tp),
-        "attention_output": scored * q * b,
-        **_mlp_rows(config, shape, engine, scored, scored),
-        "dropout": 2 * scored * shape.hidden * (1 if engine.fused else b) if shape.dropout else 0.0,
-    }
-
-
-def _rotary(config: Config, shape: Shape, b: int) -> float:
-    """Cosines and sines, in one copy for all sequences, heads and layers of a chunk."""
-    return 2.0 * pipeline_rows(config, shape) * shape.head_width * b
-
-
-def _qk_norm_bytes(shape: Shape, b: int) -> float:
-    """A statistic a head, and grouped queries as rows of heads; the rest is in the stacked q, k, v that is kept anyway."""
-    grouped = 2 * shape.q_width > shape.kv_width
-    return FP32 * (shape.q_width + shape.kv_width / 2) / shape.head_width + (shape.q_width * b if grouped else 0)
-
-
-def _mlp_rows(config: Config, shape: Shape, engine: EngineAssumptions, rows: float, cut: float) -> dict[str, float]:
-    """Inner rows of the MLP; of a mixture, at even load, what its experts, their exchange and the router keep.
-
-    Args:
-        rows: of the micro-batch on a tensor-parallel group.
-        cut: of them on this rank.
-    """
-    b, tp, experts = engine.element_bytes, config.parallel.tp, shape.experts
-    if experts is None:
-        return {"mlp": rows * _mlp_width(shape) / tp * b, "mlp_active": rows * shape.ffn / tp * b}
-    copies, shared = cut * experts.top_k, rows * (experts.shared_width or 0) / tp
-    # rows as experts take and give them; logits, scores and weights in fp32, and the rows widened for the router
-    router = FP32 * cut * (3 * experts.number + (shape.hidden if b < FP32 else 0))
-    return {
-        "mlp": (copies * (2 * experts.width + 2 * shape.hidden) + 2 * shared) * b + router,
-        "mlp_active": (copies * experts.width + shared) * b,
-    }
-
-
-def _mlp_width(shape: Shape) -> int:
-    """Channels of the MLP's inner rows as its first matrix gives them."""
-    return (1 if shape.paper else 2) * shape.ffn
-
-
-def _whole(layer: dict[str, float]) -> float:
-    # the layer's input is inside "norms", which is what the norms keep of theirs
-    return sum(value for part, value in layer.items() if part != "input")
-
-
-def _last_kept(layer: dict[str, float], config: Config) -> float:
-    """What the model's last layer keeps."""
-    return _kept(layer, config) if last_layer_is_recomputed(config) else _whole(layer)
-
-
-def _kept(layer: dict[str, float], config: Config) -> float:
-    """What a layer keeps that recomputation covers."""
-    if config.train.recompute == "full":
-        return layer["input"]
-    if config.train.recompute == "selective":
-        return _whole(layer) - layer["attention_kernel"] - layer["normed"] - layer["mlp_active"]
-    return _whole(layer)
-
-
 def _stage_inputs(config: Config, shape: Shape, engine: EngineAssumptions, stage: int) -> float:
     """What a stage receives and keeps to send its gradient back; the schedule drops its own output after sending."""
     if stage == 0:
         return 0.0
-    rows = pipeline_rows(config, shape) * config.train.micro_batch_size / _row_cut(config)
+    rows = pipeline_rows(config, shape) * config.train.micro_batch_size / row_cut(config)
     return rows * shape.hidden * engine.element_bytes * chunks_in_flight(config, stage)
 
 
@@ -331,14 +191,9 @@ def _gradients(config: Config, shape: Shape, engine: EngineAssumptions, *, score
         rows = cut = scored_rows(config, shape, expected_masked_fraction(config))
     else:
         rows = pipeline_rows(config, shape) * config.train.micro_batch_size
-        cut = rows / _row_cut(config)
+        cut = rows / row_cut(config)
     inner = (3 if not shape.paper else 2) * (shape.active_ffn if shape.experts else shape.ffn) / config.parallel.tp
     return (rows * inner + 2 * cut * shape.hidden) * engine.element_bytes
-
-
-def _rebuilt(layer: dict[str, float], config: Config) -> float:
-    """What recomputation brings back of one layer before its backward."""
-    return _whole(layer) - _kept(layer, config)
 
 
 def _beyond_the_head(
@@ -356,11 +211,11 @@ def _beyond_the_head(
     """
     layer, short = layers
     again = recomputed_layers(config, config.parallel.pp - 1)
-    whole = _gradients(config, shape, engine, scored=False) + (_rebuilt(layer, config) if again else 0.0)
+    whole = _gradients(config, shape, engine, scored=False) + (layer_rebuilt(layer, config) if again else 0.0)
     if not last_layer_is_trimmed(config):
         return max(0.0, whole - head.chunk)
-    keeps = _last_kept(short, config)
-    first = _gradients(config, shape, engine, scored=True) + _whole(short) - keeps
+    keeps = last_layer_kept(short, config)
+    first = _gradients(config, shape, engine, scored=True) + whole_layer(short) - keeps
     return max(0.0, first - head.chunk, whole - head.chunk - head.rows - keeps)
 
 
@@ -383,7 +238,7 @@ def _head(config: Config, shape: Shape, engine: EngineAssumptions) -> _Head:
     chunk = chunk_rows * vocab * (FP32 + low)
     rows = pipeline_rows(config, shape) * mbs
     trimmed = last_layer_is_trimmed(config)
-    normed = scored if trimmed else rows / _row_cut(config)
+    normed = scored if trimmed else rows / row_cut(config)
     # its output is gone once the scored rows are picked from it
     final_norm = normed * shape.hidden * engine.element_bytes
     # masked rows and their gradient; under sequence parallelism an untrimmed last layer's rows are all gathered first

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
+from bd3_megatron.cost.assumptions import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.parameters import experts_per_rank, parameters_per_rank, summed_over_tp
 from bd3_megatron.cost.shape import (
     Shape,

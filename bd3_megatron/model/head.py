@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_megatron.cost.memory import head_chunk_bytes
+from bd3_megatron.cost.assumptions import head_chunk_bytes
 
 
 @dataclass(frozen=True)

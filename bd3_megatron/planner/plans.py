@@ -14,8 +14,9 @@ from typing import Literal
 
 from bd3_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from bd3_megatron.config.validate import validate
+from bd3_megatron.cost.assumptions import engine_assumptions
 from bd3_megatron.cost.flops import convention_flops
-from bd3_megatron.cost.memory import MemoryBytes, engine_assumptions, memory_per_device
+from bd3_megatron.cost.memory import MemoryBytes, memory_per_device
 from bd3_megatron.cost.shape import data_parallel
 from bd3_megatron.errors import ConfigError, GridError, counted, divisors
 from bd3_megatron.planner.constants import Constants

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from bd3_megatron.config.schema import Config
+from bd3_megatron.cost.assumptions import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.flops import Flops, executed_flops, execution_of
-from bd3_megatron.cost.memory import FP32, EngineAssumptions, engine_assumptions
 from bd3_megatron.cost.parameters import experts_per_rank, parameters_per_rank
 from bd3_megatron.cost.shape import (
     Shape,

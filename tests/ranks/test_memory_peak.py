@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.load import replace_field
-from bd3_megatron.cost.memory import engine_assumptions, memory_of_stage
+from bd3_megatron.cost.assumptions import engine_assumptions
+from bd3_megatron.cost.memory import memory_of_stage
 from bd3_megatron.parallel.topology import Topology
 from tests.ranks.harness import run_ranks
 from tests.ranks.train_runs import train_config, write_data

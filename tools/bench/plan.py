@@ -30,7 +30,8 @@ from bd3_megatron.config.load import config_from_tree
 from bd3_megatron.config.objective import objective_of
 from bd3_megatron.config.schema import Config
 from bd3_megatron.config.validate import validate
-from bd3_megatron.cost.memory import engine_assumptions, memory_per_device
+from bd3_megatron.cost.assumptions import engine_assumptions
+from bd3_megatron.cost.memory import memory_per_device
 from bd3_megatron.errors import RangeError
 from bd3_megatron.files import write_text
 from bd3_megatron.parallel.topology import leave

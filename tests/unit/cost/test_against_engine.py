@@ -16,7 +16,8 @@ from bd3_megatron.attention.select import named
 from bd3_megatron.config.load import replace_field
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import EngineAssumptions, memory_of_stage
+from bd3_megatron.cost.assumptions import EngineAssumptions
+from bd3_megatron.cost.memory import memory_of_stage
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import bytes_by_axis
 from bd3_megatron.engine.zero_engine import ZeroEngine

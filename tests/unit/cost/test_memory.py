@@ -7,14 +7,9 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import (
-    EngineAssumptions,
-    chunks_in_flight,
-    engine_assumptions,
-    layer_activation_bytes,
-    memory_of_stage,
-    memory_per_device,
-)
+from bd3_megatron.cost.activations import layer_activation_bytes
+from bd3_megatron.cost.assumptions import EngineAssumptions, engine_assumptions
+from bd3_megatron.cost.memory import chunks_in_flight, memory_of_stage, memory_per_device
 from bd3_megatron.cost.parameters import parameter_count
 from bd3_megatron.cost.shape import shape_of
 from tests.unit.cost.cases import case

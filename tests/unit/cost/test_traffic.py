@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bd3_megatron.config.schema import Config
-from bd3_megatron.cost.memory import EngineAssumptions
+from bd3_megatron.cost.assumptions import EngineAssumptions
 from bd3_megatron.cost.parameters import parameters_per_rank
 from bd3_megatron.cost.traffic import Collective, Transfer, bytes_by_axis, small_collectives, transfers
 from tests.unit.cost.cases import case
