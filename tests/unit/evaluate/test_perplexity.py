@@ -187,6 +187,16 @@ def test_padding_and_the_first_token_are_left_out_of_the_mean() -> None:
     assert evaluated(rows, ScoreSettings(exact=True, convention=GIVEN)).num_tokens == 3 * LENGTH - 6
 
 
+def test_long_sequences_weigh_by_their_tokens() -> None:
+    plan = noise_plan(objective="ar", block_size=1, mask_id=None)
+    sums = ScoreSums(score_table(plan, num_rows=2, num_sequences=None), torch.device("cpu"))
+    [share] = deal(sums.table, batch_size=2)
+    sums.put_sums(share, torch.tensor([3.0, 30.0]))
+    sums.put_counts(share, torch.tensor([1, 32]))
+    # the mean of the two sequences' means would be 1.97
+    assert estimate(plan, sums).nll_nats_per_token == 1.0
+
+
 def test_enumeration_with_exempt_tokens_equals_many_draws() -> None:
     padding = torch.zeros(3, LENGTH, dtype=torch.bool)
     padding[1, 5:] = True
