@@ -144,6 +144,16 @@ def test_windows_are_permuted_and_complete(corpus: Path) -> None:
         assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])
 
 
+def test_every_stream_shard_is_permuted_by_itself(corpus: Path) -> None:
+    # two files of the same text, a stream shard each
+    for file in (corpus / "text").iterdir():
+        file.write_text("".join(json.dumps({"text": f"document {i:06}", "keep": True}) + "\n" for i in range(16)))
+    (corpus / "text" / "2.jsonl").unlink()
+    shards = [StreamShard(plan(corpus, num_shards=2, shuffle_rows=8), number) for number in (0, 1)]
+    first, second = ([shard.row(i).tokens_BL.tolist() for i in range(8)] for shard in shards)
+    assert first != second and sorted(first) == sorted(second)
+
+
 @pytest.mark.parametrize("mode", ["wrap", "isolated", "pad"])
 @pytest.mark.parametrize("special", [False, True])
 def test_rows_are_packed_as_from_shards(tmp_path: Path, mode: str, special: bool) -> None:
