@@ -140,7 +140,9 @@ def resume(
     load(engine, path)
     state.tokenizer, state.rows = dict(identity.tokenizer), dict(identity.rows)
     # Samples consumed so far are a fact, whatever batch sizes this attempt has.
-    if _due(manifest, config, state)["samples_consumed"] != state.samples_consumed or state.origin_step is None:
+    plan = _plan_from_origin(manifest, config, state)
+    # only samples are asked of it: this attempt's budget may end before the step that was reached
+    if plan is None or plan.samples_before(manifest.step) != state.samples_consumed:
         state.origin_step, state.origin_samples = state.step, state.samples_consumed
     say(f"resumes at step {state.step} from {path}")
     for change in changed:
@@ -180,15 +182,19 @@ def saved_run(path: Path, manifest: Manifest) -> tuple[Config, TrainState]:
 def _due(manifest: Manifest, config: Config, state: TrainState) -> dict[str, Any]:
     """What the state of that step must hold, by field."""
     due: dict[str, Any] = {"step": manifest.step, "samples_consumed": manifest.samples_consumed}
-    first = state.origin_step
-    # older checkpoints do not say where their attempt began, and batches may have changed on the way
-    if first is None or state.origin_samples is None or first > manifest.step:
+    plan = _plan_from_origin(manifest, config, state)
+    if plan is None:
         return due
-    plan = RunPlan(config, first, state.origin_samples)
     due["samples_consumed"] = plan.samples_before(manifest.step)
-    if manifest.step > first:
+    if manifest.step > plan.origin_step:
         due["block_size"] = plan.phase_at(manifest.step - 1).phase.block_size
     return due
+
+
+def _plan_from_origin(manifest: Manifest, config: Config, state: TrainState) -> RunPlan | None:
+    first, samples = state.origin_step, state.origin_samples
+    # older checkpoints do not say where their attempt began, and batches may have changed on the way
+    return None if first is None or samples is None or first > manifest.step else RunPlan(config, first, samples)
 
 
 def changes(saved: Config, config: Config, *, data: tuple[DataIdentity, DataIdentity] | None = None) -> list[Change]:
