@@ -34,9 +34,9 @@ def run(tmp_path: Path, **experts: Any) -> Config:
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "copies": {"number": 4, "top_k": 2, "width": 48, "leading_dense_layers": 1},
-    # copies of three slices beside a shared part, as LLaDA2 routes
+    # six copies of three slices beside a shared part, as LLaDA2 routes; three divides six, so that slices of one row can differ
     "slices": {
-        "number": 12, "top_k": 6, "width": 12, "shared_width": 12, "score": "sigmoid", "bias": True, "groups": 2,
+        "number": 18, "top_k": 6, "width": 12, "shared_width": 12, "score": "sigmoid", "bias": True, "groups": 2,
         "group_top_k": 2, "scaling_factor": 2.5,
     },
 }  # fmt: skip
@@ -54,7 +54,7 @@ def test_the_mixture_computes_what_the_dense_model_does(kind: str, dense: Path, 
         "decoder.layers.1.mlp.router.weight"
     )
     # copies are told apart by their rows
-    assert len(router.unique(dim=0)) == 4
+    assert len(router.unique(dim=0)) == {"copies": 4, "slices": 6}[kind]
 
 
 def test_noise_sets_copies_apart(dense: Path, tmp_path: Path) -> None:
