@@ -24,7 +24,7 @@ def test_every_tool_has_a_heading_and_an_example() -> None:
 
 
 def test_every_benchmark_is_named() -> None:
-    shared = {"harness", "runs", "official_form", "official_step", "host_reads"}
+    shared = {"harness", "runs", "official_form", "official_step", "host_reads", "cuda_path"}
     benchmarks = {path.stem for path in (ROOT / "tools" / "bench").glob("*.py")} - shared
     assert set(re.findall(r"python -m tools\.bench\.(\w+)", TEXT)) == benchmarks
 
