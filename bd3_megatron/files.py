@@ -56,7 +56,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
 
 
 def create(path: Path, text: str) -> bool:
-    """Write a small text file only where there is none: of many writers, on any hosts, one succeeds.
+    """Write a small text file only where there is none: of many writers, on any hosts, one succeeds. Makes no folder.
 
     Until it returns, readers may see the file empty.
 
@@ -67,7 +67,6 @@ def create(path: Path, text: str) -> bool:
         FileError: it cannot be written, and is not there.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # O_EXCL is atomic on network file systems too, a hard link is not to be had on all of them
         with path.open("x", encoding="utf-8") as file:
             try:

@@ -196,7 +196,8 @@ class Lease:
         if found is not None and found.token != self.holder.token:
             return found
         if found is None:
-            # somebody removed the file by hand: who is first to write it again holds the folder
+            # Somebody removed the file by hand: who is first to write it again holds the folder. A folder that is gone was
+            # given up by its holder and does not come back.
             _create(self.path, self.holder)
         else:
             os.utime(self.path)
@@ -281,6 +282,7 @@ def acquire(
     """
     mine = this_process()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # creating the file is what decides: of many launches one succeeds
         while not _create(path, mine):
             first = look(path, mine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bd3_megatron.data.shard_header import ShardRecord
 from bd3_megatron.data.shards import SHARD_SUFFIXES, SUPERVISED_SUFFIX
 from bd3_megatron.data.source import PartTask
 from bd3_megatron.errors import ConfigError, DataError, counted
-from bd3_megatron.files import move, read_json, read_json_list, remove_leftovers, write_json
+from bd3_megatron.files import discard, move, read_json, read_json_list, remove_leftovers, write_json
 from bd3_megatron.lease import held
 
 MANIFEST_FILE = "prepare.json"
@@ -109,16 +109,24 @@ class WorkFolder:
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
         move(self.data, self.out)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._discard()
 
     def remove(self) -> None:
         """Leave nothing behind, not even folders made on the way."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._discard()
         for folder in self._made[1:]:
             try:
                 folder.rmdir()
             except OSError:
                 return
+
+    def _discard(self) -> None:
+        # By one rename first: a heartbeat that misses its lease writes it anew, and would do so into a folder half deleted.
+        with suppress(OSError):
+            discard(self.root)
+        # what a run that was killed here had renamed
+        if self.out.parent.is_dir():
+            remove_leftovers(self.out.parent)
 
     def _take_back(self) -> None:
         """Undo the renaming of a run that was killed while it published."""

@@ -9,7 +9,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from bd3_megatron import files
+from bd3_megatron.data import work_folder
 from bd3_megatron.data.part_pool import Progress, ProgressBar, make_parts
 from bd3_megatron.data.prepare import PrepareRequest, prepare
 from bd3_megatron.data.shard_header import HEADER_FILE
@@ -32,7 +34,7 @@ from bd3_megatron.errors import (
     TokenizerError,
     WorkStopped,
 )
-from bd3_megatron.lease import held
+from bd3_megatron.lease import LEASE_FILE, Lease, held
 from tests.unit.data.corpora import content_of, english
 
 
@@ -70,6 +72,31 @@ def test_the_text_is_all_there_once_and_the_folder_is_complete(text: Path, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
     for split in ("train", "valid"):
         assert len(list(ShardFolder(tmp_path / "out" / split).verify())) > 3
+
+
+def test_a_heartbeat_during_the_last_deletion_leaves_no_folder(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk: the lease's file is gone, the folder is not yet, and the heartbeat is due."""
+    leases: list[Lease] = []
+    unlink = os.unlink
+
+    @contextmanager
+    def watched(folder: Path, *, name: str) -> Iterator[None]:
+        with held(folder, name=name) as lease:
+            leases.append(lease)
+            yield
+
+    def slow(path: str, *, dir_fd: int | None = None) -> None:
+        unlink(path, dir_fd=dir_fd)
+        if Path(path).name == LEASE_FILE:
+            with suppress(OSError):
+                leases[0].beat()
+
+    monkeypatch.setattr(work_folder, "held", watched)
+    monkeypatch.setattr(os, "unlink", slow)
+    prepare(request(text, tmp_path / "out", tokenizer="bytes"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(text: Path, tmp_path: Path) -> None:

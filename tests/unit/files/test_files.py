@@ -61,10 +61,14 @@ def test_what_is_written_is_there_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_of_many_who_create_a_file_one_succeeds(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a"
+    path = tmp_path / "a"
     statuses = [in_a_child(lambda number=n: os._exit(0 if create(path, f"{number}\n") else 1)) for n in range(3)]
     assert statuses == [0, 256, 256] and path.read_text() == "0\n"
-    assert os.listdir(path.parent) == ["a"]
+    assert os.listdir(tmp_path) == ["a"]
+    # a heartbeat that misses its lease must not bring the folder back that its holder has given up
+    with pytest.raises(FileError, match="cannot be written"):
+        create(tmp_path / "gone" / "a", "text")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_file_that_cannot_be_created_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
