@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -23,11 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from bd3_megatron.model.linear import ColumnLinear
 from bd3_megatron.model.recompute import ThriftyMLP, rebuilt
 from bd3_megatron.model.rotary import turned
 
 
-class QkvLinear(ColumnParallelLinear):
+class QkvLinear(ColumnLinear):
     """q, k, v projection: bias-free although the MLP of the same config may be biased; queries for some rows on request.
 
     Its weight holds, group after group, the group's query heads, its key head and its value head.

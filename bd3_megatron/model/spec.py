@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +29,7 @@ from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.core_attention import CoreAttention, PairAttention
 from bd3_megatron.model.experts import ExpertLayer
 from bd3_megatron.model.last_layer import LastLayer, QkvLinear
+from bd3_megatron.model.linear import ColumnLinear, RowLinear
 from bd3_megatron.model.norms import LayerNorm, RMSNorm
 from bd3_megatron.model.recompute import Recompute, ThriftyMLP
 from bd3_megatron.parallel.topology import Topology
@@ -37,7 +37,7 @@ from bd3_megatron.parallel.topology import Topology
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
-class _RowWithoutBias(RowParallelLinear):
+class _RowWithoutBias(RowLinear):
     """Attention output projection, bias-free although the MLP of the same config may be biased."""
 
     def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ def _mlp_class(tp_group: dist.ProcessGroup) -> type[ThriftyMLP]:
 
     class Mlp(ThriftyMLP):
         def __init__(self, config: TransformerConfig) -> None:
-            parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            parts = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
             super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
 
     return Mlp
