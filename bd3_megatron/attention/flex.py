@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bd3_megatron.attention import machine
 from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.streams import Stream, check_streams
+from bd3_megatron.attention.streams import Stream, attend_joined, check_rows
 from bd3_megatron.attention.tiles import TILE, executed_tiles, tile_table
 from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, on_device, sees
 from bd3_megatron.errors import BackendError
@@ -59,12 +59,22 @@ def attend(
         BackendError: if a gradient is asked of it on CPU, or the run needs more graphs than `MAX_GRAPHS`.
         ShapeError: if the streams do not fit the visibility.
     """
-    check_streams(noisy, clean, visibility)
-    streams = [s for s in (noisy, clean) if s is not None]
-    q, k, v = (
-        torch.cat(rows, dim=1).transpose(1, 2)
-        for rows in ([s.q_BLNH for s in streams], [s.k_BLGH for s in streams], [s.v_BLGH for s in streams])
-    )
+    return attend_joined(partial(attend_rows, kernel=kernel, call=call), noisy, clean, visibility, scale=scale)
+
+
+def attend_rows(
+    q_BQNH: Tensor,
+    k_BRGH: Tensor,
+    v_BRGH: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    kernel: KernelName = "TRITON",
+    call: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The same of rows that nobody has cut, [noisy; clean]."""
+    check_rows(q_BQNH, k_BRGH, visibility)
+    q, k, v = (rows.transpose(1, 2) for rows in (q_BQNH, k_BRGH, v_BRGH))
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise BackendError(_NO_BACKWARD_ON_CPU)
@@ -78,10 +88,7 @@ def attend(
     # torch's own message names dynamo's limits, not the curriculum that ran into them
     except FailOnRecompileLimitHit as limit:
         raise BackendError(_too_many_graphs(visibility)) from limit
-    out_BQNH = out.transpose(1, 2)
-    # noisy rows stand first, so one cut parts the outputs of the two streams
-    border = num_rows(visibility.noisy_rows)
-    return (out_BQNH[:, :border] if noisy is not None else None, out_BQNH[:, border:] if clean is not None else None)
+    return out.transpose(1, 2)
 
 
 def refuse(request: AttentionRequest) -> str | None:

@@ -145,4 +145,4 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     # out + w (part - out) with w = exp(part_lse - new_lse) = sigmoid(part_lse - lse): one pass, no overflow.
     weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
     out.lerp_(part_out.to(out.dtype), weight)
-    lse.copy_(torch.logaddexp(lse, part_lse))
+    torch.logaddexp(lse, part_lse, out=lse)

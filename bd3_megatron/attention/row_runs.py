@@ -13,6 +13,9 @@ from torch import Tensor
 
 from bd3_megatron.attention.rectangles import RectangleSeries, RowRun
 
+# Views are cut by one as_strided each, from sizes and strides: at small shapes the host pays for every view it takes, and the
+# same cut by slices, flattenings and selections took three.
+
 
 def pack_rows(
     runs: tuple[RowRun, ...], noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
@@ -31,15 +34,9 @@ def pack_rows(
     for run in runs:
         # Queries of one position stand side by side: the noisy and the clean one, and all heads that share a key head.
         # Grouped queries are thus ordinary rows: keys are never repeated and kernels need no grouped mode.
-        pieces = [
-            rows.narrow(1, start, run.num_rows).unflatten(2, (groups, -1)).transpose(1, 2)
-            for stream, rows, start in (
-                ("noisy", noisy_BLNH, run.noisy_start),
-                ("clean", clean_BLNH, run.clean_start),
-            )
-            if rows is not None and run.who in (stream, "pair")
-        ]
-        packed.append(torch.stack(pieces, dim=4).flatten(2, 3).flatten(0, 1))
+        pieces = [rows for rows, _ in _streams(run, noisy_BLNH, clean_BLNH, groups)]
+        batch, _, count, share, width = pieces[0].shape
+        packed.append(torch.stack(pieces, dim=4).view(batch * groups, count * share, len(pieces), width))
     return packed
 
 
@@ -48,12 +45,35 @@ def unpack_rows_(
 ) -> None:
     """Write the rows of every run into [B, rows, N, H] tensors (in place), casting to their dtype."""
     for run, rows in zip(runs, packed, strict=True):
-        streams = rows.unflatten(0, (-1, groups)).unflatten(2, (run.num_rows, -1)).transpose(1, 2).unbind(4)
-        # noisy before clean; in a run of one stream the indices 0 and -1 name the same rows
-        if noisy_BLNH is not None and run.who != "clean":
-            noisy_BLNH.narrow(1, run.noisy_start, run.num_rows).unflatten(2, (groups, -1)).copy_(streams[0])
-        if clean_BLNH is not None and run.who != "noisy":
-            clean_BLNH.narrow(1, run.clean_start, run.num_rows).unflatten(2, (groups, -1)).copy_(streams[-1])
+        row_stride, stream_stride, channel_stride = rows.stride()[1:]
+        for target, stream in _streams(run, noisy_BLNH, clean_BLNH, groups):
+            batch, _, count, share, width = target.shape
+            strides = (
+                groups * rows.stride(0),
+                rows.stride(0),
+                share * row_stride,
+                row_stride,
+                channel_stride,
+            )
+            # noisy before clean; a run of one stream has only stream 0
+            at = rows.storage_offset() + stream * stream_stride
+            target.copy_(rows.as_strided((batch, groups, count, share, width), strides, at))
+
+
+def _streams(
+    run: RowRun, noisy_BLNH: Tensor | None, clean_BLNH: Tensor | None, groups: int
+) -> list[tuple[Tensor, int]]:
+    """The rows of a run in each of its streams as a view [B, G, rows, R, H], and the stream's number in the run."""
+    given = (("noisy", noisy_BLNH, run.noisy_start), ("clean", clean_BLNH, run.clean_start))
+    present = [(rows, start) for stream, rows, start in given if rows is not None and run.who in (stream, "pair")]
+    views = []
+    for number, (rows, start) in enumerate(present):
+        batch, _, heads, width = rows.shape
+        of_batch, of_row, of_head, of_channel = rows.stride()
+        shape = (batch, groups, run.num_rows, heads // groups, width)
+        strides = (of_batch, heads // groups * of_head, of_row, of_head, of_channel)
+        views.append((rows.as_strided(shape, strides, rows.storage_offset() + start * of_row), number))
+    return views
 
 
 def fold_keys(key_BLGH: Tensor) -> Tensor:
@@ -79,36 +99,33 @@ def series_rows(run_rows: Tensor, run: RowRun, series: RectangleSeries) -> Tenso
         [X, count, rows * R * c', ...] with c' the streams that ask; causal series [X, R, rows, ...], because rows of one
         position differ from their neighbours there.
     """
-    share = run_rows.size(1) // run.num_rows
+    of_fold, of_row, of_stream, *of_rest = run_rows.stride()
+    unit, offset = run_rows.size(1) // run.num_rows, run_rows.storage_offset()
     # where all streams of the run ask, they are neighbours in memory and count as rows
     if series.who == run.who:
-        rows, unit = run_rows.flatten(1, 2), share * run_rows.size(2)
-    else:
-        rows, unit = run_rows.select(2, 0 if series.who == "noisy" else 1), share
+        unit, of_row = unit * run_rows.size(2), of_stream
+    elif series.who == "clean":
+        offset += of_stream
+    offset += series.row * unit * of_row
+    middle = (series.count, series.num_rows * unit), (series.spacing * unit * of_row, of_row)
     if series.causal:
-        return rows.narrow(1, series.row * unit, series.num_rows * unit).unflatten(1, (-1, unit)).transpose(1, 2)
-    return _windows(rows, series.row * unit, series.num_rows * unit, series.count, series.spacing * unit)
+        middle = (unit, series.num_rows), (of_row, unit * of_row)
+    shape = (run_rows.size(0), *middle[0], *run_rows.shape[3:])
+    return run_rows.as_strided(shape, (of_fold, *middle[1], *of_rest), offset)
 
 
 def series_keys(keys: Tensor, series: RectangleSeries, num_calls: int) -> Tensor:
     """The keys (or values) of one series, [X, num_calls, keys, H]; causal series show the same keys to every call (stride 0)."""
-    windows = _windows(keys, series.key, series.num_keys, series.count, series.spacing)
-    return windows.expand(-1, num_calls, -1, -1) if series.causal else windows
+    of_fold, of_key, of_channel = keys.stride()
+    # spacing is 0 where there is one rectangle, and so where all calls share its keys
+    shape = (keys.size(0), num_calls, series.num_keys, keys.size(2))
+    strides = (of_fold, series.spacing * of_key, of_key, of_channel)
+    return keys.as_strided(shape, strides, keys.storage_offset() + series.key * of_key)
 
 
 def add_series_keys_(total: Tensor, series: RectangleSeries, part: Tensor) -> None:
     """Add the gradient of one series's keys [X, calls, keys, H] to that of all keys [X, rows, H], in place."""
-    windows = _windows(total, series.key, series.num_keys, series.count, series.spacing)
     # windows of one series never overlap, or adding through the view would lose gradients; the calls of a causal
     # series see the same keys, so theirs are summed first
-    windows.add_(part.sum(1, keepdim=True) if series.causal and part.size(1) > 1 else part)
-
-
-def _windows(rows: Tensor, start: int, length: int, count: int, spacing: int) -> Tensor:
-    """`count` windows of `length` rows, `spacing` apart: a view [X, count, length, ...]."""
-    if count == 1:
-        return rows.narrow(1, start, length).unsqueeze(1)
-    shape, stride = rows.shape, rows.stride()
-    # as_strided counts from the start of the storage, not of this view
-    offset = rows.storage_offset() + start * stride[1]
-    return rows.as_strided((shape[0], count, length, *shape[2:]), (stride[0], spacing * stride[1], *stride[1:]), offset)
+    part = part.sum(1, keepdim=True) if series.causal and part.size(1) > 1 else part
+    series_keys(total, series, part.size(1)).add_(part)

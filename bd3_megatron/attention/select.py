@@ -1,9 +1,10 @@
 """Which attention backend serves a request, and why the others do not. No other module knows them all by name.
 
-On CPU `auto` is structured (exact, no mask, the only fast one with a backward there). On CUDA every candidate that does not
-refuse is first held against the reference on the request's own rows, gradients included, and then timed there; the fastest
-wins. A backend that was asked for by name and cannot serve is an error with its reason, never a silent replacement. Timing is
-a property of one process: where several ranks must run the same kernels, one chooses and the others take its `label`.
+On CPU `auto` is one masked call for short sequences, else structured (exact, no mask, the only fast one with a backward
+there). On CUDA every candidate that does not refuse is first held against the reference on the request's own rows, gradients
+included, and then timed there; the fastest wins. A backend that was asked for by name and cannot serve is an error with its
+reason, never a silent replacement. Timing is a property of one process: where several ranks must run the same kernels, one
+chooses and the others take its `label`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from types import MappingProxyType
 
 import torch
 
-from bd3_megatron.attention import dense, flex, plain, structured, triton_pair
+from bd3_megatron.attention import dense, flex, plain, sdpa, structured, triton_pair
 from bd3_megatron.attention.probe import error_against_reference, measure_seconds
 from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.streams import Attend
+from bd3_megatron.attention.streams import Attend, AttendRows
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.errors import BackendError, either
 
@@ -43,6 +44,8 @@ class Backend:
     """One line for the log."""
     prepare: Prepare = _no_tables
     """Makes the tables of a visibility on a device, so that they travel with the batch and no layer waits for them."""
+    attend_rows: AttendRows | None = None
+    """The same attention of rows that are not cut into streams, where the backend would only join them again."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,14 @@ class _Candidate:
     attend: Attend
     refuse: Refuse
     prepare: Prepare = _no_tables
+    attend_rows: AttendRows | None = None
 
     @property
     def name(self) -> str:
         return self.label.partition("/")[0]
 
     def chosen(self, why: str) -> Backend:
-        return Backend(self.label, self.attend, why, self.prepare)
+        return Backend(self.label, self.attend, why, self.prepare, self.attend_rows)
 
 
 def accept_all(request: AttentionRequest) -> str | None:
@@ -75,16 +79,22 @@ def _structured_with(kernel: str) -> _Candidate:
     return _Candidate(f"structured/{kernel}", functools.partial(structured.attend, kernel=kernel), refuse)
 
 
+def _flex_with(kernel: flex.KernelName, refuse: Refuse) -> _Candidate:
+    rows = functools.partial(flex.attend_rows, kernel=kernel)
+    return _Candidate(f"flex/{kernel}", functools.partial(flex.attend, kernel=kernel), refuse, flex.block_mask, rows)
+
+
 # In order of preference where nothing is timed (CPU): the first that serves is taken. `auto` leaves dense out.
 _CANDIDATES = (
     _Candidate("dense", dense.attend, accept_all),
+    _Candidate("dense/sdpa", sdpa.attend, sdpa.refuse, attend_rows=sdpa.attend_rows),
     _structured_with("cpu"),
     _structured_with("cudnn"),
     _structured_with("flash"),
     _structured_with("efficient"),
     _Candidate("plain", plain.attend, plain.refuse),
-    _Candidate("flex/TRITON", functools.partial(flex.attend, kernel="TRITON"), flex.refuse, flex.block_mask),
-    _Candidate("flex/FLASH", functools.partial(flex.attend, kernel="FLASH"), flex.refuse_flash, flex.block_mask),
+    _flex_with("TRITON", flex.refuse),
+    _flex_with("FLASH", flex.refuse_flash),
     _Candidate("triton", triton_pair.attend, triton_pair.refuse, triton_pair.tables),
 )
 
@@ -158,7 +168,7 @@ def backends(request: AttentionRequest) -> list[tuple[str, Attend, str | None]]:
 
 
 def _entrants(name: str) -> list[_Candidate]:
-    found = [c for c in _CANDIDATES if name in (c.label, c.name) or (name == "auto" and c.name != "dense")]
+    found = [c for c in _CANDIDATES if name in (c.label, c.name) or (name == "auto" and c.label != "dense")]
     if not found:
         raise BackendError(f"attention backend {name!r} does not exist; use {either(['auto', *_REFUSALS])}.")
     return found

@@ -1,15 +1,19 @@
 """What an attention backend takes and gives back: the noisy and the clean stream, each with its queries, keys, values.
 
-Decides: the layout (B, rows, heads, head dim), and what must agree before a backend may start.
+Decides: the layout (B, rows, heads, head dim), what must agree before a backend may start, and how rows of both streams are
+joined and cut without copies where they are neighbours in memory.
 Refuses: row counts that differ from the visibility's, head counts that do not divide, streams that do not match.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bd3_megatron.attention.visibility import Rows, Visibility, num_rows
 from bd3_megatron.errors import ShapeError, check_divides, check_shape
@@ -35,6 +39,114 @@ class Attend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns (out_noisy_BLNH, out_clean_BLNH), None for a stream that is absent."""
         ...
+
+
+class AttendRows(Protocol):
+    """A backend that works on the rows of both streams as one tensor, and need not have them cut."""
+
+    def __call__(
+        self, q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, visibility: Visibility, *, scale: float
+    ) -> Tensor:
+        """Of queries and keys [noisy; clean] the outputs [noisy; clean]; an absent stream has no rows."""
+        ...
+
+
+def attend_joined(
+    attend_rows: AttendRows, noisy: Stream | None, clean: Stream | None, visibility: Visibility, *, scale: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both streams through a backend that works on all rows at once, as `Attend` has them.
+
+    Raises:
+        ShapeError: the streams do not fit the visibility.
+    """
+    check_streams(noisy, clean, visibility)
+    streams = [s for s in (noisy, clean) if s is not None]
+    q, k, v = (
+        joined(rows, dim=1)
+        for rows in ([s.q_BLNH for s in streams], [s.k_BLGH for s in streams], [s.v_BLGH for s in streams])
+    )
+    out = attend_rows(q, k, v, visibility, scale=scale)
+    if noisy is None or clean is None:
+        return (out, None) if clean is None else (None, out)
+    # noisy rows stand first, so one cut parts the outputs of the two streams
+    rows = num_rows(visibility.noisy_rows)
+    part_noisy, part_clean = parted(out, [rows, out.size(1) - rows], dim=1)
+    return part_noisy, part_clean
+
+
+def joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenated along `dim`: a view where the pieces lie one behind the other in one tensor's memory, else a copy.
+
+    Its gradient is handed back as views.
+    """
+    return pieces[0] if len(pieces) == 1 else _Joined.apply(dim, *pieces)  # type: ignore[no-any-return]
+
+
+def parted(rows: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+    """Cut along `dim` into views whose gradients are joined: without a copy where they lie one behind the other."""
+    return _Parted.apply(rows, tuple(sizes), dim)  # type: ignore[no-any-return]
+
+
+def empty_neighbours(like: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Uninitialised tensors [B, rows, heads, H] like those given, None for None, that `joined` along the rows is a view of.
+
+    Rows are outermost in memory, as megatron-core has them.
+    """
+    present = [t for t in like if t is not None]
+    batch, _, *heads = present[0].shape
+    rows = present[0].new_empty(sum(t.size(1) for t in present), batch, *heads)
+    pieces = iter(rows.transpose(0, 1).split([t.size(1) for t in present], dim=1))
+    return [None if t is None else next(pieces) for t in like]
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dim: int, *pieces: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [piece.size(dim) for piece in pieces]
+        return _concatenated(pieces, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.split(ctx.sizes, dim=ctx.dim)
+
+
+class _Parted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
+        ctx.dim = dim
+        return rows.split(sizes, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _concatenated(grads, ctx.dim), None, None
+
+
+def _concatenated(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    # a piece without rows has no neighbour and adds nothing
+    some = [piece for piece in pieces if piece.size(dim)] or pieces[:1]
+    first = some[0]
+    end = first.storage_offset()
+    for piece in some:
+        follows = piece.storage_offset() == end and piece.stride() == first.stride()
+        if not follows or piece.untyped_storage()._cdata != first.untyped_storage()._cdata:
+            return torch.cat(list(some), dim)
+        end += piece.size(dim) * piece.stride(dim)
+    shape = list(first.shape)
+    shape[dim] = sum(piece.size(dim) for piece in some)
+    return first.as_strided(shape, first.stride())
+
+
+def check_rows(q_BQNH: Tensor, k_BRGH: Tensor, visibility: Visibility) -> None:
+    """Refuse joined rows that are not the visibility's.
+
+    Raises:
+        ShapeError: another number of rows.
+    """
+    noisy, clean = num_rows(visibility.noisy_rows), num_rows(visibility.clean_rows)
+    check_shape("q_BQNH", q_BQNH.shape, (None, noisy + clean, None, None))
+    check_shape("k_BRGH", k_BRGH.shape, (None, noisy + num_rows(visibility.clean_key_rows), None, None))
 
 
 def check_streams(noisy: Stream | None, clean: Stream | None, visibility: Visibility) -> None:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from bd3_megatron.attention import partial, row_runs
 from bd3_megatron.attention.rectangles import RectangleCover, RectangleSeries, cover_of, document_ends
 from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.streams import Stream, check_streams
+from bd3_megatron.attention.streams import Stream, check_streams, empty_neighbours
 from bd3_megatron.attention.visibility import Visibility, num_rows
 from bd3_megatron.errors import BackendError
 
@@ -40,7 +40,9 @@ class _Job:
     cover: RectangleCover
 
     def part(self, rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else rows[self.start : self.stop]
+        if rows is None or self.stop - self.start == rows.size(0):
+            return rows
+        return rows[self.start : self.stop]
 
 
 def attend(
@@ -144,7 +146,8 @@ class _Structured(torch.autograd.Function):
     def forward(
         ctx: Any, jobs: tuple[_Job, ...], kernel: partial.Kernel, scale: float, *qkv: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        results = (_empty_rows(qkv[0]), _empty_rows(qkv[3]))
+        noisy_out, clean_out = empty_neighbours([qkv[0], qkv[3]])
+        results = (noisy_out, clean_out)
         groups = _num_groups(qkv)
         saved_lses: list[Tensor] = []
         for job in jobs:
@@ -175,7 +178,7 @@ class _Structured(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
         qkv, results, lses = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], iter(ctx.saved_tensors[8:])
         groups = _num_groups(qkv)
-        dq_noisy, dq_clean = _empty_rows(qkv[0]), _empty_rows(qkv[3])
+        dq_noisy, dq_clean = empty_neighbours([qkv[0], qkv[3]])
         # many rectangles see a key: its gradient is summed in fp32 and cast once
         dkeys = _zero_keys(qkv, groups)
         for job in ctx.jobs:
@@ -186,18 +189,17 @@ class _Structured(torch.autograd.Function):
             )
             dqs = [torch.empty_like(q, dtype=partial.statistics_dtype(q.dtype)) for q in queries]
             rows = (queries, outs, grads, [next(lses) for _ in queries], dqs)
+            fold = slice(job.start * groups, job.stop * groups)
             job_dkeys = {
-                stream: tuple(t[job.start * groups : job.stop * groups] for t in both) for stream, both in dkeys.items()
+                stream: both if len(ctx.jobs) == 1 else tuple(t[fold] for t in both) for stream, both in dkeys.items()
             }
             for series in job.cover.series:
                 run = job.cover.runs[series.run]
                 tensors = [row_runs.series_rows(t[series.run], run, series) for t in rows]
                 _backward_series(ctx, series, tensors, keys[series.keys], job_dkeys[series.keys])
             row_runs.unpack_rows_(job.cover.runs, dqs, job.part(dq_noisy), job.part(dq_clean), groups)
-        dk_noisy, dv_noisy, dk_clean, dv_clean = (
-            None if t is None else row_runs.unfold_keys(dkeys[stream][which], groups).to(t.dtype)
-            for t, stream, which in _named_keys(qkv)
-        )
+        dk_noisy, dv_noisy = _unfolded(dkeys.get("noisy"), groups, qkv[1])
+        dk_clean, dv_clean = _unfolded(dkeys.get("clean"), groups, qkv[4])
         return None, None, None, dq_noisy, dk_noisy, dv_noisy, dq_clean, dk_clean, dv_clean
 
 
@@ -217,9 +219,9 @@ def _backward_series(
 def _inputs(job: _Job, qkv: tuple[Tensor | None, ...], groups: int) -> tuple[list[Tensor], Keys]:
     queries = row_runs.pack_rows(job.cover.runs, job.part(qkv[0]), job.part(qkv[3]), groups)
     folded = {
-        (stream, which): row_runs.fold_keys(t[job.start : job.stop])
+        (stream, which): row_runs.fold_keys(part)
         for t, stream, which in _named_keys(qkv)
-        if t is not None
+        if (part := job.part(t)) is not None
     }
     return queries, {stream: (folded[stream, 0], folded[stream, 1]) for stream, which in folded if which == 0}
 
@@ -232,15 +234,20 @@ def _num_groups(qkv: tuple[Tensor | None, ...]) -> int:
     return next(k.size(2) for k in (qkv[1], qkv[4]) if k is not None)
 
 
-def _empty_rows(q_BLNH: Tensor | None) -> Tensor | None:
-    return None if q_BLNH is None else torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
-
-
 def _zero_keys(qkv: tuple[Tensor | None, ...], groups: int) -> Keys:
-    zeros = {}
-    for stream, key in (("noisy", qkv[1]), ("clean", qkv[4])):
-        if key is not None:
-            shape = (key.size(0) * groups, key.size(1), key.size(3))
-            kind = partial.statistics_dtype(key.dtype)
-            zeros[stream] = (key.new_zeros(shape, dtype=kind), key.new_zeros(shape, dtype=kind))
-    return zeros
+    """Sums for the gradients of keys and values, [X, rows, H] of each stream; both streams are neighbours in memory."""
+    present = [(stream, key) for stream, key in (("noisy", qkv[1]), ("clean", qkv[4])) if key is not None]
+    first, sizes = present[0][1], [key.size(1) for _, key in present]
+    shape = (first.size(0) * groups, sum(sizes), first.size(3))
+    both = [first.new_zeros(shape, dtype=partial.statistics_dtype(first.dtype)).split(sizes, dim=1) for _ in range(2)]
+    return {stream: (dk, dv) for (stream, _), dk, dv in zip(present, *both, strict=True)}
+
+
+def _unfolded(
+    sums: tuple[Tensor, Tensor] | None, groups: int, key: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Gradients of a stream's keys and values [B, rows, G, H], in the keys' dtype."""
+    if sums is None or key is None:
+        return None, None
+    dk, dv = (row_runs.unfold_keys(t, groups).to(key.dtype) for t in sums)
+    return dk, dv

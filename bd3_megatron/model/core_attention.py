@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
-from bd3_megatron.attention.streams import Stream
+from bd3_megatron.attention.streams import Stream, joined, parted
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.rotary import turned
@@ -99,7 +99,7 @@ class CoreAttention(nn.Module):
         """
         outs = self._attend(query, key, value, self.context.enter(attention_mask))
         # joined in megatron's layout: the projection behind would copy another one, and its backward once more
-        return torch.cat([out.transpose(0, 1) for out in outs if out is not None]).flatten(2)
+        return joined([out.transpose(0, 1) for out in outs], dim=0).flatten(2)
 
     def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, ticket: Tensor) -> Tensor:
         """Attend for the stream that carries loss only; the other gives keys and values.
@@ -114,13 +114,21 @@ class CoreAttention(nn.Module):
         visibility = self.context.enter(ticket)
         if self.context.layout.num_noisy:
             visibility = visibility.without_clean_queries
-        present = [out for out in self._attend(query, key, value, visibility) if out is not None]
-        return present[0].transpose(0, 1).flatten(2)
+        return self._attend(query, key, value, visibility)[0].transpose(0, 1).flatten(2)
 
-    def _attend(
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> list[Tensor]:
+        """Outputs [B, rows, N / tp, H] of the query rows, which are noisy, then clean, as the visibility has them."""
+        backend, views = self.context.backend, self.context.layout.views
+        # Nothing to gather and one view: rows lie as the backend wants them, and cutting and joining would cost 8 nodes.
+        is_alone = self.cp_group is None or self.cp_group.size() == 1
+        if backend.attend_rows is not None and views == 1 and is_alone:
+            q, k, v = (rows.transpose(0, 1) for rows in (query, key, value))
+            return [backend.attend_rows(q, k, v, visibility, scale=self.scale)]
+        return [out for out in self._attend_streams(query, key, value, visibility) if out is not None]
+
+    def _attend_streams(
         self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Both streams through the backend; query rows are noisy, then clean, as the visibility has them."""
         split, views = self.context.layout.num_noisy, self.context.layout.views
         attend = self.context.backend.attend
         q, k, v = (_cut(rows, split, views) for rows in (query, key, value))
@@ -146,4 +154,4 @@ def _cut(rows_PBNH: Tensor, num_noisy: int, views: int) -> list[Tensor]:
     """[rows, B, heads, H] -> [B, rows, heads, H] of each noisy view, and last of the clean rows (there may be none)."""
     noisy = [num_noisy // views] * views if num_noisy else []
     # cut at once: gradients of slices would each be padded with zeros and then added up
-    return [piece.transpose(0, 1) for piece in rows_PBNH.split([*noisy, rows_PBNH.shape[0] - num_noisy])]
+    return list(parted(rows_PBNH.transpose(0, 1), [*noisy, rows_PBNH.shape[0] - num_noisy], dim=1))

@@ -109,7 +109,8 @@ def backend(name: str) -> Backend:
     """Flex attention around one graph, or the kernels of our own."""
     if name == "triton":
         return Backend(name, triton_pair.attend, "counted", triton_pair.tables)
-    return Backend(name, functools.partial(flex.attend, call=_flex_graph), "counted", flex.block_mask)
+    rows = functools.partial(flex.attend_rows, call=_flex_graph)
+    return Backend(name, functools.partial(flex.attend, call=_flex_graph), "counted", flex.block_mask, rows)
 
 
 def _flex_graph(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_megatron.attention import dense, machine, plain, probe, select, structured
+from bd3_megatron.attention import dense, machine, plain, probe, sdpa, select, structured
 from bd3_megatron.attention.request import AttentionRequest, ragged_documents
 from bd3_megatron.attention.select import choose, named
 from bd3_megatron.attention.streams import Attend, Stream
@@ -49,11 +49,16 @@ def label_of(attend: Attend) -> str:
     return next(c.label for c in select._CANDIDATES if c.attend is attend)
 
 
-def test_auto_on_cpu_is_structured() -> None:
-    chosen = choose("auto", CPU)
-    assert chosen.label == "structured/cpu"
+@pytest.mark.parametrize(
+    ("length", "label", "attend"),
+    [(sdpa.LONGEST, "dense/sdpa", sdpa.attend), (sdpa.LONGEST + 4, "structured/cpu", structured.attend)],
+)
+def test_auto_on_cpu_goes_by_the_length_alone(length: int, label: str, attend: Attend) -> None:
+    for batch in (1, 64):
+        chosen = choose("auto", replace(CPU, rows=Visibility.pair(length, 4), batch=batch))
+        assert chosen.label == label
     p = problem(next(visibilities(24, 4)))
-    assert worst_difference(outputs(chosen.attend, p), outputs(structured.attend, p)) == 0
+    assert worst_difference(outputs(chosen.attend, p), outputs(attend, p)) == 0
 
 
 @pytest.mark.parametrize("name", ["dense", "structured"])

@@ -12,12 +12,12 @@ from tools.bench import counts
 @pytest.mark.parametrize(
     ("attention", "packing", "dispatched", "kernels"),
     [
-        ("structured", "wrap", 723, 180),
-        ("structured", "isolated", 1671, 381),
-        ("flex", "wrap", 142, 39),
-        ("flex", "isolated", 142, 39),
-        ("triton", "wrap", 153, 46),
-        ("triton", "isolated", 153, 46),
+        ("structured", "wrap", 467, 167),
+        ("structured", "isolated", 1078, 357),
+        ("flex", "wrap", 103, 29),
+        ("flex", "isolated", 103, 29),
+        ("triton", "wrap", 138, 46),
+        ("triton", "isolated", 138, 46),
     ],
 )
 def test_a_layer_asks_for_no_more(attention: str, packing: str, dispatched: int, kernels: int) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention import flex
+from bd3_megatron.attention import flex, sdpa
 from bd3_megatron.attention.probe import calls_of, sample_streams
 from bd3_megatron.attention.select import named
+from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.config.load import dump_config, load_config
 from bd3_megatron.config.objective import block_sizes
 from bd3_megatron.config.schema import Config
@@ -50,13 +51,24 @@ def examined(config: Config, name: str, dtype: torch.dtype = torch.float32) -> s
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", ["dense", "structured"])
+@pytest.mark.parametrize("name", ["dense", "dense/sdpa", "structured"])
 def test_what_is_right_passes_in_one_line(run: str, name: str) -> None:
     config = case(model=WIDE, **RUNS[run])
     said = examined(config, name)
     assert said.startswith("no leak: ") and "\n" not in said
     assert all(f"block_size={size} by {name}" in said for size in block_sizes(config))
     assert ("packed documents" in said) == (config.data.packing == "isolated")
+
+
+def test_a_leak_of_rows_that_are_not_cut_is_found() -> None:
+    """Layers hand such a backend all rows at once, so that is what the doctor examines."""
+
+    def leaky(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> Tensor:
+        return sdpa.attend_rows(q, k, v, replace(visibility, block_size=8), scale=scale)
+
+    backend = replace(named("dense/sdpa"), attend_rows=leaky)
+    with pytest.raises(LeakError, match="influences it and must not"):
+        diagnose(case(model=WIDE, train={"skip_dead_rows": False}), {4: backend}, dtype=torch.float32, device=CPU)
 
 
 def test_bf16_passes_too() -> None:
@@ -72,7 +84,7 @@ def test_one_whole_stream_passes_as_plain_attention(run: str) -> None:
 def test_a_backend_is_chosen_for_every_phase_on_its_own_rows() -> None:
     config = case(**RUNS["curriculum"])
     chosen = choose_backends(config, dtype=torch.float32, device=CPU)
-    assert {size: backend.label for size, backend in chosen.items()} == dict.fromkeys((8, 32, 2), "structured/cpu")
+    assert {size: backend.label for size, backend in chosen.items()} == dict.fromkeys((8, 32, 2), "dense/sdpa")
     requests = [
         attention_request(config, phase_layout(config, size, views=1, cp_rank=0), dtype=torch.float32, device=CPU)
         for size in (8, 32)
@@ -101,7 +113,7 @@ def test_the_command_answers_0_and_names_the_kernels_on_rows(
     assert doctor.run(options(tmp_path, config, "data.seq_len=16", "train.precision=fp32")) == 0
     said = capsys.readouterr().out
     leaks, rows = said.splitlines()
-    assert leaks == "no leak: block_size=4 by structured/cpu, over 16 positions, packed documents, float32"
+    assert leaks == "no leak: block_size=4 by dense/sdpa, over 16 positions, packed documents, float32"
     assert rows.startswith("rows: RMSNorm by torch (written out), rotary turn by torch, SwiGLU by torch (written out)")
 
 
