@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bd3_megatron.attention import machine
 from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.streams import Stream, attend_joined, check_rows
+from bd3_megatron.attention.streams import Stream, attend_joined, check_joined
 from bd3_megatron.attention.tiles import TILE, executed_tiles, tile_table
 from bd3_megatron.attention.visibility import Rows, Visibility, num_rows, on_device, sees
 from bd3_megatron.errors import BackendError
@@ -59,10 +59,10 @@ def attend(
         BackendError: if a gradient is asked of it on CPU, or the run needs more graphs than `MAX_GRAPHS`.
         ShapeError: if the streams do not fit the visibility.
     """
-    return attend_joined(partial(attend_rows, kernel=kernel, call=call), noisy, clean, visibility, scale=scale)
+    return attend_joined(partial(flex_rows, kernel=kernel, call=call), noisy, clean, visibility, scale=scale)
 
 
-def attend_rows(
+def flex_rows(
     q_BQNH: Tensor,
     k_BRGH: Tensor,
     v_BRGH: Tensor,
@@ -73,7 +73,7 @@ def attend_rows(
     call: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The same of rows that nobody has cut, [noisy; clean]."""
-    check_rows(q_BQNH, k_BRGH, visibility)
+    check_joined(q_BQNH, k_BRGH, visibility)
     q, k, v = (rows.transpose(1, 2) for rows in (q_BQNH, k_BRGH, v_BRGH))
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bd3_megatron.attention.request import AttentionRequest
-from bd3_megatron.attention.streams import Stream, attend_joined, check_rows
+from bd3_megatron.attention.streams import Stream, attend_joined, check_joined
 from bd3_megatron.attention.visibility import Visibility
 
 LONGEST = 128
@@ -37,12 +37,12 @@ def attend(
     Raises:
         ShapeError: if the streams do not fit the visibility.
     """
-    return attend_joined(attend_rows, noisy, clean, visibility, scale=scale)
+    return attend_joined(masked_rows, noisy, clean, visibility, scale=scale)
 
 
-def attend_rows(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, visibility: Visibility, *, scale: float) -> Tensor:
+def masked_rows(q_BQNH: Tensor, k_BRGH: Tensor, v_BRGH: Tensor, visibility: Visibility, *, scale: float) -> Tensor:
     """The same of rows that nobody has cut, [noisy; clean]."""
-    check_rows(q_BQNH, k_BRGH, visibility)
+    check_joined(q_BQNH, k_BRGH, visibility)
     # made for the first layer, kept for the others
     mask = visibility.table(("sdpa", q_BQNH.dtype), lambda: _mask(visibility, q_BQNH.dtype))
     q, k, v = (rows.transpose(1, 2) for rows in (q_BQNH, k_BRGH, v_BRGH))

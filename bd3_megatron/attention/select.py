@@ -80,14 +80,14 @@ def _structured_with(kernel: str) -> _Candidate:
 
 
 def _flex_with(kernel: flex.KernelName, refuse: Refuse) -> _Candidate:
-    rows = functools.partial(flex.attend_rows, kernel=kernel)
+    rows = functools.partial(flex.flex_rows, kernel=kernel)
     return _Candidate(f"flex/{kernel}", functools.partial(flex.attend, kernel=kernel), refuse, flex.block_mask, rows)
 
 
 # In order of preference where nothing is timed (CPU): the first that serves is taken. `auto` leaves dense out.
 _CANDIDATES = (
     _Candidate("dense", dense.attend, accept_all),
-    _Candidate("dense/sdpa", sdpa.attend, sdpa.refuse, attend_rows=sdpa.attend_rows),
+    _Candidate("dense/sdpa", sdpa.attend, sdpa.refuse, attend_rows=sdpa.masked_rows),
     _structured_with("cpu"),
     _structured_with("cudnn"),
     _structured_with("flash"),

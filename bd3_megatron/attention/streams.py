@@ -62,7 +62,7 @@ def attend_joined(
     check_streams(noisy, clean, visibility)
     streams = [s for s in (noisy, clean) if s is not None]
     q, k, v = (
-        joined(rows, dim=1)
+        joined_rows(rows, dim=1)
         for rows in ([s.q_BLNH for s in streams], [s.k_BLGH for s in streams], [s.v_BLGH for s in streams])
     )
     out = attend_rows(q, k, v, visibility, scale=scale)
@@ -74,7 +74,7 @@ def attend_joined(
     return part_noisy, part_clean
 
 
-def joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
+def joined_rows(pieces: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenated along `dim`: a view where the pieces lie one behind the other in one tensor's memory, else a copy.
 
     Its gradient is handed back as views.
@@ -88,7 +88,7 @@ def parted(rows: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
 
 
 def empty_neighbours(like: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Uninitialised tensors [B, rows, heads, H] like those given, None for None, that `joined` along the rows is a view of.
+    """Uninitialised tensors [B, rows, heads, H] like those given, None for None, that `joined_rows` along the rows is a view of.
 
     Rows are outermost in memory, as megatron-core has them.
     """
@@ -138,7 +138,7 @@ def _concatenated(pieces: Sequence[Tensor], dim: int) -> Tensor:
     return first.as_strided(shape, first.stride())
 
 
-def check_rows(q_BQNH: Tensor, k_BRGH: Tensor, visibility: Visibility) -> None:
+def check_joined(q_BQNH: Tensor, k_BRGH: Tensor, visibility: Visibility) -> None:
     """Refuse joined rows that are not the visibility's.
 
     Raises:

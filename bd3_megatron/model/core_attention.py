@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
-from bd3_megatron.attention.streams import Stream, joined, parted
+from bd3_megatron.attention.streams import Stream, joined_rows, parted
 from bd3_megatron.attention.visibility import Visibility
 from bd3_megatron.model.attention_context import AttentionContext
 from bd3_megatron.model.rotary import turned
@@ -99,7 +99,7 @@ class CoreAttention(nn.Module):
         """
         outs = self._attend(query, key, value, self.context.enter(attention_mask))
         # joined in megatron's layout: the projection behind would copy another one, and its backward once more
-        return joined([out.transpose(0, 1) for out in outs], dim=0).flatten(2)
+        return joined_rows([out.transpose(0, 1) for out in outs], dim=0).flatten(2)
 
     def loss_stream(self, query: Tensor, key: Tensor, value: Tensor, ticket: Tensor) -> Tensor:
         """Attend for the stream that carries loss only; the other gives keys and values.

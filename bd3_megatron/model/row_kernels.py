@@ -84,6 +84,11 @@ def check_row_kernels(kernels: list[RowKernel]) -> str:
 
 def worst_error(kernel: RowKernel) -> float:
     """Largest error of output and gradients, each relative to its own largest value."""
+    return float(torch.stack(errors(kernel)).max())
+
+
+def errors(kernel: RowKernel) -> list[Tensor]:
+    """Largest errors of the output and of each input's gradient, each relative to its own largest value: fp64 []."""
     # its own rows shuffled: as large as they are, and exact in both dtypes
     upstream = kernel.call(*kernel.inputs).detach().flip(0)
     wide = tuple(t.detach().double().requires_grad_() for t in kernel.inputs)
@@ -91,8 +96,7 @@ def worst_error(kernel: RowKernel) -> float:
         _with_gradients(kernel.call, kernel.inputs, upstream),
         _with_gradients(kernel.formula, wide, upstream),
     )
-    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
-    return float(torch.stack(errors).max())
+    return [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
 
 
 class _Draw:

@@ -86,6 +86,7 @@ def _silu_like(rows: Tensor) -> Tensor:
 @contextmanager
 def on_cuda() -> Iterator[None]:
     """Inside, the model takes the kernels that it takes on CUDA with Triton, and each counts as one operation."""
+    # a file that real Triton has compiled must not be the one that is counted
     kernels = sys.modules.keys() & set(_KERNEL_FILES)
     with ExitStack() as stack:
         # a module that real Triton made is put back afterwards, one that this Triton made is forgotten
@@ -109,7 +110,7 @@ def backend(name: str) -> Backend:
     """Flex attention around one graph, or the kernels of our own."""
     if name == "triton":
         return Backend(name, triton_pair.attend, "counted", triton_pair.tables)
-    rows = functools.partial(flex.attend_rows, call=_flex_graph)
+    rows = functools.partial(flex.flex_rows, call=_flex_graph)
     return Backend(name, functools.partial(flex.attend, call=_flex_graph), "counted", flex.block_mask, rows)
 
 

@@ -42,11 +42,12 @@ from bd3_megatron.parallel.topology import join
 from bd3_megatron.train.batches import Noise
 from tools.bench import harness
 from tools.bench.harness import Note
-from tools.bench.step import naive_attention, plain_twin
+from tools.bench.host_reads import Operations
+from tools.bench.step import dense_attention, plain_twin
 
 CPU = torch.device("cpu")
 # Relative: losses and norms of one step, fp32 sums in another order.
-TOLERANCE = 1e-5
+STEP_TOLERANCE = 1e-5
 # A step's loss and gradient norm.
 Step = Callable[[], tuple[float, float]]
 
@@ -69,7 +70,7 @@ def make_config(options: argparse.Namespace) -> Config:
     )
 
 
-def draw(config: Config, vocab: int) -> list[tuple[CleanBatch, NoisyBatch]]:
+def drawn_step(config: Config, vocab: int) -> list[tuple[CleanBatch, NoisyBatch]]:
     """Random tokens of a step and their noise, a micro-batch each."""
     count, length = config.train.global_batch_size, config.data.seq_len
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +82,7 @@ def draw(config: Config, vocab: int) -> list[tuple[CleanBatch, NoisyBatch]]:
     return [(one, noise.corrupt(one, config.diffusion)) for one in clean]
 
 
-def shipped_step(
+def engine_step(
     config: Config, drawn: Sequence[tuple[CleanBatch, NoisyBatch]], vocab: int
 ) -> tuple[Step, ParallelModel]:
     """The engine's own step, and its model."""
@@ -117,8 +118,9 @@ def shipped_step(
 def loop_step(config: Config, drawn: Sequence[tuple[CleanBatch, NoisyBatch]], vocab: int, plain: PlainBD3) -> Step:
     """The same step as one would write it down."""
     length, optim = config.data.seq_len, config.optim
-    attend = naive_attention("naive", length, config.diffusion.block_size, CPU)
+    attend = dense_attention(length, config.diffusion.block_size, CPU)
     position = torch.arange(length).repeat(2)[None]
+    # as engine/param_groups does: matrices decay, norms and biases do not
     decayed = [p for p in plain.parameters() if p.dim() > 1]
     others = [p for p in plain.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -151,6 +153,14 @@ def loop_step(config: Config, drawn: Sequence[tuple[CleanBatch, NoisyBatch]], vo
     return step
 
 
+def dispatched(step: Step) -> int:
+    """Operations of a step, views included."""
+    operations = Operations()
+    with operations:
+        step()
+    return operations.dispatched
+
+
 def build_parser() -> CommandParser:
     """The command line."""
     parser = harness.benchmark_parser("loop", __doc__, repeats=30)
@@ -162,26 +172,29 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    return harness.run_benchmark(build_parser(), measure, arguments)
+    return harness.run_benchmark(build_parser(), measure_loop, arguments)
 
 
-def measure(options: argparse.Namespace) -> Iterator[Note]:
+def measure_loop(options: argparse.Namespace) -> Iterator[Note]:
     """Compare both steps, then time them in turns."""
     keep_freed_memory()
     config = make_config(options)
-    drawn = draw(config, options.vocab)
-    shipped, model = shipped_step(config, drawn, options.vocab)
+    drawn = drawn_step(config, options.vocab)
+    shipped, model = engine_step(config, drawn, options.vocab)
     by_hand = loop_step(config, drawn, options.vocab, plain_twin(config, options.vocab, model))
     for _ in range(2):
         ours, theirs = shipped(), by_hand()
         # the second step's are those of updated weights
-        if any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs, strict=True)):
+        if any(abs(a - b) > STEP_TOLERANCE * abs(b) for a, b in zip(ours, theirs, strict=True)):
             raise RangeError(f"the two steps disagree: loss and norm {ours} against {theirs}; nothing was timed.")
+    # CPU time, in turns: what a neighbour takes slows both alike
     seconds = harness.interleave({"shipped": shipped, "by hand": by_hand}, repeats=options.repeats, device="cpu")
-    rows = [(name, harness.milliseconds(values)) for name, values in seconds.items()]
+    counts = {"shipped": dispatched(shipped), "by hand": dispatched(by_hand)}
+    rows = [(name, harness.milliseconds(values), f"{counts[name]:,}") for name, values in seconds.items()]
     ratio = harness.speedup(seconds, "by hand", against="shipped")
     shape = f"{options.layers} layers, h{options.hidden}, L{options.length}, S{options.block}, V{options.vocab}"
-    body = f"{harness.table(('step', 'CPU ms'), rows)}\n\nthe shipped step takes {ratio:.2f} times the CPU time"
+    timed = harness.table(("step", "CPU ms", "dispatched operations"), rows)
+    body = f"{timed}\n\nthe shipped step takes {ratio:.2f} times the CPU time"
     yield Note(f"loop, {shape}, {options.micro_batches} micro-batches of one sequence", body)
 
 

@@ -50,4 +50,4 @@ def test_refusals_say_why() -> None:
 def test_rows_that_are_not_the_visibilitys_are_refused() -> None:
     rows = torch.zeros(1, 16, 2, 8)
     with pytest.raises(ShapeError, match="q_BQNH"):
-        sdpa.attend_rows(rows, rows, rows, Visibility.pair(16, 4), scale=1.0)
+        sdpa.masked_rows(rows, rows, rows, Visibility.pair(16, 4), scale=1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.streams import empty_neighbours, joined, parted
+from bd3_megatron.attention.streams import empty_neighbours, joined_rows, parted
 
 
 def rows(*shape: int) -> Tensor:
@@ -19,7 +19,7 @@ def test_what_was_cut_is_joined_as_a_view(dim: int, sizes: list[int]) -> None:
     whole = rows(5, 5, 4).requires_grad_()
     pieces = parted(whole, sizes, dim)
     assert [piece.size(dim) for piece in pieces] == sizes
-    again = joined(pieces, dim)
+    again = joined_rows(pieces, dim)
     assert torch.equal(again, whole) and again.data_ptr() == whole.data_ptr()
     weight = rows(5, 5, 4)
     (grad,) = torch.autograd.grad(again, whole, weight)
@@ -39,8 +39,8 @@ def test_what_was_cut_is_joined_as_a_view(dim: int, sizes: list[int]) -> None:
 )
 def test_all_others_are_copied(pieces: tuple[Tensor, ...]) -> None:
     leaves = [piece.clone().requires_grad_() for piece in pieces]
-    assert torch.equal(joined(pieces, 0), torch.cat(pieces))
-    out = joined(leaves, 0)
+    assert torch.equal(joined_rows(pieces, 0), torch.cat(pieces))
+    out = joined_rows(leaves, 0)
     weight = rows(*out.shape)
     grads = torch.autograd.grad(out, leaves, weight)
     assert all(torch.equal(a, b) for a, b in zip(grads, weight.split([len(p) for p in pieces]), strict=True))
@@ -60,5 +60,5 @@ def test_gradients_that_are_no_neighbours_are_joined_by_a_copy() -> None:
 def test_neighbours_are_made_as_megatron_lays_rows_out() -> None:
     noisy, none, clean = empty_neighbours([rows(2, 3, 4, 5), None, rows(2, 6, 4, 5)])
     assert noisy is not None and clean is not None and none is None
-    both = joined([noisy, clean], 1)
+    both = joined_rows([noisy, clean], 1)
     assert both.shape == (2, 9, 4, 5) and both.data_ptr() == noisy.data_ptr() and both.transpose(0, 1).is_contiguous()

@@ -64,7 +64,7 @@ def test_a_leak_of_rows_that_are_not_cut_is_found() -> None:
     """Layers hand such a backend all rows at once, so that is what the doctor examines."""
 
     def leaky(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> Tensor:
-        return sdpa.attend_rows(q, k, v, replace(visibility, block_size=8), scale=scale)
+        return sdpa.masked_rows(q, k, v, replace(visibility, block_size=8), scale=scale)
 
     backend = replace(named("dense/sdpa"), attend_rows=leaky)
     with pytest.raises(LeakError, match="influences it and must not"):
