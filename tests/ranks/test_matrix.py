@@ -134,7 +134,8 @@ def _title() -> list[str]:
     return [
         "# Parity of every legal grid with the plain model\n\n",
         "    bash tests/run.sh --matrix -k every_model\n\n",
-        "fp32, CPU, gloo; worst over both layer styles, tied and untied, with and without packed documents. Bounds: loss\n",
+        "fp32, CPU, gloo, against the plain model in fp64; worst over both layer styles, tied and untied, with and without\n",
+        "packed documents. Bounds: loss ",
         f"{tolerances.GRID_LOSS}, gradient {tolerances.GRID_GRADIENT}, parameters {tolerances.GRID_PARAMETERS}. ",
         "ZeRO 2 and 3 cut gradients as they appear: there the\nparameters stand for them.\n\n",
         HEADER,
