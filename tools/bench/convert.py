@@ -36,7 +36,7 @@ from bd3_megatron.checkpoint.layout import (
 from bd3_megatron.checkpoint.publish import publish_files
 from bd3_megatron.checkpoint.record import RankRecord
 from bd3_megatron.command import CommandParser
-from bd3_megatron.config.load import load_config, to_tree
+from bd3_megatron.config.load import load_config, replace_field, to_tree
 from bd3_megatron.config.schema import Config
 from bd3_megatron.convert.from_checkpoint import describe_model
 from bd3_megatron.convert.name_table import NameTable
@@ -217,10 +217,13 @@ def _local_shape(name: str, whole: tuple[int, ...], *, gated: bool) -> tuple[int
 
 
 def _manifest(config: Config, vocab_size: int) -> Manifest:
+    grid = {"tp": TP, "pp": PP, "vpp": 1, "cp": 1, "dp": 1}
+    for axis, size in grid.items():
+        config = replace_field(config, f"parallel.{axis}", size)
     return Manifest(
         step=CHECKPOINT_STEP,
         samples_consumed=CHECKPOINT_STEP * config.train.global_batch_size,
-        grid={"tp": TP, "pp": PP, "vpp": 1, "cp": 1, "dp": 1},
+        grid=grid,
         zero_stage=1,
         world_size=TP * PP,
         config=to_tree(config),
